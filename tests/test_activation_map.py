@@ -1,0 +1,246 @@
+"""f against the whole model: hooks on every block, and nothing of ours in between."""
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+import tl_melbo as tm
+from tests.conftest import PROMPT
+from tests.tiny_models import tiny_bridge
+from tl_melbo.models import to_tokens
+
+PROMPTS = ["Tell me about yourself.", "Hi!", "Write a short poem about ships and the sea.", "Bye."]
+
+
+def whole_model(model, prompt, theta, source, target, chat=False):
+    """resid(target) of the whole model with theta added to resid(source) by a hook."""
+    kept = {}
+
+    def add(resid, hook):
+        return resid + theta
+
+    def keep(resid, hook):
+        kept["resid"] = resid
+
+    model.run_with_hooks(
+        to_tokens(model, prompt, chat),
+        fwd_hooks=[
+            (f"blocks.{source}.hook_resid_post", add),
+            (f"blocks.{target}.hook_resid_post", keep),
+        ],
+    )
+    return kept["resid"][0]
+
+
+class HonestFloat64(TorchFunctionMode):
+    """Hugging Face's norms and softmax go through float32; keep float64 tensors as they are."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        wide = args and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64
+        if wide and function is torch.Tensor.to and torch.float32 in args[1:]:
+            return args[0]
+        if wide and function is torch.Tensor.float:
+            return args[0]
+        if wide and kwargs.get("dtype") == torch.float32:
+            kwargs["dtype"] = torch.float64
+        return function(*args, **kwargs)
+
+
+def relative_error(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+def test_equals_the_whole_embedded_model(model, f):
+    theta = torch.randn(3, 576, generator=torch.Generator().manual_seed(0)) * 0.5
+    plain = whole_model(model, PROMPT, torch.zeros(576), 8, 16, chat=True).detach()
+    assert relative_error(f(f.x)[0], plain) < 1e-5
+    with torch.no_grad():
+        delta = f.delta(theta)
+    for i in range(3):
+        steered = whole_model(model, PROMPT, theta[i], 8, 16, chat=True).detach()
+        assert relative_error(f.y[0] + delta[i, 0], steered) < 1e-5
+        # The first token's residual is a hundred times longer than any other: without it, too.
+        assert relative_error(f.y[0, 1:] + delta[i, 0, 1:], steered[1:]) < 1e-5
+
+
+@pytest.mark.parametrize("layers", [(0, 1), (1, 3), (0, 5)])
+def test_equals_the_whole_model_on_every_architecture(tiny, layers):
+    source, target = layers
+    f = tm.ActivationMap.from_prompts(tiny, PROMPTS, source, target)
+    theta = torch.randn(2, f.d_model, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        delta = f.delta(theta)
+    for row, prompt in enumerate(PROMPTS):
+        own = f.mask[row]
+        for i in range(2):
+            expected = whole_model(tiny, prompt, theta[i], source, target).detach()
+            assert relative_error((f.y[row] + delta[i, row])[own], expected) < 1e-5
+        assert own.sum() == to_tokens(tiny, prompt).shape[1]
+        assert (delta[:, row, ~own] == 0).all()
+
+
+def test_several_prompts_equal_each_alone(tiny):
+    together = tm.ActivationMap.from_prompts(tiny, PROMPTS, 1, 4)
+    theta = torch.randn(3, together.d_model, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        delta = together.delta(theta)
+        for row, prompt in enumerate(PROMPTS):
+            alone = tm.ActivationMap.from_prompts(tiny, prompt, 1, 4)
+            assert relative_error(delta[:, row, together.mask[row]], alone.delta(theta)[:, 0]) < 1e-5
+    # Left padding: the last token of every prompt is in the last position.
+    assert together.mask[:, -1].all()
+
+
+def test_equals_a_padded_batch_through_the_whole_model(tiny_llama):
+    """The model's own way with padding: left pads, a mask, and position ids."""
+    f = tm.ActivationMap.from_prompts(tiny_llama, PROMPTS, 1, 4)
+    rows = [to_tokens(tiny_llama, prompt)[0] for prompt in PROMPTS]
+    longest = max(map(len, rows))
+    tokens = torch.stack([torch.nn.functional.pad(r, (longest - len(r), 0), value=2) for r in rows])
+    kept = {}
+
+    def keep(resid, hook):
+        kept["resid"] = resid
+
+    with tiny_llama.hooks(fwd_hooks=[("blocks.4.hook_resid_post", keep)]), torch.no_grad():
+        tiny_llama(tokens, attention_mask=f.mask.long())
+    assert relative_error(f(f.x)[f.mask], kept["resid"][f.mask]) < 1e-5
+
+
+def test_gradient_matches_finite_differences_in_float64(tiny):
+    model = tiny_bridge(tiny.cfg.model_name.removeprefix("tiny-"), torch.float64)
+    generator = torch.Generator().manual_seed(3)
+    with HonestFloat64():
+        f = tm.ActivationMap.from_prompts(model, PROMPTS[:2], 1, 4)
+        theta, heading = torch.randn(2, 2, f.d_model, dtype=torch.float64, generator=generator)
+        weights = torch.randn(2, *f.x.shape, dtype=torch.float64, generator=generator)
+
+        def weighted(theta):
+            return (f.delta(theta) * weights).sum()
+
+        leaf = theta.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(weighted(leaf), leaf)
+        with torch.no_grad():
+            up, down, up2, down2 = (
+                weighted(theta + step * heading) for step in (1e-4, -1e-4, 2e-4, -2e-4)
+            )
+    slope = (8 * (up - down) - (up2 - down2)) / 12e-4  # fourth-order central difference
+    assert float(((gradient * heading).sum() - slope).abs() / slope.abs()) < 1e-9
+
+
+def test_equals_the_whole_model_in_float64(tiny):
+    model = tiny_bridge(tiny.cfg.model_name.removeprefix("tiny-"), torch.float64)
+    f = tm.ActivationMap.from_prompts(model, PROMPT, 1, 4)
+    theta = torch.randn(1, f.d_model, dtype=torch.float64)
+    expected = whole_model(model, PROMPT, theta[0], 1, 4).detach()
+    with torch.no_grad():
+        assert relative_error(f.y[0] + f.delta(theta)[0, 0], expected) < 1e-9
+
+
+def test_batching_over_vectors_changes_nothing(tiny):
+    prompts = PROMPTS[:3]
+    whole = tm.ActivationMap.from_prompts(tiny, prompts, 1, 4, batch_size=7)
+    split = tm.ActivationMap.from_prompts(tiny, prompts, 1, 4, batch_size=2)
+    theta = torch.randn(7, whole.d_model, generator=torch.Generator().manual_seed(4))
+    results = []
+    for f in (whole, split):
+        leaf = theta.clone().requires_grad_()
+        delta = f.delta(leaf)
+        (gradient,) = torch.autograd.grad(delta.square().sum(), leaf)
+        with torch.no_grad():
+            results.append((delta.detach(), gradient, f.delta(theta)))
+    for a, b in zip(*results, strict=True):
+        assert relative_error(a, b) < 1e-5
+
+
+def test_positions_count_from_each_prompts_own_ends(tiny_llama):
+    f = tm.ActivationMap.from_prompts(tiny_llama, PROMPTS, 1, 4)
+    lengths = f.mask.sum(-1)
+    last = f.position_mask(slice(-2, None))
+    assert (last.sum(-1) == 2).all() and last[:, -2:].all()
+    first = f.position_mask(slice(0, 1))
+    assert [int(i) for i in first.float().argmax(-1)] == [int(f.mask.shape[1] - n) for n in lengths]
+    assert torch.equal(f.position_mask(slice(None)), f.mask)
+    with pytest.raises(ValueError, match=r"picks no token of prompt 1 \('Hi!'"):
+        f.position_mask(slice(5, None))
+
+
+def test_user_hooks_between_the_layers_fire_and_outlive_us(tiny_llama, unchanged):
+    tiny_llama.add_hook("blocks.3.hook_resid_post", lambda resid, hook: resid * 2)
+    try:
+        unchanged(tiny_llama)
+        f = tm.ActivationMap.from_prompts(tiny_llama, PROMPT, 1, 4)
+        expected = whole_model(tiny_llama, PROMPT, torch.ones(f.d_model), 1, 4).detach()
+        with torch.no_grad():
+            assert relative_error(f.y[0] + f.delta(torch.ones(1, f.d_model))[0, 0], expected) < 1e-5
+    finally:
+        tiny_llama.reset_hooks()
+
+
+def test_leaves_the_model_alone_also_after_an_exception(tiny, unchanged):
+    unchanged(tiny)
+    f = tm.ActivationMap.from_prompts(tiny, PROMPTS, 1, 4)
+    theta = torch.ones(2, f.d_model, requires_grad=True)
+    f.delta(theta).sum().backward()
+    assert all(p.grad is None for p in tiny.parameters())
+
+    def fail(resid, hook):
+        raise RuntimeError("a user's hook failed")
+
+    with (
+        tiny.hooks(fwd_hooks=[("blocks.3.hook_resid_post", fail)]),
+        pytest.raises(RuntimeError, match="a user's hook failed"),
+    ):
+        f.delta(theta)
+    with (
+        tiny.hooks(fwd_hooks=[("blocks.3.hook_resid_post", fail)]),
+        pytest.raises(RuntimeError, match="a user's hook failed"),
+    ):
+        tm.ActivationMap.from_prompts(tiny, PROMPT, 1, 4)
+
+
+def test_dropout_is_off_and_training_mode_comes_back(unchanged):
+    model = tiny_bridge("gpt2")
+    model.train()
+    unchanged(model)
+    f = tm.ActivationMap.from_prompts(model, PROMPT, 1, 4)
+    theta = torch.ones(1, f.d_model)
+    with torch.no_grad():
+        assert torch.equal(f.delta(theta), f.delta(theta))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"source_layer": 4, "target_layer": 4}, r"0 <= source_layer < target_layer <= 5"),
+        ({"source_layer": 8, "target_layer": 16}, r"6 layers.*try source_layer=2, target_layer=3"),
+        ({"source_layer": -1, "target_layer": 3}, r"source_layer=-1"),
+        ({"source_layer": 1, "target_layer": 4, "batch_size": 0}, r"batch_size=0"),
+        ({"source_layer": 1, "target_layer": 4, "prompts": "  "}, r"at least one visible character"),
+        ({"source_layer": 1, "target_layer": 4, "prompts": []}, r"prompts: none given"),
+        ({"source_layer": 1, "target_layer": 4, "prompts": "word " * 200}, r"reads at most 128"),
+    ],
+)
+def test_bad_arguments_are_named(tiny_llama, arguments, message, unchanged):
+    unchanged(tiny_llama)
+    with pytest.raises(ValueError, match=message):
+        tm.ActivationMap.from_prompts(tiny_llama, **{"prompts": PROMPT, **arguments})
+
+
+def test_wrong_shapes_are_named(tiny_llama):
+    f = tm.ActivationMap.from_prompts(tiny_llama, PROMPT, 1, 4)
+    with pytest.raises(ValueError, match=r"theta: 7 wide.*d_model=32"):
+        f.delta(torch.zeros(1, 7))
+    with pytest.raises(TypeError, match="theta"):
+        f.delta(torch.zeros(32))
+    with pytest.raises(ValueError, match=r"x: shape \(1, 3, 32\)"):
+        f(torch.zeros(1, 3, 32))
+
+
+def test_not_finite_activations_are_named():
+    model = tiny_bridge("llama")
+    with torch.no_grad():
+        model.blocks[2].mlp.out.original_component.weight.fill_(float("inf"))
+    with pytest.raises(ValueError, match=r"after layer 4 holds values that are not finite"):
+        tm.ActivationMap.from_prompts(model, PROMPT, 1, 4)

@@ -1,0 +1,88 @@
+"""Tiny random models of several architectures, with the embedded model's tokenizer."""
+
+from functools import cache
+from typing import Any
+
+import torch
+from transformers import (
+    AutoTokenizer,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from tl_melbo.models import embedded_model_path
+
+N_LAYERS, D_MODEL, N_HEADS = 6, 32, 4
+TINY_ARCHITECTURES = ("llama", "qwen2", "gemma3", "gpt2", "gptneox")
+
+
+@cache
+def tokenizer() -> Any:
+    path = embedded_model_path()
+    return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+
+
+def tiny_hf(architecture: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+    """Weights larger than the usual initialisation, so that f is far from linear."""
+    common = {"vocab_size": len(tokenizer()), "initializer_range": 0.3}
+    modern = {
+        **common,
+        "hidden_size": D_MODEL,
+        "intermediate_size": 64,
+        "num_hidden_layers": N_LAYERS,
+        "num_attention_heads": N_HEADS,
+        "num_key_value_heads": 2,
+        "head_dim": D_MODEL // N_HEADS,
+        "max_position_embeddings": 128,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+    }
+    makers = {
+        "llama": lambda: LlamaForCausalLM(LlamaConfig(**modern)),
+        "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**modern)),
+        # Two kinds of layer, a window shorter than the prompts: their masks and rotations differ.
+        "gemma3": lambda: Gemma3ForCausalLM(
+            Gemma3TextConfig(**modern, sliding_window=4, sliding_window_pattern=2)
+        ),
+        "gpt2": lambda: GPT2LMHeadModel(
+            GPT2Config(**common, n_embd=D_MODEL, n_layer=N_LAYERS, n_head=N_HEADS, n_positions=128)
+        ),
+        "gptneox": lambda: GPTNeoXForCausalLM(
+            GPTNeoXConfig(
+                **common,
+                hidden_size=D_MODEL,
+                intermediate_size=64,
+                num_hidden_layers=N_LAYERS,
+                num_attention_heads=N_HEADS,
+                max_position_embeddings=128,
+            )
+        ),
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        hf_model = makers[architecture]()
+    hf_model.config._attn_implementation = "eager"
+    hf_model.config.architectures = [type(hf_model).__name__]
+    return hf_model.to(dtype).eval()
+
+
+def tiny_bridge(architecture: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    return TransformerBridge.boot_transformers(
+        f"tiny-{architecture}",
+        hf_model=tiny_hf(architecture, dtype, seed),
+        tokenizer=tokenizer(),
+        device="cpu",
+        dtype=dtype,
+    )

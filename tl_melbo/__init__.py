@@ -1,0 +1,40 @@
+"""Unsupervised steering vectors for TransformerLens models."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from tl_melbo.activation_map import ActivationMap
+from tl_melbo.discovery import melbo, melbo_objective
+from tl_melbo.models import load_model
+from tl_melbo.steering import generate, next_token_log_probs, steered
+from tl_melbo.vectors import SteeringVectors, concatenate
+
+if TYPE_CHECKING:
+    from tl_melbo import analysis, plots, report
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ActivationMap",
+    "SteeringVectors",
+    "analysis",
+    "concatenate",
+    "generate",
+    "load_model",
+    "melbo",
+    "melbo_objective",
+    "next_token_log_probs",
+    "plots",
+    "report",
+    "steered",
+]
+
+# These pull in plotly, pandas and the like; they load when first used, so that importing the
+# package stays quick.
+_LAZY = ("analysis", "plots", "report")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return importlib.import_module(f"tl_melbo.{name}")
+    raise AttributeError(f"module 'tl_melbo' has no attribute {name!r}")

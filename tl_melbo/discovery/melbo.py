@@ -1,0 +1,406 @@
+"""MELBO: vectors at an early layer that change a later layer as much as possible.
+
+Source: Mack & Turner 2024, "Mechanistically eliciting latent behaviors in language models".
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tl_melbo.discovery.protocol import EffectMap
+from tl_melbo.geometry import complement, normalise, random_sphere, tangent
+from tl_melbo.shapes import Delta, Theta, shape_checked
+from tl_melbo.vectors import SteeringVectors, make_story
+
+Norm = Literal["l2", "lp"]
+Optimiser = Literal["ascent", "adamw"]
+
+DEFAULT_STEPS = {"ascent": 10, "adamw": 300}
+# Above this share of the objective, one position drowns all others.
+_DOMINATED = 0.9
+# A vector is done when the direction of steepest ascent is within this angle (radians) of it.
+_CONVERGED_ANGLE = 0.02
+# No single step of the ascent turns a vector by more than this angle (radians).
+_LARGEST_ANGLE = 1.4
+# How fast a step that had to be shortened grows back, with each step that climbs.
+_RECOVERY = 1.5
+
+
+class Step(NamedTuple):
+    """What a search reports after each step."""
+
+    first_vector: int
+    n_at_once: int
+    step: int
+    n_steps: int
+    objective: Float[Tensor, "vector"]
+
+
+OnStep = Callable[[Step], None]
+
+
+@shape_checked
+def melbo_objective(
+    delta: Delta, p: float = 2, q: float | None = None, norm: Norm = "l2"
+) -> Float[Tensor, "vector"]:
+    """Size of each vector's effect: sum over prompts of (sum over pos of ||delta||^p)^(1/q).
+
+    Args:
+        delta: effects; positions that are not to count hold zeros.
+        p: power of the norm, at least 1. Published: 2 and 4.
+        q: root of each prompt's sum, at least 1; None takes p. Published: p and 1.
+        norm: over d_model, "l2" (the original post) or "lp", the p-norm (a textbook chapter).
+            They agree at p = 2.
+
+    Returns:
+        One number a vector, in the dtype of delta.
+
+    Raises:
+        ValueError: p or q is below 1 or not finite.
+
+    Source: Mack & Turner 2024. Their code takes the norm of a [1, pos, d_model] tensor over
+    dim=1, which is positions; that slip is not copied.
+    """
+    q = p if q is None else q
+    for name, value in (("p", p), ("q", q)):
+        if not (1 <= value < math.inf):
+            raise ValueError(
+                f"{name}={value}: allowed are finite numbers from 1; published are p = 2 or 4, "
+                "and q = p or 1"
+            )
+    if norm == "l2":
+        squares = delta.square().sum(-1)
+        powers = squares if p == 2 else _safe_power(squares, p / 2)
+    else:
+        powers = _safe_power(delta.abs(), p).sum(-1)
+    return _safe_power(powers.sum(-1), 1 / q).sum(-1)
+
+
+def _safe_power(base: Tensor, exponent: float) -> Tensor:
+    """base ** exponent for base >= 0, with gradient 0 instead of NaN where base is 0."""
+    if exponent >= 1:
+        return base**exponent
+    positive = base > 0
+    return torch.where(positive, torch.where(positive, base, 1.0) ** exponent, 0.0)
+
+
+@shape_checked
+def melbo(
+    f: EffectMap,
+    n_vectors: int = 32,
+    radius: float = 12.0,
+    p: float = 2,
+    q: float | None = None,
+    positions: slice = slice(-3, None),
+    orthogonal: bool = True,
+    seed: int = 0,
+    optimiser: Optimiser = "ascent",
+    steps: int | None = None,
+    *,
+    norm: Norm = "l2",
+    progress: bool = False,
+    on_step: OnStep | None = None,
+) -> SteeringVectors:
+    """Find vectors of a given length that change the target layer as much as possible.
+
+    Args:
+        f: the activation map, see `ActivationMap.from_prompts`.
+        n_vectors: how many; at most d_model if orthogonal.
+        radius: their L2 norm, in the units of the residual stream. The critical choice: too small
+            changes nothing, too large gives gibberish.
+        p: power of the norm in `melbo_objective`.
+        q: root of each prompt's sum in `melbo_objective`; None takes p.
+        positions: where the effect is measured, counted on each prompt's own tokens. The default
+            is the last three, where the next tokens are made. With all positions the first token
+            takes over in most models: its residual is hundreds of times longer than the others',
+            and every vector ends up rescaling it (a warning says so).
+        orthogonal: find them one after another, each orthogonal to all before it; the order is
+            that of the search: vector k is what climbs highest in what vectors 0 to k-1 leave.
+            Otherwise optimise all at once, each from its own start; several may then coincide.
+        seed: of the random starts, which are uniform on the sphere. Start k depends on the
+            seed and k alone.
+        optimiser: "ascent", fast, its objective never falls; or "adamw", as published.
+        steps: gradient evaluations for each vector at most, the start's included ("ascent",
+            10 by default), or gradient steps ("adamw", 300 by default).
+        norm: over d_model, "l2" or "lp".
+        progress: show a progress bar.
+        on_step: called after every step of the search.
+
+    Returns:
+        The vectors in the order above, each with its objective and how many gradients it took;
+        `history[:, i]` is the objective after i steps, and `story` tells everything set here.
+
+    Raises:
+        ValueError: a number out of its range, more orthogonal vectors than d_model, positions
+            that some prompt does not have.
+        FloatingPointError: the objective or its gradient is not finite at a start.
+
+    Source: Mack & Turner 2024, "Mechanistically eliciting latent behaviors in language models".
+    """
+    search = _Search(f, radius, p, q, positions, norm, optimiser, steps, n_vectors, orthogonal)
+    with tqdm(total=n_vectors, desc="MELBO", unit="vector", disable=not progress) as bar:
+        results = []
+        for result in search.run(seed, on_step):
+            results.append(result)
+            bar.update(len(result.theta))
+    _warn_if_dominated(search, results[0].theta[:1], positions)
+    story = make_story(
+        "melbo",
+        **f.story(),
+        seed=seed,
+        hyperparameters={
+            "n_vectors": n_vectors,
+            "radius": radius,
+            "p": p,
+            "q": p if q is None else q,
+            "norm": norm,
+            "positions": [positions.start, positions.stop, positions.step],
+            "orthogonal": orthogonal,
+            "optimiser": optimiser,
+            "steps": search.steps,
+        },
+    )
+    longest = max(result.history.shape[1] for result in results)
+    history = torch.cat(
+        [
+            torch.nn.functional.pad(r.history, (0, longest - r.history.shape[1]), value=torch.nan)
+            for r in results
+        ]
+    )
+    columns = {
+        "objective": torch.cat([result.objective for result in results]),
+        "evaluations": torch.cat([result.evaluations for result in results]),
+    }
+    return SteeringVectors(torch.cat([r.theta for r in results]), story, columns, history)
+
+
+@dataclass(frozen=True)
+class _Result:
+    theta: Float[Tensor, "vector d_model"]
+    objective: Float[Tensor, "vector"]
+    evaluations: Float[Tensor, "vector"]
+    history: Float[Tensor, "vector step"]
+
+
+class _Search:
+    """The checked arguments of one call of `melbo`, and the loop over its vectors."""
+
+    def __init__(
+        self,
+        f: EffectMap,
+        radius: float,
+        p: float,
+        q: float | None,
+        positions: slice,
+        norm: Norm,
+        optimiser: Optimiser,
+        steps: int | None,
+        n_vectors: int,
+        orthogonal: bool,
+    ) -> None:
+        self.d_model = int(f.x.shape[-1])
+        if not 0 < radius < math.inf:
+            raise ValueError(
+                f"radius={radius}: a positive finite number; useful ones are often 0.05 to 0.4 of "
+                "the typical norm of f.x"
+            )
+        if n_vectors < 1:
+            raise ValueError(f"n_vectors={n_vectors}: at least 1")
+        if orthogonal and n_vectors > self.d_model:
+            raise ValueError(
+                f"n_vectors={n_vectors}: at most d_model={self.d_model} vectors can be orthogonal "
+                "to each other; ask for fewer, or pass orthogonal=False"
+            )
+        self.steps = DEFAULT_STEPS[optimiser] if steps is None else steps
+        if self.steps < 1:
+            raise ValueError(f"steps={self.steps}: at least 1")
+        melbo_objective(torch.zeros(1, 1, 1, 1), p, q, norm)  # p and q are checked there
+        self.f, self.radius, self.p, self.q, self.norm = f, radius, p, q, norm
+        self.counted = f.position_mask(positions)
+        self.climb = _ascent if optimiser == "ascent" else _adamw
+        self.n_vectors, self.orthogonal = n_vectors, orthogonal
+
+    def run(self, seed: int, on_step: OnStep | None) -> Iterator[_Result]:
+        """Yield results in order: one vector at a time if orthogonal, else all together."""
+        generator = torch.Generator().manual_seed(seed)
+        # Drawn one by one, so that start k does not depend on how many are drawn.
+        starts = torch.cat(
+            [random_sphere(1, self.d_model, generator=generator) for _ in range(self.n_vectors)]
+        ).double()
+        if not self.orthogonal:
+            yield self.climb(self, starts, torch.empty(0, self.d_model).double(), 0, on_step)
+            return
+        # In float64: after hundreds of float32 projections the cosines would show.
+        basis = torch.empty(0, self.d_model, dtype=torch.float64)
+        for k in range(self.n_vectors):
+            result = self.climb(self, starts[k : k + 1], basis, k, on_step)
+            # The float32 vector that is handed out is what the next ones are orthogonal to.
+            found = complement(result.theta.double(), basis)
+            basis = torch.cat([basis, normalise(found)])
+            yield result
+
+    def value_and_gradient(self, unit: Tensor) -> tuple[Tensor, Tensor]:
+        """Objective and gradient with respect to theta = radius * unit, float64, on the CPU."""
+        f = self.f
+        values, gradients = [], []
+        theta_dtype = torch.promote_types(f.x.dtype, torch.float32)
+        for batch in (unit * self.radius).to(f.x.device, theta_dtype).split(f.vectors_at_once()):
+            theta = batch.detach().requires_grad_()
+            with torch.enable_grad():
+                effect = f.delta(theta) * self.counted[:, :, None]
+                value = melbo_objective(effect, self.p, self.q, self.norm)
+                (gradient,) = torch.autograd.grad(value.sum(), theta)
+            values.append(value.detach())
+            gradients.append(gradient)
+        return torch.cat(values).double().cpu(), torch.cat(gradients).double().cpu()
+
+
+def _ascent(
+    search: _Search, starts: Tensor, basis: Tensor, first_vector: int, on_step: OnStep | None
+) -> _Result:
+    """Safeguarded power iteration on the sphere, for all starts at once.
+
+    The power step jumps to the gradient's direction, theta <- R g / |g|. It climbs where the
+    objective is convex on the way, as it nearly is: it is a norm of something smooth. Here the jump
+    goes along the great circle, and is taken if the objective is higher at its end. If not, the
+    next trial is nearer: at the top of the cubic through both ends' values and slopes; steps stay
+    shortened for a while. So the objective never falls, and the last iterate is the best.
+    """
+    unit = normalise(complement(starts, basis))
+    value, gradient = search.value_and_gradient(unit)
+    _check_start(value, gradient, first_vector)
+    gradient = complement(gradient, basis)
+    shortening = torch.ones_like(value)
+    evaluations = torch.ones(len(unit))
+    history = [value]
+    _report(on_step, first_vector, 1, search.steps, value)
+    for step in range(2, search.steps + 1):
+        heading, power_angle = _power_step(gradient, unit)
+        active = power_angle > _CONVERGED_ANGLE
+        if not active.any():
+            break
+        angle = shortening * power_angle
+        cosine, sine = angle.cos()[:, None], angle.sin()[:, None]
+        trial = normalise(complement(cosine * unit + sine * heading, basis))
+        trial_value, trial_gradient = value.clone(), gradient.clone()
+        trial_value[active], raw_gradient = search.value_and_gradient(trial[active])
+        trial_gradient[active] = complement(raw_gradient, basis)
+        evaluations += active
+
+        climbed = active & (trial_value > value) & trial_gradient.isfinite().all(-1)
+        slope = search.radius * _dot(gradient, heading)
+        trial_slope = search.radius * _dot(trial_gradient, cosine * heading - sine * unit)
+        nearer = _cubic_top(angle, value, slope, trial_value, trial_slope) / power_angle
+        recovered = (shortening * _RECOVERY).clamp(max=1.0)
+        shortening = torch.where(climbed, recovered, torch.where(active, nearer, shortening))
+        unit = torch.where(climbed[:, None], trial, unit)
+        gradient = torch.where(climbed[:, None], trial_gradient, gradient)
+        value = torch.where(climbed, trial_value, value)
+        history.append(value)
+        _report(on_step, first_vector, step, search.steps, value)
+    return _Result((unit * search.radius).float(), value, evaluations, torch.stack(history, 1))
+
+
+def _adamw(
+    search: _Search, starts: Tensor, basis: Tensor, first_vector: int, on_step: OnStep | None
+) -> _Result:
+    """The published optimiser: projected AdamW, the last iterate returned.
+
+    AdamW works element by element, so that vectors optimised together are as if alone.
+    """
+    unit = normalise(complement(starts, basis))
+    theta = (unit * search.radius).float().requires_grad_()
+    adamw = torch.optim.AdamW(
+        [theta], lr=1e-3, betas=(0.9, 0.98), amsgrad=True, weight_decay=0.0
+    )
+    history = []
+    for step in range(search.steps + 1):
+        value, gradient = search.value_and_gradient(theta.detach().double() / search.radius)
+        if step == 0:
+            _check_start(value, gradient, first_vector)
+        history.append(value)
+        _report(on_step, first_vector, step, search.steps, value)
+        if step == search.steps:
+            break
+        ascent_direction = complement(tangent(gradient, theta.detach().double()), basis)
+        theta.grad = -ascent_direction.float()
+        adamw.step()
+        with torch.no_grad():
+            theta.copy_(normalise(complement(theta.double(), basis), search.radius))
+    evaluations = torch.full((len(theta),), float(search.steps + 1))
+    return _Result(theta.detach(), history[-1], evaluations, torch.stack(history, 1))
+
+
+def _power_step(gradient: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+    """The great circle from `unit` towards the gradient's direction, and the angle to there."""
+    slope_direction = tangent(gradient, unit)
+    steepness = slope_direction.norm(dim=-1)
+    angle = torch.atan2(steepness, _dot(gradient, unit)).clamp(max=_LARGEST_ANGLE)
+    tiny = torch.finfo(torch.float64).tiny
+    return slope_direction / steepness.clamp_min(tiny)[:, None], angle
+
+
+def _cubic_top(
+    width: Tensor, value0: Tensor, slope0: Tensor, value1: Tensor, slope1: Tensor
+) -> Tensor:
+    """Where the cubic through two values and slopes, `width` apart, is highest in between.
+
+    Kept to 0.1 to 0.7 of the width; 0.4 of it where the numbers give no top.
+    """
+    linear = slope0 * width
+    rise = value1 - value0
+    quadratic = 3 * rise - (2 * slope0 + slope1) * width
+    cubic = (slope0 + slope1) * width - 2 * rise
+    root = (quadratic.square() - 3 * cubic * linear).clamp_min(0).sqrt()
+    # Of the two zeros of the derivative, the form of the maximum that is stable for small cubics.
+    top = linear / (root - quadratic)
+    return width * torch.where(top.isfinite(), top, 0.4).clamp(0.1, 0.7)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum(-1)
+
+
+def _check_start(value: Tensor, gradient: Tensor, first_vector: int) -> None:
+    bad = ~(value.isfinite() & gradient.isfinite().all(-1))
+    if bad.any():
+        vectors = (bad.nonzero().flatten() + first_vector).tolist()
+        raise FloatingPointError(
+            f"the objective or its gradient is not finite at the start of vectors {vectors}; use "
+            "a smaller radius, a smaller p, or a model in a wider type (dtype=torch.float32)"
+        )
+
+
+def _report(
+    on_step: OnStep | None, first_vector: int, step: int, n_steps: int, value: Tensor
+) -> None:
+    if on_step is not None:
+        on_step(Step(first_vector, len(value), step, n_steps, value.clone()))
+
+
+def _warn_if_dominated(search: _Search, theta: Theta, positions: slice) -> None:
+    """Say so where the first tokens alone make the objective: see `positions` in `melbo`."""
+    first = search.f.position_mask(slice(0, 1)) & search.counted
+    others = search.counted & ~first
+    if not (first.any() and others.any()):
+        return
+    with torch.no_grad():
+        effect = search.f.delta(theta.to(search.f.x.device))[0]
+        powers = effect.norm(dim=-1).double() ** search.p
+    share = float(powers[first].sum() / powers[search.counted].sum())
+    if share > _DOMINATED:
+        warnings.warn(
+            f"{share:.0%} of the first vector's objective comes from the first token: the search "
+            f"sees little else, and its vectors may all do the same thing, or nothing. "
+            f"positions={positions} includes that token; leave it out with slice(1, None), or "
+            "measure where the next tokens are made with slice(-3, None)",
+            UserWarning,
+            stacklevel=4,
+        )

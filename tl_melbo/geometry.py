@@ -1,0 +1,53 @@
+"""Spheres, tangent spaces and orthogonal complements: tensors in, tensors out."""
+
+import torch
+from torch import Tensor
+
+from tl_melbo.shapes import Float, Theta, shape_checked
+
+Basis = Float[Tensor, "rank d_model"]
+
+
+@shape_checked
+def normalise(theta: Theta, radius: float = 1.0) -> Theta:
+    """Rescale every vector to the given L2 norm.
+
+    Raises:
+        ValueError: a vector is zero or not finite, so it has no direction.
+    """
+    norms = theta.norm(dim=-1, keepdim=True)
+    bad = ~(torch.isfinite(norms) & (norms > 0)).squeeze(-1)
+    if bad.any():
+        raise ValueError(
+            f"theta: vectors {bad.nonzero().flatten().tolist()} are zero or not finite and have "
+            "no direction to keep; leave them out"
+        )
+    return theta * (radius / norms)
+
+
+@shape_checked
+def tangent(gradient: Theta, theta: Theta) -> Theta:
+    """Project each gradient onto the tangent space of the sphere at the matching theta."""
+    unit = normalise(theta)
+    return gradient - (gradient * unit).sum(-1, keepdim=True) * unit
+
+
+@shape_checked
+def complement(vectors: Theta, basis: Basis) -> Theta:
+    """Project vectors onto the orthogonal complement of an orthonormal basis.
+
+    Projects twice: one pass leaves a remainder of rounding size relative to what was removed,
+    which is large relative to the result when little of the vector survives ("twice is enough",
+    Kahan; Giraud et al. 2005).
+    """
+    for _ in range(2):
+        vectors = vectors - (vectors @ basis.T) @ basis
+    return vectors
+
+
+@shape_checked
+def random_sphere(
+    n_vectors: int, d_model: int, radius: float = 1.0, *, generator: torch.Generator
+) -> Theta:
+    """Draw vectors uniformly from the sphere, float32 on the CPU, from the generator alone."""
+    return normalise(torch.randn(n_vectors, d_model, generator=generator), radius)

