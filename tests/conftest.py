@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, settings
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import tl_melbo as tm
-from tests.tiny_models import TINY_ARCHITECTURES, tiny_bridge
+from tests.tiny_models import TINY_ARCHITECTURES, tiny_bridge, tiny_hooked_llama
 
 # Deadlines measure the machine, not the code.
 settings.register_profile(
@@ -53,19 +53,18 @@ def f(model: torch.nn.Module) -> tm.ActivationMap:
 @pytest.fixture
 def unchanged() -> Iterator[Callable[[torch.nn.Module], None]]:
     """Call it with a model: at the end of the test, that model must be as it was."""
-    watched: list[tuple[torch.nn.Module, str]] = []
-    state = torch.random.get_rng_state()
+    watched: list[tuple[torch.nn.Module, str, torch.Tensor]] = []
 
     def watch(model: torch.nn.Module) -> None:
         # The bridge installs hooks of its own at its first forward pass.
         with torch.no_grad():
             model(model.to_tokens(PROMPT))
-        watched.append((model, fingerprint(model)))
+        watched.append((model, fingerprint(model), torch.random.get_rng_state()))
 
     yield watch
-    for model, before in watched:
+    for model, before, state in watched:
         assert fingerprint(model) == before, "the model was changed"
-    assert torch.equal(torch.random.get_rng_state(), state), "the global random state was changed"
+        assert torch.equal(torch.random.get_rng_state(), state), "global random state changed"
 
 
 @pytest.fixture(scope="session", params=TINY_ARCHITECTURES)
@@ -76,3 +75,10 @@ def tiny(request: pytest.FixtureRequest) -> torch.nn.Module:
 @pytest.fixture(scope="session")
 def tiny_llama() -> torch.nn.Module:
     return tiny_bridge("llama")
+
+
+@pytest.fixture(scope="session")
+def hooked_and_bridge() -> tuple[torch.nn.Module, torch.nn.Module]:
+    """The same weights as a HookedTransformer and as a bridge; TransformerLens 3 only."""
+    pytest.importorskip("transformer_lens.HookedTransformer", reason="gone in TransformerLens 4")
+    return tiny_hooked_llama(), tiny_bridge("llama")

@@ -5,7 +5,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 import tl_melbo as tm
-from tests.conftest import PROMPT
+from tests.conftest import PROMPT, fingerprint
 from tests.tiny_models import tiny_bridge
 from tl_melbo.models import to_tokens
 
@@ -87,7 +87,9 @@ def test_several_prompts_equal_each_alone(tiny):
         delta = together.delta(theta)
         for row, prompt in enumerate(PROMPTS):
             alone = tm.ActivationMap.from_prompts(tiny, prompt, 1, 4)
-            assert relative_error(delta[:, row, together.mask[row]], alone.delta(theta)[:, 0]) < 1e-5
+            assert (
+                relative_error(delta[:, row, together.mask[row]], alone.delta(theta)[:, 0]) < 1e-5
+            )
     # Left padding: the last token of every prompt is in the last position.
     assert together.mask[:, -1].all()
 
@@ -158,7 +160,8 @@ def test_positions_count_from_each_prompts_own_ends(tiny_llama):
     f = tm.ActivationMap.from_prompts(tiny_llama, PROMPTS, 1, 4)
     lengths = f.mask.sum(-1)
     last = f.position_mask(slice(-2, None))
-    assert (last.sum(-1) == 2).all() and last[:, -2:].all()
+    assert (last.sum(-1) == 2).all()
+    assert last[:, -2:].all()
     first = f.position_mask(slice(0, 1))
     assert [int(i) for i in first.float().argmax(-1)] == [int(f.mask.shape[1] - n) for n in lengths]
     assert torch.equal(f.position_mask(slice(None)), f.mask)
@@ -167,13 +170,15 @@ def test_positions_count_from_each_prompts_own_ends(tiny_llama):
 
 
 def test_user_hooks_between_the_layers_fire_and_outlive_us(tiny_llama, unchanged):
+    unchanged(tiny_llama)
     tiny_llama.add_hook("blocks.3.hook_resid_post", lambda resid, hook: resid * 2)
+    before = fingerprint(tiny_llama)
     try:
-        unchanged(tiny_llama)
         f = tm.ActivationMap.from_prompts(tiny_llama, PROMPT, 1, 4)
         expected = whole_model(tiny_llama, PROMPT, torch.ones(f.d_model), 1, 4).detach()
         with torch.no_grad():
             assert relative_error(f.y[0] + f.delta(torch.ones(1, f.d_model))[0, 0], expected) < 1e-5
+        assert fingerprint(tiny_llama) == before
     finally:
         tiny_llama.reset_hooks()
 
@@ -217,7 +222,10 @@ def test_dropout_is_off_and_training_mode_comes_back(unchanged):
         ({"source_layer": 8, "target_layer": 16}, r"6 layers.*try source_layer=2, target_layer=3"),
         ({"source_layer": -1, "target_layer": 3}, r"source_layer=-1"),
         ({"source_layer": 1, "target_layer": 4, "batch_size": 0}, r"batch_size=0"),
-        ({"source_layer": 1, "target_layer": 4, "prompts": "  "}, r"at least one visible character"),
+        (
+            {"source_layer": 1, "target_layer": 4, "prompts": "  "},
+            r"at least one visible character",
+        ),
         ({"source_layer": 1, "target_layer": 4, "prompts": []}, r"prompts: none given"),
         ({"source_layer": 1, "target_layer": 4, "prompts": "word " * 200}, r"reads at most 128"),
     ],

@@ -31,7 +31,9 @@ def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
 
-def tiny_hf(architecture: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+def tiny_hf(
+    architecture: str, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> PreTrainedModel:
     """Weights larger than the usual initialisation, so that f is far from linear."""
     common = {"vocab_size": len(tokenizer()), "initializer_range": 0.3}
     modern = {
@@ -86,3 +88,36 @@ def tiny_bridge(architecture: str, dtype: torch.dtype = torch.float32, seed: int
         device="cpu",
         dtype=dtype,
     )
+
+
+def tiny_hooked_llama() -> Any:
+    """The weights of `tiny_hf("llama")` in a HookedTransformer (TransformerLens 3 only)."""
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+    from transformer_lens.pretrained.weight_conversions import convert_llama_weights
+
+    hf_model = tiny_hf("llama")
+    cfg = HookedTransformerConfig(
+        d_model=D_MODEL,
+        d_head=D_MODEL // N_HEADS,
+        n_heads=N_HEADS,
+        n_key_value_heads=2,
+        d_mlp=64,
+        n_layers=N_LAYERS,
+        n_ctx=128,
+        d_vocab=hf_model.config.vocab_size,
+        eps=hf_model.config.rms_norm_eps,
+        act_fn="silu",
+        normalization_type="RMS",
+        positional_embedding_type="rotary",
+        rotary_adjacent_pairs=False,
+        rotary_dim=D_MODEL // N_HEADS,
+        rotary_base=int(hf_model.config.rope_parameters["rope_theta"]),
+        final_rms=True,
+        gated_mlp=True,
+        model_name="tiny-llama",
+        original_architecture="LlamaForCausalLM",
+        device="cpu",
+    )
+    model = HookedTransformer(cfg, tokenizer=tokenizer())
+    model.load_state_dict(convert_llama_weights(hf_model, cfg), strict=False)
+    return model.eval()

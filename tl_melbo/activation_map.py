@@ -14,7 +14,6 @@ from torch.utils.checkpoint import checkpoint
 from tl_melbo.models import (
     Model,
     check_model,
-    model_device,
     model_name,
     residual_hook_name,
     to_tokens,
@@ -229,7 +228,7 @@ class ActivationMap:
         return chosen
 
     def vectors_at_once(self, with_gradient: bool = True) -> int:
-        """How many vectors `delta` runs at once: `batch_size`, or what half the free memory holds."""
+        """How many vectors `delta` runs at once: `batch_size`, or what fits in half the memory."""
         if self.batch_size is not None:
             return self.batch_size
         cfg = self.model.cfg
@@ -303,7 +302,7 @@ def _check_layers(model: Model, source_layer: int, target_layer: int) -> None:
 def _capture(
     model: Model, tokens: Tensor, source_layer: int, target_layer: int
 ) -> tuple[Tensor, Tensor, list[BlockCall]]:
-    """One ordinary pass: resid(source), resid(target), and how the blocks in between were called."""
+    """One ordinary pass: resid(source), resid(target), and how the blocks between were called."""
     residuals: dict[int, Tensor] = {}
     calls: list[BlockCall] = []
 
@@ -328,8 +327,10 @@ def _capture(
         block.register_forward_pre_hook(keep_call, with_kwargs=True)
         for block in model.blocks[source_layer + 1 : target_layer + 1]
     ]
+    # The bridge keeps the Hugging Face model, dropout and all, outside its own tree of modules.
+    roots = (model, model.original_model) if hasattr(model, "original_model") else (model,)
     try:
-        with torch.no_grad(), _frozen(model.blocks):
+        with torch.no_grad(), _frozen(*roots):
             model(tokens, return_type=None)
     finally:
         for handle in handles:
@@ -338,10 +339,10 @@ def _capture(
 
 
 @contextmanager
-def _frozen(modules: nn.ModuleList) -> Iterator[None]:
+def _frozen(*roots: nn.Module) -> Iterator[None]:
     """No gradients for parameters and no dropout inside; everything as it was after."""
-    parameters = [p for p in modules.parameters() if p.requires_grad]
-    training = [m for m in modules.modules() if m.training]
+    parameters = {p for root in roots for p in root.parameters() if p.requires_grad}
+    training = {m for root in roots for m in root.modules() if m.training}
     for parameter in parameters:
         parameter.requires_grad_(False)
     for module in training:

@@ -1,5 +1,6 @@
 """Put vectors into a model: hooks, next-token log-probabilities, generation."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,6 @@ from tl_melbo.models import (
     Model,
     check_layer,
     check_model,
-    model_device,
     model_name,
     residual_hook_name,
     to_tokens,
@@ -41,7 +41,7 @@ def steered(
         with steered(model, found[5]):
             print(model.generate("Once upon a time"))
 
-    Contexts nest: their vectors add up. Whatever happens inside, only this hook is taken away after.
+    Contexts nest: their vectors add up. Whatever happens inside, this hook goes and others stay.
 
     Args:
         model: a TransformerLens model.
@@ -59,10 +59,10 @@ def steered(
     """
     check_model(model)
     theta = as_theta(model, vectors) * scale
-    if not torch.isfinite(theta).all():
+    if not math.isfinite(scale):
         raise ValueError(f"scale={scale}: expected a finite number")
     layer = _steering_layer(model, vectors, layer)
-    past_length = _PastLength()
+    past_length = _PastLength(layer)
 
     def add(module: nn.Module, args: Any, residual: Tensor) -> Tensor:
         rows, length = residual.shape[:2]
@@ -179,8 +179,8 @@ def generate(
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature={temperature}: 0 for greedy, or a positive finite number")
     factors = [scales] if isinstance(scales, int | float) else list(scales)
-    if not factors:
-        raise ValueError("scales: none given; pass 1.0, or several numbers")
+    if not factors or not all(math.isfinite(factor) for factor in factors):
+        raise ValueError(f"scales={scales}: one finite number, or several")
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not texts:
         raise ValueError("prompts: none given; pass one text or a list of texts")
@@ -252,26 +252,21 @@ def _checked_batch_size(batch_size: int) -> int:
 
 
 class _PastLength:
-    """How many positions the KV cache held when a block was last called."""
+    """How many positions the KV cache held when the block was last called."""
 
-    def __init__(self) -> None:
+    def __init__(self, layer: int) -> None:
+        self.layer = layer
         self.value = 0
         self.prompt = 0
 
     def read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.value = 0
-        for name in ("past_key_values", "past_key_value"):
-            if hasattr(kwargs.get(name), "get_seq_length"):
-                # The cache already holds this pass's tokens in the layers before this one.
-                self.value = int(kwargs[name].get_seq_length(_layer_index(module)))
-        entry = kwargs.get("past_kv_cache_entry")
-        if entry is not None:
-            self.value = int(entry.past_keys.shape[1])
-
-
-def _layer_index(block: nn.Module) -> int:
-    attention = getattr(getattr(block, "original_component", block), "self_attn", None)
-    return int(getattr(attention, "layer_idx", 0) or 0)
+        for argument in (*args, *kwargs.values()):
+            if hasattr(argument, "get_seq_length"):
+                # Asked of this layer: those before it have taken in this pass's tokens already.
+                self.value = int(argument.get_seq_length(self.layer))
+            elif hasattr(argument, "past_keys"):
+                self.value = int(argument.past_keys.shape[1])
 
 
 def _chosen_positions(positions: Positions, past: int, length: int, prompt: int) -> Tensor:

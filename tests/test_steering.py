@@ -1,0 +1,243 @@
+"""Vectors in a model, against hooks set by hand and against text written without a cache."""
+
+import math
+
+import pytest
+import torch
+
+import tl_melbo as tm
+from tests.conftest import fingerprint
+from tests.tiny_models import tiny_bridge
+from tl_melbo.models import to_tokens
+
+PROMPT = "Once upon a time"
+
+
+def random_vectors(n_vectors, size=3.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return size * torch.nn.functional.normalize(torch.randn(n_vectors, 32, generator=generator))
+
+
+def by_hand(model, tokens, layer, addend):
+    """Logits with something added to the residual stream by an ordinary hook."""
+    with torch.no_grad():
+        return model.run_with_hooks(
+            tokens, fwd_hooks=[(f"blocks.{layer}.hook_resid_post", lambda r, hook: r + addend)]
+        )
+
+
+def test_adds_the_vector_at_every_position(tiny, unchanged):
+    unchanged(tiny)
+    tokens = to_tokens(tiny, PROMPT)
+    theta = random_vectors(1)
+    with tm.steered(tiny, theta, layer=2) as model, torch.no_grad():
+        steered = model(tokens)
+    torch.testing.assert_close(steered, by_hand(tiny, tokens, 2, theta))
+    with torch.no_grad():
+        assert not torch.allclose(steered, tiny(tokens), atol=1e-2)
+
+
+def test_nests_scales_and_takes_a_vector_for_each_row(tiny):
+    tokens = to_tokens(tiny, PROMPT).expand(3, -1)
+    one, three = random_vectors(1), random_vectors(3, seed=1)
+    with (
+        tm.steered(tiny, one[0], layer=2),
+        tm.steered(tiny, three, layer=2, scale=-0.5),
+        torch.no_grad(),
+    ):
+        steered = tiny(tokens)
+    torch.testing.assert_close(steered, by_hand(tiny, tokens, 2, (one - 0.5 * three)[:, None]))
+
+
+@pytest.mark.parametrize(
+    ("positions", "chosen"),
+    [
+        (slice(1, 3), [1, 2]),
+        (slice(-2, None), [-2, -1]),
+        ([0, -1], [0, -1]),
+        (slice(None), None),
+    ],
+)
+def test_steers_a_subset_of_positions(tiny, positions, chosen):
+    tokens = to_tokens(tiny, PROMPT)
+    theta = random_vectors(1)
+    addend = torch.zeros(1, tokens.shape[1], 32)
+    addend[:, slice(None) if chosen is None else chosen] = theta
+    with tm.steered(tiny, theta, layer=2, positions=positions), torch.no_grad():
+        steered = tiny(tokens)
+    torch.testing.assert_close(steered, by_hand(tiny, tokens, 2, addend))
+
+
+@pytest.mark.parametrize(
+    ("positions", "new_too"), [(slice(-2, None), True), (slice(0, 3), False), ([1], False)]
+)
+def test_positions_count_on_through_the_cache(tiny, positions, new_too):
+    """Generation with a cache, one token a pass, against whole passes with hooks set by hand."""
+    tokens = to_tokens(tiny, PROMPT)
+    prompt_length = tokens.shape[1]
+    theta = random_vectors(1)
+    with tm.steered(tiny, theta, layer=2, positions=positions):
+        ours = tiny.generate(
+            tokens, max_new_tokens=6, do_sample=False, return_type="tokens", verbose=False,
+            stop_at_eos=False,
+        )  # fmt: skip
+    for _ in range(6):
+        addend = torch.zeros(1, tokens.shape[1], 32)
+        addend[:, :prompt_length][:, positions] = theta
+        if new_too:
+            addend[:, prompt_length:] = theta
+        logits = by_hand(tiny, tokens, 2, addend)[:, -1]
+        tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], 1)
+    assert torch.equal(ours, tokens)
+
+
+def test_the_model_comes_back_after_an_exception(tiny, unchanged):
+    unchanged(tiny)
+    tiny.add_hook("blocks.2.hook_resid_post", lambda resid, hook: resid)
+    before = fingerprint(tiny)
+    try:
+        with pytest.raises(KeyError), tm.steered(tiny, random_vectors(1), layer=2):
+            raise KeyError("inside")
+        with (
+            pytest.raises(ValueError, match="2 vectors, but a batch of 3"),
+            tm.steered(tiny, random_vectors(2), layer=2),
+        ):
+            tiny(to_tokens(tiny, PROMPT).expand(3, -1))
+        assert fingerprint(tiny) == before
+    finally:
+        tiny.reset_hooks()
+
+
+def test_resetting_hooks_inside_does_not_break_the_exit(tiny_llama, unchanged):
+    unchanged(tiny_llama)
+    with tm.steered(tiny_llama, random_vectors(1), layer=2):
+        tiny_llama.reset_hooks()
+
+
+def test_next_token_log_probs(tiny, unchanged):
+    unchanged(tiny)
+    theta = random_vectors(5)
+    found = tm.SteeringVectors.from_tensor(theta, source_layer=2)
+    log_probs = tm.next_token_log_probs(tiny, PROMPT, found, batch_size=2)
+    assert log_probs.shape == (5, tiny.cfg.d_vocab)
+    torch.testing.assert_close(log_probs.exp().sum(-1), torch.ones(5))
+    tokens = to_tokens(tiny, PROMPT)
+    for i in range(5):
+        logits = by_hand(tiny, tokens, 2, theta[i])[0, -1]
+        torch.testing.assert_close(log_probs[i], logits.log_softmax(-1))
+    plain = tm.next_token_log_probs(tiny, PROMPT)
+    with torch.no_grad():
+        torch.testing.assert_close(plain, tiny(tokens)[:, -1].log_softmax(-1))
+
+
+def test_greedy_text_is_what_whole_passes_give(tiny, unchanged):
+    """Each row its own vector and scale, with a cache, against one row at a time without."""
+    unchanged(tiny)
+    found = tm.SteeringVectors.from_tensor(random_vectors(3), source_layer=2)
+    frame = tm.generate(tiny, PROMPT, found, scales=[1.0, -2.0], max_new_tokens=5, batch_size=4)
+    assert frame.columns.tolist() == ["vector", "scale", "prompt", "completion"]
+    assert frame["vector"].tolist() == [0, 1, 2] * 2
+    assert frame["scale"].tolist() == [1.0] * 3 + [-2.0] * 3
+    for row in frame.itertuples():
+        tokens = to_tokens(tiny, PROMPT)
+        start = tokens.shape[1]
+        addend = row.scale * found.vectors[row.vector]
+        for _ in range(5):
+            new = by_hand(tiny, tokens, 2, addend)[:, -1].argmax(-1, keepdim=True)
+            if int(new) == tiny.tokenizer.eos_token_id:
+                break
+            tokens = torch.cat([tokens, new], 1)
+        expected = tiny.tokenizer.decode(tokens[0, start:], skip_special_tokens=True)
+        assert row.completion == expected
+
+
+def test_sampling_has_a_seed_of_its_own(tiny_llama):
+    found = tm.SteeringVectors.from_tensor(random_vectors(2), source_layer=2)
+    options = {"temperature": 1.0, "max_new_tokens": 8}
+    first = tm.generate(tiny_llama, PROMPT, found, seed=1, **options)
+    torch.rand(3)
+    torch.manual_seed(0)
+    state = torch.random.get_rng_state()
+    again = tm.generate(tiny_llama, PROMPT, found, seed=1, **options)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    other = tm.generate(tiny_llama, PROMPT, found, seed=2, **options)
+    assert first.equals(again)
+    assert not first.equals(other)
+
+
+def test_unsteered_text_and_several_prompts(tiny_llama):
+    frame = tm.generate(tiny_llama, [PROMPT, "Hi!"], max_new_tokens=4)
+    assert frame["vector"].tolist() == [-1, -1]
+    assert frame["prompt"].tolist() == [PROMPT, "Hi!"]
+    zero = tm.generate(tiny_llama, PROMPT, torch.zeros(32), layer=2, max_new_tokens=4)
+    assert zero["completion"][0] == frame["completion"][0]
+
+
+def test_prompts_are_chat_if_the_vectors_were_found_so(model):
+    f = tm.ActivationMap.from_prompts(model, "Hi!", chat=True)
+    found = tm.melbo(f, 1, steps=1)
+    as_found = tm.next_token_log_probs(model, "Hi!", found)
+    assert torch.equal(as_found, tm.next_token_log_probs(model, "Hi!", found, chat=True))
+    assert not torch.equal(as_found, tm.next_token_log_probs(model, "Hi!", found, chat=False))
+
+
+def test_a_found_vector_changes_the_text_and_leaves_no_trace(model, f, unchanged):
+    unchanged(model)
+    found = tm.melbo(f, 1, steps=4)
+    plain = tm.generate(model, f.prompts[0], chat=True, max_new_tokens=12)["completion"][0]
+    steered = tm.generate(model, f.prompts[0], found, max_new_tokens=12)["completion"][0]
+    again = tm.generate(model, f.prompts[0], chat=True, max_new_tokens=12)["completion"][0]
+    assert plain == again != steered
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"vectors": torch.ones(1, 31)}, r"vectors: 31 wide.*d_model=32"),
+        ({"vectors": torch.full((32,), math.nan)}, r"not finite"),
+        ({"layer": None}, r"layer: not given"),
+        ({"layer": 6}, r"layer=6: tiny-llama has 6 layers, so allowed are 0 to 5"),
+        ({"prompts": ""}, r"at least one visible character"),
+        ({"prompts": []}, r"prompts: none given"),
+        ({"scales": []}, r"scales=\[\]: one finite number, or several"),
+        ({"scales": [math.inf]}, r"scales=\[inf\]"),
+        ({"max_new_tokens": 0}, r"max_new_tokens=0"),
+        ({"temperature": -1.0}, r"temperature=-1.0"),
+        ({"batch_size": 0}, r"batch_size=0"),
+    ],
+)
+def test_bad_arguments_are_named(tiny_llama, arguments, message, unchanged):
+    unchanged(tiny_llama)
+    with pytest.raises(ValueError, match=message):
+        tm.generate(
+            tiny_llama, **{"prompts": PROMPT, "vectors": torch.ones(32), "layer": 2, **arguments}
+        )
+
+
+def test_other_models_are_refused(tiny_llama):
+    with pytest.raises(TypeError, match="expected a TransformerLens model"):
+        tm.next_token_log_probs(tiny_llama.original_model, PROMPT)
+    with (
+        pytest.raises(TypeError, match="expected a TransformerLens model"),
+        tm.steered(torch.nn.Linear(1, 1), torch.ones(32), layer=0),
+    ):
+        pass
+
+
+def test_hooked_transformer_and_bridge_write_the_same(hooked_and_bridge):
+    found = tm.SteeringVectors.from_tensor(random_vectors(3), source_layer=2)
+    hooked, bridge = hooked_and_bridge
+    torch.testing.assert_close(
+        tm.next_token_log_probs(hooked, PROMPT, found),
+        tm.next_token_log_probs(bridge, PROMPT, found),
+        rtol=0, atol=1e-3,
+    )  # fmt: skip
+    options = {"scales": [1.0, -1.0], "max_new_tokens": 6}
+    ours = [tm.generate(m, PROMPT, found, **options) for m in (hooked, bridge)]
+    assert ours[0].equals(ours[1])
+
+
+def test_model_on_meta_is_refused():
+    model = tiny_bridge("llama").to("meta")
+    with pytest.raises(ValueError, match="on the meta device"):
+        tm.next_token_log_probs(model, PROMPT)

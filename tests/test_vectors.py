@@ -1,0 +1,234 @@
+"""SteeringVectors: slicing, arithmetic, the file, and files that are not ours."""
+
+import json
+import math
+import struct
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+import tl_melbo as tm
+from tl_melbo.vectors import make_story
+
+
+def library(n_vectors=5, d_model=8, seed=0, **facts):
+    generator = torch.Generator().manual_seed(seed)
+    history = torch.randn(n_vectors, 3, generator=generator).double()
+    history[0, -1] = math.nan
+    return tm.SteeringVectors(
+        torch.randn(n_vectors, d_model, generator=generator),
+        make_story("melbo", **{"model": "m", "source_layer": 8, "target_layer": 16, **facts}),
+        {"objective": torch.arange(float(n_vectors)), "evaluations": torch.full((n_vectors,), 3.0)},
+        history,
+    )
+
+
+def same(a, b):
+    assert torch.equal(a.vectors, b.vectors)
+    assert dict(a.story) == dict(b.story)
+    assert a.columns.keys() == b.columns.keys()
+    for name in a.columns:
+        assert torch.equal(a.columns[name], b.columns[name])
+    torch.testing.assert_close(a.history, b.history, rtol=0, atol=0, equal_nan=True)
+
+
+def test_indexing_keeps_numbers_and_story():
+    found = library()
+    one = found[3]
+    assert len(one) == 1
+    assert torch.equal(one.vectors[0], found.vectors[3])
+    assert one.objective.tolist() == [3.0]
+    assert one.table()["index"].tolist() == [3]
+    assert found[-1].table()["index"].tolist() == [4]
+    assert found[1:3].table()["index"].tolist() == [1, 2]
+    assert found[::-1].table()["index"].tolist() == [4, 3, 2, 1, 0]
+    assert found[[4, 0]].table()["index"].tolist() == [4, 0]
+    assert found[found.objective > 2].table()["index"].tolist() == [3, 4]
+    assert [len(v) for v in found] == [1] * 5
+    assert len(found[:0]) == 0
+    assert dict(one.story) == dict(found.story)
+
+
+@pytest.mark.parametrize("index", [5, -6, [0, 9]])
+def test_index_outside_is_named(index):
+    with pytest.raises(IndexError, match="the library holds 5 vectors, numbered 0 to 4"):
+        library()[index]
+
+
+@pytest.mark.parametrize("index", [True, 1.5, "a"])
+def test_index_of_another_type_is_refused(index):
+    with pytest.raises(TypeError):
+        library()[index]
+
+
+@given(scale=st.floats(-100, 100).filter(lambda s: abs(s) > 1e-3))
+def test_arithmetic(scale):
+    found = library()
+    assert torch.equal((scale * found).vectors, found.vectors * scale)
+    assert torch.equal((found * scale).vectors, (scale * found).vectors)
+    torch.testing.assert_close((found / scale).vectors, found.vectors / scale)
+    assert torch.equal((-found).vectors, -found.vectors)
+    # What was measured of the unscaled vectors does not hold for the scaled ones.
+    assert (scale * found).objective is None
+    assert (scale * found).history is None
+    assert (2 * (scale * found)).table()["scale"].tolist() == pytest.approx([2 * scale] * 5)
+
+
+def test_arithmetic_refuses_what_is_not_a_number():
+    for bad in ("2", True, torch.ones(5), None):
+        with pytest.raises(TypeError):
+            library() * bad
+    with pytest.raises(ValueError, match="scale=nan"):
+        library() * math.nan
+    with pytest.raises(ZeroDivisionError):
+        library() / 0
+
+
+def test_is_frozen_and_owns_its_tensors():
+    vectors = torch.ones(2, 3)
+    found = tm.SteeringVectors.from_tensor(vectors)
+    vectors.zero_()
+    assert (found.vectors == 1).all()
+    with pytest.raises(AttributeError):
+        found.vectors = vectors
+    with pytest.raises(TypeError):
+        found.story["model"] = "x"
+
+
+def test_concatenate():
+    both = tm.concatenate([library(2), library(3, seed=1)])
+    assert len(both) == 5
+    assert both.table()["index"].tolist() == [0, 1, 2, 3, 4]
+    assert both.objective.tolist() == [0, 1, 0, 1, 2]
+    assert both.story["source_layer"] == 8
+    assert [p["n_vectors"] for p in both.story["parts"]] == [
+        2,
+        3,
+    ]
+    mixed = tm.concatenate([library(1), tm.SteeringVectors.from_tensor(torch.ones(8))])
+    assert mixed.objective.isnan().tolist() == [False, True]
+    assert mixed.story["model"] == "m"
+    assert mixed.history.shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (library(model="other"), r"differ in model: \['m', 'other'\]"),
+        (library(source_layer=3), r"differ in source_layer"),
+        (library(d_model=4), r"differ in d_model"),
+    ],
+)
+def test_concatenate_refuses_vectors_of_different_places(other, message):
+    with pytest.raises(ValueError, match=message):
+        tm.concatenate([library(), other])
+
+
+def test_concatenate_refuses_nothing_and_tensors():
+    with pytest.raises(ValueError, match="none given"):
+        tm.concatenate([])
+    with pytest.raises(TypeError, match=r"libraries\[1\]: got Tensor"):
+        tm.concatenate([library(), torch.ones(1, 8)])
+
+
+def test_save_and_load_give_the_same_back(tmp_path):
+    found = library(prompts=["Ünïcode ☃", "\n"])
+    found.save(tmp_path / "v.safetensors")
+    same(tm.SteeringVectors.load(tmp_path / "v.safetensors"), found)
+    scaled = -0.5 * found[1:3]
+    scaled.save(tmp_path / "v.safetensors")
+    loaded = tm.SteeringVectors.load(tmp_path / "v.safetensors")
+    assert loaded.table().equals(scaled.table())
+    assert [p.name for p in tmp_path.iterdir()] == ["v.safetensors"]
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "v.safetensors"
+    library().save(path)
+    before = path.read_bytes()
+
+    def fail(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tl_melbo.vectors.save_file", fail)
+    with pytest.raises(OSError, match="No space left"):
+        library(seed=1).save(path)
+    assert path.read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_save_names_a_missing_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="create the folder first"):
+        library().save(tmp_path / "no" / "v.safetensors")
+    with pytest.raises(IsADirectoryError):
+        library().save(tmp_path)
+
+
+def test_load_names_what_is_wrong(tmp_path):
+    path = tmp_path / "v.safetensors"
+    load = tm.SteeringVectors.load
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        load(path)
+    save_file({"vectors": torch.ones(2, 3)}, path)
+    with pytest.raises(ValueError, match="not one that tl_melbo saved"):
+        load(path)
+    metadata = {"format": "tl_melbo.vectors", "format_version": "1"}
+    save_file({"vectors": torch.ones(2, 3)}, path, metadata)
+    with pytest.raises(ValueError, match="lacks its story"):
+        load(path)
+    save_file({"vectors": torch.ones(2, 3)}, path, {**metadata, "format_version": "2"})
+    with pytest.raises(ValueError, match="upgrade tl_melbo"):
+        load(path)
+    for story in ("{", "[]", "{}", '{"method": 1}', "[" * 100_000):
+        save_file({"vectors": torch.ones(2, 3)}, path, {**metadata, "story": story})
+        with pytest.raises(ValueError, match="safetensors"):
+            load(path)
+    story = json.dumps({"method": "melbo"})
+    for tensors in (
+        {"other": torch.ones(2, 3)},
+        {"vectors": torch.ones(3)},
+        {"vectors": torch.ones(2, 3, dtype=torch.int64)},
+        {"vectors": torch.full((2, 3), math.nan)},
+        {"vectors": torch.ones(2, 3), "column.objective": torch.ones(3)},
+        {"vectors": torch.ones(2, 3), "history": torch.ones(3, 3)},
+    ):
+        save_file(tensors, path, {**metadata, "story": story})
+        with pytest.raises(ValueError, match=r"v\.safetensors"):
+            load(path)
+
+
+def test_load_refuses_damaged_files(tmp_path):
+    path = tmp_path / "v.safetensors"
+    library().save(path)
+    whole = path.read_bytes()
+    huge = struct.pack("<Q", 2**62) + whole[8:]
+    for damaged in (b"", whole[:5], whole[:40], whole[:-4], whole + b"x", huge, b"\x80\x04pickle"):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"v\.safetensors"):
+            tm.SteeringVectors.load(path)
+
+
+def test_from_tensor_refuses_what_is_not_finite():
+    with pytest.raises(ValueError, match=r"vectors \[1\] hold values that are not finite"):
+        tm.SteeringVectors.from_tensor(torch.tensor([[1.0], [math.inf]]))
+
+
+def test_shows_itself():
+    found = library(model="<b>bold</b>")
+    assert "5 vectors of width 8" in repr(found)
+    assert "layer 8 -> 16" in repr(found)
+    page = found._repr_html_()
+    assert "&lt;b&gt;bold" in page
+    assert "<b>bold" not in page
+    assert "<table" in page
+    assert "0 vectors" in repr(found[:0])
+    assert "<table" in found[:0]._repr_html_()
+
+
+def test_table_has_the_promised_columns():
+    table = library().table()
+    assert list(table.columns[:3]) == ["index", "norm", "objective"]
+    torch.testing.assert_close(torch.tensor(table["norm"].to_numpy()), library().norms)
