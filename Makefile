@@ -41,10 +41,8 @@ install: $(INSTALLED) ## Set up .venv: the package, all extras, the development 
 
 demo: $(INSTALLED) ## Find 32 vectors for "Tell me about yourself." and write a page about them
 	@$(PY) -c 'from tl_melbo.cli import app; app(prog_name="tl-melbo")' \
-		discover "Tell me about yourself." --n-vectors 32 --radius 12 --out runs/demo
+		discover "Tell me about yourself." --n-vectors 32 --radius 12 --out runs/demo --overwrite
 	@test -f runs/demo/report.html || { echo 'runs/demo/report.html was not written' >&2; exit 1; }
-	@echo
-	@echo "$$(pwd)/runs/demo/report.html"
 
 test: lint browser test-tl4 test-tl3 ## Every check: lint, then the tests on both versions of transformer-lens
 

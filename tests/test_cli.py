@@ -1,0 +1,227 @@
+"""The command, run in this process on a tiny model that lies in a folder."""
+
+import csv
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+import tl_melbo as tm
+from tests.tiny_models import tiny_hf, tokenizer
+from tl_melbo.cli import _print_table, app
+
+PROMPT = "Tell me about yourself."
+FILES = ["completions.csv", "report.html", "vectors.safetensors"]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_hf("llama").save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def discover(model_folder: Path, out: Path, *arguments: str, prompts: tuple = (PROMPT,)) -> Result:
+    small = ("--source-layer=1", "--target-layer=4", "--n-vectors=3", "--steps=3")
+    options = (f"--model={model_folder}", "--radius=4", "--max-new-tokens=3", "--out", str(out))
+    return CliRunner().invoke(app, ["discover", *prompts, *small, *options, *arguments])
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def test_a_run_leaves_three_files_and_says_where_the_page_is(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "runs" / "me"
+    result = discover(model_folder, out)
+    assert result.exit_code == 0, result.output
+    assert names(out) == FILES
+    assert result.stdout.splitlines()[-1] == str(out / "report.html")
+    assert "Finding vectors" in result.stderr
+    assert PROMPT in (out / "report.html").read_text(encoding="utf-8")
+    found = tm.SteeringVectors.load(out / "vectors.safetensors")
+    assert len(found) == 3
+    assert found.story["prompts"] == [PROMPT]
+    assert found.story["chat"] is True
+    with (out / "completions.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["vector", "scale", "prompt", "completion"]
+    assert [row["vector"] for row in rows] == ["-1", "0", "0", "1", "1", "2", "2"]
+
+
+def test_every_option_reaches_the_search(model_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    result = discover(
+        model_folder, out,
+        "--positions", "-2:", "--p=4", "--q=1", "--norm=lp", "--independent",
+        "--optimiser=adamw", "--seed=7", "--no-chat", "--dtype=float64", "--device=cpu",
+        prompts=(PROMPT, "Name a colour."),
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    story = tm.SteeringVectors.load(out / "vectors.safetensors").story
+    assert story["prompts"] == [PROMPT, "Name a colour."]
+    assert (story["seed"], story["chat"], story["dtype"]) == (7, False, "float64")
+    expected = {
+        "n_vectors": 3, "radius": 4.0, "p": 4.0, "q": 1.0, "norm": "lp",
+        "positions": [-2, None, None], "orthogonal": False, "optimiser": "adamw", "steps": 3,
+    }  # fmt: skip
+    assert dict(story["hyperparameters"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--radius=-1", "radius=-1"),
+        ("--target-layer=99", "target_layer=99"),
+        ("--n-vectors=33", "at most d_model=32"),
+        ("--p=0.5", "p=0.5"),
+        ("--positions=last", "--positions='last': expected start:stop"),
+        ("--positions=500:", "picks no token"),
+        ("--max-new-tokens=0", "--max-new-tokens=0: at least 1"),
+        ("--model=./nowhere", "no such file or folder"),
+        ("--device=nonsense", "nonsense"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    model_folder: Path, tmp_path: Path, argument: str, message: str
+) -> None:
+    out = tmp_path / "run"
+    result = discover(model_folder, out, argument)
+    assert result.exit_code == 1
+    error = result.stderr.strip().splitlines()[-1]
+    assert error.startswith("Error: ")
+    assert message in error
+    assert "Traceback" not in result.output
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("argument", ["--optimiser=sgd", "--n-vectors=many", "--what"])
+def test_wrong_usage_exits_with_2(model_folder: Path, tmp_path: Path, argument: str) -> None:
+    assert discover(model_folder, tmp_path / "run", argument).exit_code == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_empty_prompt_is_refused(model_folder: Path, tmp_path: Path) -> None:
+    result = discover(model_folder, tmp_path / "run", prompts=(" ",))
+    assert result.exit_code == 1
+    assert "prompt=' '" in result.stderr
+
+
+def test_the_folder_is_checked_before_the_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tm, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    (tmp_path / "file").write_text("in the way")
+    result = discover(tmp_path, tmp_path / "file" / "run")
+    assert result.exit_code == 1
+    assert "a file is in the way" in one_line(result.stderr)
+
+
+def test_an_earlier_run_is_not_overwritten_unasked(model_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "vectors.safetensors").write_text("precious")
+    (tmp_path / "report.html").write_text("old")
+    result = discover(model_folder, tmp_path)
+    assert result.exit_code == 1
+    assert "pass --overwrite to replace that run" in one_line(result.stderr)
+    assert (tmp_path / "vectors.safetensors").read_text() == "precious"
+    assert discover(model_folder, tmp_path, "--overwrite").exit_code == 0
+    assert names(tmp_path) == FILES
+
+
+def test_an_interrupted_run_keeps_what_is_finished(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    (tmp_path / "report.html").write_text("of other vectors")
+    with monkeypatch.context() as patch:
+        patch.setattr(tm.report, "collect_completions", interrupted)
+        result = discover(model_folder, tmp_path)
+    assert result.exit_code == 130
+    assert "Interrupted" in result.stderr
+    assert "Traceback" not in result.output
+    assert names(tmp_path) == ["vectors.safetensors"]
+    with monkeypatch.context() as patch:
+        patch.setattr(tm, "melbo", interrupted)
+        assert discover(model_folder, tmp_path / "new").exit_code == 130
+    assert not (tmp_path / "new").exists()
+
+
+def test_csv_cells_are_no_formulas(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hostile = ['=HYPERLINK("http://x")', "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "a=1"]
+    collect = tm.report.collect_completions
+    monkeypatch.setattr(
+        tm.report,
+        "collect_completions",
+        lambda *a, **k: collect(*a, **k).assign(completion=hostile),
+    )
+    assert discover(model_folder, tmp_path, prompts=("=1+1",)).exit_code == 0
+    with (tmp_path / "completions.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["completion"] for row in rows] == [f"'{text}" for text in hostile[:-1]] + ["a=1"]
+    assert {row["prompt"] for row in rows} == {"'=1+1"}
+    assert rows[0]["vector"] == "-1"
+
+
+def test_the_table_shows_what_the_model_wrote_and_obeys_none_of_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    row = {"index": 3, "prompt": "p", "objective": 178.0, "kl": 0.5}
+    completion = "[red]a[/]\x1b[31m\nb\\" + "c" * 100
+    _print_table(pd.DataFrame([{**row, "completion": completion, "negated_completion": ""}]))
+    shown = capsys.readouterr().out
+    assert "[red]a[/]␛[31m b\\cc" in shown
+    assert "\x1b" not in shown
+    assert all(number in shown for number in ("3", "178.0", "0.500"))
+
+
+def test_warnings_of_the_package_are_readable(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    melbo = tm.melbo
+
+    def warning(*arguments: object, **options: object) -> tm.SteeringVectors:
+        warnings.warn("mind [this]", UserWarning, stacklevel=1)
+        warnings.warn("not yours", FutureWarning, stacklevel=1)
+        return melbo(*arguments, **options)
+
+    monkeypatch.setattr(tm, "melbo", warning)
+    result = discover(model_folder, tmp_path)
+    assert result.exit_code == 0
+    assert "Warning: mind [this]" in result.stderr
+    assert "not yours" not in result.stderr
+    assert "UserWarning" not in result.stderr
+
+
+def test_version_and_help_answer() -> None:
+    result = CliRunner().invoke(app, ["--version"])
+    assert result.stdout.strip() == f"tl-melbo {tm.__version__}"
+    assert "discover" in CliRunner().invoke(app, ["--help"]).stdout
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", CliRunner().invoke(app, ["discover", "--help"]).stdout)
+    assert "--radius" in plain
+
+
+def test_help_does_not_load_what_it_does_not_need() -> None:
+    code = (
+        "import sys, tl_melbo.cli;"
+        "print([m for m in ('plotly', 'itables', 'transformer_lens.model_bridge') "
+        "if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,230 @@
+"""The page as a file: whole, self-contained, and safe whatever the model wrote."""
+
+import math
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+import tl_melbo as tm
+from tests.conftest import PROMPT
+from tl_melbo import report
+
+PROMPTS = ["Tell me about yourself.", "Name a colour."]
+HOSTILE = "<script>alert(1)</script>\x1b[31m\u202etxt</td></table>&amp;\x00"
+
+
+@pytest.fixture(scope="module")
+def f(tiny_llama: torch.nn.Module) -> tm.ActivationMap:
+    return tm.ActivationMap.from_prompts(tiny_llama, PROMPTS, 1, 4, chat=True)
+
+
+@pytest.fixture(scope="module")
+def found(f: tm.ActivationMap) -> tm.SteeringVectors:
+    return tm.melbo(f, n_vectors=5, radius=4.0, steps=3)
+
+
+@pytest.fixture(scope="module")
+def completions(tiny_llama: torch.nn.Module, found: tm.SteeringVectors) -> pd.DataFrame:
+    return report.collect_completions(tiny_llama, PROMPTS, found, max_new_tokens=3)
+
+
+def with_text(completions: pd.DataFrame, text: str) -> pd.DataFrame:
+    return completions.assign(completion=text)
+
+
+def test_control_characters_become_visible() -> None:
+    text = "a\r\nb\tc\rd\x00\x1b[2J\x7f\x9b\u2066e\ud800"
+    assert report.printable(text) == "a\nb\tc␍d␀␛[2J\\x7f\\x9b[U+2066]e\ufffd"
+
+
+def test_completions_are_those_of_generate(
+    tiny_llama: torch.nn.Module, found: tm.SteeringVectors, unchanged
+) -> None:
+    unchanged(tiny_llama)
+    done = []
+    frame = report.collect_completions(
+        tiny_llama, PROMPTS, found, max_new_tokens=3, batch_size=4,
+        on_batch=lambda *count: done.append(count),
+    )  # fmt: skip
+    assert done == [(2, 5), (4, 5), (5, 5)]
+    assert list(frame.columns) == ["vector", "scale", "prompt", "completion"]
+    assert frame["vector"].tolist() == 2 * [-1, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert frame["scale"].tolist()[:5] == [0, 1, -1, 1, -1]
+    expected = tm.generate(tiny_llama, PROMPTS, found, scales=[1.0, -1.0], max_new_tokens=3)
+    both = frame.merge(expected, on=["vector", "scale", "prompt"])
+    assert len(both) == len(expected)
+    assert both["completion_x"].tolist() == both["completion_y"].tolist()
+    unsteered = tm.generate(tiny_llama, PROMPTS, chat=True, max_new_tokens=3)
+    assert frame[frame["vector"] == -1]["completion"].tolist() == unsteered["completion"].tolist()
+
+
+def test_everything_is_computed_that_is_not_given(
+    tiny_llama: torch.nn.Module, found: tm.SteeringVectors, tmp_path: Path, unchanged
+) -> None:
+    unchanged(tiny_llama)
+    table = report.write(tmp_path / "page.html", tiny_llama, found, max_new_tokens=2)
+    expected = ["index", "prompt", "objective", "kl", "completion", "negated_completion"]
+    assert list(table.columns) == expected
+    assert len(table) == len(found) * len(PROMPTS)
+    kl = tm.analysis.kl_divergence(tiny_llama, PROMPTS[1], found)
+    assert table["kl"].tolist()[5:] == pytest.approx(kl.tolist())
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+
+
+def test_the_page_says_what_it_is(
+    tiny_llama: torch.nn.Module,
+    f: tm.ActivationMap,
+    found: tm.SteeringVectors,
+    completions: pd.DataFrame,
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "page.html"
+    report.write(path, tiny_llama, found, completions=completions, activation_map=f)
+    page = path.read_text(encoding="utf-8")
+    for words in (*PROMPTS, "tiny-llama", "1 → 4", "orthogonal", "-3:", "versions: torch"):
+        assert words in page
+    assert page.count('class="plot') == 3
+
+
+def test_the_page_loads_nothing(
+    tiny_llama: torch.nn.Module,
+    found: tm.SteeringVectors,
+    completions: pd.DataFrame,
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "page.html"
+    report.write(path, tiny_llama, found, completions=completions)
+    page = path.read_text(encoding="utf-8")
+    markup = re.sub(r"<(script|style)\b[^>]*>.*?</\1>", "", page, flags=re.DOTALL)
+    assert not re.search(r"\b(src|href|srcset|action)\s*=\s*[\"'](?!data:)", markup)
+    assert "connect-src" not in page
+    assert "default-src 'none'" in page
+
+
+def test_text_from_the_model_is_escaped(
+    tiny_llama: torch.nn.Module,
+    found: tm.SteeringVectors,
+    completions: pd.DataFrame,
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "page.html"
+    hostile = with_text(completions, HOSTILE)
+    report.write(path, tiny_llama, found, completions=hostile, title=HOSTILE)
+    page = path.read_text(encoding="utf-8")
+    assert "<script>alert" not in page
+    assert not set("\x00\x1b\u202e") & set(page)
+    shown = "&lt;script&gt;alert(1)&lt;/script&gt;␛[31m[U+202E]txt&lt;/td&gt;"
+    assert page.count(shown) == len(hostile) + 1
+
+
+def test_a_story_cannot_inject_either(
+    tiny_llama: torch.nn.Module,
+    found: tm.SteeringVectors,
+    completions: pd.DataFrame,
+    tmp_path: Path,
+) -> None:
+    story = {**found.story, "model": HOSTILE[:24], "</dl><script>alert(2)</script>": [HOSTILE[:8]]}
+    library = tm.SteeringVectors(found.vectors, story, found.columns, found.history)
+    path = tmp_path / "page.html"
+    report.write(path, tiny_llama, library, completions=completions)
+    assert "<script>alert" not in path.read_text(encoding="utf-8")
+
+
+def test_a_megabyte_is_cut(
+    tiny_llama: torch.nn.Module,
+    found: tm.SteeringVectors,
+    completions: pd.DataFrame,
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "page.html"
+    long = completions.copy()
+    long.loc[0, "completion"] = "x" * 2**20
+    report.write(path, tiny_llama, found, completions=long)
+    page = path.read_text(encoding="utf-8")
+    assert "[cut: 1,048,576 characters in all]" in page
+    assert max(len(run) for run in re.findall("x+", page)) < 2**15
+
+
+def test_vectors_without_a_story_need_a_prompt_and_a_layer(
+    tiny_llama: torch.nn.Module, tmp_path: Path
+) -> None:
+    bare = tm.SteeringVectors.from_tensor(torch.randn(2, 32))
+    path = tmp_path / "page.html"
+    with pytest.raises(ValueError, match="prompts: none given"):
+        report.write(path, tiny_llama, bare)
+    with pytest.raises(ValueError, match="layer"):
+        report.write(path, tiny_llama, bare, prompts=PROMPT)
+    assert not list(tmp_path.iterdir())
+    table = report.write(path, tiny_llama, bare, prompts=PROMPT, layer=2, max_new_tokens=2)
+    assert "objective" not in table.columns
+    assert "How the search went" not in path.read_text(encoding="utf-8")
+
+
+def test_slices_keep_their_vectors_names(
+    tiny_llama: torch.nn.Module, found: tm.SteeringVectors, tmp_path: Path
+) -> None:
+    table = report.write(tmp_path / "page.html", tiny_llama, found[[4, 2]], max_new_tokens=2)
+    assert table["index"].tolist() == [4, 2, 4, 2]
+
+
+def test_missing_texts_leave_gaps(
+    tiny_llama: torch.nn.Module, found: tm.SteeringVectors, tmp_path: Path
+) -> None:
+    completions = tm.generate(tiny_llama, PROMPT, found[:2], max_new_tokens=2)
+    path = tmp_path / "page.html"
+    table = report.write(path, tiny_llama, found, completions=completions)
+    assert table["completion"].isna().tolist() == [False, False, True, True, True]
+    page = path.read_text(encoding="utf-8")
+    assert "With its negative" not in page
+    assert "Without a vector" not in page
+
+
+@pytest.mark.parametrize(
+    ("completions", "message"),
+    [
+        (pd.DataFrame({"vector": [0]}), "lacks the columns"),
+        (pd.DataFrame(columns=["vector", "scale", "prompt", "completion"]), "is empty"),
+        (
+            pd.DataFrame({"vector": [5], "scale": 1.0, "prompt": "a", "completion": "b"}),
+            r"texts of vectors \[5\]",
+        ),
+    ],
+)
+def test_other_completions_are_refused(
+    tiny_llama: torch.nn.Module,
+    found: tm.SteeringVectors,
+    tmp_path: Path,
+    completions: pd.DataFrame,
+    message: str,
+) -> None:
+    with pytest.raises(ValueError, match=f"completions: .*{message}"):
+        report.write(tmp_path / "page.html", tiny_llama, found, completions=completions)
+
+
+def test_bad_places_and_libraries_are_refused(
+    tiny_llama: torch.nn.Module,
+    found: tm.SteeringVectors,
+    completions: pd.DataFrame,
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        report.write(tmp_path / "no" / "p.html", tiny_llama, found, completions=completions)
+    with pytest.raises(ValueError, match="found: holds no vectors"):
+        report.write(tmp_path / "p.html", tiny_llama, found[:0])
+
+
+def test_numbers_that_are_not_finite_are_shown(
+    tiny_llama: torch.nn.Module,
+    found: tm.SteeringVectors,
+    completions: pd.DataFrame,
+    tmp_path: Path,
+) -> None:
+    objective = found.objective.clone()
+    objective[0] = math.nan
+    library = tm.SteeringVectors(found.vectors, found.story, {"objective": objective})
+    path = tmp_path / "page.html"
+    report.write(path, tiny_llama, library, completions=completions)
+    assert 'data-order="">–</td>' in path.read_text(encoding="utf-8")

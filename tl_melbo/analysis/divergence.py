@@ -1,0 +1,114 @@
+"""Do they do the same thing? Divergence between next-token distributions."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tl_melbo.models import Model
+from tl_melbo.shapes import Float, shape_checked
+from tl_melbo.steering import Vectors, as_theta, next_token_log_probs
+from tl_melbo.vectors import SteeringVectors
+
+Direction = Literal["to_reference", "from_reference"]
+LogProbs = Float[Tensor, "vector d_vocab"]
+
+# Log-probabilities in float32 sum to one this closely; logits do not.
+_NORMALISED_TOLERANCE = 1e-2
+
+
+@shape_checked
+def kl_from_log_probs(log_p: LogProbs, log_q: LogProbs) -> Float[Tensor, "vector"]:
+    """KL(P || Q), row by row: sum of p (log p - log q).
+
+    Args:
+        log_p: natural logarithms of probabilities; -inf is a probability of zero.
+        log_q: the same of Q.
+
+    Returns:
+        In nats, 0 or more; infinite where Q gives zero to what P does not. Summed in float64;
+        float32, or float64 where the input is.
+
+    Raises:
+        ValueError: a row is not a distribution: its probabilities do not sum to one.
+    """
+    for name, rows in (("log_p", log_p), ("log_q", log_q)):
+        total = rows.double().logsumexp(-1)
+        if not (total.abs() < _NORMALISED_TOLERANCE).all():
+            raise ValueError(
+                f"{name}: the probabilities of some rows do not sum to one; pass "
+                "logits.log_softmax(-1), in natural logarithms"
+            )
+    # Normalised again: float32's rounding alone can make a divergence negative.
+    p, q = log_p.double().log_softmax(-1), log_q.double().log_softmax(-1)
+    terms = torch.where(p == -torch.inf, 0.0, p.exp() * (p - q))
+    dtype = torch.promote_types(torch.promote_types(log_p.dtype, log_q.dtype), torch.float32)
+    return terms.sum(-1).clamp_min(0.0).to(dtype)
+
+
+@shape_checked
+def kl_divergence(
+    model: Model,
+    prompt: str,
+    vectors: Vectors,
+    reference: Vectors | None = None,
+    direction: Direction = "to_reference",
+    layer: int | None = None,
+    chat: bool | None = None,
+    *,
+    batch_size: int = 32,
+) -> Float[Tensor, "vector"]:
+    """How far each vector moves the distribution of the token after the prompt.
+
+    Args:
+        model: a TransformerLens model.
+        prompt: one text.
+        vectors: which vectors to add, each by itself.
+        reference: exactly one vector to compare with; None for the unsteered model.
+        direction: "to_reference" is KL(P_vector || P_reference), which the published plots show;
+            "from_reference" is KL(P_reference || P_vector).
+        layer: after which block to add them; None takes the layer that they were found at.
+        chat: format the prompt as chat; None does as was done when `vectors` were found, or else
+            does not.
+        batch_size: rows of the batch.
+
+    Returns:
+        In nats, one number a vector, float32, on the CPU.
+
+    Raises:
+        ValueError: more or fewer than one reference; also as `next_token_log_probs` does.
+
+    Source: Jacob G-W 2024, "I found >800 orthogonal 'write code' steering vectors", whose plot
+    shows KL(P_i || P_0) though its title says the reverse.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: at least 1")
+    if chat is None:
+        chat = isinstance(vectors, SteeringVectors) and bool(vectors.story.get("chat"))
+    if reference is not None:
+        n_references = len(as_theta(model, reference))
+        if n_references != 1:
+            raise ValueError(
+                f"reference: {n_references} vectors, expected exactly one, such as found[5]; or "
+                "None for the unsteered model"
+            )
+    reference_layer = _layer_of(reference, layer)
+    layer = _layer_of(vectors, layer)
+    log_reference = next_token_log_probs(model, prompt, reference, reference_layer, chat=chat)
+    divergences = [torch.empty(0)]
+    # A vocabulary is large: only one batch's distributions are held at a time.
+    for theta in as_theta(model, vectors).split(batch_size):
+        log_vectors = next_token_log_probs(
+            model, prompt, theta, layer, chat=chat, batch_size=batch_size
+        )
+        log_references = log_reference.expand_as(log_vectors)
+        if direction == "to_reference":
+            divergences.append(kl_from_log_probs(log_vectors, log_references))
+        else:
+            divergences.append(kl_from_log_probs(log_references, log_vectors))
+    return torch.cat(divergences)
+
+
+def _layer_of(vectors: Vectors | None, layer: int | None) -> int | None:
+    known = vectors.source_layer if isinstance(vectors, SteeringVectors) else None
+    return known if layer is None else layer

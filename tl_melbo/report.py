@@ -1,0 +1,390 @@
+"""A library as one self-contained HTML page, to look at the outputs hard. It works offline."""
+
+import hashlib
+import json
+from base64 import b64encode
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import itables.options
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from tl_melbo.activation_map import ActivationMap
+from tl_melbo.analysis import cosine_similarity, kl_divergence
+from tl_melbo.files import replacing
+from tl_melbo.models import Model
+from tl_melbo.plots import cosine_heatmap, objective_history
+from tl_melbo.shapes import Delta, shape_checked
+from tl_melbo.steering import generate
+from tl_melbo.vectors import SteeringVectors
+
+_COMPLETION_COLUMNS = ["vector", "scale", "prompt", "completion"]
+# More of one text makes browsers slow, and nobody reads on.
+_LONGEST_SHOWN = 20_000
+_BIDIRECTIONAL = [0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+_VISIBLE = str.maketrans(
+    {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n"}
+    | {code: f"\\x{code:02x}" for code in range(0x7F, 0xA0)}
+    # These reorder the text around them, the page's own included.
+    | {code: f"[U+{code:04X}]" for code in [0x2028, 0x2029, *_BIDIRECTIONAL]}
+    # Half a character: UTF-8 cannot hold it.
+    | dict.fromkeys(range(0xD800, 0xE000), "\ufffd")
+)
+
+OnBatch = Callable[[int, int], None]
+
+
+def printable(text: str) -> str:
+    """Make control characters visible, so that text from a model cannot steer what shows it.
+
+    Newlines and tabs stay; escape sequences, marks that turn the writing direction and broken
+    characters become symbols.
+    """
+    return text.replace("\r\n", "\n").translate(_VISIBLE)
+
+
+@shape_checked
+def collect_completions(
+    model: Model,
+    prompts: str | Sequence[str],
+    found: SteeringVectors,
+    *,
+    max_new_tokens: int = 50,
+    layer: int | None = None,
+    chat: bool | None = None,
+    batch_size: int = 32,
+    on_batch: OnBatch | None = None,
+) -> pd.DataFrame:
+    """Let the model write without a vector, under each vector, and under its negative.
+
+    Args:
+        model: a TransformerLens model.
+        prompts: one text or several.
+        found: the vectors.
+        max_new_tokens: the most tokens to write; the likeliest one is taken each time.
+        layer: after which block to add the vectors; None takes the layer they were found at.
+        chat: format the prompts as chat; None does as was done when the vectors were found.
+        batch_size: rows of a batch.
+        on_batch: called with the vectors done, and the vectors in all, after each batch.
+
+    Returns:
+        A frame with the columns vector (position in `found`, or -1 for unsteered), scale (1, -1,
+        or 0 for unsteered), prompt, completion; for each prompt the unsteered row comes first.
+
+    Raises:
+        TypeError, ValueError: as `generate` does.
+    """
+    texts = [prompts] if isinstance(prompts, str) else list(dict.fromkeys(prompts))
+    chat = bool(found.story.get("chat")) if chat is None else chat
+    options = {"max_new_tokens": max_new_tokens, "chat": chat, "batch_size": batch_size}
+    frames = [generate(model, texts, **options)]
+    at_once = max(1, batch_size // 2)
+    for first in range(0, len(found), at_once):
+        some = found[first : first + at_once]
+        frame = generate(model, texts, some, layer, scales=[1.0, -1.0], **options)
+        frames.append(frame.assign(vector=frame["vector"] + first))
+        if on_batch is not None:
+            on_batch(first + len(some), len(found))
+    frame = pd.concat(frames, ignore_index=True)
+    rows = frame.to_dict("records")
+    rows.sort(key=lambda row: (texts.index(row["prompt"]), row["vector"], -row["scale"]))
+    return pd.DataFrame(rows, columns=_COMPLETION_COLUMNS)
+
+
+@shape_checked
+def write(
+    path: str | Path,
+    model: Model,
+    found: SteeringVectors,
+    *,
+    completions: pd.DataFrame | None = None,
+    activation_map: ActivationMap | None = None,
+    prompts: str | Sequence[str] | None = None,
+    max_new_tokens: int = 50,
+    title: str | None = None,
+    layer: int | None = None,
+    chat: bool | None = None,
+    batch_size: int = 32,
+) -> pd.DataFrame:
+    """Write one HTML file about a library: its settings, texts, numbers and figures.
+
+    Whatever is not given is computed. The file needs nothing else and asks no network.
+
+    Args:
+        path: the file to write; replaced whole or not at all.
+        model: a TransformerLens model.
+        found: the vectors.
+        completions: what `collect_completions` gives.
+        activation_map: the map that the vectors were found with; None leaves out the comparison
+            of effects.
+        prompts: what to complete; None takes those of `completions`, or those of the story.
+        max_new_tokens: the most tokens of each completion.
+        title: the page's heading; None takes the prompt.
+        layer: after which block to add the vectors; None takes the layer they were found at.
+        chat: format the prompts as chat; None does as was done when the vectors were found.
+        batch_size: rows of a batch.
+
+    Returns:
+        The page's table, one row a vector and prompt: index, prompt, objective (where known), kl
+        (of the next token's distribution to the unsteered model's, KL(P_vector || P_unsteered), in
+        nats), completion, negated_completion.
+
+    Raises:
+        ValueError: no vectors, no prompt given or known, completions of another shape; a zero
+            vector; also as `generate` and `kl_divergence` do.
+        FileNotFoundError: the folder does not exist.
+        PermissionError: the folder cannot be written to.
+    """
+    if not len(found):
+        raise ValueError("found: holds no vectors; there is nothing to show")
+    if completions is not None:
+        _check_completions(completions, found)
+        texts = list(dict.fromkeys(completions["prompt"]))
+    else:
+        texts = _prompts(found, prompts)
+    # Opened before the work: a folder that cannot be written to shows at once.
+    with replacing(path) as temporary:
+        if completions is None:
+            completions = collect_completions(
+                model,
+                texts,
+                found,
+                max_new_tokens=max_new_tokens,
+                layer=layer,
+                chat=chat,
+                batch_size=batch_size,
+            )
+        divergences = [
+            kl_divergence(model, text, found, layer=layer, chat=chat, batch_size=batch_size)
+            for text in texts
+        ]
+        table = _table(found, completions, texts, [kl.tolist() for kl in divergences])
+        unsteered = completions[completions["vector"] == -1]
+        texts_without = dict(zip(unsteered["prompt"], unsteered["completion"], strict=True))
+        page = _page(found, table, texts_without, _figures(found, activation_map), title)
+        temporary.write_text(page, encoding="utf-8", newline="\n")
+    return table
+
+
+def _prompts(found: SteeringVectors, prompts: str | Sequence[str] | None) -> list[str]:
+    chosen = found.story.get("prompts") if prompts is None else prompts
+    texts = [chosen] if isinstance(chosen, str) else list(dict.fromkeys(chosen or []))
+    if not texts:
+        raise ValueError(
+            "prompts: none given, and the vectors' story names none; pass prompts='...'"
+        )
+    return texts
+
+
+def _check_completions(completions: pd.DataFrame, found: SteeringVectors) -> None:
+    missing = [name for name in _COMPLETION_COLUMNS if name not in completions.columns]
+    if missing or completions.empty:
+        what = f"lacks the columns {missing}" if missing else "is empty"
+        raise ValueError(f"completions: {what}; pass what report.collect_completions returns")
+    unknown = sorted(set(completions["vector"]) - set(range(-1, len(found))))
+    if unknown:
+        raise ValueError(
+            f"completions: has texts of vectors {unknown[:10]}, but found holds 0 to "
+            f"{len(found) - 1}; pass the completions of these vectors"
+        )
+
+
+def _table(
+    found: SteeringVectors,
+    completions: pd.DataFrame,
+    texts: list[str],
+    divergences: list[list[float]],
+) -> pd.DataFrame:
+    written = {
+        (row["prompt"], row["vector"], row["scale"]): row["completion"]
+        for row in completions.to_dict("records")
+    }
+    indices = found.columns["index"].tolist()
+    objectives = None if found.objective is None else found.objective.tolist()
+    rows = []
+    for text, kl in zip(texts, divergences, strict=True):
+        for vector, index in enumerate(indices):
+            row = {"index": index, "prompt": text}
+            if objectives is not None:
+                row["objective"] = objectives[vector]
+            row |= {
+                "kl": kl[vector],
+                "completion": written.get((text, vector, 1.0)),
+                "negated_completion": written.get((text, vector, -1.0)),
+            }
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _figures(
+    found: SteeringVectors, activation_map: ActivationMap | None
+) -> dict[str, go.Figure | None]:
+    labels = found.columns["index"].tolist()
+    labels = None if labels == list(range(len(found))) else labels
+    effects = None
+    if activation_map is not None:
+        similarity = cosine_similarity(_effects(found, activation_map))
+        effects = cosine_heatmap(similarity, "", labels=labels)
+    has_history = found.history is not None and found.history.numel() > 0
+    return {
+        "vectors": cosine_heatmap(cosine_similarity(found), "", labels=labels),
+        "effects": effects,
+        "history": objective_history(found, "") if has_history else None,
+    }
+
+
+def _effects(found: SteeringVectors, activation_map: ActivationMap) -> Delta:
+    """What each vector does where the search measured it.
+
+    Over all positions the first token, whose residual is far longer than the others', would decide
+    every cosine.
+    """
+    counted = activation_map.position_mask(_positions(found))
+    with torch.no_grad():
+        delta = activation_map.delta(found.vectors.to(activation_map.x.device))
+    return delta * counted[:, :, None]
+
+
+def _positions(found: SteeringVectors) -> slice:
+    parts = found.story.get("hyperparameters", {}).get("positions")
+    return slice(*parts) if isinstance(parts, list) and len(parts) == 3 else slice(None)
+
+
+def _page(
+    found: SteeringVectors,
+    table: pd.DataFrame,
+    unsteered: Mapping[str, str],
+    figures: Mapping[str, go.Figure | None],
+    title: str | None,
+) -> str:
+    template = Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8")
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["shown"] = _shown
+    plotly_js, page_js = _normal(get_plotlyjs()), _normal(_beside("report.js"))
+    bundle = Path(itables.options.dt_bundle)
+    prompts = list(dict.fromkeys(table["prompt"]))
+    return environment.from_string(template).render(
+        title=title,
+        prompts=prompts,
+        facts=_facts(found),
+        settings=_settings(found.story),
+        positions=_slice_text(_positions(found)),
+        orthogonal=bool(found.story.get("hyperparameters", {}).get("orthogonal")),
+        n_vectors=len(found),
+        unsteered=unsteered,
+        columns=_columns(table, many_prompts=len(prompts) > 1),
+        rows=table.to_dict("records"),
+        figures={name: figure and _figure_json(figure) for name, figure in figures.items()},
+        css=Markup(_beside("report.css")),
+        datatables_css=Markup(bundle.with_suffix(".css").read_text(encoding="utf-8")),
+        datatables_js=_inert(bundle.read_text(encoding="utf-8")),
+        plotly_js=Markup(plotly_js),
+        page_js=Markup(page_js),
+        script_hashes=[_sha256(plotly_js), _sha256(page_js)],
+    )
+
+
+def _columns(table: pd.DataFrame, many_prompts: bool) -> list[dict[str, str]]:
+    """The table's columns: what each is called, and what a student should know about it."""
+    columns = [("index", "Vector", "number", "Its place in the library: found[0], found[1], ...")]
+    if many_prompts:
+        columns.append(("prompt", "Prompt", "text", "What the model was asked"))
+    if "objective" in table.columns:
+        columns.append(
+            ("objective", "Objective", "number", "Size of its effect on the target layer")
+        )
+    columns.append(("kl", "KL", "number", "Divergence of the next token from unsteered, in nats"))
+    if any(isinstance(text, str) for text in table["completion"]):
+        columns.append(("completion", "With the vector", "text", "What the model writes"))
+    if any(isinstance(text, str) for text in table["negated_completion"]):
+        columns.append(("negated_completion", "With its negative", "text", "The vector subtracted"))
+    names = ("name", "label", "kind", "hint")
+    return [dict(zip(names, column, strict=True)) for column in columns]
+
+
+def _facts(found: SteeringVectors) -> list[tuple[str, str]]:
+    """What a reader wants to know first."""
+    story, chosen = found.story, found.story.get("hyperparameters", {})
+    source, target = story.get("source_layer"), story.get("target_layer")
+    layers = f"{source} → {target}" if target is not None else source
+    norms = found.norms
+    same = float(norms.max() - norms.min()) <= 1e-3 * float(norms.max())
+    radius = f"{norms.max():.4g}" if same else f"{norms.min():.4g} to {norms.max():.4g}"
+    facts = {
+        "Model": story.get("model"),
+        "Method": story.get("method"),
+        "Layers": layers,
+        "Vectors": len(found),
+        "Norm": radius,
+        "Optimiser": chosen.get("optimiser"),
+        "Seed": story.get("seed"),
+        "Date": str(story.get("date", ""))[:10] or None,
+    }
+    return [(name, str(value)) for name, value in facts.items() if value is not None]
+
+
+def _settings(story: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Every fact of the story as name and text, nested ones flattened."""
+    settings: list[tuple[str, str]] = []
+    for name, value in story.items():
+        if isinstance(value, Mapping):
+            inner = "" if name == "hyperparameters" else f"{name}: "
+            settings += _settings(value, prefix + inner)
+        elif name == "positions" and isinstance(value, list) and len(value) == 3:
+            settings.append((prefix + name, _slice_text(slice(*value))))
+        elif name == "prompts" and isinstance(value, list):
+            settings.append((prefix + name, "\n".join(map(str, value))))
+        else:
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            settings.append((prefix + name.replace("_", " "), text))
+    return settings
+
+
+def _slice_text(positions: slice) -> str:
+    parts = (positions.start, positions.stop, positions.step)
+    start, stop, step = ("" if part is None else str(part) for part in parts)
+    return f"{start}:{stop}" + (f":{step}" if step else "")
+
+
+def _shown(value: Any) -> str:
+    """Text for the page: printable, and cut where a browser would choke on it."""
+    if isinstance(value, float):
+        return "–" if value != value else f"{value:#.4g}"
+    if value is None:
+        return "–"
+    text = str(value)
+    if len(text) > _LONGEST_SHOWN:
+        text = f"{text[:_LONGEST_SHOWN]}… [cut: {len(text):,} characters in all]"
+    return printable(text)
+
+
+def _figure_json(figure: go.Figure) -> Markup:
+    """A figure as JSON that fills the width it gets and cannot end the script it lies in."""
+    fluid = go.Figure(figure).update_layout(width=None, height=None, autosize=True)
+    return Markup(str(fluid.to_json()).replace("<", "\\u003c"))
+
+
+def _beside(name: str) -> str:
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
+
+
+def _normal(script: str) -> str:
+    """Newlines as the browser will see them: the script's hash depends on it."""
+    return script.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _inert(script: str) -> Markup:
+    """JavaScript to be kept as text: nothing in it may end the element that holds it."""
+    return Markup(script.replace("</script", "<\\/script").replace("<!--", "<\\!--"))
+
+
+def _sha256(script: str) -> str:
+    return b64encode(hashlib.sha256(script.encode()).digest()).decode()
