@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from tl_melbo.activation_map import ActivationMap
-from tl_melbo.discovery import melbo, melbo_objective
+from tl_melbo.discovery import iter_melbo_ortho, melbo, melbo_objective, melbo_ortho
 from tl_melbo.models import load_model
 from tl_melbo.steering import generate, next_token_log_probs, steered
 from tl_melbo.vectors import SteeringVectors, concatenate
@@ -20,9 +20,11 @@ __all__ = [
     "analysis",
     "concatenate",
     "generate",
+    "iter_melbo_ortho",
     "load_model",
     "melbo",
     "melbo_objective",
+    "melbo_ortho",
     "next_token_log_probs",
     "plots",
     "report",

@@ -1,5 +1,6 @@
 """The same from a shell: `tl-melbo discover "Tell me about yourself." --out runs/me`."""
 
+import csv
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -205,7 +206,14 @@ def _save_completions(path: Path, completions: "pd.DataFrame") -> None:
     for name in ("prompt", "completion"):
         safe[name] = [_defused(text) for text in safe[name]]
     with replacing(path) as temporary:
-        safe.to_csv(temporary, index=False, encoding="utf-8", errors="backslashreplace")
+        # All text in quotes: pandas forgets them around a lone carriage return.
+        safe.to_csv(
+            temporary,
+            index=False,
+            quoting=csv.QUOTE_NONNUMERIC,
+            encoding="utf-8",
+            errors="backslashreplace",
+        )
 
 
 def _defused(text: str) -> str:
@@ -298,13 +306,14 @@ def _warnings_as_lines() -> Iterator[None]:
     from rich.text import Text
 
     def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-        # Deprecations and the like are between libraries; the user can do nothing about them.
         if category is UserWarning:
             text = _without_controls(" ".join(str(message).split()))
             line = Text.assemble(("Warning: ", "bold yellow"), text)
             _stderr().print(line, soft_wrap=True)
 
     with warnings.catch_warnings():
+        # Deprecations and the like are between libraries; the user can do nothing about them.
+        warnings.simplefilter("ignore")
         warnings.simplefilter("default", UserWarning)
         warnings.showwarning = show
         yield

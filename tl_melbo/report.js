@@ -18,7 +18,8 @@ for (const holder of document.querySelectorAll(".plot")) {
 // The table is complete without this; DataTables makes it sortable and searchable.
 const bundle = document.getElementById("datatables").textContent;
 const address = URL.createObjectURL(new Blob([bundle], { type: "text/javascript" }));
-import(address).then(({ default: DataTable }) => {
+import(address).then(({ default: DataTable, set_or_remove_dark_class: followColourScheme }) => {
+  followColourScheme();
   const table = document.getElementById("vectors");
   const rows = table.tBodies[0].rows.length;
   new DataTable(table, {

@@ -200,8 +200,15 @@ class SteeringVectors:
         frame = pd.DataFrame({"index": self.columns["index"].numpy(), "norm": self.norms.numpy()})
         for name, column in self.columns.items():
             if name != "index":
-                frame[name] = column.numpy()
+                frame[name] = self._named(name, column)
         return frame
+
+    def _named(self, name: str, column: Tensor) -> Any:
+        """A column's numbers, or the words that the story has for them."""
+        import pandas as pd
+
+        words = self.story.get("categories", {}).get(name)
+        return column.numpy() if words is None else pd.Categorical.from_codes(column, words)
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file with the story in its metadata, whole or not at all.
@@ -342,24 +349,37 @@ def concatenate(libraries: Sequence[SteeringVectors]) -> SteeringVectors:
             (lib.story[fact] for lib in libraries if lib.story.get(fact) is not None), None
         )
     parts = [{**library.story, "n_vectors": len(library)} for library in libraries]
-    steps = max(0 if lib.history is None else lib.history.shape[1] for lib in libraries)
-    histories = torch.cat([_padded_history(library, steps) for library in libraries])
     return SteeringVectors(
         torch.cat([library.vectors for library in libraries]),
         {**shared, "method": "concatenate", "parts": parts, "date": _now()},
         columns,
-        histories if steps else None,
+        pad_histories([library.history for library in libraries], [*map(len, libraries)]),
     )
+
+
+def pad_histories(
+    histories: Sequence[Tensor | None], lengths: Sequence[int] | None = None
+) -> Float[Tensor, "vector step"] | None:
+    """Stack histories of different lengths, with NaN after each one's last step.
+
+    Args:
+        histories: each [vector, step]; None where there is none.
+        lengths: the number of vectors of each, needed where some are None.
+    """
+    steps = max((history.shape[1] for history in histories if history is not None), default=0)
+    if not steps:
+        return None
+    counts = lengths or [len(history) for history in histories if history is not None]
+    padded = []
+    for history, count in zip(histories, counts, strict=True):
+        known = torch.empty(count, 0) if history is None else history
+        padded.append(torch.nn.functional.pad(known, (0, steps - known.shape[1]), value=torch.nan))
+    return torch.cat(padded)
 
 
 def make_story(method: str, **facts: Any) -> dict[str, Any]:
     """A story: the method, the facts given, the versions of what ran, and the date."""
     return {"method": method, **facts, "versions": _versions(), "date": _now()}
-
-
-def _padded_history(library: SteeringVectors, steps: int) -> Tensor:
-    history = library.history if library.history is not None else torch.empty(len(library), 0)
-    return torch.nn.functional.pad(history, (0, steps - history.shape[1]), value=torch.nan)
 
 
 def _check_finite(vectors: Tensor, name: str) -> None:

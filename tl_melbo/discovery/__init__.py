@@ -1,5 +1,6 @@
 """Methods that find vectors: one file a method, each takes f, never a model."""
 
 from tl_melbo.discovery.melbo import Step, melbo, melbo_objective
+from tl_melbo.discovery.melbo_ortho import OrthoStep, iter_melbo_ortho, melbo_ortho
 
-__all__ = ["Step", "melbo", "melbo_objective"]
+__all__ = ["OrthoStep", "Step", "iter_melbo_ortho", "melbo", "melbo_objective", "melbo_ortho"]

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from tl_melbo.discovery.protocol import EffectMap
 from tl_melbo.geometry import complement, normalise, random_sphere, tangent
 from tl_melbo.shapes import Delta, Theta, shape_checked
-from tl_melbo.vectors import SteeringVectors, make_story
+from tl_melbo.vectors import SteeringVectors, make_story, pad_histories
 
 Norm = Literal["l2", "lp"]
 Optimiser = Literal["ascent", "adamw"]
@@ -167,17 +167,11 @@ def melbo(
             "steps": search.steps,
         },
     )
-    longest = max(result.history.shape[1] for result in results)
-    history = torch.cat(
-        [
-            torch.nn.functional.pad(r.history, (0, longest - r.history.shape[1]), value=torch.nan)
-            for r in results
-        ]
-    )
     columns = {
         "objective": torch.cat([result.objective for result in results]),
         "evaluations": torch.cat([result.evaluations for result in results]),
     }
+    history = pad_histories([result.history for result in results])
     return SteeringVectors(torch.cat([r.theta for r in results]), story, columns, history)
 
 

@@ -1,0 +1,453 @@
+"""MELBO-ortho: from one steering vector, many more that do the same, all orthogonal.
+
+Source: Jacob G-W 2024, "I found >800 orthogonal 'write code' steering vectors".
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tl_melbo.discovery.protocol import EffectMap
+from tl_melbo.geometry import complement, normalise
+from tl_melbo.shapes import Theta, shape_checked
+from tl_melbo.vectors import SteeringVectors, make_story, pad_histories
+
+OrthoOptimiser = Literal["quasi-newton", "adam"]
+Vector = Float[Tensor, "d_model"]
+
+DEFAULT_ORTHO_STEPS = {"quasi-newton": 40, "adam": 1000}
+# A family ends where its vectors have shrunk to this norm, as the published one does.
+SMALLEST_NORM = 0.1
+# Why the search for a vector ended; the column "stopped" counts into this list.
+STOPPED = ("steps used up", "converged", "not finite")
+_STEPS_USED_UP, _CONVERGED, _NOT_FINITE = range(3)
+
+_LARGEST_COSINE = 1e-5
+# Pairs of steps and gradient changes that the quasi-Newton method remembers.
+_MEMORY = 20
+# It is done when the distance fell by less than this share in so many evaluations.
+_STALLED, _STALLED_FOR = 0.005, 10
+
+
+class OrthoStep(NamedTuple):
+    """What the search for one vector reports after each gradient."""
+
+    vector: int
+    step: int
+    n_steps: int
+    distance: float
+
+
+OnOrthoStep = Callable[[OrthoStep], None]
+
+
+@shape_checked
+def melbo_ortho(
+    f: EffectMap,
+    theta0: SteeringVectors | Vector | Theta,
+    n_vectors: int | None = None,
+    norm_penalty: float = 0.0,
+    previous: SteeringVectors | Theta | None = None,
+    *,
+    optimiser: OrthoOptimiser = "quasi-newton",
+    steps: int | None = None,
+    progress: bool = False,
+    on_step: OnOrthoStep | None = None,
+) -> SteeringVectors:
+    """Find vectors that do what theta0 does, each orthogonal to it and to all before it.
+
+    With z(theta) the mean over positions of f(x + theta), vector k minimises
+    ||z(theta) - z(theta0)|| + norm_penalty ||theta||^2 in the orthogonal complement of theta0 and
+    vectors 0 to k-1. Several prompts are taken together: the distance is over all their means.
+
+    Args:
+        f: the activation map, see `ActivationMap.from_prompts`.
+        theta0: exactly one vector, from anywhere.
+        n_vectors: how many to find; None goes on until their norms fall below 0.1 or the space is
+            used up (d_model - 1 vectors). It ends there in any case.
+        norm_penalty: weight of the squared norm, 0 as published; larger asks for shorter vectors.
+        previous: the vectors that this family has already. The new ones continue it, and are the
+            same as if it had never been interrupted.
+        optimiser: "quasi-newton", fast: L-BFGS from zero, preconditioned with the Jacobian of z
+            at zero, which is measured once for the family; or "adam", as published.
+        steps: gradients for each vector, at most: 40 ("quasi-newton") or 1000 ("adam") by default.
+        progress: show a progress bar.
+        on_step: called after every gradient.
+
+    Returns:
+        The new vectors in order. `table()` tells each one's norm, distance |z - z0|, gradient
+        evaluations and why its search stopped; `history[:, i]` is the distance after i + 1 of them.
+
+    Raises:
+        ValueError: theta0 not one finite vector of the right width, or zero; `previous` of another
+            model, other layers, or not orthogonal; more vectors than the space holds; a number
+            out of its range.
+
+    Source: Jacob G-W 2024, "I found >800 orthogonal 'write code' steering vectors". The
+    quasi-Newton method and the penalty's form are ours; the author asked for the penalty.
+    """
+    found = iter_melbo_ortho(
+        f, theta0, n_vectors, norm_penalty, previous,
+        optimiser=optimiser, steps=steps, on_step=on_step,
+    )  # fmt: skip
+    with tqdm(total=n_vectors, desc="MELBO-ortho", unit="vector", disable=not progress) as bar:
+        parts = []
+        for part in found:
+            parts.append(part)
+            bar.update()
+    if not parts:
+        raise ValueError(
+            f"not one vector of norm {SMALLEST_NORM} or more brings z nearer to that of theta0: "
+            "nothing orthogonal does what it does, or the norm penalty forbids it"
+        )
+    return SteeringVectors(
+        torch.cat([part.vectors for part in parts]),
+        parts[0].story,
+        {name: torch.cat([part.columns[name] for part in parts]) for name in parts[0].columns},
+        pad_histories([part.history for part in parts]),
+    )
+
+
+@shape_checked
+def iter_melbo_ortho(
+    f: EffectMap,
+    theta0: SteeringVectors | Vector | Theta,
+    n_vectors: int | None = None,
+    norm_penalty: float = 0.0,
+    previous: SteeringVectors | Theta | None = None,
+    *,
+    optimiser: OrthoOptimiser = "quasi-newton",
+    steps: int | None = None,
+    on_step: OnOrthoStep | None = None,
+) -> Iterator[SteeringVectors]:
+    """Yield the vectors of `melbo_ortho` one by one, so that each can be kept as it comes.
+
+    Arguments are checked at the call, not at the first vector.
+
+    Raises:
+        ValueError: as `melbo_ortho`.
+    """
+    start = _one_vector(theta0, int(f.x.shape[-1]))
+    earlier = _checked_previous(f, start, previous)
+    room = len(start) - 1 - len(earlier)
+    if n_vectors is not None and not 1 <= n_vectors <= room:
+        raise ValueError(
+            f"n_vectors={n_vectors}: from 1 to {room}; {len(start)} dimensions hold theta0, "
+            f"{len(earlier)} previous vectors and {room} more, or pass None for all there are"
+        )
+    if not 0 <= norm_penalty < math.inf:
+        raise ValueError(f"norm_penalty={norm_penalty}: a finite number, 0 or more")
+    n_steps = DEFAULT_ORTHO_STEPS[optimiser] if steps is None else steps
+    if n_steps < 1:
+        raise ValueError(f"steps={n_steps}: at least 1")
+    problem = _Problem(f, start, norm_penalty, n_steps, on_step)
+    story = make_story(
+        "melbo_ortho",
+        **f.story(),
+        hyperparameters={
+            "n_vectors": n_vectors,
+            "norm_penalty": norm_penalty,
+            "n_previous": len(earlier),
+            "optimiser": optimiser,
+            "steps": n_steps,
+        },
+        theta0={"norm": float(start.norm()), "story": _story_of(theta0)},
+        categories={"stopped": list(STOPPED)},
+    )
+    search = _QuasiNewton(problem) if optimiser == "quasi-newton" else _Adam(problem)
+    return _family(problem, search, earlier, room if n_vectors is None else n_vectors, story)
+
+
+def _family(
+    problem: "_Problem",
+    search: "_QuasiNewton | _Adam",
+    earlier: Tensor,
+    n_vectors: int,
+    story: dict[str, Any],
+) -> Iterator[SteeringVectors]:
+    # In float64: after hundreds of float32 projections the cosines would show.
+    basis = normalise(problem.theta0[None])
+    for vector in earlier:
+        basis = _extended(basis, vector)
+    for k in range(len(earlier), len(earlier) + n_vectors):
+        result = search.find(k, basis)
+        theta = result.theta.float()
+        if float(theta.norm()) < SMALLEST_NORM:
+            return
+        # The float32 vector that is handed out is what the next ones are orthogonal to.
+        basis = _extended(basis, theta)
+        columns = {
+            "index": torch.tensor([k]),
+            "distance": torch.tensor([result.distance]),
+            "evaluations": torch.tensor([float(result.evaluations)]),
+            "stopped": torch.tensor([result.stopped]),
+        }
+        yield SteeringVectors(theta[None], story, columns, torch.tensor([result.history]))
+
+
+def _extended(basis: Tensor, vector: Tensor) -> Tensor:
+    return torch.cat([basis, normalise(complement(vector.double()[None], basis))])
+
+
+@dataclass(frozen=True)
+class _Result:
+    theta: Tensor
+    distance: float
+    evaluations: int
+    stopped: int
+    history: list[float]
+
+
+class _Problem:
+    """The loss of one family, in float64 on the CPU around f, with the distance beside it."""
+
+    def __init__(
+        self,
+        f: EffectMap,
+        theta0: Tensor,
+        norm_penalty: float,
+        n_steps: int,
+        on_step: OnOrthoStep | None,
+    ) -> None:
+        self.f, self.theta0, self.norm_penalty = f, theta0.double(), norm_penalty
+        self.n_steps, self.on_step = n_steps, on_step
+        self.counts = f.mask.sum(-1, keepdim=True)
+        with torch.no_grad():
+            self.target = self.mean_effect(self._to_device(theta0[None]))[0]
+        if not torch.isfinite(self.target).all():
+            raise ValueError(
+                "theta0: its effect on the target layer is not finite; use a shorter vector, or a "
+                "model in a wider type (dtype=torch.float32)"
+            )
+
+    def mean_effect(self, theta: Tensor) -> Tensor:
+        """z(theta) - z(0): [vector, d_model] -> [vector, prompt, d_model]."""
+        return self.f.delta(theta).sum(2) / self.counts
+
+    def loss_and_gradient(self, theta: Tensor) -> tuple[float, float, Tensor]:
+        """Loss, distance and the loss's gradient at one theta."""
+        leaf = self._to_device(theta[None]).detach().requires_grad_()
+        with torch.enable_grad():
+            distance = (self.mean_effect(leaf)[0] - self.target).norm()
+            (gradient,) = torch.autograd.grad(distance, leaf)
+        penalty = self.norm_penalty * float(theta @ theta)
+        whole = gradient[0].double().cpu() + 2 * self.norm_penalty * theta
+        reached = float(distance.detach())
+        return reached + penalty, reached, whole
+
+    def jacobian_gram(self) -> Tensor:
+        """J^T J, with J the Jacobian of z at zero, by differences along every axis."""
+        d_model = len(self.theta0)
+        # Far below where f bends, far above its rounding: a tenth of theta0.
+        step = 0.1 * float(self.theta0.norm())
+        columns = []
+        with torch.no_grad():
+            for axes in torch.eye(d_model).split(self.f.vectors_at_once(with_gradient=False)):
+                effect = self.mean_effect(self._to_device(step * axes))
+                columns.append((effect.flatten(1) / step).double().cpu())
+        jacobian = torch.cat(columns)  # transposed: one row an axis of theta
+        return jacobian @ jacobian.T
+
+    def report(self, vector: int, step: int, distance: float) -> None:
+        if self.on_step is not None:
+            self.on_step(OrthoStep(vector, step, self.n_steps, distance))
+
+    def _to_device(self, theta: Tensor) -> Tensor:
+        dtype = torch.promote_types(self.f.x.dtype, torch.float32)
+        return theta.to(self.f.x.device, dtype)
+
+
+class _Adam:
+    """The published optimiser: Adam on the distance from a copy of theta0, then projected."""
+
+    def __init__(self, problem: _Problem) -> None:
+        self.problem = problem
+
+    def find(self, k: int, basis: Tensor) -> _Result:
+        problem = self.problem
+        theta = problem.theta0.float().clone().requires_grad_()
+        adam = torch.optim.Adam([theta], lr=0.01)
+        history: list[float] = []
+        finite, stopped = theta.detach().double(), _STEPS_USED_UP
+        for step in range(1, problem.n_steps + 1):
+            _, distance, gradient = problem.loss_and_gradient(theta.detach().double())
+            if not (math.isfinite(distance) and torch.isfinite(gradient).all()):
+                stopped = _NOT_FINITE
+                break
+            finite = theta.detach().double().clone()
+            history.append(distance)
+            problem.report(k, step, distance)
+            theta.grad = gradient.float()
+            adam.step()
+            with torch.no_grad():
+                theta.copy_(complement(theta.double()[None], basis)[0])
+        end = complement((finite if stopped else theta.detach().double())[None], basis)[0]
+        _, distance, _ = problem.loss_and_gradient(end)
+        return _Result(end, distance, len(history) + 1, stopped, [*history, distance])
+
+
+class _QuasiNewton:
+    """L-BFGS inside the complement, preconditioned with the Gauss-Newton matrix at zero.
+
+    Near zero the squared distance is almost quadratic, with the Hessian J^T J. That matrix is the
+    same for all vectors of a family, so it is measured and inverted once; L-BFGS then only has to
+    learn how the landscape differs from it farther out. The damping, the mean eigenvalue, keeps
+    directions that z hardly feels at zero from being taken at huge lengths.
+    """
+
+    def __init__(self, problem: _Problem) -> None:
+        self.problem = problem
+        gram = problem.jacobian_gram()
+        scale = float(gram.diagonal().mean())
+        distance = float(problem.target.norm())
+        # The penalty's own curvature, as it stands beside the squared distance.
+        shift = scale + 2 * problem.norm_penalty * distance
+        self.inverse = torch.linalg.inv(gram + shift * torch.eye(len(gram), dtype=gram.dtype))
+
+    def find(self, k: int, basis: Tensor) -> _Result:
+        problem = self.problem
+        precondition = self._preconditioner(basis)
+        theta = torch.zeros_like(problem.theta0)
+        loss, distance, gradient = problem.loss_and_gradient(theta)
+        gradient = complement(gradient[None], basis)[0]
+        history, steps_taken, changes = [distance], [], []
+        problem.report(k, 1, distance)
+        stopped = _STEPS_USED_UP
+        while len(history) < problem.n_steps:
+            direction = -_two_loops(gradient, steps_taken, changes, distance, precondition)
+            direction = complement(direction[None], basis)[0]
+            slope = float(gradient @ direction)
+            if not slope < 0 or _stalled(history):
+                stopped = _CONVERGED
+                break
+            length, taken = 1.0, None
+            while taken is None and len(history) < problem.n_steps:
+                trial = complement((theta + length * direction)[None], basis)[0]
+                trial_loss, trial_distance, trial_gradient = problem.loss_and_gradient(trial)
+                finite = math.isfinite(trial_loss) and bool(torch.isfinite(trial_gradient).all())
+                if finite and trial_loss <= loss + 1e-4 * length * slope:
+                    taken = trial, trial_loss, trial_distance, trial_gradient
+                length *= _backtrack(loss, slope * length, trial_loss)
+                history.append(trial_distance if taken else distance)
+                problem.report(k, len(history), history[-1])
+                if length < 1e-6:
+                    break
+            if taken is None:
+                stopped = _STEPS_USED_UP if length >= 1e-6 else _CONVERGED
+                if length < 1e-6 and not finite:
+                    stopped = _NOT_FINITE
+                break
+            new_gradient = complement(taken[3][None], basis)[0]
+            step, change = taken[0] - theta, new_gradient - gradient
+            if float(step @ change) > 1e-8 * float(step.norm() * change.norm()):
+                steps_taken, changes = (
+                    [*steps_taken, step][-_MEMORY:],
+                    [*changes, change][-_MEMORY:],
+                )
+            theta, loss, distance, gradient = taken[0], taken[1], taken[2], new_gradient
+        return _Result(theta, distance, len(history), stopped, history)
+
+    def _preconditioner(self, basis: Tensor) -> Callable[[Tensor], Tensor]:
+        """The inverse of the matrix restricted to the complement of the basis.
+
+        By the block inverse, (N^T A N)^-1 is A^-1 less what A^-1 says about the basis.
+        """
+        across = self.inverse @ basis.T
+        inner = torch.linalg.cholesky(basis @ across)
+
+        def apply(vector: Tensor) -> Tensor:
+            result = self.inverse @ vector
+            return result - across @ torch.cholesky_solve((basis @ result)[:, None], inner)[:, 0]
+
+        return apply
+
+
+def _two_loops(
+    gradient: Tensor,
+    steps: list[Tensor],
+    changes: list[Tensor],
+    distance: float,
+    precondition: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """L-BFGS's inverse Hessian times the gradient (Nocedal 1980)."""
+    vector, weights = gradient.clone(), []
+    for step, change in zip(reversed(steps), reversed(changes), strict=True):
+        weight = (step @ vector) / (step @ change)
+        weights.append(weight)
+        vector = vector - weight * change
+    # The Hessian of the distance is that of half its square, over the distance.
+    vector = distance * precondition(vector)
+    for step, change, weight in zip(steps, changes, reversed(weights), strict=True):
+        vector = vector + (weight - (change @ vector) / (step @ change)) * step
+    return vector
+
+
+def _backtrack(loss: float, slope: float, trial_loss: float) -> float:
+    """How much shorter to try: to the bottom of the parabola, within a tenth and a half."""
+    if not math.isfinite(trial_loss):
+        return 0.1
+    curvature = trial_loss - loss - slope
+    return min(0.5, max(0.1, -slope / (2 * curvature))) if curvature > 0 else 0.5
+
+
+def _stalled(history: list[float]) -> bool:
+    if len(history) <= _STALLED_FOR:
+        return False
+    return history[-1 - _STALLED_FOR] - history[-1] < _STALLED * history[-1 - _STALLED_FOR]
+
+
+def _one_vector(theta0: SteeringVectors | Tensor, d_model: int) -> Vector:
+    theta = theta0.vectors if isinstance(theta0, SteeringVectors) else theta0.detach().cpu().float()
+    theta = theta[None] if theta.ndim == 1 else theta
+    if len(theta) != 1:
+        raise ValueError(f"theta0: {len(theta)} vectors, expected exactly one, such as found[5]")
+    if theta.shape[1] != d_model:
+        raise ValueError(
+            f"theta0: {theta.shape[1]} wide, but the residual stream has d_model={d_model}; this "
+            "is a vector of another model"
+        )
+    if not torch.isfinite(theta).all() or not float(theta.norm()) > 0:
+        raise ValueError("theta0: zero or not finite, so there is nothing to reproduce")
+    return theta[0]
+
+
+def _checked_previous(
+    f: EffectMap, theta0: Tensor, previous: SteeringVectors | Tensor | None
+) -> Tensor:
+    if previous is None:
+        return torch.empty(0, len(theta0))
+    if isinstance(previous, SteeringVectors):
+        for fact in ("model", "source_layer", "target_layer", "prompts"):
+            theirs, ours = previous.story.get(fact), f.story().get(fact)
+            if theirs is not None and theirs != ours:
+                raise ValueError(
+                    f"previous: found with {fact}={theirs!r}, but f has {fact}={ours!r}; continue "
+                    "a family with the activation map it was begun with"
+                )
+        previous = previous.vectors
+    vectors = previous.detach().cpu().float()
+    if vectors.shape[1] != len(theta0):
+        raise ValueError(f"previous: {vectors.shape[1]} wide, but theta0 is {len(theta0)} wide")
+    family = normalise(torch.cat([theta0[None], vectors]).double())
+    cosines = (family @ family.T - torch.eye(len(family), dtype=torch.float64)).abs()
+    if float(cosines.max()) > _LARGEST_COSINE:
+        i, j = divmod(int(cosines.argmax()), len(family))
+        names = ["theta0" if n == 0 else f"vector {n - 1}" for n in sorted((i, j))]
+        raise ValueError(
+            f"previous: {names[0]} and {names[1]} are not orthogonal (|cosine| "
+            f"{float(cosines.max()):.1e}, allowed {_LARGEST_COSINE:.0e}); pass what melbo_ortho "
+            "returned for this theta0"
+        )
+    return vectors
+
+
+def _story_of(theta0: SteeringVectors | Tensor) -> dict[str, Any] | None:
+    if not isinstance(theta0, SteeringVectors):
+        return None
+    return {**theta0.story, "index": int(theta0.columns["index"][0])}
