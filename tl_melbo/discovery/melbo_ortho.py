@@ -31,6 +31,8 @@ _STEPS_USED_UP, _CONVERGED, _NOT_FINITE = range(3)
 _LARGEST_COSINE = 1e-5
 # Pairs of steps and gradient changes that the quasi-Newton method remembers.
 _MEMORY = 20
+# Ever shorter steps along one direction, before it is given up.
+_MOST_TRIALS = 6
 # It is done when the distance fell by less than this share in so many evaluations.
 _STALLED, _STALLED_FOR = 0.005, 10
 
@@ -326,8 +328,8 @@ class _QuasiNewton:
             if not slope < 0 or _stalled(history):
                 stopped = _CONVERGED
                 break
-            length, taken = 1.0, None
-            while taken is None and len(history) < problem.n_steps:
+            length, taken, finite = 1.0, None, True
+            for _ in range(min(_MOST_TRIALS, problem.n_steps - len(history))):
                 trial = complement((theta + length * direction)[None], basis)[0]
                 trial_loss, trial_distance, trial_gradient = problem.loss_and_gradient(trial)
                 finite = math.isfinite(trial_loss) and bool(torch.isfinite(trial_gradient).all())
@@ -336,12 +338,11 @@ class _QuasiNewton:
                 length *= _backtrack(loss, slope * length, trial_loss)
                 history.append(trial_distance if taken else distance)
                 problem.report(k, len(history), history[-1])
-                if length < 1e-6:
+                if taken:
                     break
             if taken is None:
-                stopped = _STEPS_USED_UP if length >= 1e-6 else _CONVERGED
-                if length < 1e-6 and not finite:
-                    stopped = _NOT_FINITE
+                stopped = _CONVERGED if len(history) < problem.n_steps else _STEPS_USED_UP
+                stopped = stopped if finite else _NOT_FINITE
                 break
             new_gradient = complement(taken[3][None], basis)[0]
             step, change = taken[0] - theta, new_gradient - gradient

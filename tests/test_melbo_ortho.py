@@ -1,0 +1,255 @@
+"""MELBO-ortho: the published optimiser against the slow reference, the fast one against it."""
+
+import math
+import sys
+
+import pytest
+import torch
+
+import tl_melbo as tm
+from tests.conftest import PROMPT
+from tests.reference import melbo_ortho as reference
+from tests.test_melbo import cosines
+from tests.tiny_models import tiny_bridge
+from tl_melbo.models import to_tokens
+
+PROMPTS = ["Tell me about yourself.", "Write a poem about the sea."]
+
+
+def tiny_map(model, prompts=PROMPT, **options):
+    return tm.ActivationMap.from_prompts(model, prompts, 1, 4, **options)
+
+
+def start(f, radius=2.0):
+    return tm.melbo(f, 1, radius, steps=6)
+
+
+def mean_effect(f, theta):
+    with torch.no_grad():
+        return f.delta(theta).sum(2) / f.mask.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("norm_penalty", [0.0, 0.05])
+def test_adam_matches_the_reference_step_by_step(tiny, norm_penalty, monkeypatch):
+    # So few steps leave short vectors, and the family is not to end there.
+    module = sys.modules["tl_melbo.discovery.melbo_ortho"]
+    monkeypatch.setattr(module, "SMALLEST_NORM", 0.0)
+    f = tiny_map(tiny)
+    theta0 = start(f)
+    ours = tm.melbo_ortho(f, theta0, 2, norm_penalty, optimiser="adam", steps=12)
+    tokens = to_tokens(tiny, PROMPT)
+    earlier = []
+    for k in range(2):
+        history, theta = reference.adam(
+            tiny, tokens, theta0.vectors[0], earlier, 12, 1, 4, norm_penalty
+        )
+        # Step 0 is at theta0 itself: no distance but rounding.
+        torch.testing.assert_close(ours.history[k, 1:12], history[1:], rtol=1e-3, atol=1e-4)
+        assert float((ours.vectors[k] - theta).norm() / theta.norm()) < 5e-3
+        earlier.append(ours.vectors[k])
+
+
+def test_fast_comes_nearer_than_adam_in_an_eighth_of_its_gradients(tiny):
+    f = tiny_map(tiny)
+    theta0 = start(f)
+    fast = tm.melbo_ortho(f, theta0, 3)
+    slow = tm.melbo_ortho(f, theta0, 3, optimiser="adam", steps=8 * 40)
+    assert (fast.columns["evaluations"] <= 40).all()
+    assert fast.columns["distance"].mean() <= slow.columns["distance"].mean()
+
+
+def test_fast_comes_nearer_than_the_published_run(f):
+    """On the embedded model; 125 steps are an eighth of the published 1000."""
+    theta0 = tm.melbo(f, 1, steps=4)
+    fast = tm.melbo_ortho(f, theta0, 1)
+    slow = tm.melbo_ortho(f, theta0, 1, optimiser="adam", steps=125)
+    assert float(fast.columns["distance"]) < 0.6 * float(slow.columns["distance"])
+    z0 = mean_effect(f, theta0.vectors)
+    reached = (mean_effect(f, fast.vectors) - z0).norm()
+    torch.testing.assert_close(reached, fast.columns["distance"][0], rtol=1e-3, atol=0)
+
+
+def test_family_until_the_space_is_used_up(tiny_llama, unchanged):
+    unchanged(tiny_llama)
+    f = tiny_map(tiny_llama)
+    theta0 = start(f)
+    family = tm.melbo_ortho(f, theta0, steps=8)
+    everything = torch.cat([theta0.vectors, family.vectors])
+    assert cosines(everything).max() < 1e-5
+    # Either the space is used up, or what was left had shrunk to nothing.
+    assert len(family) <= 31
+    assert (family.norms >= 0.1).all()
+    assert family.table()["index"].tolist() == list(range(len(family)))
+
+
+def test_a_space_that_a_map_does_not_feel_ends_the_family():
+    """delta = theta M with M of rank 2: what is left after the felt directions has no effect."""
+    matrix = torch.zeros(5, 5)
+    matrix[0, 0], matrix[1, 0] = 2.0, 1.0
+
+    class Linear:
+        x = torch.zeros(1, 3, 5)
+        mask = torch.ones(1, 3, dtype=torch.bool)
+
+        def delta(self, theta):
+            return (theta @ matrix)[:, None, None, :].expand(-1, 1, 3, -1)
+
+        def position_mask(self, positions):
+            return self.mask
+
+        def vectors_at_once(self, with_gradient=True):
+            return 4
+
+        def story(self):
+            return {"model": "linear"}
+
+    theta0 = torch.tensor([3.0, 0.0, 0.0, 0.0, 0.0])
+    family = tm.melbo_ortho(Linear(), theta0)
+    # Only the second axis does what the first does: 6 = 2 * 3 = 1 * 6.
+    assert len(family) == 1
+    torch.testing.assert_close(
+        family.vectors, torch.tensor([[0.0, 6.0, 0.0, 0.0, 0.0]]), rtol=1e-3, atol=1e-3
+    )
+    assert float(family.columns["distance"]) < 1e-2
+    # Closed form with the penalty: minimise |t - 6| + w t^2, at t = 1 / (2 w).
+    shorter = tm.melbo_ortho(Linear(), theta0, norm_penalty=0.25)
+    torch.testing.assert_close(float(shorter.norms[0]), 2.0, rtol=1e-3, atol=0)
+
+
+def test_interrupted_and_continued_is_the_same_bit_for_bit(tiny_llama):
+    f = tiny_map(tiny_llama, PROMPTS)
+    theta0 = start(f)
+    whole = tm.melbo_ortho(f, theta0, 8, steps=10)
+    first = tm.melbo_ortho(f, theta0, 3, steps=10)
+    rest = tm.melbo_ortho(f, theta0, 5, previous=first, steps=10)
+    assert torch.equal(torch.cat([first.vectors, rest.vectors]), whole.vectors)
+    assert rest.table()["index"].tolist() == [3, 4, 5, 6, 7]
+    for name, column in whole.columns.items():
+        assert torch.equal(torch.cat([first.columns[name], rest.columns[name]]), column)
+    from_tensor = tm.melbo_ortho(f, theta0.vectors[0], 5, previous=first.vectors, steps=10)
+    assert torch.equal(from_tensor.vectors, rest.vectors)
+
+
+def test_a_penalty_gives_shorter_vectors(tiny_llama):
+    f = tiny_map(tiny_llama)
+    theta0 = start(f)
+    norms = [
+        float(tm.melbo_ortho(f, theta0, 1, norm_penalty).norms[0])
+        for norm_penalty in (0.0, 0.02, 0.1)
+    ]
+    assert norms[0] > norms[1] > norms[2]
+
+
+def test_yields_one_by_one_and_checks_at_the_call(tiny_llama):
+    f = tiny_map(tiny_llama)
+    theta0 = start(f)
+    one_by_one = tm.iter_melbo_ortho(f, theta0, 3, steps=4)
+    first = next(one_by_one)
+    assert len(first) == 1
+    together = tm.melbo_ortho(f, theta0, 3, steps=4)
+    assert torch.equal(together[0].vectors, first.vectors)
+    with pytest.raises(ValueError, match="n_vectors=0"):
+        tm.iter_melbo_ortho(f, theta0, 0)
+
+
+def test_not_finite_costs_one_vector_and_not_the_family(tiny_llama):
+    f = tiny_map(tiny_llama)
+    theta0 = start(f)
+
+    class BreaksOnce:
+        """NaN from the sixth gradient of the family on, until the first vector is given up."""
+
+        def __init__(self):
+            self.calls = 0
+
+        def __getattr__(self, name):
+            return getattr(f, name)
+
+        x, mask = f.x, f.mask
+
+        def delta(self, theta):
+            effect = f.delta(theta)
+            if theta.requires_grad:
+                self.calls += 1
+                if 6 <= self.calls < 12:
+                    effect = effect * math.nan
+            return effect
+
+        def position_mask(self, positions):
+            return f.position_mask(positions)
+
+        def vectors_at_once(self, with_gradient=True):
+            return f.vectors_at_once(with_gradient)
+
+        def story(self):
+            return f.story()
+
+    family = tm.melbo_ortho(BreaksOnce(), theta0, 3, steps=20)
+    assert torch.isfinite(family.vectors).all()
+    assert len(family) == 3
+    assert family.table()["stopped"].tolist()[0] == "not finite"
+    assert family.table()["stopped"].tolist()[2] != "not finite"
+
+
+def test_story_and_table_tell_everything(tiny_llama, tmp_path):
+    f = tiny_map(tiny_llama)
+    found = tm.melbo(f, 3, 2.0, steps=3)
+    family = tm.melbo_ortho(f, found[2], 2, steps=5)
+    assert family.story["method"] == "melbo_ortho"
+    assert family.story["theta0"]["story"]["index"] == 2
+    assert family.story["hyperparameters"]["optimiser"] == "quasi-newton"
+    table = family.table()
+    assert {"index", "norm", "distance", "evaluations", "stopped"} <= set(table.columns)
+    assert set(table["stopped"]) <= {"steps used up", "converged", "not finite"}
+    family.save(tmp_path / "family.safetensors")
+    assert tm.SteeringVectors.load(tmp_path / "family.safetensors").table().equals(table)
+
+
+def test_steps_are_reported(tiny_llama):
+    seen = []
+    f = tiny_map(tiny_llama)
+    tm.melbo_ortho(f, start(f), 2, steps=3, on_step=seen.append)
+    assert [(s.vector, s.step) for s in seen] == [(k, i) for k in (0, 1) for i in (1, 2, 3)]
+
+
+def test_bad_arguments_are_named(tiny_llama, unchanged):
+    unchanged(tiny_llama)
+    f = tiny_map(tiny_llama)
+    other = tm.ActivationMap.from_prompts(tiny_llama, PROMPT, 1, 3)
+    theta0 = start(f)
+    family = tm.melbo_ortho(f, theta0, 2, steps=3)
+    elsewhere = tm.melbo_ortho(other, theta0, 2, steps=3)
+    cases = [
+        ({"theta0": torch.zeros(32)}, r"theta0: zero or not finite"),
+        ({"theta0": torch.full((32,), math.nan)}, r"theta0: zero or not finite"),
+        ({"theta0": torch.ones(7)}, r"theta0: 7 wide.*d_model=32"),
+        ({"theta0": family}, r"theta0: 2 vectors, expected exactly one"),
+        ({"n_vectors": 0}, r"n_vectors=0: from 1 to 31"),
+        ({"n_vectors": 32}, r"n_vectors=32: from 1 to 31"),
+        ({"n_vectors": 30, "previous": family}, r"from 1 to 29.*2 previous vectors"),
+        ({"norm_penalty": -1.0}, r"norm_penalty=-1.0"),
+        ({"steps": 0}, r"steps=0"),
+        ({"previous": theta0}, r"theta0 and vector 0 are not orthogonal"),
+        ({"previous": torch.ones(2, 7)}, r"previous: 7 wide"),
+        ({"previous": elsewhere}, r"previous: found with target_layer=3, but f has target_layer=4"),
+    ]
+    for arguments, message in cases:
+        with pytest.raises(ValueError, match=message):
+            tm.melbo_ortho(f, **{"theta0": theta0, **arguments})
+
+
+def test_hooked_transformer_and_bridge_find_the_same_family(hooked_and_bridge):
+    results = []
+    for model in hooked_and_bridge:
+        f = tiny_map(model)
+        results.append(tm.melbo_ortho(f, torch.ones(32) / 4, 2, steps=6))
+    torch.testing.assert_close(results[0].vectors, results[1].vectors, rtol=0, atol=5e-3)
+
+
+def test_a_map_that_is_not_finite_is_refused():
+    model = tiny_bridge("llama")
+    f = tiny_map(model)
+    with torch.no_grad():
+        model.blocks[3].mlp.out.original_component.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="effect on the target layer is not finite"):
+        tm.melbo_ortho(f, torch.ones(32), 1)
