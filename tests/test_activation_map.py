@@ -252,3 +252,50 @@ def test_not_finite_activations_are_named():
         model.blocks[2].mlp.out.original_component.weight.fill_(float("inf"))
     with pytest.raises(ValueError, match=r"after layer 4 holds values that are not finite"):
         tm.ActivationMap.from_prompts(model, PROMPT, 1, 4)
+
+
+def test_hooks_that_come_and_go_count_on_both_sides(tiny_llama):
+    f = tm.ActivationMap.from_prompts(tiny_llama, PROMPT, 1, 4)
+    theta = torch.ones(2, f.d_model)
+    before = f.delta(theta)
+    zero = torch.zeros(1, f.d_model)
+    with tiny_llama.hooks(fwd_hooks=[("blocks.3.hook_resid_post", lambda r, hook: r * 2)]):
+        assert f.delta(zero).abs().max() < 1e-4
+        assert (f.delta(theta) - before).abs().max() > 0.1
+    torch.testing.assert_close(f.delta(theta), before)
+
+
+def test_hooked_transformer_equals_its_whole_model(hooked_and_bridge):
+    hooked, bridge = hooked_and_bridge
+    ours = [tm.ActivationMap.from_prompts(m, PROMPTS, 1, 4) for m in (hooked, bridge)]
+    theta = torch.randn(2, 32, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        deltas = [f.delta(theta) for f in ours]
+    for row, prompt in enumerate(PROMPTS):
+        own = ours[0].mask[row]
+        for i in range(2):
+            expected = whole_model(hooked, prompt, theta[i], 1, 4).detach()
+            assert relative_error((ours[0].y[row] + deltas[0][i, row])[own], expected) < 1e-5
+    assert relative_error(deltas[0], deltas[1]) < 1e-4
+
+
+def test_other_values_are_named(tiny_llama):
+    f = tm.ActivationMap.from_prompts(tiny_llama, PROMPT, 1, 4)
+    with pytest.raises(ValueError, match=r"theta: vectors \[1\] hold values that are not finite"):
+        f.delta(torch.stack([torch.ones(32), torch.full((32,), float("nan"))]))
+    with pytest.raises(ValueError, match=r"x: torch.float64 on cpu, expected torch.float32"):
+        f(f.x.double())
+    with pytest.raises(ValueError, match="a slice's step cannot be 0"):
+        f.position_mask(slice(None, None, 0))
+    assert f.delta(torch.zeros(0, 32)).shape == (0, *f.x.shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_types_work(dtype):
+    narrow = tm.ActivationMap.from_prompts(tiny_bridge("llama", dtype), PROMPT, 1, 4)
+    wide = tm.ActivationMap.from_prompts(tiny_bridge("llama"), PROMPT, 1, 4)
+    theta = torch.ones(1, 32)
+    delta = narrow.delta(theta)
+    assert delta.dtype == torch.float32
+    assert relative_error(delta, wide.delta(theta)) < 0.1
+    assert tm.melbo(narrow, 2, 2.0, steps=3).objective.isfinite().all()

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -253,3 +254,22 @@ def test_hooked_transformer_and_bridge_find_the_same_vectors(hooked_and_bridge):
     results = [tm.melbo(tiny_map(m, PROMPTS), 3, 2.0, steps=5) for m in (hooked, bridge)]
     torch.testing.assert_close(results[0].vectors, results[1].vectors, rtol=0, atol=1e-3)
     torch.testing.assert_close(results[0].objective, results[1].objective, rtol=1e-4, atol=0)
+
+
+def test_nothing_is_not_hidden():
+    """A NaN in the effects stays one, and a radius without effect is said to be one."""
+    delta = torch.ones(1, 2, 3, 4)
+    delta[0, 0, 0, 0] = math.nan
+    for p, norm in ((2, "l2"), (4, "l2"), (1, "lp")):
+        assert tm.melbo_objective(delta, p, 1, norm).isnan().all()
+
+
+def test_a_radius_without_effect_is_named(tiny_llama):
+    with pytest.raises(ValueError, match="radius: a random vector of this length changes nothing"):
+        tm.melbo(tiny_map(tiny_llama), 2, 1e-12)
+
+
+def test_numpy_integers_are_integers(tiny_llama):
+    positions = slice(np.int64(-2), None)
+    found = tm.melbo(tiny_map(tiny_llama), 1, 2.0, positions=positions, steps=2)
+    assert found.story["hyperparameters"]["positions"] == [-2, None, None]

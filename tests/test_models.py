@@ -1,5 +1,7 @@
 """Loading: the embedded model, a folder, a .gguf file, and names that are none of these."""
 
+import io
+import json
 import shutil
 
 import pytest
@@ -111,3 +113,32 @@ def test_a_model_without_a_template_is_told_so(tiny_llama, monkeypatch):
     with pytest.warns(UserWarning, match="no chat template; the raw prompt is used"):
         tokens = models.to_tokens(tiny_llama, "Hi!", chat=True)
     assert torch.equal(tokens, models.to_tokens(tiny_llama, "Hi!"))
+
+
+def test_code_that_comes_with_a_model_is_never_run(tmp_path, monkeypatch):
+    """Not even if somebody answers yes: the loader does not ask."""
+    ran = tmp_path / "ran"
+    (tmp_path / "evil.py").write_text(f"open({str(ran)!r}, 'w').write('x')\n")
+    names = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    config = {"model_type": "evil", "architectures": ["Model"], "auto_map": names}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tokenizer().save_pretrained(tmp_path)
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 10))
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        tm.load_model(tmp_path)
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "banana"])
+def test_unknown_devices_are_named(device):
+    with pytest.raises(ValueError, match=f"device='{device}'"):
+        tm.load_model(device=device)
+
+
+def test_a_broken_template_and_broken_text_are_named(tiny_llama, monkeypatch):
+    with pytest.raises(ValueError, match="half a character"):
+        models.to_tokens(tiny_llama, "a\ud800")
+    monkeypatch.setattr(tiny_llama.tokenizer, "chat_template", "{{ raise_exception('no') }}")
+    with pytest.raises(ValueError, match="chat template does not work"):
+        models.to_tokens(tiny_llama, "Hi!", chat=True)

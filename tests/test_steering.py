@@ -241,3 +241,76 @@ def test_model_on_meta_is_refused():
     model = tiny_bridge("llama").to("meta")
     with pytest.raises(ValueError, match="on the meta device"):
         tm.next_token_log_probs(model, PROMPT)
+
+
+def test_samples_differ_between_prompts_rows_and_batches(tiny_llama):
+    options = {"temperature": 1.0, "max_new_tokens": 8}
+    prompts = tm.generate(tiny_llama, [PROMPT] * 3, **options)
+    assert prompts["completion"].nunique() == 3
+    rows = tm.generate(tiny_llama, PROMPT, torch.zeros(4, 32), layer=2, batch_size=2, **options)
+    assert rows["completion"].nunique() == 4
+
+
+def test_dropout_is_off_in_training_mode(unchanged):
+    model = tiny_bridge("gpt2")
+    model.train()
+    unchanged(model)
+    found = tm.SteeringVectors.from_tensor(random_vectors(2), source_layer=2)
+    first = tm.next_token_log_probs(model, PROMPT, found)
+    assert torch.equal(first, tm.next_token_log_probs(model, PROMPT, found))
+    texts = [tm.generate(model, PROMPT, found, max_new_tokens=4) for _ in range(2)]
+    assert texts[0].equals(texts[1])
+
+
+def test_a_scale_that_overflows_is_named(tiny_llama):
+    for call in (tm.next_token_log_probs, tm.generate):
+        name = "scale" if call is tm.next_token_log_probs else "scales"
+        with pytest.raises(ValueError, match=r"scale=1e\+39"):
+            call(tiny_llama, PROMPT, random_vectors(1), layer=2, **{name: 1e39})
+
+
+def test_no_vectors_and_no_room_are_named(tiny_llama):
+    with pytest.raises(ValueError, match="vectors: none given"):
+        tm.next_token_log_probs(tiny_llama, PROMPT, torch.zeros(0, 32), layer=2)
+    with pytest.raises(ValueError, match=r"max_new_tokens=126: after a prompt of \d+ tokens"):
+        tm.generate(tiny_llama, PROMPT, max_new_tokens=126)
+
+
+@pytest.mark.parametrize(
+    ("positions", "message"),
+    [
+        ([], "empty list"),
+        ([100], "outside the prompt"),
+        (slice(None, None, -1), "runs backwards"),
+        (slice("a", None), "slice of integers"),
+    ],
+)
+def test_positions_that_steer_nothing_are_named(tiny_llama, positions, message):
+    with (
+        pytest.raises(ValueError, match=message),
+        tm.steered(tiny_llama, random_vectors(1), layer=2, positions=positions),
+    ):
+        tiny_llama(to_tokens(tiny_llama, PROMPT))
+
+
+def test_text_ends_at_any_of_the_models_end_tokens(tiny_llama, monkeypatch):
+    plain = tm.generate(tiny_llama, PROMPT, max_new_tokens=6)["completion"][0]
+    tokens = to_tokens(tiny_llama, PROMPT)
+    with torch.no_grad():
+        first = int(tiny_llama(tokens)[0, -1].argmax())
+    config = tiny_llama.original_model.generation_config
+    monkeypatch.setattr(config, "eos_token_id", [49151, first])
+    assert plain
+    assert tm.generate(tiny_llama, PROMPT, max_new_tokens=6)["completion"][0] == ""
+
+
+def test_mixed_libraries_ask_whether_prompts_are_chat(tiny_llama):
+    facts = {"model": "m", "source_layer": 2}
+    parts = [
+        tm.SteeringVectors(random_vectors(1), {"method": "melbo", "chat": chat, **facts})
+        for chat in (True, False)
+    ]
+    both = tm.concatenate(parts)
+    with pytest.raises(ValueError, match="pass chat=True or chat=False"):
+        tm.next_token_log_probs(tiny_llama, PROMPT, both)
+    assert len(tm.next_token_log_probs(tiny_llama, PROMPT, both, chat=False)) == 2

@@ -1,7 +1,9 @@
 """SteeringVectors: slicing, arithmetic, the file, and files that are not ours."""
 
+import copy
 import json
 import math
+import pickle
 import struct
 
 import pytest
@@ -232,3 +234,62 @@ def test_table_has_the_promised_columns():
     table = library().table()
     assert list(table.columns[:3]) == ["index", "norm", "objective"]
     torch.testing.assert_close(torch.tensor(table["norm"].to_numpy()), library().norms)
+
+
+def test_copies_and_pickles():
+    found = library()
+    same(copy.deepcopy(found), found)
+    same(pickle.loads(pickle.dumps(found)), found)
+
+
+@pytest.mark.parametrize("bad", [[[1.0]], torch.ones(3), torch.ones(2, 3, dtype=torch.int64), None])
+def test_what_is_not_a_matrix_is_refused(bad):
+    with pytest.raises(TypeError, match="vectors"):
+        tm.SteeringVectors(bad)
+
+
+def test_what_is_not_finite_is_refused():
+    with pytest.raises(ValueError, match="not finite"):
+        tm.SteeringVectors(torch.full((1, 3), math.nan))
+    with pytest.raises(ValueError, match="scale"):
+        library() * 3e38
+
+
+@pytest.mark.parametrize(
+    "fact",
+    [
+        {"hyperparameters": None},
+        {"hyperparameters": {"positions": [0, 0, 0]}},
+        {"prompts": 1},
+        {"source_layer": "1"},
+        {"target_layer": -1},
+        {"model": ["a"]},
+        {"chat": "yes"},
+        {"parts": [1]},
+        {"categories": {"stopped": 3}},
+    ],
+)
+def test_load_refuses_a_story_that_makes_no_sense(tmp_path, fact):
+    path = tmp_path / "v.safetensors"
+    metadata = {"format": "tl_melbo.vectors", "format_version": "1"}
+    metadata["story"] = json.dumps({"method": "melbo", **fact})
+    save_file({"vectors": torch.ones(2, 3)}, path, metadata)
+    with pytest.raises(ValueError, match="in its story make no sense"):
+        tm.SteeringVectors.load(path)
+
+
+def test_load_refuses_columns_that_we_do_not_write(tmp_path):
+    path = tmp_path / "v.safetensors"
+    metadata = {"format": "tl_melbo.vectors", "format_version": "1", "story": '{"method": "melbo"}'}
+    for name, column in (
+        ("norm", torch.ones(2)),
+        ("objective", torch.ones(2, dtype=torch.bfloat16)),
+        ("index", torch.full((2,), math.nan)),
+    ):
+        save_file({"vectors": torch.ones(2, 3), f"column.{name}": column}, path, metadata)
+        with pytest.raises(ValueError, match=f"column '{name}'"):
+            tm.SteeringVectors.load(path)
+    metadata["story"] = '{"method": "melbo", "seed": ' + "9" * 5000 + "}"
+    save_file({"vectors": torch.ones(2, 3)}, path, metadata)
+    with pytest.raises(ValueError, match=r"v\.safetensors"):
+        tm.SteeringVectors.load(path)

@@ -1,7 +1,6 @@
 """The activation map f: from the residual stream after one block to that after a later one."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,11 +13,20 @@ from torch.utils.checkpoint import checkpoint
 from tl_melbo.models import (
     Model,
     check_model,
+    frozen,
     model_name,
     residual_hook_name,
     to_tokens,
+    whole_model,
 )
-from tl_melbo.shapes import Delta, PositionMask, Residual, Theta, shape_checked
+from tl_melbo.shapes import (
+    Delta,
+    PositionMask,
+    Residual,
+    Theta,
+    checked_slice,
+    shape_checked,
+)
 
 BlockCall = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -57,6 +65,7 @@ class ActivationMap:
     mask: PositionMask
     batch_size: int | None = None
     _block_calls: dict[int, list[BlockCall]] = field(default_factory=dict)
+    _hooks: tuple[Any, ...] = ()
 
     @classmethod
     @shape_checked
@@ -122,6 +131,7 @@ class ActivationMap:
             mask=(torch.arange(longest) >= longest - lengths[:, None]).to(x_rows[0].device),
             batch_size=batch_size,
             _block_calls=block_calls,
+            _hooks=_hooks_on(model, source_layer, target_layer),
         )
         f._check_replay()
         return f
@@ -155,6 +165,11 @@ class ActivationMap:
             raise ValueError(
                 f"x: shape {tuple(x.shape)}, expected {tuple(self.x.shape)}, or that with an axis "
                 "of vectors in front; f is made for its own prompts: see ActivationMap.from_prompts"
+            )
+        if (x.dtype, x.device) != (self.x.dtype, self.x.device):
+            raise ValueError(
+                f"x: {x.dtype} on {x.device}, expected {self.x.dtype} on {self.x.device}, as f.x; "
+                "convert it with x.to(f.x)"
             )
         batched = x if x.ndim == 4 else x[None]
         lengths = self.mask.sum(-1)
@@ -190,6 +205,11 @@ class ActivationMap:
                 f"theta: {theta.shape[1]} wide, but the residual stream of "
                 f"{model_name(self.model)} has d_model={self.d_model}"
             )
+        bad = (~theta.isfinite().all(-1)).nonzero().flatten().tolist()
+        if bad:
+            raise ValueError(f"theta: vectors {bad} hold values that are not finite")
+        if not len(theta):
+            return theta.new_zeros(0, *self.x.shape)
         with_gradient = torch.is_grad_enabled() and theta.requires_grad
         size = self.vectors_at_once(with_gradient)
         if theta.shape[0] <= size:
@@ -202,8 +222,15 @@ class ActivationMap:
     def _delta(self, theta: Tensor) -> Tensor:
         wide = torch.promote_types(torch.promote_types(theta.dtype, self.x.dtype), torch.float32)
         steered = self.x + theta.to(self.x.device, self.x.dtype)[:, None, None, :]
-        effect = self(steered).to(wide) - self.y.to(wide)
+        effect = self(steered).to(wide) - self._unsteered().to(wide)
         return effect * self.mask[:, :, None]
+
+    def _unsteered(self) -> Tensor:
+        """f(x): `y`, unless hooks came or went between the layers since `y` was made."""
+        if _hooks_on(self.model, self.source_layer, self.target_layer) == self._hooks:
+            return self.y
+        with torch.no_grad():
+            return self(self.x)
 
     @shape_checked
     def position_mask(self, positions: slice = slice(None)) -> PositionMask:
@@ -214,6 +241,7 @@ class ActivationMap:
         Raises:
             ValueError: the slice picks nothing in some prompt.
         """
+        positions = checked_slice(positions)
         n_pos = self.mask.shape[1]
         chosen = torch.zeros_like(self.mask)
         for i, length in enumerate(self.mask.sum(-1).tolist()):
@@ -265,7 +293,7 @@ class ActivationMap:
 
     def _run_blocks(self, rows: Tensor, length: int) -> Tensor:
         blocks = self.model.blocks[self.source_layer + 1 : self.target_layer + 1]
-        with _frozen(blocks):
+        with frozen(blocks):
             for block, (args, kwargs) in zip(blocks, self._block_calls[length], strict=True):
                 rows = _first_tensor(block(rows, *args, **kwargs))
         return rows
@@ -299,6 +327,16 @@ def _check_layers(model: Model, source_layer: int, target_layer: int) -> None:
     )
 
 
+def _hooks_on(model: Model, source_layer: int, target_layer: int) -> tuple[Any, ...]:
+    """The hooks that sit on the blocks in between, to notice when some come or go."""
+    return tuple(
+        (*module._forward_pre_hooks, *module._forward_hooks)
+        for block in model.blocks[source_layer + 1 : target_layer + 1]
+        for module in block.modules()
+        if module._forward_pre_hooks or module._forward_hooks
+    )
+
+
 def _capture(
     model: Model, tokens: Tensor, source_layer: int, target_layer: int
 ) -> tuple[Tensor, Tensor, list[BlockCall]]:
@@ -327,33 +365,13 @@ def _capture(
         block.register_forward_pre_hook(keep_call, with_kwargs=True)
         for block in model.blocks[source_layer + 1 : target_layer + 1]
     ]
-    # The bridge keeps the Hugging Face model, dropout and all, outside its own tree of modules.
-    roots = (model, model.original_model) if hasattr(model, "original_model") else (model,)
     try:
-        with torch.no_grad(), _frozen(*roots):
+        with torch.no_grad(), frozen(*whole_model(model)):
             model(tokens, return_type=None)
     finally:
         for handle in handles:
             handle.remove()
     return residuals[source_layer], residuals[target_layer], calls
-
-
-@contextmanager
-def _frozen(*roots: nn.Module) -> Iterator[None]:
-    """No gradients for parameters and no dropout inside; everything as it was after."""
-    parameters = {p for root in roots for p in root.parameters() if p.requires_grad}
-    training = {m for root in roots for m in root.modules() if m.training}
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        for module in training:
-            module.training = True
 
 
 def _without_cache(argument: Any) -> Any:

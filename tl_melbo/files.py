@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from uuid import uuid4
 
 
 @contextmanager
@@ -19,26 +20,32 @@ def replacing(path: str | Path) -> Iterator[Path]:
         IsADirectoryError: `path` is a folder.
         PermissionError: the folder cannot be written to.
     """
-    path = Path(path)
+    # Through links: the file that they lead to is replaced, not the link.
+    path = Path(path).expanduser().resolve()
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; name a file in it")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent} does not exist; create the folder first")
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}.partial")
+    temporary.touch(exist_ok=False)
     try:
         yield temporary
-        # mkstemp makes files private; a result is as readable as any other new file.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+        _to_disk(temporary)
         temporary.replace(path)
+        with suppress(OSError):  # not every system can do this for a folder
+            _to_disk(path.parent)
     finally:
         with suppress(FileNotFoundError):
             temporary.unlink()
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until a file, or the list of files in a folder, is on the disk itself."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def writable_folder(path: str | Path) -> Path:

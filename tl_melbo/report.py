@@ -21,7 +21,7 @@ from tl_melbo.files import replacing
 from tl_melbo.models import Model
 from tl_melbo.plots import cosine_heatmap, objective_history
 from tl_melbo.shapes import Delta, shape_checked
-from tl_melbo.steering import generate
+from tl_melbo.steering import as_chat, generate
 from tl_melbo.vectors import SteeringVectors
 
 _COMPLETION_COLUMNS = ["vector", "scale", "prompt", "completion"]
@@ -81,7 +81,7 @@ def collect_completions(
         TypeError, ValueError: as `generate` does.
     """
     texts = [prompts] if isinstance(prompts, str) else list(dict.fromkeys(prompts))
-    chat = bool(found.story.get("chat")) if chat is None else chat
+    chat = as_chat(found, chat)
     options = {"max_new_tokens": max_new_tokens, "chat": chat, "batch_size": batch_size}
     frames = [generate(model, texts, **options)]
     at_once = max(1, batch_size // 2)
@@ -148,6 +148,7 @@ def write(
         texts = list(dict.fromkeys(completions["prompt"]))
     else:
         texts = _prompts(found, prompts)
+    cosine_similarity(found)  # refuses vectors of no length now, not after the texts are written
     # Opened before the work: a folder that cannot be written to shows at once.
     with replacing(path) as temporary:
         if completions is None:
@@ -229,8 +230,10 @@ def _figures(
     labels = None if labels == list(range(len(found))) else labels
     effects = None
     if activation_map is not None:
-        similarity = cosine_similarity(_effects(found, activation_map))
-        effects = cosine_heatmap(similarity, "", labels=labels)
+        delta = _effects(found, activation_map)
+        # A vector without any effect points nowhere: then there is nothing to compare.
+        if (delta.flatten(1).norm(dim=-1) > 0).all():
+            effects = cosine_heatmap(cosine_similarity(delta), "", labels=labels)
     has_history = found.history is not None and found.history.numel() > 0
     return {
         "vectors": cosine_heatmap(cosine_similarity(found), "", labels=labels),
@@ -344,7 +347,7 @@ def _settings(story: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str
             settings.append((prefix + name, "\n".join(map(str, value))))
         else:
             text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            settings.append((prefix + name.replace("_", " "), text))
+            settings.append((prefix + name, text))
     return settings
 
 

@@ -1,8 +1,9 @@
-"""Tensor shapes as types, and the decorator that checks them at public boundaries.
+"""Tensor shapes as types, and what checks them at public boundaries.
 
 Axis names are TransformerLens's (``batch pos d_model d_vocab``) plus ``vector`` and ``prompt``.
 """
 
+import operator
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -29,3 +30,21 @@ def shape_checked(function: Function) -> Function:
         jaxtyping.TypeCheckError: (a TypeError) naming the argument, what came and what is allowed.
     """
     return jaxtyped(typechecker=_typechecker)(function)
+
+
+def checked_slice(positions: slice) -> slice:
+    """The slice with plain integers.
+
+    Raises:
+        ValueError: its parts are not integers, or its step is zero.
+    """
+    try:
+        parts = [
+            None if part is None else operator.index(part)
+            for part in (positions.start, positions.stop, positions.step)
+        ]
+    except TypeError as error:
+        raise ValueError(f"positions={positions}: expected a slice of integers") from error
+    if parts[2] == 0:
+        raise ValueError(f"positions={positions}: a slice's step cannot be 0")
+    return slice(*parts)

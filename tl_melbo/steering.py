@@ -12,11 +12,14 @@ from tl_melbo.models import (
     Model,
     check_layer,
     check_model,
+    context_length,
+    frozen,
     model_name,
     residual_hook_name,
     to_tokens,
+    whole_model,
 )
-from tl_melbo.shapes import Float, Int, Theta, shape_checked
+from tl_melbo.shapes import Float, Int, Theta, checked_slice, shape_checked
 from tl_melbo.vectors import SteeringVectors
 
 if TYPE_CHECKING:
@@ -58,10 +61,9 @@ def steered(
             batch whose size is neither that of `vectors` nor any size for a single one.
     """
     check_model(model)
-    theta = as_theta(model, vectors) * scale
-    if not math.isfinite(scale):
-        raise ValueError(f"scale={scale}: expected a finite number")
-    layer = _steering_layer(model, vectors, layer)
+    theta = _scaled(model, vectors, scale)
+    layer = steering_layer(model, vectors, layer)
+    positions = _checked_positions(positions)
     past_length = _PastLength(layer)
 
     def add(module: nn.Module, args: Any, residual: Tensor) -> Tensor:
@@ -75,7 +77,7 @@ def steered(
             past_length.prompt = length
         chosen = _chosen_positions(positions, past_length.value, length, past_length.prompt)
         addend = theta.to(residual.device, residual.dtype)[:, None, :]
-        return residual + addend * chosen.to(residual.device, residual.dtype)[None, :, None]
+        return torch.where(chosen.to(residual.device)[None, :, None], residual + addend, residual)
 
     handles = [
         model.blocks[layer].register_forward_pre_hook(past_length.read, with_kwargs=True),
@@ -118,14 +120,15 @@ def next_token_log_probs(
         TypeError, ValueError: as `steered` and `to_tokens` do.
     """
     check_model(model)
-    tokens = to_tokens(model, prompt, _as_chat(vectors, chat))
+    check_batch_size(batch_size)
+    tokens = to_tokens(model, prompt, as_chat(vectors, chat))
     if vectors is None:
-        with torch.no_grad():
+        with torch.no_grad(), frozen(*whole_model(model)):
             return model(tokens)[:, -1].float().log_softmax(-1).cpu()
-    layer = _steering_layer(model, vectors, layer)
+    layer = steering_layer(model, vectors, layer)
     rows = []
-    for theta in as_theta(model, vectors).split(_checked_batch_size(batch_size)):
-        with torch.no_grad(), steered(model, theta, layer, scale=scale):
+    for theta in _scaled(model, vectors, scale).split(batch_size):
+        with torch.no_grad(), frozen(*whole_model(model)), steered(model, theta, layer):
             logits = model(tokens.expand(len(theta), -1))[:, -1]
         rows.append(logits.float().log_softmax(-1).cpu())
     return torch.cat(rows)
@@ -158,7 +161,8 @@ def generate(
         scales: one factor or several, negative ones included.
         max_new_tokens: the most tokens to write.
         temperature: 0 takes the likeliest token (greedy), above 0 samples.
-        seed: for sampling; the global random state is left alone.
+        seed: for sampling; the global random state is left alone. The same seed gives the same
+            texts for the same prompts, vectors, scales and batch size.
         chat: format the prompts as chat; None does as was done when the vectors were found, or
             else does not.
         batch_size: rows of the batch.
@@ -184,27 +188,30 @@ def generate(
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not texts:
         raise ValueError("prompts: none given; pass one text or a list of texts")
-    chat = _as_chat(vectors, chat)
+    check_batch_size(batch_size)
+    chat = as_chat(vectors, chat)
+    prompt_tokens = [to_tokens(model, text, chat) for text in texts]
+    _check_room(model, prompt_tokens, max_new_tokens)
     if vectors is None:
-        theta, layer = torch.zeros(1, int(model.cfg.d_model)), 0
-        labels, factors = [(-1, 0.0)], [0.0]
+        # A row of zeros is the unsteered model, so one path serves both.
+        rows, layer, labels = torch.zeros(1, int(model.cfg.d_model)), 0, [(-1, 0.0)]
     else:
-        theta, layer = as_theta(model, vectors), _steering_layer(model, vectors, layer)
-        labels = [(i, float(s)) for s in factors for i in range(len(theta))]
-    rows = torch.cat([theta * factor for factor in factors])
+        layer = steering_layer(model, vectors, layer)
+        rows = torch.cat([_scaled(model, vectors, factor) for factor in factors])
+        n_vectors = len(rows) // len(factors)
+        labels = [(i, float(factor)) for factor in factors for i in range(n_vectors)]
     frames = []
-    for text in texts:
-        tokens = to_tokens(model, text, chat)
-        completions: list[str] = []
-        for batch in rows.split(_checked_batch_size(batch_size)):
-            # A row of zeros is the unsteered model, so one path serves both.
-            with steered(model, batch, layer):
-                new = _generate_tokens(
-                    model, tokens.expand(len(batch), -1), max_new_tokens, temperature, seed
-                )
-            completions += [_decode(model, row) for row in new]
-        frame = pd.DataFrame(labels, columns=["vector", "scale"])
-        frames.append(frame.assign(prompt=text, completion=completions))
+    with torch.no_grad(), frozen(*whole_model(model)), _seeded(seed):
+        for text, tokens in zip(texts, prompt_tokens, strict=True):
+            completions: list[str] = []
+            for batch in rows.split(batch_size):
+                with steered(model, batch, layer):
+                    new = _generate_tokens(
+                        model, tokens.expand(len(batch), -1), max_new_tokens, temperature
+                    )
+                completions += [_decode(model, row) for row in new]
+            frame = pd.DataFrame(labels, columns=["vector", "scale"])
+            frames.append(frame.assign(prompt=text, completion=completions))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -217,6 +224,8 @@ def as_theta(model: Model, vectors: Vectors) -> Theta:
     theta = vectors.vectors if isinstance(vectors, SteeringVectors) else vectors
     theta = (theta[None] if theta.ndim == 1 else theta).detach().float()
     d_model = int(model.cfg.d_model)
+    if not len(theta):
+        raise ValueError("vectors: none given; pass at least one, or None for the unsteered model")
     if theta.shape[1] != d_model:
         raise ValueError(
             f"vectors: {theta.shape[1]} wide, but the residual stream of {model_name(model)} has "
@@ -227,7 +236,53 @@ def as_theta(model: Model, vectors: Vectors) -> Theta:
     return theta
 
 
-def _steering_layer(model: Model, vectors: Vectors | None, layer: int | None) -> int:
+def _scaled(model: Model, vectors: Vectors, scale: float) -> Theta:
+    """The vectors times a factor, as they will be added; refuses a factor that overflows."""
+    theta = as_theta(model, vectors) * scale
+    dtype = next(model.parameters()).dtype
+    if not theta.to(dtype).isfinite().all():
+        raise ValueError(
+            f"scale={scale}: gives vectors that are not finite in the model's {dtype}; use a "
+            "smaller one"
+        )
+    return theta
+
+
+def _checked_positions(positions: Positions) -> Positions:
+    if isinstance(positions, slice):
+        positions = checked_slice(positions)
+        if (positions.step or 1) < 0:
+            raise ValueError(f"positions={positions}: a slice that runs backwards; turn it around")
+    elif not len(positions):
+        raise ValueError("positions: an empty list steers nothing; pass indices or a slice")
+    return positions
+
+
+def _check_room(model: Model, prompt_tokens: list[Tensor], max_new_tokens: int) -> None:
+    longest, limit = max(tokens.shape[1] for tokens in prompt_tokens), context_length(model)
+    if limit and longest + max_new_tokens > limit:
+        raise ValueError(
+            f"max_new_tokens={max_new_tokens}: after a prompt of {longest} tokens, "
+            f"{model_name(model)} has room for {limit - longest} of its {limit}"
+        )
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Make sure that a batch has rows.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: at least 1")
+
+
+def steering_layer(model: Model, vectors: Vectors | None, layer: int | None) -> int:
+    """The layer given, or the one that the vectors were found at.
+
+    Raises:
+        ValueError: neither is known, or the model has no such layer.
+    """
     if layer is None:
         layer = vectors.source_layer if isinstance(vectors, SteeringVectors) else None
     if layer is None:
@@ -239,16 +294,30 @@ def _steering_layer(model: Model, vectors: Vectors | None, layer: int | None) ->
     return layer
 
 
-def _as_chat(vectors: Vectors | None, chat: bool | None) -> bool:
-    if chat is not None:
-        return chat
-    return bool(vectors.story.get("chat")) if isinstance(vectors, SteeringVectors) else False
+def as_chat(vectors: Vectors | None, chat: bool | None) -> bool:
+    """Whether prompts are chat: as said, or else as the vectors were found.
+
+    Raises:
+        ValueError: not said, and some of the vectors were found one way and some the other.
+    """
+    if chat is not None or not isinstance(vectors, SteeringVectors):
+        return bool(chat)
+    if "chat" in vectors.story:
+        return bool(vectors.story["chat"])
+    if len({part.get("chat") for part in vectors.story.get("parts", [])} - {None}) > 1:
+        raise ValueError(
+            "chat: some of the vectors were found with chat prompts and some with raw ones; pass "
+            "chat=True or chat=False"
+        )
+    return False
 
 
-def _checked_batch_size(batch_size: int) -> int:
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: at least 1")
-    return batch_size
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Lend the global generators, from which TransformerLens samples, a seed of our own."""
+    with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
+        torch.manual_seed(seed)
+        yield
 
 
 class _PastLength:
@@ -271,41 +340,46 @@ class _PastLength:
 
 def _chosen_positions(positions: Positions, past: int, length: int, prompt: int) -> Tensor:
     """For each position of this pass, whether it is to be steered."""
-    absolute = torch.arange(past, past + length)
     if isinstance(positions, slice):
         chosen = torch.zeros(past + length, dtype=torch.bool)
         chosen[: min(prompt, past + length)][positions] = True
-        if positions.stop is None and (positions.step or 1) > 0:
+        if positions.stop is None:
             chosen[prompt:] = True
         return chosen[past:]
+    outside = [i for i in positions if not -prompt <= i < prompt]
+    if outside:
+        raise ValueError(f"positions: {outside} are outside the prompt's {prompt} tokens")
     wanted = torch.tensor([i + prompt if i < 0 else i for i in positions])
-    return torch.isin(absolute, wanted)
+    return torch.isin(torch.arange(past, past + length), wanted)
 
 
 def _generate_tokens(
-    model: Model,
-    tokens: Int[Tensor, "batch pos"],
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
+    model: Model, tokens: Int[Tensor, "batch pos"], max_new_tokens: int, temperature: float
 ) -> Int[Tensor, "batch new"]:
-    devices = [tokens.device] if tokens.device.type == "cuda" else []
-    # TransformerLens samples from the global generator: lend it a seeded one and put it back.
-    with torch.no_grad(), torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        out = model.generate(
-            tokens,
-            max_new_tokens=max_new_tokens,
-            do_sample=temperature > 0,
-            temperature=temperature if temperature > 0 else 1.0,
-            return_type="tokens",
-            verbose=False,
-        )
+    out = model.generate(
+        tokens,
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        temperature=temperature if temperature > 0 else 1.0,
+        return_type="tokens",
+        verbose=False,
+    )
     return out[:, tokens.shape[1] :]
 
 
 def _decode(model: Model, tokens: Int[Tensor, "new"]) -> str:
-    end = getattr(model.tokenizer, "eos_token_id", None)
-    if end is not None and (tokens == end).any():
-        tokens = tokens[: int((tokens == end).nonzero()[0])]
+    ends = torch.tensor(_end_tokens(model), device=tokens.device)
+    at_end = torch.isin(tokens, ends).nonzero()
+    if len(at_end):
+        tokens = tokens[: int(at_end[0])]
     return str(model.tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def _end_tokens(model: Model) -> list[int]:
+    """Every token that ends a text: some chat models name more than their tokenizer does."""
+    config = getattr(getattr(model, "original_model", None), "generation_config", None)
+    ends: list[int] = []
+    for source in (model.tokenizer, config):
+        named = getattr(source, "eos_token_id", None)
+        ends += named if isinstance(named, list) else [] if named is None else [named]
+    return ends

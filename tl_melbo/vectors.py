@@ -2,11 +2,13 @@
 
 import html
 import json
+import math
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from numbers import Real
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -51,7 +53,9 @@ class SteeringVectors:
     history: Float[Tensor, "vector step"] | None = None
 
     def __post_init__(self) -> None:
+        _check_matrix(self.vectors)
         vectors = self.vectors.detach().to("cpu", torch.float32, copy=True)
+        _check_finite(vectors, "vectors")
         n_vectors = vectors.shape[0]
         columns = {"index": torch.arange(n_vectors), **self.columns}
         columns = {name: column.detach().cpu().clone() for name, column in columns.items()}
@@ -102,6 +106,10 @@ class SteeringVectors:
         story = {"method": method, "model": model, "d_model": theta.shape[1]}
         return cls(theta, {**story, "source_layer": source_layer, "date": _now()})
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For copy and pickle, which cannot take read-only mappings."""
+        return type(self), (self.vectors, dict(self.story), dict(self.columns), self.history)
+
     def __len__(self) -> int:
         return self.vectors.shape[0]
 
@@ -132,7 +140,12 @@ class SteeringVectors:
             )
         if isinstance(index, bool):
             raise TypeError("index: a bool; pass an int, a slice, or a list of ints")
-        chosen = torch.as_tensor(index)
+        try:
+            chosen = torch.as_tensor(index)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(
+                f"index: got {index!r}, expected an int, a slice, or a list of ints"
+            ) from error
         if chosen.dtype == torch.bool:
             if chosen.shape != (n_vectors,):
                 raise IndexError(
@@ -152,10 +165,11 @@ class SteeringVectors:
 
     def __mul__(self, scale: float) -> "SteeringVectors":
         """Scale every vector. What was measured of the unscaled ones (objective) is left out."""
-        if isinstance(scale, bool) or not isinstance(scale, int | float):
+        if isinstance(scale, bool) or not isinstance(scale, Real):
             return NotImplemented
-        if not torch.isfinite(torch.tensor(float(scale))):
-            raise ValueError(f"scale={scale}: expected a finite number")
+        scale = float(scale)
+        if not math.isfinite(scale) or not (self.vectors * scale).norm(dim=-1).isfinite().all():
+            raise ValueError(f"scale={scale}: expected a finite number that keeps norms finite")
         scales = self.columns.get("scale", torch.ones(len(self))) * scale
         return replace(
             self,
@@ -168,11 +182,11 @@ class SteeringVectors:
 
     def __truediv__(self, divisor: float) -> "SteeringVectors":
         """Divide every vector by a number."""
-        if isinstance(divisor, bool) or not isinstance(divisor, int | float):
+        if isinstance(divisor, bool) or not isinstance(divisor, Real):
             return NotImplemented
         if divisor == 0:
             raise ZeroDivisionError("divisor=0: vectors cannot be divided by zero")
-        return self * (1 / divisor)
+        return self * (1 / float(divisor))
 
     def __neg__(self) -> "SteeringVectors":
         """Turn every vector around."""
@@ -221,11 +235,12 @@ class SteeringVectors:
         tensors |= {_COLUMN + name: column for name, column in self.columns.items()}
         if self.history is not None:
             tensors["history"] = self.history
-        metadata = {
-            "format": _FORMAT,
-            "format_version": _FORMAT_VERSION,
-            "story": json.dumps(dict(self.story), allow_nan=False),
-        }
+        story = json.dumps(dict(self.story), allow_nan=False)
+        if len(story) > _MAX_HEADER_BYTES // 2:
+            raise ValueError(
+                f"story: {len(story):,} characters, more than can be saved; shorten its prompts"
+            )
+        metadata = {"format": _FORMAT, "format_version": _FORMAT_VERSION, "story": story}
         with replacing(path) as temporary:
             save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata)
 
@@ -238,7 +253,7 @@ class SteeringVectors:
             ValueError: it is not a safetensors file, is cut or damaged, is not one of ours, or
                 lacks its story.
         """
-        path = Path(path)
+        path = Path(path).expanduser()
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file")
         with path.open("rb") as file:
@@ -249,12 +264,13 @@ class SteeringVectors:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 _check_metadata(path, metadata)
-                story = json.loads(metadata["story"])
+                story = json.loads(metadata["story"], parse_int=_json_int)
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, json.JSONDecodeError, RecursionError) as error:
             raise ValueError(
                 f"{path}: not a safetensors file, or damaged ({error}); save it again"
             ) from error
+        _check_story(path, story)
         return cls._from_file(path, tensors, story)
 
     @classmethod
@@ -262,11 +278,14 @@ class SteeringVectors:
         vectors = tensors.pop("vectors", None)
         if vectors is None or vectors.ndim != 2 or vectors.dtype != torch.float32:
             raise ValueError(f"{path}: holds no float32 matrix of vectors; save it again")
-        if not isinstance(story, dict) or not isinstance(story.get("method"), str):
-            raise ValueError(f"{path}: its story does not say which method made it; save it again")
-        _check_finite(vectors, str(path))
         history = tensors.pop("history", None)
         columns = {k.removeprefix(_COLUMN): v for k, v in tensors.items() if k.startswith(_COLUMN)}
+        known = (torch.float32, torch.float64, torch.int64)
+        for name, column in [("history", history), *columns.items()]:
+            if name == "norm" or (column is not None and column.dtype not in known):
+                raise ValueError(f"{path}: the column {name!r} is not one that we write")
+        if "index" in columns and columns["index"].dtype != torch.int64:
+            raise ValueError(f"{path}: the column 'index' does not hold integers; save it again")
         try:
             return cls(vectors, story, columns, history)
         except ValueError as error:
@@ -380,6 +399,69 @@ def pad_histories(
 def make_story(method: str, **facts: Any) -> dict[str, Any]:
     """A story: the method, the facts given, the versions of what ran, and the date."""
     return {"method": method, **facts, "versions": _versions(), "date": _now()}
+
+
+def _check_matrix(vectors: Any) -> None:
+    if not (isinstance(vectors, Tensor) and vectors.ndim == 2 and vectors.is_floating_point()):
+        got = f"{vectors.dtype}{list(vectors.shape)}" if isinstance(vectors, Tensor) else vectors
+        raise TypeError(
+            f"vectors: got {got!s:.80}, expected a floating-point tensor [vector, d_model]; "
+            "SteeringVectors.from_tensor takes a single vector, too"
+        )
+
+
+def _json_int(digits: str) -> int:
+    if len(digits) > 20:
+        raise json.JSONDecodeError("a number of too many digits", digits[:20], 0)
+    return int(digits)
+
+
+def _check_story(path: Path, story: Any) -> None:
+    """The facts that other parts of the package rely on have the types they should."""
+    if not isinstance(story, dict) or not isinstance(story.get("method"), str):
+        raise ValueError(f"{path}: its story does not say which method made it; save it again")
+    positions = (
+        (story.get("hyperparameters") or {})
+        if isinstance(story.get("hyperparameters", {}), dict)
+        else None
+    )
+    sound = {
+        "hyperparameters": isinstance(story.get("hyperparameters", {}), dict),
+        "categories": _is_words(story.get("categories", {})),
+        "prompts": _is_texts(story.get("prompts", [])),
+        "parts": _is_stories(story.get("parts", [])),
+        "model": isinstance(story.get("model"), str | None),
+        "chat": isinstance(story.get("chat"), bool | None),
+        "source_layer": _is_layer(story.get("source_layer")),
+        "target_layer": _is_layer(story.get("target_layer")),
+        "positions": positions is not None and _is_slice(positions.get("positions")),
+    }
+    wrong = [name for name, is_sound in sound.items() if not is_sound]
+    if wrong:
+        raise ValueError(f"{path}: {', '.join(wrong)} in its story make no sense; save it again")
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
+def _is_words(value: Any) -> bool:
+    return isinstance(value, dict) and all(_is_texts(words) for words in value.values())
+
+
+def _is_stories(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(part, dict) for part in value)
+
+
+def _is_layer(value: Any) -> bool:
+    return value is None or (type(value) is int and value >= 0)
+
+
+def _is_slice(value: Any) -> bool:
+    if value is None:
+        return True
+    parts = isinstance(value, list) and len(value) == 3
+    return parts and all(part is None or type(part) is int for part in value) and value[2] != 0
 
 
 def _check_finite(vectors: Tensor, name: str) -> None:

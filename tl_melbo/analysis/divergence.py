@@ -7,7 +7,13 @@ from torch import Tensor
 
 from tl_melbo.models import Model
 from tl_melbo.shapes import Float, shape_checked
-from tl_melbo.steering import Vectors, as_theta, next_token_log_probs
+from tl_melbo.steering import (
+    Vectors,
+    as_chat,
+    as_theta,
+    check_batch_size,
+    next_token_log_probs,
+)
 from tl_melbo.vectors import SteeringVectors
 
 Direction = Literal["to_reference", "from_reference"]
@@ -81,10 +87,8 @@ def kl_divergence(
     Source: Jacob G-W 2024, "I found >800 orthogonal 'write code' steering vectors", whose plot
     shows KL(P_i || P_0) though its title says the reverse.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: at least 1")
-    if chat is None:
-        chat = isinstance(vectors, SteeringVectors) and bool(vectors.story.get("chat"))
+    check_batch_size(batch_size)
+    chat = as_chat(vectors, chat)
     if reference is not None:
         n_references = len(as_theta(model, reference))
         if n_references != 1:
@@ -95,7 +99,7 @@ def kl_divergence(
     reference_layer = _layer_of(reference, layer)
     layer = _layer_of(vectors, layer)
     log_reference = next_token_log_probs(model, prompt, reference, reference_layer, chat=chat)
-    divergences = [torch.empty(0)]
+    divergences = []
     # A vocabulary is large: only one batch's distributions are held at a time.
     for theta in as_theta(model, vectors).split(batch_size):
         log_vectors = next_token_log_probs(

@@ -31,8 +31,8 @@ def cosine_similarity(
         ValueError: a vector is zero or not finite, so it has no direction; or the two differ in
             width.
     """
-    rows = _flat(vectors)
-    columns = rows if other is None else _flat(other)
+    rows = _flat(vectors, "vectors")
+    columns = rows if other is None else _flat(other, "other")
     if rows.shape[1] != columns.shape[1]:
         raise ValueError(
             f"other: {columns.shape[1]} numbers a vector, but vectors has {rows.shape[1]}; compare "
@@ -44,6 +44,14 @@ def cosine_similarity(
     return (units @ other_units.T).clamp(-1.0, 1.0).to(dtype)
 
 
-def _flat(vectors: VectorsOrEffects | Other) -> Theta:
+def _flat(vectors: VectorsOrEffects | Other, argument: str) -> Theta:
     tensor = vectors.vectors if isinstance(vectors, SteeringVectors) else vectors
-    return tensor.detach().cpu().flatten(1)
+    flat = tensor.detach().cpu().flatten(1)
+    norms = flat.double().norm(dim=-1)
+    bad = (~(norms.isfinite() & (norms > 0))).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(
+            f"{argument}: vectors {bad} are zero or not finite, so they have no direction; leave "
+            "them out"
+        )
+    return flat

@@ -87,8 +87,8 @@ def _safe_power(base: Tensor, exponent: float) -> Tensor:
     """Base ** exponent for base >= 0, with gradient 0 instead of NaN where base is 0."""
     if exponent >= 1:
         return base**exponent
-    positive = base > 0
-    return torch.where(positive, torch.where(positive, base, 1.0) ** exponent, 0.0)
+    zero = base == 0
+    return torch.where(zero, 0.0, torch.where(zero, 1.0, base) ** exponent)
 
 
 @shape_checked
@@ -139,15 +139,17 @@ def melbo(
 
     Raises:
         ValueError: a number out of its range, more orthogonal vectors than d_model, positions
-            that some prompt does not have.
+            that some prompt does not have, a radius too small to have any effect.
         FloatingPointError: the objective or its gradient is not finite at a start.
 
     Source: Mack & Turner 2024, "Mechanistically eliciting latent behaviors in language models".
     """
-    search = _Search(f, radius, p, q, positions, norm, optimiser, steps, n_vectors, orthogonal)
+    search = _Search(
+        f, radius, p, q, positions, norm, optimiser, steps, n_vectors, orthogonal, seed
+    )
     with tqdm(total=n_vectors, desc="MELBO", unit="vector", disable=not progress) as bar:
         results = []
-        for result in search.run(seed, on_step):
+        for result in search.run(on_step):
             results.append(result)
             bar.update(len(result.theta))
     _warn_if_dominated(search, results[0].theta[:1], positions)
@@ -161,7 +163,10 @@ def melbo(
             "p": p,
             "q": p if q is None else q,
             "norm": norm,
-            "positions": [positions.start, positions.stop, positions.step],
+            "positions": [
+                None if part is None else int(part)
+                for part in (positions.start, positions.stop, positions.step)
+            ],
             "orthogonal": orthogonal,
             "optimiser": optimiser,
             "steps": search.steps,
@@ -198,6 +203,7 @@ class _Search:
         steps: int | None,
         n_vectors: int,
         orthogonal: bool,
+        seed: int,
     ) -> None:
         self.d_model = int(f.x.shape[-1])
         if not 0 < radius < math.inf:
@@ -215,15 +221,18 @@ class _Search:
         self.steps = DEFAULT_STEPS[optimiser] if steps is None else steps
         if self.steps < 1:
             raise ValueError(f"steps={self.steps}: at least 1")
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed={seed}: from 0 to 2**63 - 1")
         melbo_objective(torch.zeros(1, 1, 1, 1), p, q, norm)  # p and q are checked there
-        self.f, self.radius, self.p, self.q, self.norm = f, radius, p, q, norm
+        self.f, self.radius, self.p, self.q = f, radius, p, q
+        self.norm: Norm = norm
         self.counted = f.position_mask(positions)
         self.climb = _ascent if optimiser == "ascent" else _adamw
-        self.n_vectors, self.orthogonal = n_vectors, orthogonal
+        self.n_vectors, self.orthogonal, self.seed = n_vectors, orthogonal, seed
 
-    def run(self, seed: int, on_step: OnStep | None) -> Iterator[_Result]:
+    def run(self, on_step: OnStep | None) -> Iterator[_Result]:
         """Yield results in order: one vector at a time if orthogonal, else all together."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(self.seed)
         # Drawn one by one, so that start k does not depend on how many are drawn.
         starts = torch.cat(
             [random_sphere(1, self.d_model, generator=generator) for _ in range(self.n_vectors)]
@@ -367,6 +376,12 @@ def _check_start(value: Tensor, gradient: Tensor, first_vector: int) -> None:
         raise FloatingPointError(
             f"the objective or its gradient is not finite at the start of vectors {vectors}; use "
             "a smaller radius, a smaller p, or a model in a wider type (dtype=torch.float32)"
+        )
+    if bool((value == 0).any()):
+        raise ValueError(
+            f"radius: a random vector of this length changes nothing at the positions that count, "
+            f"as far as the model's type can tell (vector {first_vector}); use a larger radius, or "
+            "a smaller p"
         )
 
 
