@@ -190,8 +190,8 @@ def _run_folder(out: Path, overwrite: bool) -> Iterator[Path]:
         yield folder
     except KeyboardInterrupt:
         kept = [name for name in (_VECTORS, _COMPLETIONS) if (folder / name).exists()]
-        what = f"{' and '.join(kept)} in {folder}" if kept else f"nothing in {folder}"
-        _stderr().print(f"Interrupted; kept: {escape(what)}.", highlight=False, soft_wrap=True)
+        what = f"kept {' and '.join(kept)} in {folder}" if kept else "nothing was finished"
+        _stderr().print(escape(f"Interrupted; {what}."), soft_wrap=True)
         raise typer.Exit(_INTERRUPTED) from None
     finally:
         if not existed:
@@ -230,15 +230,17 @@ def _print_table(table: "pd.DataFrame") -> None:
     many_prompts = len(set(table["prompt"])) > 1
     shown = Table(header_style="bold")
     for name in ("vector", "objective", "KL (nats)"):
-        shown.add_column(name, justify="right", min_width=len(name))
+        shown.add_column(name, justify="right", no_wrap=True)
     if many_prompts:
-        shown.add_column("prompt", max_width=24, no_wrap=True, overflow="ellipsis")
-    shown.add_column("completion", no_wrap=True, overflow="ellipsis")
+        shown.add_column("prompt", max_width=24)
+    shown.add_column("completion")
     for row in table.to_dict("records"):
         # Text, not str: rich would take a model's [red] for markup.
         texts = [row["prompt"], row["completion"]] if many_prompts else [row["completion"]]
         numbers = [str(row["index"]), f"{row['objective']:#.4g}", f"{row['kl']:.3f}"]
-        shown.add_row(*numbers, *(Text(_one_line(printable(text))) for text in texts))
+        lines = [_one_line(printable(text)) for text in texts]
+        # The cells do not wrap; their columns may, so it is these that give way to a narrow screen.
+        shown.add_row(*numbers, *(Text(line, no_wrap=True, overflow="ellipsis") for line in lines))
     Console(highlight=False).print(shown)
 
 

@@ -1,0 +1,190 @@
+"""The page in a real browser: it works, it asks no network, and no text from a model runs."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tl_melbo as tm
+from tl_melbo import report
+
+pytestmark = pytest.mark.browser
+
+PROMPT = "Tell me <script>window.injected = 'prompt'</script> about yourself."
+N_VECTORS = 6
+HOSTILE = [
+    "<script>window.injected = 'script'</script>",
+    "<img src=x onerror=\"window.injected = 'image'\"></td></tr></table></script>",
+    "\x1b[31mred\x1b[0m \x00\x07 \u202eright to left\u202c \u05e9\u05dc\u05d5\u05dd",
+    "x" * 100_000,
+    "first line\nsecond line",
+    "{{ prompt }} ${prompt} <link rel=stylesheet href=https://example.org/a.css>",
+]
+SWITCHES = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--host-resolver-rules=MAP * ~NOTFOUND",
+)
+
+
+def found_or_none(*programs: str) -> str | None:
+    return next((path for program in programs if (path := shutil.which(program))), None)
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    chromium = found_or_none("chromium", "chromium-browser", "google-chrome")
+    chromedriver = found_or_none("chromedriver")
+    if chromium is None or chromedriver is None:
+        message = "needs chromium and chromedriver; on Debian: apt install chromium chromium-driver"
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        pytest.skip(message)
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for switch in (*SWITCHES, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(switch)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    browser = webdriver.Chrome(options=options, service=Service(chromedriver))
+    yield browser
+    browser.quit()
+
+
+@pytest.fixture(scope="module")
+def page(tiny_llama: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    f = tm.ActivationMap.from_prompts(tiny_llama, PROMPT, 1, 4, chat=True)
+    found = tm.melbo(f, n_vectors=N_VECTORS, radius=4.0, steps=3)
+    completions = report.collect_completions(tiny_llama, PROMPT, found, max_new_tokens=2)
+    unsteered, *others = completions.index
+    completions.loc[unsteered, "completion"] = HOSTILE[0] + HOSTILE[2]
+    completions.loc[others, "completion"] = [text for text in HOSTILE for _ in range(2)]
+    path = tmp_path_factory.mktemp("page with spaces & more") / "report #1.html"
+    report.write(path, tiny_llama, found, completions=completions, activation_map=f)
+    return path
+
+
+@pytest.fixture(params=[(1280, 800), (390, 844)], ids=["laptop", "phone"])
+def opened(request: pytest.FixtureRequest, driver: Any, page: Path) -> Any:
+    width, height = request.param
+    screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    for log in ("browser", "performance"):
+        driver.get_log(log)  # what earlier pages left there
+    driver.get(page.as_uri())
+    wait_for(driver, "return document.querySelector('div.dt-search input') !== null")
+    wait_for(driver, "return document.querySelectorAll('.plot .main-svg').length >= 3")
+    return driver
+
+
+def wait_for(driver: Any, script: str) -> None:
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    WebDriverWait(driver, 30).until(lambda browser: browser.execute_script(script))
+
+
+def shown_vectors(driver: Any) -> list[int]:
+    cells = "document.querySelectorAll('#vectors tbody td.index')"
+    return driver.execute_script(f"return [...{cells}].map(cell => +cell.innerText)")
+
+
+def shown_numbers(driver: Any, column: str) -> list[float]:
+    script = (
+        "return [...document.querySelectorAll(`#vectors tbody td.${arguments[0]}`)]"
+        ".map(c => +c.dataset.order)"
+    )
+    return driver.execute_script(script, column)
+
+
+def sort_by(driver: Any, column: str, direction: str) -> None:
+    header = driver.find_element("css selector", f"#vectors thead th.{column}")
+    driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", header)
+    header.click()
+    # DataTables sorts a moment after the click.
+    wait_for(driver, f"return document.querySelector('th.{column}').ariaSort === '{direction}'")
+
+
+def test_a_click_on_a_header_sorts(opened: Any) -> None:
+    assert shown_vectors(opened) == list(range(N_VECTORS))
+    for column in ("objective", "kl"):
+        sort_by(opened, column, "ascending")
+        ascending = shown_numbers(opened, column)
+        assert len(ascending) == N_VECTORS
+        assert ascending == sorted(ascending)
+        sort_by(opened, column, "descending")
+        assert shown_numbers(opened, column) == sorted(ascending, reverse=True)
+
+
+def test_search_filters(opened: Any) -> None:
+    search = opened.find_element("css selector", "div.dt-search input")
+    search.send_keys("second line")
+    assert shown_vectors(opened) == [4]
+    search.clear()
+    search.send_keys("no such words")
+    assert shown_vectors(opened) == []
+
+
+def test_no_text_runs_and_nothing_complains(opened: Any) -> None:
+    assert opened.execute_script("return window.injected ?? null") is None
+    assert opened.get_log("browser") == []
+    # Nothing of the text became an element.
+    inside = "#vectors td div *, blockquote *, h1 *"
+    assert opened.execute_script(f"return document.querySelectorAll('{inside}').length") == 0
+    text = opened.find_element("css selector", "#vectors tbody tr td.completion").text
+    assert HOSTILE[0] in text
+
+
+def test_the_policy_stops_a_script_that_got_in_all_the_same(opened: Any) -> None:
+    opened.execute_script(
+        "const image = document.createElement('img');"
+        "image.setAttribute('onerror', 'window.injected = true'); image.src = 'data:,';"
+        "document.body.append(image)"
+    )
+    wait_for(opened, "return document.images[document.images.length - 1].complete")
+    assert opened.execute_script("return window.injected ?? null") is None
+
+
+def test_nothing_leaves_the_machine(opened: Any, page: Path) -> None:
+    events = [json.loads(entry["message"])["message"] for entry in opened.get_log("performance")]
+    asked = {
+        event["params"]["request"]["url"]
+        for event in events
+        if event["method"] == "Network.requestWillBeSent"
+    }
+    assert page.as_uri() in asked
+    assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
+    assert [url for url in asked if url.startswith("file:")] == [page.as_uri()]
+
+
+def test_the_page_does_not_scroll_sideways(opened: Any) -> None:
+    widths = "return [document.documentElement.scrollWidth, document.body.scrollWidth, innerWidth]"
+    page_width, body_width, window_width = opened.execute_script(widths)
+    assert page_width <= window_width
+    assert body_width <= window_width
+    # Nor do its parts stick out of it.
+    outside = (
+        "return [...document.querySelectorAll('main *')].filter(e => "
+        "e.getBoundingClientRect().right > innerWidth + 1 && !e.closest('.plot')).length"
+    )
+    assert opened.execute_script(outside) == 0
+
+
+def test_newlines_are_seen(opened: Any) -> None:
+    cells = opened.find_elements("css selector", "#vectors td.completion div")
+    assert cells[4].text == HOSTILE[4]
+    assert cells[4].size["height"] > 2 * float(
+        cells[4].value_of_css_property("font-size").removesuffix("px")
+    )
