@@ -1,14 +1,29 @@
 """Numbers to figures: plotly, returned and never shown, readable by colour-blind eyes."""
 
-from typing import Any
+import html
+import textwrap
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
+from circuitsvis.tokens import colored_tokens
+from circuitsvis.utils.render import RenderedHTML
 from plotly.colors import sample_colorscale
+from plotly.subplots import make_subplots
 from torch import Tensor
 
+from tl_melbo.analysis.inputs import one_vector
+from tl_melbo.analysis.presence import residuals_of
+from tl_melbo.geometry import normalise
+from tl_melbo.models import Model, to_tokens
 from tl_melbo.shapes import Float, shape_checked
+from tl_melbo.steering import Vectors, as_theta, steering_layer
 from tl_melbo.vectors import SteeringVectors
+
+Measure = Literal["kl_to_reference", "kl_to_unsteered", "distance"]
 
 _FONT = {
     "family": "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', sans-serif",
@@ -26,6 +41,16 @@ _MOST_TRACES = 64
 # Of the figure, not of the plot: it then keeps its distance at any size.
 _AT_THE_BOTTOM = {"yref": "container", "y": 0, "yanchor": "bottom"}
 _AXIS = {"ticks": "outside", "ticklen": 4, "tickcolor": "#8c959f", "zeroline": False}
+_GRID = {"gridcolor": "#eaeef2"}
+# Okabe and Ito's colours, which are apart for all common kinds of colour blindness.
+_BLUE, _PALE_BLUE = "#0072b2", "#56b4e9"
+_OTHERS = ("#d55e00", "#009e73", "#cc79a7", "#e69f00", "#57606a")
+# A logarithmic axis has no zero: what is smaller than this, in nats, is drawn there.
+_SMALLEST_KL = 1e-6
+_HOVER_LENGTH, _HOVER_WIDTH = 200, 60
+_HOVER_LABEL = {"align": "left", "bgcolor": "#ffffff", "font": {"color": "#24292f"}}
+# Under the axis, where it hides no point however many there are.
+_LEGEND = {"orientation": "h", "x": 0, "xanchor": "left", "yref": "container", "y": 0.01}
 
 
 @shape_checked
@@ -75,6 +100,7 @@ def cosine_heatmap(
     )
     axis = _AXIS | {"title": {"text": "vector", "standoff": 6}, "showgrid": False}
     axis |= {"constrain": "domain", "type": "linear" if names is None else "category"}
+    axis |= _whole_numbers(max(z.shape))
     figure = go.Figure(heatmap)
     figure.update_layout(
         **_layout(title, width=640, height=740),
@@ -103,7 +129,10 @@ def objective_history(
             "found: has no history of its search; scaling a library drops it, and vectors made "
             "elsewhere never had one. Pass what melbo returned, or slices of it"
         )
-    ascent = found.story.get("hyperparameters", {}).get("optimiser") == "ascent"
+    chosen = found.story.get("hyperparameters", {})
+    ascent = chosen.get("optimiser") == "ascent"
+    in_units = chosen.get("p") == chosen.get("q")
+    unit = "residual-stream units" if in_units else f"p = {chosen['p']}, q = {chosen['q']}"
     history = found.history.double().numpy()
     # An ascent's first number took one gradient evaluation; AdamW's is before its first step.
     x = np.arange(history.shape[1]) + (1 if ascent else 0)
@@ -127,11 +156,11 @@ def objective_history(
         | {
             "title": {"text": "gradient evaluations" if ascent else "step", "standoff": 8},
             "gridcolor": "#eaeef2",
-            "tickformat": ",d",
+            **_whole_numbers(len(x)),
         },
         yaxis=_AXIS
         | {
-            "title": {"text": "objective (residual-stream units)", "standoff": 8},
+            "title": {"text": f"objective ({unit})", "standoff": 8},
             "gridcolor": "#eaeef2",
             "rangemode": "tozero",
         },
@@ -190,6 +219,11 @@ def _shades(count: int) -> list[str]:
     return [str(shade) for shade in sample_colorscale(_SEQUENTIAL, points)]
 
 
+def _whole_numbers(count: int) -> dict[str, Any]:
+    """Ticks between whole numbers, which plotly makes where there are few, mean nothing here."""
+    return {"tickformat": ",d", "dtick": 1} if count <= 12 else {"tickformat": ",d"}
+
+
 def _layout(title: str, width: int, height: int) -> dict[str, Any]:
     return {
         "template": "plotly_white",
@@ -200,3 +234,542 @@ def _layout(title: str, width: int, height: int) -> dict[str, Any]:
         "height": height,
         "paper_bgcolor": "#ffffff",
     }
+
+
+@shape_checked
+def kl_curve(
+    kl: Float[Tensor, "vector"],
+    found: SteeringVectors | None = None,
+    *,
+    completions: Sequence[str] | None = None,
+    window: int = 50,
+    baselines: Mapping[str, Tensor] | None = None,
+    log_y: bool = False,
+    title: str = "Divergence from the reference",
+) -> go.Figure:
+    """Draw KL against index: a point a vector, and their moving average.
+
+    Args:
+        kl: as `analysis.kl_divergence` gives it, in nats.
+        found: the library, for the index and norm of each vector; None numbers them from 0.
+        completions: what the model writes under each, shown when a point is hovered over.
+        window: the average at a point is that of this many points up to and with it, or of as many
+            as there are yet.
+        baselines: what to compare with, by name, in nats: one number (the unsteered model) is a
+            dashed line; one for each vector (random vectors of the same norms) small points and
+            the dashed line of their moving average.
+        log_y: a logarithmic axis; values under 1e-6 nats are drawn there.
+        title: above the figure; "" for none.
+
+    Raises:
+        ValueError: no values, or negative or not finite ones; another number of vectors,
+            completions or baseline values; a window below one.
+
+    Source: Jacob G-W 2024, "I found >800 orthogonal 'write code' steering vectors".
+    """
+    values = _checked_kl(kl, "kl")
+    _check_count(found, len(values), "found")
+    _check_count(completions, len(values), "completions")
+    labels = _labels(found, len(values))
+    hover = _hover_lines(labels, values, found, completions)
+    drawn = np.maximum(values, _SMALLEST_KL) if log_y else values
+    figure = go.Figure(_points_and_average(labels, drawn, window, "each vector", hover))
+    for (name, baseline), colour in zip((baselines or {}).items(), cycle(_OTHERS), strict=False):
+        height = _checked_kl(baseline.flatten(), f"baselines[{name!r}]")
+        if len(height) not in (1, len(values)):
+            raise ValueError(
+                f"baselines[{name!r}]: {len(height)} values, expected one, or one for each of the "
+                f"{len(values)} vectors"
+            )
+        height = np.maximum(height, _SMALLEST_KL) if log_y else height
+        figure.add_traces(_baseline(labels, height, window, name, colour))
+    _style_curve(figure, title, "KL (nats)", log_y)
+    return figure
+
+
+@shape_checked
+def norm_curve(
+    found: SteeringVectors, window: int = 50, title: str = "Norm of each vector"
+) -> go.Figure:
+    """Draw norm against index: a point a vector, and their moving average.
+
+    Args:
+        found: the library. For a MELBO-ortho family, a dashed line is at the norm of its theta0.
+        window: the average at a point is that of this many points up to and with it, or of as many
+            as there are yet.
+        title: above the figure; "" for none.
+
+    Raises:
+        ValueError: no vectors, or a window below one.
+
+    Source: Jacob G-W 2024, "I found >800 orthogonal 'write code' steering vectors".
+    """
+    if not len(found):
+        raise ValueError("found: a library without vectors; pass at least one")
+    labels = _labels(found, len(found))
+    norms = found.norms.double().numpy()
+    hover = [f"vector {i}<br>norm {norm:.4g}" for i, norm in zip(labels, norms, strict=True)]
+    figure = go.Figure(_points_and_average(labels, norms, window, "each vector", hover))
+    start = (found.story.get("theta0") or {}).get("norm")
+    if start is not None:
+        figure.add_traces(_baseline(labels, np.array([start]), window, "theta0", _OTHERS[0]))
+    _style_curve(figure, title, "norm (residual-stream units)", log_y=False)
+    return figure
+
+
+def moving_average(values: np.ndarray, window: int) -> np.ndarray:
+    """The mean of the last `window` values at each point; of all so far where there are fewer.
+
+    Raises:
+        ValueError: a window below one.
+    """
+    if window < 1:
+        raise ValueError(f"window={window}: at least 1, the number of points to average over")
+    # Window by window, not by differences of a running sum, which leave a large value's rounding.
+    return np.array([values[max(0, i + 1 - window) : i + 1].mean() for i in range(len(values))])
+
+
+def _points_and_average(
+    labels: np.ndarray, values: np.ndarray, window: int, name: str, hover: Sequence[str]
+) -> list[go.Scatter]:
+    average = moving_average(values, window)
+    points = go.Scatter(
+        x=labels,
+        y=values,
+        name=name,
+        mode="markers",
+        marker={"size": 6, "color": _PALE_BLUE, "opacity": 0.75},
+        customdata=list(hover),
+        hovertemplate="%{customdata}<extra></extra>",
+    )
+    line = go.Scatter(
+        x=labels,
+        y=average,
+        name=f"mean of the last {window}",
+        mode="lines",
+        line={"width": 2.2, "color": _BLUE},
+        hoverinfo="skip",
+    )
+    return [points, line]
+
+
+def _baseline(
+    labels: np.ndarray, values: np.ndarray, window: int, name: str, colour: str
+) -> list[go.Scatter]:
+    """One value as a dashed line, or many as points with a dashed average."""
+    level = len(values) == 1
+    label = html.escape(name)
+    # A single vector has no width to draw a line across.
+    ends = np.array([labels.min() - 0.5, labels.max() + 0.5])
+    line = go.Scatter(
+        x=ends if level else labels,
+        y=np.repeat(values, 2) if level else moving_average(values, window),
+        name=label,
+        legendgroup=label,
+        mode="lines",
+        line={"width": 1.6, "dash": "dash", "color": colour},
+        hovertemplate=f"{label}: %{{y:.4g}}<extra></extra>",
+    )
+    if level:
+        return [line]
+    points = go.Scatter(
+        x=labels,
+        y=values,
+        legendgroup=label,
+        showlegend=False,
+        mode="markers",
+        marker={"size": 4, "color": colour, "opacity": 0.35},
+        hovertemplate=f"{label} %{{x}}: %{{y:.4g}}<extra></extra>",
+    )
+    return [points, line]
+
+
+def _style_curve(figure: go.Figure, title: str, y_title: str, log_y: bool) -> None:
+    figure.update_layout(
+        **_layout(title, width=820, height=520),
+        plot_bgcolor="#ffffff",
+        hovermode="closest",
+        hoverlabel=_HOVER_LABEL,
+        legend=_LEGEND,
+        xaxis=_AXIS | _GRID | {"title": {"text": "vector", "standoff": 8}, "tickformat": ",d"},
+        yaxis=_AXIS
+        | _GRID
+        | {"title": {"text": y_title, "standoff": 8}}
+        | ({"type": "log", "exponentformat": "power"} if log_y else {"rangemode": "tozero"}),
+    )
+
+
+def _hover_lines(
+    labels: np.ndarray,
+    kl: np.ndarray,
+    found: SteeringVectors | None,
+    completions: Sequence[str] | None,
+) -> list[str]:
+    lines = [
+        [f"vector {label}", f"KL {value:.4g}"] for label, value in zip(labels, kl, strict=True)
+    ]
+    if found is not None:
+        for line, norm in zip(lines, found.norms.tolist(), strict=True):
+            line.append(f"norm {norm:.4g}")
+    if completions is not None:
+        for line, completion in zip(lines, completions, strict=True):
+            line.append(_wrapped(completion))
+    return ["<br>".join(line) for line in lines]
+
+
+def _wrapped(text: str, length: int = _HOVER_LENGTH) -> str:
+    """Text for a hover label: cut, wrapped, and with nothing in it that plotly takes for HTML."""
+    short = text if len(text) <= length else text[: length - 1] + "…"
+    return "<br>".join(html.escape(line) for line in textwrap.wrap(short, _HOVER_WIDTH))
+
+
+def _checked_kl(kl: Tensor, argument: str) -> np.ndarray:
+    values = kl.detach().cpu().double().numpy()
+    if not len(values) or not (np.isfinite(values) & (values >= 0)).all():
+        raise ValueError(
+            f"{argument}: no values, or negative or not finite ones; pass what "
+            "analysis.kl_divergence returns, without the vectors whose KL is infinite"
+        )
+    return values
+
+
+def _check_count(things: SteeringVectors | Sequence[str] | None, count: int, name: str) -> None:
+    if things is not None and len(things) != count:
+        raise ValueError(f"{name}: {len(things)}, but kl holds {count} values; pass one for each")
+
+
+def _labels(found: SteeringVectors | None, count: int) -> np.ndarray:
+    return np.arange(count) if found is None else found.columns["index"].numpy()
+
+
+@shape_checked
+def composition_curves(
+    composed: pd.DataFrame, measure: Measure | None = None, title: str = "Vectors added up"
+) -> go.Figure:
+    """Draw what adding up does against how many are added: lines for the first k, rings for random.
+
+    Args:
+        composed: as `analysis.composition` gives it.
+        measure: the column on the vertical axis; None takes "kl_to_reference", or without a
+            reference "kl_to_unsteered".
+        title: above the figure; "" for none.
+
+    Raises:
+        ValueError: a column is missing, there are no rows, or the measure is not known.
+    """
+    _check_frame(composed, "composed", ("size", "members", "subset", "combination", "scaling"))
+    if measure is None:
+        known = np.isfinite(composed["kl_to_reference"].to_numpy()).any()
+        measure = "kl_to_reference" if known else "kl_to_unsteered"
+    if np.isnan(composed[measure].to_numpy()).all():
+        raise ValueError(
+            f"measure={measure!r}: not known without a reference; compose with reference=, or "
+            "choose 'kl_to_unsteered'"
+        )
+    figure = go.Figure()
+    # Rescaled, the sum is the mean: drawn once.
+    kinds = (
+        ("mean", "raw", "mean"),
+        ("sum", "raw", "sum"),
+        ("mean", "reference norm", "at the reference's norm"),
+        ("mean", "mean norm", "at the members' mean norm"),
+    )
+    groups = dict(iter(composed.groupby(["combination", "scaling", "subset"])))
+    for (combination, scaling, name), colour in zip(kinds, (_BLUE, *_OTHERS), strict=False):
+        for subset in ("first", "random"):
+            rows = groups.get((combination, scaling, subset))
+            if rows is not None:
+                figure.add_trace(_composition_trace(rows, measure, name, subset, colour))
+    axis_titles = {
+        "kl_to_reference": "KL to the reference (nats)",
+        "kl_to_unsteered": "KL to the unsteered model (nats)",
+        "distance": "distance from the reference (residual-stream units)",
+    }
+    _style_curve(figure, title, axis_titles[measure], log_y=False)
+    figure.update_xaxes(title_text="vectors added up", tickvals=sorted(set(composed["size"])))
+    return figure
+
+
+@shape_checked
+def scale_curves(
+    swept: pd.DataFrame,
+    *,
+    changed: float = 0.5,
+    repetitive: float = 0.2,
+    title: str = "Changed and still coherent",
+) -> go.Figure:
+    """Draw KL and repetition against scale, with the window between too weak and too strong shaded.
+
+    Thin lines are vectors, thick ones their median. The window is where the median KL is at least
+    `changed` and the median repetition at most `repetitive`. Text can be incoherent without
+    repeating itself: read the completions too.
+
+    Args:
+        swept: as `analysis.scale_sweep` gives it.
+        changed: KL to the unsteered model, in nats, from which on the output counts as changed.
+        repetitive: share of repeated 3-grams up to which it counts as coherent.
+        title: above the figure; "" for none.
+
+    Raises:
+        ValueError: a column is missing, or there are no rows.
+    """
+    _check_frame(swept, "swept", ("vector", "scale", "norm", "kl", "repetition", "completion"))
+    median = swept.groupby("scale").median(numeric_only=True)
+    is_changed = median["kl"].to_numpy() >= changed
+    windows = _windows(
+        median.index.to_numpy(), is_changed & (median["repetition"].to_numpy() <= repetitive)
+    )
+    figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.06)
+    panels = (("kl", "KL (nats)", changed), ("repetition", "repetition", repetitive))
+    for row, (column, y_title, threshold) in enumerate(panels, start=1):
+        for trace in _scale_traces(swept, median, column):
+            figure.add_trace(trace.update(showlegend=row == 1 and trace.showlegend), row, 1)
+        axis = "" if row == 1 else row
+        across = {"xref": f"x{axis} domain", "yref": f"y{axis}", "x0": 0, "x1": 1}
+        line = {"width": 1, "dash": "dot"}
+        figure.add_shape(type="line", **across, y0=threshold, y1=threshold, line=line)
+        for left, right in windows:
+            whole_height = {"xref": f"x{axis}", "yref": f"y{axis} domain", "y0": 0, "y1": 1}
+            look = {"fillcolor": _OTHERS[1], "opacity": 0.14, "line_width": 0, "layer": "below"}
+            figure.add_shape(type="rect", **whole_height, x0=left, x1=right, **look)
+        figure.update_yaxes(
+            _AXIS | _GRID | {"title": {"text": y_title, "standoff": 8}, "rangemode": "tozero"},
+            row=row,
+            col=1,
+        )
+    figure.update_xaxes(_AXIS | _GRID)
+    figure.update_xaxes(title={"text": "scale", "standoff": 8}, row=2, col=1)
+    figure.update_layout(
+        **_layout(title, width=820, height=600),
+        plot_bgcolor="#ffffff",
+        hovermode="closest",
+        hoverlabel=_HOVER_LABEL,
+        legend=_LEGEND,
+    )
+    return figure
+
+
+@shape_checked
+def presence_points(
+    scanned: pd.DataFrame, q: float = 0.05, title: str = "Presence in the unsteered model"
+) -> go.Figure:
+    """Draw the AUROC of every vector, those beyond the random-direction null apart.
+
+    Args:
+        scanned: as `analysis.presence` gives it.
+        q: adjusted p-values below this count as found.
+        title: above the figure; "" for none.
+
+    Raises:
+        ValueError: a column is missing, or there are no rows.
+    """
+    columns = ("index", "mean_projection", "mean_projection_control", "auroc", "p_value")
+    _check_frame(scanned, "scanned", (*columns, "p_adjusted"))
+    figure = go.Figure()
+    found = scanned["p_adjusted"] < q
+    groups = ((~found, "like random directions", "#8c959f", "circle-open"),
+              (found, f"adjusted p < {q:g}", _OTHERS[0], "diamond"))  # fmt: skip
+    for chosen, name, colour, symbol in groups:
+        rows = scanned[chosen]
+        figure.add_trace(
+            go.Scatter(
+                x=rows["index"],
+                y=rows["auroc"],
+                name=f"{name} ({len(rows)})",
+                mode="markers",
+                marker={"size": 8, "color": colour, "symbol": symbol},
+                customdata=rows.drop(columns=["index", "auroc"]).to_numpy(),
+                hovertemplate="vector %{x}<br>AUROC %{y:.3f}<br>mean projection "
+                "%{customdata[0]:.3g}, in control %{customdata[1]:.3g}<br>p %{customdata[2]:.3g}, "
+                "adjusted %{customdata[3]:.3g}<extra></extra>",
+            )
+        )
+    figure.add_hline(0.5, line={"width": 1, "dash": "dot"})
+    _style_curve(figure, title, "AUROC, texts against control", log_y=False)
+    figure.update_yaxes(rangemode="normal", range=[-0.03, 1.03])
+    figure.update_layout(showlegend=True)
+    return figure
+
+
+@shape_checked
+def transfer_heatmap(
+    transferred: pd.DataFrame, title: str = "Effect on other prompts"
+) -> go.Figure:
+    """Draw the KL of every vector on every prompt; hovering shows what the model writes.
+
+    Args:
+        transferred: as `analysis.transfer` gives it.
+        title: above the figure; "" for none.
+
+    Raises:
+        ValueError: a column is missing, or there are no rows.
+    """
+    columns = ("prompt", "vector", "kl", "completion", "unsteered_completion")
+    _check_frame(transferred, "transferred", columns)
+    n_vectors = len(set(transferred["vector"]))
+    prompts = transferred["prompt"].to_numpy()[::n_vectors]
+    hover = [
+        f"vector {vector}, KL {kl:.4g}<br>{_wrapped(completion)}<br><br>unsteered:<br>"
+        f"{_wrapped(unsteered)}"
+        for vector, kl, completion, unsteered in zip(
+            *(transferred[column] for column in columns[1:]), strict=True
+        )
+    ]
+    heatmap = go.Heatmap(
+        z=transferred["kl"].to_numpy().reshape(-1, n_vectors),
+        x=transferred["vector"].to_numpy()[:n_vectors],
+        customdata=np.array(hover).reshape(-1, n_vectors),
+        zmin=0,
+        zmax=max(transferred["kl"]),
+        colorscale=_SEQUENTIAL,
+        colorbar={
+            "title": {"text": "KL to unsteered (nats)", "side": "bottom"},
+            "orientation": "h",
+            "thickness": 10,
+            "len": 0.6,
+            **_AT_THE_BOTTOM,
+        },
+        hovertemplate="%{customdata}<extra></extra>",
+    )
+    figure = go.Figure(heatmap)
+    layout = _layout(title, width=820, height=max(440, 240 + 32 * len(prompts)))
+    figure.update_layout(**layout, hoverlabel=_HOVER_LABEL)
+    figure.update_xaxes(_AXIS | {"title": {"text": "vector", "standoff": 8}, "showgrid": False})
+    figure.update_yaxes(
+        _AXIS | {"showgrid": False, "autorange": "reversed", "automargin": True},
+        tickvals=list(range(len(prompts))),
+        # By number, not by name: two prompts may begin alike.
+        ticktext=[_wrapped(prompt, 40) for prompt in prompts],
+    )
+    return figure
+
+
+@shape_checked
+def token_presence(
+    model: Model,
+    vector: Vectors,
+    text: str,
+    layer: int | None = None,
+) -> RenderedHTML:
+    """Show a text's tokens coloured by their projection on a vector, in the unsteered model.
+
+    Red tokens point against the vector and blue ones along it, darkest at the text's longest
+    projection. The first token, whose residual is an outlier in most models, is left white.
+
+    Args:
+        model: a TransformerLens model.
+        vector: exactly one vector; its length does not matter.
+        text: a raw text, of more than one token.
+        layer: after which block to look; None takes the layer that the vector was found at.
+
+    Returns:
+        circuitsvis's coloured tokens, for a notebook or, as `str`, for a page. The script is in
+        it: nothing is asked of the internet.
+
+    Raises:
+        ValueError: more or fewer than one vector, or one that has no direction; unknown layer; a
+            text without a second token.
+    """
+    theta = one_vector(vector, "vector")
+    unit = normalise(as_theta(model, theta))[0].cpu()
+    residuals = residuals_of(model, text, steering_layer(model, theta, layer), argument="text")
+    values = [0.0, *(residuals @ unit).tolist()]
+    tokens = [model.tokenizer.decode([token]) for token in to_tokens(model, text)[0].tolist()]
+    largest = max(map(abs, values))
+    shown = colored_tokens(tokens, values, min_value=-largest, max_value=largest)
+    source = _without_tags(shown.local_src)
+    return _Offline(source, source)
+
+
+class _Offline(RenderedHTML):
+    """Coloured tokens that do not look for a network each time they are shown."""
+
+    def _repr_html_(self) -> str:
+        return self.local_src
+
+
+def _without_tags(source: str) -> str:
+    """The page of circuitsvis with no "<" in its data: a token "</script>" would end it."""
+    script, call, rest = source.rpartition("CircuitsVis.render(")
+    data, end, after = rest.rpartition("</script>")
+    return script + call + data.replace("<", "\\u003c") + end + after
+
+
+def _composition_trace(
+    rows: pd.DataFrame, measure: str, name: str, subset: str, colour: str
+) -> go.Scatter:
+    first = subset == "first"
+    hover = [
+        f"{subset} {row['size']}, {name}<br>members {_wrapped(str(list(row['members'])), 100)}"
+        f"<br>{measure.replace('_', ' ')} {row[measure]:.4g}, norm {row['norm']:.4g}"
+        f"<br>{_wrapped(row['completion'])}"
+        for row in rows.to_dict("records")
+    ]
+    return go.Scatter(
+        x=rows["size"],
+        y=rows[measure],
+        name=name if first else f"{name}, random",
+        legendgroup=name,
+        showlegend=first,
+        mode="lines+markers" if first else "markers",
+        line={"width": 1.8, "color": colour},
+        marker={"size": 8, "color": colour, "symbol": "circle" if first else "circle-open"},
+        customdata=hover,
+        hovertemplate="%{customdata}<extra></extra>",
+    )
+
+
+def _scale_traces(swept: pd.DataFrame, median: pd.DataFrame, column: str) -> list[go.Scatter]:
+    traces = [
+        go.Scatter(
+            x=rows["scale"],
+            y=rows[column],
+            mode="lines+markers",
+            line={"width": 1, "color": _PALE_BLUE},
+            marker={"size": 5},
+            opacity=0.6,
+            name="each vector",
+            legendgroup="each vector",
+            showlegend=number == 0,
+            customdata=[
+                f"vector {vector} at {scale:g} (norm {norm:.4g})<br>{column} {value:.4g}<br>"
+                f"{_wrapped(completion)}"
+                for vector, scale, norm, value, completion in zip(
+                    *(rows[c] for c in ("vector", "scale", "norm", column, "completion")),
+                    strict=True,
+                )
+            ],
+            hovertemplate="%{customdata}<extra></extra>",
+        )
+        for number, (_, rows) in enumerate(swept.sort_values("scale").groupby("vector"))
+    ]
+    thick = go.Scatter(
+        x=median.index,
+        y=median[column],
+        mode="lines",
+        line={"width": 2.6, "color": _BLUE},
+        name="median",
+        legendgroup="median",
+        showlegend=True,
+        hoverinfo="skip",
+    )
+    return [*traces, thick]
+
+
+def _windows(scales: np.ndarray, inside: np.ndarray) -> list[tuple[float, float]]:
+    """From half-way before each scale inside to half-way after it."""
+    if len(scales) < 2:
+        return []
+    middles = (scales[1:] + scales[:-1]) / 2
+    edges = np.concatenate([scales[:1], middles, scales[-1:]])
+    return [(float(edges[i]), float(edges[i + 1])) for i in np.flatnonzero(inside)]
+
+
+def _check_frame(frame: pd.DataFrame, argument: str, columns: Sequence[str]) -> None:
+    missing = [column for column in columns if column not in frame]
+    if missing or not len(frame):
+        raise ValueError(
+            f"{argument}: "
+            + (f"lacks the columns {missing}" if missing else "has no rows")
+            + "; pass the frame as the analysis returned it"
+        )

@@ -1,6 +1,21 @@
 """Questions to ask of vectors that were found: one file a question."""
 
+from tl_melbo.analysis.composition import composition
 from tl_melbo.analysis.divergence import kl_divergence, kl_from_log_probs
+from tl_melbo.analysis.presence import presence, presence_statistics
+from tl_melbo.analysis.scaling import repetition, rescale, scale_sweep
 from tl_melbo.analysis.similarity import cosine_similarity
+from tl_melbo.analysis.transfer import transfer
 
-__all__ = ["cosine_similarity", "kl_divergence", "kl_from_log_probs"]
+__all__ = [
+    "composition",
+    "cosine_similarity",
+    "kl_divergence",
+    "kl_from_log_probs",
+    "presence",
+    "presence_statistics",
+    "repetition",
+    "rescale",
+    "scale_sweep",
+    "transfer",
+]

@@ -1,0 +1,261 @@
+"""Does the model use them by itself? A scan of the unsteered residual stream."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tl_melbo.analysis.inputs import as_library, as_texts
+from tl_melbo.geometry import normalise
+from tl_melbo.models import (
+    Model,
+    check_model,
+    frozen,
+    residual_hook_name,
+    to_tokens,
+    whole_model,
+)
+from tl_melbo.shapes import Float, Theta, checked_slice, shape_checked
+from tl_melbo.steering import Vectors, as_theta, steering_layer
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# How many float64 numbers of the null's projections are held at once: 128 MiB.
+_MOST_NUMBERS = 2**24
+
+
+@shape_checked
+def presence(
+    model: Model,
+    vectors: Vectors,
+    texts: str | Sequence[str],
+    control_texts: str | Sequence[str],
+    *,
+    layer: int | None = None,
+    n_frames: int = 200,
+    seed: int = 0,
+    positions: slice = slice(1, None),
+) -> "pd.DataFrame":
+    """Does the unsteered model use these directions where a behaviour shows, and not elsewhere?
+
+    The model reads texts that show the behaviour, code for example, and texts that do not. The
+    residual stream at every position is projected on each unit vector, and the projections in the
+    two kinds of text are compared: see `presence_statistics`.
+
+    Args:
+        model: a TransformerLens model.
+        vectors: the directions to look for.
+        texts: raw texts that show the behaviour; no chat format is put around them.
+        control_texts: raw texts that do not.
+        layer: after which block to look; None takes the layer that the vectors were found at.
+        n_frames: how many random orthonormal frames the null is drawn from.
+        seed: for the random frames.
+        positions: which tokens of each text count. By default all but the first, whose residual is
+            an outlier in most models, many times as long as the others and the same in every text.
+
+    Returns:
+        As `presence_statistics`.
+
+    Raises:
+        TypeError: `model` is not a TransformerLens model.
+        ValueError: no vectors or no texts; a text of which `positions` leaves no token; unknown
+            layer; as `presence_statistics`.
+
+    Source: Jacob G-W 2024, "I found >800 orthogonal 'write code' steering vectors", who asks
+    whether the model itself uses these directions; the test is ours.
+    """
+    check_model(model)
+    library = as_library(vectors)
+    as_theta(model, library)
+    layer = steering_layer(model, library, layer)
+    residuals, control = (
+        residuals_of(model, group, layer, positions, argument)
+        for group, argument in ((texts, "texts"), (control_texts, "control_texts"))
+    )
+    return presence_statistics(residuals, control, library, n_frames=n_frames, seed=seed)
+
+
+@shape_checked
+def presence_statistics(
+    residuals: Float[Tensor, "token _"],
+    control: Float[Tensor, "control_token _"],
+    vectors: Vectors,
+    *,
+    n_frames: int = 200,
+    seed: int = 0,
+) -> "pd.DataFrame":
+    """Compare projections on each vector in two sets of residuals, against random directions.
+
+    The statistic is |AUROC - 1/2|. Its null are random orthonormal frames of as many vectors as
+    there are, on the same residuals: so tokens need not be independent of each other, which in text
+    they are not. The p-value of a vector is (1 + how many of the null's reach its statistic) /
+    (1 + how many there are), over all vectors of all frames. It answers "more than a random
+    direction does?"; where the two sets differ in most directions, few vectors will stand out.
+
+    Args:
+        residuals: the residual stream where the behaviour shows, a row a token.
+        control: the same where it does not.
+        vectors: the directions to look for; their lengths do not matter.
+        n_frames: how many frames. No p-value is below 1 / (1 + n_frames * n_vectors).
+        seed: for the frames.
+
+    Returns:
+        One row a vector. index, its number in the library; mean_projection and
+        mean_projection_control on the unit vector, in units of the residual stream; auroc, the
+        chance that a token of `residuals` projects further than one of `control` (ties count
+        half); p_value, two-sided; p_adjusted, by Benjamini and Hochberg over the vectors.
+
+    Raises:
+        ValueError: no vectors, or one that has no direction; no token in a set, or values that are
+            not finite; widths that differ; fewer than one frame.
+    """
+    import pandas as pd
+
+    library = as_library(vectors)
+    units = normalise(library.vectors.double())
+    sets = [
+        _checked_residuals(rows, units.shape[1], name)
+        for rows, name in ((residuals, "residuals"), (control, "control"))
+    ]
+    if n_frames < 1:
+        raise ValueError(f"n_frames={n_frames}: at least 1")
+    projections, control_projections = (rows @ units.T for rows in sets)
+    excess = _excess(projections.T, control_projections.T)
+    n_pairs = len(sets[0]) * len(sets[1])
+    null = _null_excess(sets[0], sets[1], len(units), n_frames, seed).abs().sort().values
+    n_reaching = len(null) - torch.searchsorted(null, excess.abs())
+    p_values = (1 + n_reaching).double() / (1 + len(null))
+    return pd.DataFrame(
+        {
+            "index": library.columns["index"].numpy(),
+            "mean_projection": projections.mean(0).numpy(),
+            "mean_projection_control": control_projections.mean(0).numpy(),
+            "auroc": (0.5 + excess.double() / (2 * n_pairs)).numpy(),
+            "p_value": p_values.numpy(),
+            "p_adjusted": benjamini_hochberg(p_values).numpy(),
+        }
+    )
+
+
+@shape_checked
+def benjamini_hochberg(p_values: Float[Tensor, "test"]) -> Float[Tensor, "test"]:
+    """Adjust p-values so that those under q hold a share of false discoveries of at most q.
+
+    Source: Benjamini & Hochberg 1995, "Controlling the false discovery rate".
+    """
+    ordered, order = p_values.sort(descending=True)
+    n_tests = len(p_values)
+    ranks = torch.arange(n_tests, 0, -1, dtype=p_values.dtype, device=p_values.device)
+    adjusted = (ordered * n_tests / ranks).cummin(0).values.clamp_max(1.0)
+    return torch.empty_like(adjusted).scatter(0, order, adjusted)
+
+
+@shape_checked
+def residuals_of(
+    model: Model,
+    texts: str | Sequence[str],
+    layer: int,
+    positions: slice = slice(1, None),
+    argument: str = "texts",
+) -> Float[Tensor, "token d_model"]:
+    """The unsteered residual stream after a block, at the chosen tokens of all texts in a row.
+
+    Args:
+        model: a TransformerLens model.
+        texts: raw texts, run one by one.
+        layer: after which block.
+        positions: which tokens of each text.
+        argument: what errors call the texts.
+
+    Returns:
+        float32, on the CPU.
+
+    Raises:
+        ValueError: no texts, or one of which `positions` leaves no token.
+    """
+    parts = []
+    for number, text in enumerate(as_texts(texts, argument)):
+        tokens = to_tokens(model, text)
+        residual = _residual(model, tokens, layer)
+        chosen = residual[list(range(len(residual)))[checked_slice(positions)]]
+        if not len(chosen):
+            raise ValueError(
+                f"{argument}[{number}]={text[:40]!r}: {len(residual)} token(s), of which "
+                f"positions={positions} leaves none; leave the text out, or choose other positions"
+            )
+        parts.append(chosen)
+    return torch.cat(parts)
+
+
+def _residual(model: Model, tokens: Tensor, layer: int) -> Float[Tensor, "pos d_model"]:
+    kept: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+        kept.append(output[0].detach().float().cpu())
+
+    handle = model.hook_dict[residual_hook_name(layer)].register_forward_hook(keep)
+    try:
+        with torch.no_grad(), frozen(*whole_model(model)):
+            model(tokens, return_type=None)
+    finally:
+        handle.remove()
+    return kept[0]
+
+
+def _checked_residuals(rows: Tensor, d_model: int, argument: str) -> Tensor:
+    rows = rows.detach().cpu().double()
+    if not len(rows):
+        raise ValueError(f"{argument}: no tokens; pass the residual stream of at least one")
+    if rows.shape[1] != d_model:
+        raise ValueError(
+            f"{argument}: {rows.shape[1]} wide, but vectors are {d_model} wide; take both from the "
+            "same model"
+        )
+    if not torch.isfinite(rows).all():
+        raise ValueError(
+            f"{argument}: some values are not finite; load the model in a wider type, for example "
+            "dtype=torch.float32"
+        )
+    return rows
+
+
+def _excess(
+    projections: Float[Tensor, "vector token"], control: Float[Tensor, "vector control_token"]
+) -> Tensor:
+    """Pairs (token, control token) that the token wins, less those it loses: whole numbers.
+
+    That is (2 AUROC - 1) times the number of pairs, and exact, so that equal statistics are equal.
+    """
+    control = control.contiguous().sort(dim=-1).values
+    projections = projections.contiguous()
+    below = torch.searchsorted(control, projections)
+    not_above = torch.searchsorted(control, projections, right=True)
+    return (below + not_above - control.shape[1]).sum(-1)
+
+
+def _null_excess(
+    residuals: Tensor, control: Tensor, n_vectors: int, n_frames: int, seed: int
+) -> Tensor:
+    """The statistic for every vector of every random frame."""
+    generator = torch.Generator().manual_seed(seed)
+    d_model = residuals.shape[1]
+    numbers = n_vectors * max(len(residuals) + len(control), d_model)
+    at_once = max(1, min(n_frames, _MOST_NUMBERS // numbers))
+    parts = []
+    for first in range(0, n_frames, at_once):
+        count = min(at_once, n_frames - first)
+        directions = _random_frames(count, n_vectors, d_model, generator)
+        parts.append(_excess(directions @ residuals.T, directions @ control.T))
+    return torch.cat(parts)
+
+
+def _random_frames(count: int, n_vectors: int, d_model: int, generator: torch.Generator) -> Theta:
+    """Orthonormal frames, one after another; more vectors than dimensions are several frames."""
+    frames = []
+    for first in range(0, n_vectors, d_model):
+        size = min(d_model, n_vectors - first)
+        normal = torch.randn(count, d_model, size, generator=generator, dtype=torch.float64)
+        frames.append(torch.linalg.qr(normal).Q.transpose(1, 2).flatten(0, 1))
+    return torch.cat(frames)

@@ -1,0 +1,166 @@
+"""How long must a vector be? Vectors at other norms, and what the model does along the way."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tl_melbo.analysis.divergence import kl_from_log_probs
+from tl_melbo.analysis.inputs import as_library, one_vector
+from tl_melbo.models import Model
+from tl_melbo.shapes import Float, shape_checked
+from tl_melbo.steering import Vectors, as_theta, generate, next_token_log_probs
+from tl_melbo.vectors import SteeringVectors
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+DEFAULT_SCALES = (-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
+# A vocabulary is large: only so many vectors' distributions are held at a time.
+_BATCH_SIZE = 32
+
+
+@shape_checked
+def rescale(vectors: Vectors, norm: float | Vectors) -> SteeringVectors:
+    """Each vector at another length, in its own direction.
+
+        rescale(ortho, 12.0)
+        rescale(ortho, found[5])  # at |theta0|
+
+    Args:
+        vectors: vectors that have a direction.
+        norm: the L2 norm that all shall have, in units of the residual stream; or exactly one
+            vector, to take its norm.
+
+    Returns:
+        A new library; the column "scale" tells by how much each was stretched. What was measured
+        of the vectors at their old length (objective, distance) is left out.
+
+    Raises:
+        ValueError: no vectors, or one that is zero or not finite; a norm that is not positive and
+            finite; more or fewer than one vector to take the norm of.
+
+    Source: Jacob G-W 2024, "I found >800 orthogonal 'write code' steering vectors", where vectors
+    rescaled to |theta0| lose their effect.
+    """
+    library = as_library(vectors)
+    known = isinstance(norm, int | float)
+    length = float(norm) if known else float(one_vector(norm, "norm").norms[0])
+    if not 0 < length < math.inf:
+        raise ValueError(f"norm={length}: a positive finite number, or one vector such as found[5]")
+    norms = library.vectors.double().norm(dim=-1)
+    bad = (~(torch.isfinite(norms) & (norms > 0))).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(
+            f"vectors: {bad[:10]} are zero or not finite and have no direction; leave them out"
+        )
+    factors = length / norms
+    scales = library.columns.get("scale", torch.ones(len(library))) * factors
+    return replace(
+        library,
+        vectors=library.vectors.double() * factors[:, None],
+        columns={"index": library.columns["index"], "scale": scales.float()},
+        history=None,
+    )
+
+
+@shape_checked
+def scale_sweep(
+    model: Model,
+    prompt: str,
+    vectors: Vectors,
+    scales: Sequence[float] = DEFAULT_SCALES,
+    *,
+    max_new_tokens: int = 50,
+    layer: int | None = None,
+    chat: bool | None = None,
+) -> "pd.DataFrame":
+    """Stretch, shrink and turn vectors around: where is the output changed and still coherent?
+
+    Args:
+        model: a TransformerLens model.
+        prompt: one text.
+        vectors: which vectors to add, each by itself.
+        scales: factors on each vector; negative ones turn it around, 0 is the unsteered model.
+        max_new_tokens: the most tokens to write.
+        layer: after which block to add them; None takes the layer that they were found at.
+        chat: format the prompt as chat; None does as was done when the vectors were found, or
+            else does not.
+
+    Returns:
+        One row a vector and scale. vector, its position in `vectors`; scale; norm, in units of the
+        residual stream; kl, KL(P_vector || P_unsteered) of the next token, and entropy of that
+        token, in nats; repetition, see `repetition`; completion.
+
+    Raises:
+        ValueError: no vectors, no scales or scales that are not finite; as `generate` does.
+
+    Source: Jacob G-W 2024, "I found >800 orthogonal 'write code' steering vectors"; the measure of
+    repetition is the usual one minus the share of distinct 3-grams.
+    """
+    library = as_library(vectors)
+    theta = as_theta(model, library)
+    if not scales or not all(math.isfinite(scale) for scale in scales):
+        raise ValueError(f"scales={tuple(scales)}: at least one, and finite numbers only")
+    frame = generate(
+        model, prompt, library, layer, scales=scales, max_new_tokens=max_new_tokens, chat=chat
+    ).drop(columns="prompt")
+    # Scaled by zero, a vector is the unsteered model, and brings its layer and chat format along.
+    unsteered = next_token_log_probs(model, prompt, library[0], layer, scale=0.0, chat=chat)
+    # The same order as that of the completions: scale by scale.
+    measured = [
+        _next_token(model, prompt, library, scale, layer, chat, unsteered) for scale in scales
+    ]
+    kl, entropy = (torch.cat(parts).numpy() for parts in zip(*measured, strict=True))
+    norms = torch.cat([theta.norm(dim=-1) * abs(scale) for scale in scales]).cpu()
+    frame.insert(2, "norm", norms.numpy())
+    frame.insert(3, "kl", kl)
+    frame.insert(4, "entropy", entropy)
+    frame.insert(5, "repetition", [_repetition_of(model, text) for text in frame["completion"]])
+    return frame.sort_values("vector", kind="stable", ignore_index=True)
+
+
+@shape_checked
+def repetition(tokens: Sequence[int], n: int = 3) -> float:
+    """The share of a text's n-grams that already occurred in it.
+
+    Args:
+        tokens: token ids, or anything else to count.
+        n: how many tokens in a row are compared.
+
+    Returns:
+        From 0, every n-gram is new, to nearly 1; 0 for texts of fewer than n + 1 tokens.
+
+    Raises:
+        ValueError: n below one.
+    """
+    if n < 1:
+        raise ValueError(f"n={n}: at least 1")
+    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def _repetition_of(model: Model, text: str) -> float:
+    return repetition(model.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else 0.0
+
+
+def _next_token(
+    model: Model,
+    prompt: str,
+    library: SteeringVectors,
+    scale: float,
+    layer: int | None,
+    chat: bool | None,
+    unsteered: Tensor,
+) -> tuple[Float[Tensor, "vector"], Float[Tensor, "vector"]]:
+    """KL to the unsteered model, and entropy, of the token after the prompt."""
+    divergences, entropies = [], []
+    for start in range(0, len(library), _BATCH_SIZE):
+        batch = library[start : start + _BATCH_SIZE]
+        log_probs = next_token_log_probs(model, prompt, batch, layer, scale=scale, chat=chat)
+        divergences.append(kl_from_log_probs(log_probs, unsteered.expand_as(log_probs)))
+        entropies.append(torch.special.entr(log_probs.double().exp()).sum(-1).float())
+    return torch.cat(divergences), torch.cat(entropies)
