@@ -57,7 +57,7 @@ test-tl4: $(INSTALLED) ## The tests on transformer-lens 4.x (PYTEST_ARGS="-k pag
 	$(PY) -m pytest $(PYTEST_ARGS)
 
 test-tl3: $(INSTALLED_TL3) ## The tests on transformer-lens 3.9
-	$(PY_TL3) -m pytest $(PYTEST_ARGS)
+	$(PY_TL3) -m pytest -m 'not heavy and not browser' $(PYTEST_ARGS)
 
 # The tests of the page need a browser and its driver. Whether they may be skipped without one is for
 # the tests to say: on a desk yes, where CI is set no. So nothing fails here.

@@ -94,6 +94,7 @@ def test_ascent_is_monotone_and_returns_its_best(tiny):
         assert (found.columns["evaluations"] <= 12).all()
 
 
+@pytest.mark.heavy
 def test_ascent_climbs_above_adamw_on_every_architecture(tiny):
     f = tiny_map(tiny)
     for radius in (0.5, 2.0):
@@ -105,6 +106,7 @@ def test_ascent_climbs_above_adamw_on_every_architecture(tiny):
         assert fast.objective.mean() >= 0.95 * slow.objective.mean()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("radius", [3.0, 6.0, 12.0])
 def test_ascent_reaches_300_published_steps_in_10_gradients(f, radius):
     """Every start, on the embedded model; the objective of both is the published one."""

@@ -28,8 +28,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
         raise FileNotFoundError(f"{path.parent} does not exist; create the folder first")
     temporary = path.with_name(f".{path.name}.{uuid4().hex}.partial")
     temporary.touch(exist_ok=False)
+    mode = temporary.stat().st_mode
     try:
         yield temporary
+        temporary.chmod(mode)  # some writers make files private
         _to_disk(temporary)
         temporary.replace(path)
         with suppress(OSError):  # not every system can do this for a folder

@@ -3,12 +3,15 @@
 Axis names are TransformerLens's (``batch pos d_model d_vocab``) plus ``vector`` and ``prompt``.
 """
 
+import functools
+import inspect
 import operator
+import re
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from beartype import BeartypeConf, beartype
-from jaxtyping import Bool, Float, Int, jaxtyped
+from jaxtyping import Bool, Float, Int, TypeCheckError, jaxtyped
 from torch import Tensor
 
 Theta = Float[Tensor, "vector d_model"]
@@ -27,9 +30,47 @@ def shape_checked(function: Function) -> Function:
     """Check the types and shapes of a function's arguments and result at every call.
 
     Raises:
-        jaxtyping.TypeCheckError: (a TypeError) naming the argument, what came and what is allowed.
+        TypeError: naming the argument, what came and what is allowed, in one line.
     """
-    return jaxtyped(typechecker=_typechecker)(function)
+    checked = jaxtyped(typechecker=_typechecker)(function)
+    signature = inspect.signature(function)
+    name = function.__qualname__
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            given = signature.bind(*args, **kwargs).arguments
+        except TypeError as error:
+            raise TypeError(f"{name}(): {error}; see help({name})") from None
+        try:
+            return checked(*args, **kwargs)
+        except TypeCheckError as error:
+            # jaxtyping's own message prints every argument, whole models included.
+            raise TypeError(_explain(name, str(error), given)) from None
+
+    return cast(Function, call)
+
+
+def _explain(name: str, message: str, given: dict[str, Any]) -> str:
+    culprit = re.search(r"typechecking parameter '(\w+)'", message)
+    expected = re.search(r"Expected type: (.*?)\.?$", message, re.MULTILINE)
+    allowed = expected[1].removeprefix("<class '").removesuffix("'>") if expected else "another"
+    allowed = re.sub(r"\b(?:typing|collections\.abc|tl_melbo(?:\.\w+)*)\.", "", allowed)
+    if culprit is None or culprit[1] not in given:
+        return f"{name}(): a value has the wrong type or shape, expected {allowed:.300}"
+    argument = culprit[1]
+    return (
+        f"{name}(): argument {argument!r} is {_describe(given[argument])}, expected "
+        f"{allowed:.300}; see help({name})"
+    )
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor {str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    kind = type(value).__name__
+    plain = isinstance(value, str | int | float | slice | list | tuple | None)
+    return f"{value!r:.80} ({kind})" if plain else f"of type {type(value).__module__}.{kind}"
 
 
 def checked_slice(positions: slice) -> slice:

@@ -250,10 +250,13 @@ class SteeringVectors:
 
         Raises:
             FileNotFoundError: there is no such file.
+            IsADirectoryError: it is a folder.
             ValueError: it is not a safetensors file, is cut or damaged, is not one of ours, or
                 lacks its story.
         """
         path = Path(path).expanduser()
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder; name the vector file in it")
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file")
         with path.open("rb") as file:

@@ -207,9 +207,10 @@ class _Search:
     ) -> None:
         self.d_model = int(f.x.shape[-1])
         if not 0 < radius < math.inf:
+            typical = float(f.x.float().norm(dim=-1)[f.mask].median())
             raise ValueError(
                 f"radius={radius}: a positive finite number; useful ones are often 0.05 to 0.4 of "
-                "the typical norm of f.x"
+                f"a token's residual at the source layer, here {typical:.3g}"
             )
         if n_vectors < 1:
             raise ValueError(f"n_vectors={n_vectors}: at least 1")
