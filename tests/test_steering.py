@@ -304,6 +304,16 @@ def test_text_ends_at_any_of_the_models_end_tokens(tiny_llama, monkeypatch):
     assert tm.generate(tiny_llama, PROMPT, max_new_tokens=6)["completion"][0] == ""
 
 
+def test_a_library_joined_with_a_tensor_stays_chat(model):
+    f = tm.ActivationMap.from_prompts(model, "Hi!", chat=True)
+    found = tm.melbo(f, 1, steps=1)
+    joined = tm.concatenate([found, tm.SteeringVectors.from_tensor(torch.ones(576))])
+    as_found = tm.next_token_log_probs(model, "Hi!", found)
+    together = tm.next_token_log_probs(model, "Hi!", joined)[:1]
+    # Another batch size rounds otherwise; raw prompts would differ by whole nats.
+    torch.testing.assert_close(as_found, together, rtol=0, atol=1e-2)
+
+
 def test_mixed_libraries_ask_whether_prompts_are_chat(tiny_llama):
     facts = {"model": "m", "source_layer": 2}
     parts = [

@@ -276,8 +276,7 @@ def to_tokens(model: Model, prompt: str, chat: bool = False) -> Tokens:
             stacklevel=2,
         )
         chat = False
-    raw = not chat
-    tokens = model.to_tokens(prompt, truncate=False) if raw else _chat_tokens(tokenizer, prompt)
+    tokens = _chat_tokens(tokenizer, prompt) if chat else model.to_tokens(prompt, truncate=False)
     tokens = tokens.to(model_device(model)).long()
     longest = context_length(model)
     if longest and tokens.shape[1] > longest:

@@ -304,12 +304,13 @@ def as_chat(vectors: Vectors | None, chat: bool | None) -> bool:
         return bool(chat)
     if "chat" in vectors.story:
         return bool(vectors.story["chat"])
-    if len({part.get("chat") for part in vectors.story.get("parts", [])} - {None}) > 1:
+    ways = {part.get("chat") for part in vectors.story.get("parts", [])} - {None}
+    if len(ways) > 1:
         raise ValueError(
             "chat: some of the vectors were found with chat prompts and some with raw ones; pass "
             "chat=True or chat=False"
         )
-    return False
+    return ways == {True}
 
 
 @contextmanager

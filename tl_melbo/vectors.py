@@ -423,13 +423,9 @@ def _check_story(path: Path, story: Any) -> None:
     """The facts that other parts of the package rely on have the types they should."""
     if not isinstance(story, dict) or not isinstance(story.get("method"), str):
         raise ValueError(f"{path}: its story does not say which method made it; save it again")
-    positions = (
-        (story.get("hyperparameters") or {})
-        if isinstance(story.get("hyperparameters", {}), dict)
-        else None
-    )
+    chosen = story.get("hyperparameters", {})
     sound = {
-        "hyperparameters": isinstance(story.get("hyperparameters", {}), dict),
+        "hyperparameters": isinstance(chosen, dict) and _is_slice(chosen.get("positions")),
         "categories": _is_words(story.get("categories", {})),
         "prompts": _is_texts(story.get("prompts", [])),
         "parts": _is_stories(story.get("parts", [])),
@@ -437,7 +433,6 @@ def _check_story(path: Path, story: Any) -> None:
         "chat": isinstance(story.get("chat"), bool | None),
         "source_layer": _is_layer(story.get("source_layer")),
         "target_layer": _is_layer(story.get("target_layer")),
-        "positions": positions is not None and _is_slice(positions.get("positions")),
     }
     wrong = [name for name, is_sound in sound.items() if not is_sound]
     if wrong:

@@ -13,8 +13,8 @@ from tl_melbo.steering import (
     as_theta,
     check_batch_size,
     next_token_log_probs,
+    steering_layer,
 )
-from tl_melbo.vectors import SteeringVectors
 
 Direction = Literal["to_reference", "from_reference"]
 LogProbs = Float[Tensor, "vector d_vocab"]
@@ -96,9 +96,8 @@ def kl_divergence(
                 f"reference: {n_references} vectors, expected exactly one, such as found[5]; or "
                 "None for the unsteered model"
             )
-    reference_layer = _layer_of(reference, layer)
-    layer = _layer_of(vectors, layer)
-    log_reference = next_token_log_probs(model, prompt, reference, reference_layer, chat=chat)
+    log_reference = next_token_log_probs(model, prompt, reference, layer, chat=chat)
+    layer = steering_layer(model, vectors, layer)
     divergences = []
     # A vocabulary is large: only one batch's distributions are held at a time.
     for theta in as_theta(model, vectors).split(batch_size):
@@ -111,8 +110,3 @@ def kl_divergence(
         else:
             divergences.append(kl_from_log_probs(log_references, log_vectors))
     return torch.cat(divergences)
-
-
-def _layer_of(vectors: Vectors | None, layer: int | None) -> int | None:
-    known = vectors.source_layer if isinstance(vectors, SteeringVectors) else None
-    return known if layer is None else layer
