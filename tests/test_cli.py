@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 
 import tl_melbo as tm
 from tests.tiny_models import tiny_hf, tokenizer
-from tl_melbo.cli import _print_table, app
+from tl_melbo.cli import _print_found, app
 
 PROMPT = "Tell me about yourself."
-FILES = ["completions.csv", "report.html", "vectors.safetensors"]
+FILES = ["completions.csv", "report.html", "settings.json", "vectors.safetensors"]
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +154,7 @@ def test_an_interrupted_run_keeps_what_is_finished(
     assert result.exit_code == 130
     assert "Interrupted" in result.stderr
     assert "Traceback" not in result.output
-    assert names(tmp_path) == ["vectors.safetensors"]
+    assert names(tmp_path) == ["settings.json", "vectors.safetensors"]
     with monkeypatch.context() as patch:
         patch.setattr(tm, "melbo", interrupted)
         assert discover(model_folder, tmp_path / "new").exit_code == 130
@@ -184,7 +184,7 @@ def test_the_table_shows_what_the_model_wrote_and_obeys_none_of_it(
 ) -> None:
     row = {"index": 3, "prompt": "p", "objective": 178.0, "kl": 0.5}
     completion = "[red]a[/]\x1b[31m\nb\\" + "c" * 100
-    _print_table(pd.DataFrame([{**row, "completion": completion, "negated_completion": ""}]))
+    _print_found(pd.DataFrame([{**row, "completion": completion, "negated_completion": ""}]))
     shown = capsys.readouterr().out
     assert "[red]a[/]␛[31m b\\cc" in shown
     assert "\x1b" not in shown

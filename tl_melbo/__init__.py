@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from tl_melbo.activation_map import ActivationMap
-from tl_melbo.discovery import iter_melbo_ortho, melbo, melbo_objective, melbo_ortho
+from tl_melbo.discovery import iter_melbo_ortho, join_family, melbo, melbo_objective, melbo_ortho
 from tl_melbo.models import load_model
 from tl_melbo.steering import generate, next_token_log_probs, steered
 from tl_melbo.vectors import SteeringVectors, concatenate
@@ -21,6 +21,7 @@ __all__ = [
     "concatenate",
     "generate",
     "iter_melbo_ortho",
+    "join_family",
     "load_model",
     "melbo",
     "melbo_objective",

@@ -1,9 +1,8 @@
 """The same from a shell: `tl-melbo discover "Tell me about yourself." --out runs/me`."""
 
-import csv
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,7 +15,16 @@ from rich.markup import escape
 if TYPE_CHECKING:
     import pandas as pd
 
+    from tl_melbo import ActivationMap, SteeringVectors
     from tl_melbo.discovery import Step
+    from tl_melbo.models import Model
+    from tl_melbo.report import Family
+
+# Options that several commands have.
+_Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, ...", show_default="a GPU if there is one")
+]
+_MaxNewTokens = Annotated[int, typer.Option(help="Length of each completion.")]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,9 +33,7 @@ app = typer.Typer(
     help="Find steering vectors of a language model without supervision, and look at what they do.",
 )
 
-_VECTORS, _COMPLETIONS, _REPORT = "vectors.safetensors", "completions.csv", "report.html"
 _INTERRUPTED = 130
-_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 _SHOWN_CHARACTERS = 60
 
 # What the package raises on purpose; RuntimeError is torch's word for full memory and bad devices.
@@ -55,7 +61,6 @@ def _main(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it.")
     ] = False,
 ) -> None:
-    # A callback of its own keeps `discover` a subcommand while it is the only one.
     pass
 
 
@@ -91,10 +96,8 @@ def discover(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the random starts.")] = 0,
     chat: Annotated[bool, typer.Option(help="Put prompts into the model's chat template.")] = True,
-    max_new_tokens: Annotated[int, typer.Option(help="Length of each completion.")] = 50,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, ...", show_default="a GPU if there is one")
-    ] = None,
+    max_new_tokens: _MaxNewTokens = 50,
+    device: _Device = None,
     dtype: Annotated[
         Literal["float32", "float64", "bfloat16", "float16"], typer.Option(help="Of the weights.")
     ] = "float32",
@@ -105,13 +108,13 @@ def discover(
     Writes vectors.safetensors, completions.csv and report.html; prints the page's path last.
     """
     with _errors_as_one_line(), _warnings_as_lines(), _run_folder(out, overwrite) as folder:
-        if max_new_tokens < 1:
-            raise ValueError(f"--max-new-tokens={max_new_tokens}: at least 1")
+        _check_max_new_tokens(max_new_tokens)
         searched = _parse_slice(positions)
 
         import torch
 
         import tl_melbo as tm
+        from tl_melbo import runs
 
         with _progress() as progress:
             progress.start("Loading the model")
@@ -135,20 +138,255 @@ def discover(
                 on_step=lambda step: progress.update(*_work_done(step, n_vectors)),
             )
             # An earlier run's texts do not belong to these vectors.
-            for name in (_COMPLETIONS, _REPORT):
+            for name in (runs.COMPLETIONS, runs.REPORT):
                 (folder / name).unlink(missing_ok=True)
-            found.save(folder / _VECTORS)
-            progress.start("Writing under each vector")
-            completions = tm.report.collect_completions(
-                loaded, prompts, found, max_new_tokens=max_new_tokens, on_batch=progress.update
-            )
-            _save_completions(folder / _COMPLETIONS, completions)
-            progress.start("Making the page")
-            table = tm.report.write(
-                folder / _REPORT, loaded, found, completions=completions, activation_map=f
-            )
-        _print_table(table)
-        typer.echo(str((folder / _REPORT).resolve()))
+            runs.save_settings(folder, {"command": "discover", "model": _absolute(model)})
+            found.save(folder / runs.VECTORS)
+            table = _write_page(progress, folder, loaded, f, found, max_new_tokens, families=False)
+        _print_found(table)
+        typer.echo(str((folder / runs.REPORT).resolve()))
+
+
+@app.command()
+def ortho(
+    folder: Annotated[Path, typer.Argument(help="The folder that `discover` wrote.")],
+    vector: Annotated[int, typer.Option(help="Number of the vector that the others shall follow.")],
+    n_vectors: Annotated[
+        int, typer.Option(help="How many in all; those that are there already count.")
+    ] = 100,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Until the space is used up, instead of --n-vectors.")
+    ] = False,
+    norm_penalty: Annotated[
+        float, typer.Option(help="Weight of the squared norm: more asks for shorter vectors.")
+    ] = 0.0,
+    optimiser: Annotated[
+        Literal["quasi-newton", "adam"], typer.Option(help="Fast, or as published.")
+    ] = "quasi-newton",
+    steps: Annotated[
+        int | None,
+        typer.Option(help="Gradients for each.", show_default="40 quasi-newton, 1000 adam"),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Hub id, folder or .gguf file.", show_default="as for discover"),
+    ] = None,
+    max_new_tokens: _MaxNewTokens = 50,
+    device: _Device = None,
+    overwrite: Annotated[bool, typer.Option(help="Begin this vector's family anew.")] = False,
+) -> None:
+    """Find many vectors that do what one does, all orthogonal, and ask whether they are the same.
+
+    Writes to FOLDER/ortho-VECTOR and extends the page in FOLDER; prints its path last. Every vector
+    is kept as soon as it is found, and the same command continues an interrupted run.
+    """
+    with _errors_as_one_line(), _warnings_as_lines():
+        _check_max_new_tokens(max_new_tokens)
+
+        import tl_melbo as tm
+        from tl_melbo import runs
+        from tl_melbo.discovery.melbo_ortho import DEFAULT_ORTHO_STEPS
+        from tl_melbo.files import writable_folder
+
+        folder = folder.expanduser()
+        library, theta0 = _library_and_vector(folder, vector)
+        place = writable_folder(runs.family_folder(folder, vector))
+        asked = {
+            "optimiser": optimiser,
+            "steps": DEFAULT_ORTHO_STEPS[optimiser] if steps is None else steps,
+            "norm_penalty": norm_penalty,
+        }
+        previous = None if overwrite else _family_so_far(place, theta0, asked)
+        known = 0 if previous is None else len(previous)
+        with _removed_if_empty(place), _progress() as progress:
+            progress.start("Loading the model")
+            loaded, f = _model_of(folder, library, model, device)
+            if everything or n_vectors > known:
+                progress.start(f"Following vector {vector}")
+                found = tm.iter_melbo_ortho(
+                    f, theta0, None if everything else n_vectors - known,
+                    norm_penalty, previous, optimiser=optimiser, steps=steps,
+                )  # fmt: skip
+                total = f.d_model - 1 if everything else n_vectors
+                previous = _keep_each(place, theta0, previous, found, progress, total)
+            if previous is None:
+                raise ValueError(
+                    f"--vector={vector}: nothing orthogonal to it does what it does, or "
+                    f"--norm-penalty={norm_penalty} forbids it"
+                )
+            progress.start("Measuring the family")
+            part = tm.report.collect_family(
+                loaded, f, previous, theta0,
+                max_new_tokens=max_new_tokens, on_batch=progress.update,
+            )  # fmt: skip
+            runs.save_table(place / runs.TABLE, part.table)
+            runs.save_table(place / runs.COMPOSITION, part.composition)
+            _write_page(progress, folder, loaded, f, library, max_new_tokens, families=True)
+        _print_family(part)
+        typer.echo(str((folder / runs.REPORT).resolve()))
+
+
+def _check_max_new_tokens(max_new_tokens: int) -> None:
+    if max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens={max_new_tokens}: at least 1")
+
+
+def _absolute(model: str | None) -> str | None:
+    """The model's name, so that it still means the same from another folder."""
+    if model is not None and Path(model).expanduser().exists():
+        return str(Path(model).expanduser().resolve())
+    return model
+
+
+def _library_and_vector(folder: Path, vector: int) -> tuple["SteeringVectors", "SteeringVectors"]:
+    """The run's vectors, and the one with that number."""
+    from tl_melbo import SteeringVectors, runs
+
+    if not (folder / runs.VECTORS).is_file():
+        raise FileNotFoundError(
+            f"{folder}: holds no {runs.VECTORS}; name a folder that `tl-melbo discover` wrote"
+        )
+    library = SteeringVectors.load(folder / runs.VECTORS)
+    numbers = library.columns["index"].tolist()
+    if vector not in numbers:
+        raise ValueError(
+            f"--vector={vector}: {folder} holds vectors {min(numbers)} to {max(numbers)}"
+            if numbers
+            else f"{folder}: holds a library without vectors"
+        )
+    lacking = [
+        fact
+        for fact in ("model", "prompts", "source_layer", "target_layer")
+        if library.story.get(fact) is None
+    ]
+    if lacking:
+        raise ValueError(
+            f"{folder / runs.VECTORS}: its story does not tell {', '.join(lacking)}; "
+            "in Python, tm.melbo_ortho(f, theta0) takes any vector"
+        )
+    return library, library[numbers.index(vector)]
+
+
+def _family_so_far(
+    place: Path, theta0: "SteeringVectors", asked: dict[str, Any]
+) -> "SteeringVectors | None":
+    """The vectors that an earlier call found, if it was asked for the same."""
+    from tl_melbo import SteeringVectors, runs
+
+    if not (place / runs.VECTORS).is_file():
+        return None
+    previous = SteeringVectors.load(place / runs.VECTORS)
+    chosen = previous.story.get("hyperparameters", {})
+    differing = [
+        f"{name}={chosen.get(name)} (asked for now: {value})"
+        for name, value in asked.items()
+        if chosen.get(name) != value
+    ]
+    if not runs.same_vector(SteeringVectors.load(place / runs.REFERENCE), theta0):
+        differing.append("another vector of that number")
+    if differing:
+        raise ValueError(
+            f"{place}: holds a family found with {', '.join(differing)}; ask for the same to "
+            "continue it, or pass --overwrite to begin anew"
+        )
+    return previous
+
+
+def _model_of(
+    folder: Path, library: "SteeringVectors", model: str | None, device: str | None
+) -> tuple["Model", "ActivationMap"]:
+    """The model and the activation map that a library was found with."""
+    import torch
+
+    import tl_melbo as tm
+    from tl_melbo import runs
+    from tl_melbo.models import model_name
+
+    story = library.story
+    name = runs.load_settings(folder).get("model") if model is None else model
+    dtype = getattr(torch, str(story.get("dtype", "float32")), None)
+    if not isinstance(name, str | None) or not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{folder}: its settings make no sense; name the model with --model")
+    loaded = tm.load_model(name, device=device, dtype=dtype)
+    if model_name(loaded) != story["model"]:
+        raise ValueError(
+            f"--model: {model_name(loaded)}, but the vectors in {folder} are of {story['model']}; "
+            "name that model's hub id, folder or file"
+        )
+    f = tm.ActivationMap.from_prompts(
+        loaded,
+        story["prompts"],
+        source_layer=story["source_layer"],
+        target_layer=story["target_layer"],
+        chat=bool(story.get("chat")),
+    )
+    return loaded, f
+
+
+def _keep_each(
+    place: Path,
+    theta0: "SteeringVectors",
+    previous: "SteeringVectors | None",
+    found: Iterator["SteeringVectors"],
+    progress: "_Progress",
+    total: int,
+) -> "SteeringVectors | None":
+    """The family with the vectors that are still to come, each on disk before the next begins."""
+    from tl_melbo import join_family, runs
+
+    progress.update(0 if previous is None else len(previous), total)
+    try:
+        for part in found:
+            # What was measured of fewer vectors does not belong to more.
+            for name in (runs.TABLE, runs.COMPOSITION):
+                (place / name).unlink(missing_ok=True)
+            if previous is None:
+                (place / runs.VECTORS).unlink(missing_ok=True)
+                theta0.save(place / runs.REFERENCE)
+            previous = part if previous is None else join_family([previous, part])
+            previous.save(place / runs.VECTORS)
+            progress.update(len(previous), total)
+    except KeyboardInterrupt:
+        kept = 0 if previous is None else len(previous)
+        what = f"{kept} vectors are kept in {place}; the same command continues"
+        _stderr().print(escape(f"Interrupted; {what}."), soft_wrap=True)
+        raise typer.Exit(_INTERRUPTED) from None
+    return previous
+
+
+def _write_page(
+    progress: "_Progress",
+    folder: Path,
+    model: "Model",
+    f: "ActivationMap",
+    library: "SteeringVectors",
+    max_new_tokens: int,
+    families: bool,
+) -> "pd.DataFrame":
+    """The page about all that a folder holds; texts that it lacks are written first."""
+    import tl_melbo as tm
+    from tl_melbo import runs
+
+    completions = None
+    if families and (folder / runs.COMPLETIONS).is_file():
+        completions = runs.load_table(
+            folder / runs.COMPLETIONS, ("vector", "scale", "prompt", "completion")
+        )
+    if completions is None:
+        progress.start("Writing under each vector")
+        completions = tm.report.collect_completions(
+            model, f.prompts, library, max_new_tokens=max_new_tokens, on_batch=progress.update
+        )
+        runs.save_table(folder / runs.COMPLETIONS, completions)
+    progress.start("Making the page")
+    return tm.report.write(
+        folder / runs.REPORT,
+        model,
+        library,
+        completions=completions,
+        activation_map=f,
+        families=runs.load_families(folder, library) if families else (),
+    )
 
 
 def _work_done(step: "Step", n_vectors: int) -> tuple[int, int]:
@@ -177,70 +415,87 @@ def _parse_slice(text: str) -> slice:
 @contextmanager
 def _run_folder(out: Path, overwrite: bool) -> Iterator[Path]:
     """The folder for the results, checked before the work; if nothing came of it, gone again."""
+    from tl_melbo import runs
     from tl_melbo.files import writable_folder
 
     existed = out.expanduser().exists()
     folder = writable_folder(out)
-    if (folder / _VECTORS).exists() and not overwrite:
+    if (folder / runs.VECTORS).exists() and not overwrite:
         raise FileExistsError(
-            f"--out={out}: already holds {_VECTORS}; pass --overwrite to replace that run, or "
+            f"--out={out}: already holds {runs.VECTORS}; pass --overwrite to replace that run, or "
             "choose another folder"
         )
     try:
-        yield folder
+        with _removed_if_empty(folder) if not existed else nullcontext():
+            yield folder
     except KeyboardInterrupt:
-        kept = [name for name in (_VECTORS, _COMPLETIONS) if (folder / name).exists()]
+        kept = [name for name in (runs.VECTORS, runs.COMPLETIONS) if (folder / name).exists()]
         what = f"kept {' and '.join(kept)} in {folder}" if kept else "nothing was finished"
         _stderr().print(escape(f"Interrupted; {what}."), soft_wrap=True)
         raise typer.Exit(_INTERRUPTED) from None
+
+
+@contextmanager
+def _removed_if_empty(folder: Path) -> Iterator[None]:
+    try:
+        yield
     finally:
-        if not existed:
-            with suppress(OSError):  # holds something: leave it
-                folder.rmdir()
+        with suppress(OSError):  # holds something: leave it
+            folder.rmdir()
 
 
-def _save_completions(path: Path, completions: "pd.DataFrame") -> None:
-    from tl_melbo.files import replacing
-
-    safe = completions.copy()
-    for name in ("prompt", "completion"):
-        safe[name] = [_defused(text) for text in safe[name]]
-    with replacing(path) as temporary:
-        # All text in quotes: pandas forgets them around a lone carriage return.
-        safe.to_csv(
-            temporary,
-            index=False,
-            quoting=csv.QUOTE_NONNUMERIC,
-            encoding="utf-8",
-            errors="backslashreplace",
-        )
+def _print_found(table: "pd.DataFrame") -> None:
+    many_prompts = len(set(table["prompt"])) > 1
+    _print_rows(
+        ("vector", "objective", "KL (nats)"),
+        [
+            (str(row["index"]), f"{row['objective']:#.4g}", f"{row['kl']:.3f}")
+            for row in table.to_dict("records")
+        ],
+        {name: table[name] for name in ("prompt", "completion")[0 if many_prompts else 1 :]},
+    )
 
 
-def _defused(text: str) -> str:
-    """Keep a spreadsheet from running text as a formula (OWASP, "CSV injection")."""
-    return f"'{text}" if text.startswith(_FORMULA_STARTS) else text
+def _print_family(part: "Family") -> None:
+    rows = [
+        row
+        for row in part.table.to_dict("records")
+        if row["kind"] in ("unsteered", "reference", "family")
+    ]
+    names = {"unsteered": "none", "reference": "theta0"}
+    _print_rows(
+        ("vector", "norm", "distance", "KL to theta0"),
+        [
+            (
+                names.get(row["kind"], str(row["index"])),
+                f"{row['norm']:#.4g}",
+                f"{row['distance']:#.4g}",
+                f"{row['kl_to_reference']:.3f}",
+            )
+            for row in rows
+        ],
+        {"completion": [row["completion"] for row in rows]},
+    )
 
 
-def _print_table(table: "pd.DataFrame") -> None:
+def _print_rows(
+    columns: Sequence[str], numbers: Sequence[Sequence[str]], texts: dict[str, Any]
+) -> None:
     from rich.table import Table
     from rich.text import Text
 
     from tl_melbo.report import printable
 
-    many_prompts = len(set(table["prompt"])) > 1
     shown = Table(header_style="bold")
-    for name in ("vector", "objective", "KL (nats)"):
+    for name in columns:
         shown.add_column(name, justify="right", no_wrap=True)
-    if many_prompts:
-        shown.add_column("prompt", max_width=24)
-    shown.add_column("completion")
-    for row in table.to_dict("records"):
-        # Text, not str: rich would take a model's [red] for markup.
-        texts = [row["prompt"], row["completion"]] if many_prompts else [row["completion"]]
-        numbers = [str(row["index"]), f"{row['objective']:#.4g}", f"{row['kl']:.3f}"]
-        lines = [_one_line(printable(text)) for text in texts]
-        # The cells do not wrap; their columns may, so it is these that give way to a narrow screen.
-        shown.add_row(*numbers, *(Text(line, no_wrap=True, overflow="ellipsis") for line in lines))
+    for name in texts:
+        shown.add_column(name, max_width=24 if name == "prompt" else None)
+    for row, *cells in zip(numbers, *texts.values(), strict=True):
+        lines = [_one_line(printable(text)) for text in cells]
+        # Text, not str: rich would take a model's [red] for markup. The cells do not wrap; their
+        # columns may, so it is these that give way to a narrow screen.
+        shown.add_row(*row, *(Text(line, no_wrap=True, overflow="ellipsis") for line in lines))
     Console(highlight=False).print(shown)
 
 

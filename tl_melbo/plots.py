@@ -58,14 +58,14 @@ def cosine_heatmap(
     similarity: Float[Tensor, "row column"],
     title: str = "Cosine similarity",
     *,
-    labels: list[int] | None = None,
+    labels: Sequence[int | str] | None = None,
 ) -> go.Figure:
     """Draw a matrix of cosines: red for same direction, white for orthogonal, blue for opposite.
 
     Args:
         similarity: as `analysis.cosine_similarity` gives it, from -1 to 1.
         title: above the figure; "" for none.
-        labels: numbers to call the vectors by, where they are not 0, 1, 2, ...; rows and columns
+        labels: what to call the vectors by, where they are not 0, 1, 2, ...; rows and columns
             must then be the same vectors.
 
     Raises:
@@ -314,6 +314,39 @@ def norm_curve(
     if start is not None:
         figure.add_traces(_baseline(labels, np.array([start]), window, "theta0", _OTHERS[0]))
     _style_curve(figure, title, "norm (residual-stream units)", log_y=False)
+    return figure
+
+
+@shape_checked
+def distance_curve(
+    found: SteeringVectors,
+    unsteered: float | None = None,
+    window: int = 50,
+    title: str = "Distance from what theta0 does",
+) -> go.Figure:
+    """Draw how near each vector of a MELBO-ortho family came to theta0's effect, by index.
+
+    Args:
+        found: a family, as `melbo_ortho` gives it.
+        unsteered: the distance without a vector, |z(0) - z(theta0)|, for a dashed line: a vector
+            that does not come under it does nothing of what theta0 does.
+        window: the average at a point is that of this many points up to and with it, or of as many
+            as there are yet.
+        title: above the figure; "" for none.
+
+    Raises:
+        ValueError: no vectors, or no distances known of them; a window below one.
+    """
+    if not len(found) or "distance" not in found.columns:
+        raise ValueError("found: has no distances; pass what melbo_ortho returned, not scaled")
+    labels = _labels(found, len(found))
+    distances = found.columns["distance"].double().numpy()
+    hover = [f"vector {i}<br>distance {d:.4g}" for i, d in zip(labels, distances, strict=True)]
+    figure = go.Figure(_points_and_average(labels, distances, window, "each vector", hover))
+    if unsteered is not None:
+        level = np.array([unsteered])
+        figure.add_traces(_baseline(labels, level, window, "unsteered", _OTHERS[0]))
+    _style_curve(figure, title, "|z − z₀| (residual-stream units)", log_y=False)
     return figure
 
 

@@ -20,7 +20,10 @@ const bundle = document.getElementById("datatables").textContent;
 const address = URL.createObjectURL(new Blob([bundle], { type: "text/javascript" }));
 import(address).then(({ default: DataTable, set_or_remove_dark_class: followColourScheme }) => {
   followColourScheme();
-  const table = document.getElementById("vectors");
+  for (const table of document.querySelectorAll("table.data")) makeSearchable(DataTable, table);
+});
+
+function makeSearchable(DataTable, table) {
   const rows = table.tBodies[0].rows.length;
   new DataTable(table, {
     autoWidth: false,
@@ -41,4 +44,4 @@ import(address).then(({ default: DataTable, set_or_remove_dark_class: followColo
       zeroRecords: "No text holds these words.",
     },
   });
-});
+}

@@ -4,6 +4,7 @@ import hashlib
 import json
 from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,47 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from tl_melbo.activation_map import ActivationMap
-from tl_melbo.analysis import cosine_similarity, kl_divergence
+from tl_melbo.analysis import composition, cosine_similarity, family, kl_divergence
+from tl_melbo.analysis.inputs import one_vector
 from tl_melbo.files import replacing
 from tl_melbo.models import Model
-from tl_melbo.plots import cosine_heatmap, objective_history
+from tl_melbo.plots import (
+    composition_curves,
+    cosine_heatmap,
+    distance_curve,
+    kl_curve,
+    norm_curve,
+    objective_history,
+)
 from tl_melbo.shapes import Delta, shape_checked
 from tl_melbo.steering import as_chat, generate
 from tl_melbo.vectors import SteeringVectors
 
 _COMPLETION_COLUMNS = ["vector", "scale", "prompt", "completion"]
+# The tables about a family: name, label, kind and hint of each column.
+_FAMILY_COLUMNS = (
+    ("index", "Vector", "number", "Its place in the family"),
+    ("norm", "Norm", "number", "Its length, in units of the residual stream"),
+    ("distance", "Distance", "number", "How far its mean effect is from that of theta0"),
+    ("kl_to_reference", "KL to theta0", "number", "Divergence of the next token, in nats"),
+    ("kl_to_unsteered", "KL to unsteered", "number", "Divergence of the next token, in nats"),
+    ("completion", "With the vector", "text", "What the model writes"),
+)
+_COMPOSITION_COLUMNS = (
+    ("size", "Vectors", "number", "How many are added up"),
+    ("subset", "Which", "word", "The first of the family, or a random choice"),
+    ("members", "Members", "word", "Their numbers"),
+    ("what", "Combined", "word", "Mean or sum, and at which norm"),
+    ("norm", "Norm", "number", "Of the combination, in units of the residual stream"),
+    ("distance", "Distance", "number", "How far its mean effect is from that of theta0"),
+    ("kl_to_reference", "KL to theta0", "number", "Divergence of the next token, in nats"),
+    ("kl_to_unsteered", "KL to unsteered", "number", "Divergence of the next token, in nats"),
+    ("completion", "With the combination", "text", "What the model writes"),
+)
+_KINDS = ("unsteered", "reference", "family", "rescaled", "random")
+_SCALINGS = {"raw": "", "reference norm": " at theta0’s norm", "mean norm": " at members’ norm"}
+# The first token's residual is far longer than the others' and would decide every cosine.
+_AFTER_THE_FIRST = slice(1, None)
 # More of one text makes browsers slow, and nobody reads on.
 _LONGEST_SHOWN = 20_000
 _BIDIRECTIONAL = [0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
@@ -38,6 +71,28 @@ _VISIBLE = str.maketrans(
 )
 
 OnBatch = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A MELBO-ortho family and what was measured of it, for the page: see `collect_family`.
+
+    Attributes:
+        reference: the one vector that it grew from, theta0.
+        vectors: the family, as `melbo_ortho` gives it.
+        table: as `analysis.family` gives it.
+        composition: as `analysis.composition` gives it.
+    """
+
+    reference: SteeringVectors
+    vectors: SteeringVectors
+    table: pd.DataFrame
+    composition: pd.DataFrame
+
+    @property
+    def number(self) -> int:
+        """The reference's number in its library."""
+        return int(self.reference.columns["index"][0])
 
 
 def printable(text: str) -> str:
@@ -98,6 +153,37 @@ def collect_completions(
 
 
 @shape_checked
+def collect_family(
+    model: Model,
+    f: ActivationMap,
+    vectors: SteeringVectors,
+    reference: SteeringVectors,
+    *,
+    sizes: Sequence[int] = (2, 3, 10, 20),
+    max_new_tokens: int = 50,
+    on_batch: OnBatch | None = None,
+) -> Family:
+    """Measure a family for the page: `analysis.family` and `analysis.composition`.
+
+    Args:
+        model: the TransformerLens model that `f` was made from.
+        f: the activation map that the family was found in.
+        vectors: the family, as `melbo_ortho` gives it.
+        reference: exactly one vector, its theta0.
+        sizes: how many vectors to add up; those beyond the family are left out.
+        max_new_tokens: the most tokens of each completion.
+        on_batch: called with the rows done, and the rows in all, after each batch.
+
+    Raises:
+        ValueError: as `analysis.family` and `analysis.composition` do.
+    """
+    table = family(model, f, vectors, reference, max_new_tokens=max_new_tokens, on_batch=on_batch)
+    sizes = [size for size in sizes if size <= len(vectors)] or [1]
+    composed = composition(model, f, vectors, reference, sizes, max_new_tokens=max_new_tokens)
+    return Family(one_vector(reference, "reference"), vectors, table, composed)
+
+
+@shape_checked
 def write(
     path: str | Path,
     model: Model,
@@ -105,6 +191,7 @@ def write(
     *,
     completions: pd.DataFrame | None = None,
     activation_map: ActivationMap | None = None,
+    families: Sequence[Family] = (),
     prompts: str | Sequence[str] | None = None,
     max_new_tokens: int = 50,
     title: str | None = None,
@@ -123,6 +210,8 @@ def write(
         completions: what `collect_completions` gives.
         activation_map: the map that the vectors were found with; None leaves out the comparison
             of effects.
+        families: MELBO-ortho families of some of the vectors, from `collect_family`; each gets
+            a part of the page.
         prompts: what to complete; None takes those of `completions`, or those of the story.
         max_new_tokens: the most tokens of each completion.
         title: the page's heading; None takes the prompt.
@@ -168,7 +257,14 @@ def write(
         table = _table(found, completions, texts, [kl.tolist() for kl in divergences])
         unsteered = completions[completions["vector"] == -1]
         texts_without = dict(zip(unsteered["prompt"], unsteered["completion"], strict=True))
-        page = _page(found, table, texts_without, _figures(found, activation_map), title)
+        page = _page(
+            found,
+            table,
+            texts_without,
+            _figures(found, activation_map),
+            [_family_part(part, activation_map) for part in families],
+            title,
+        )
         temporary.write_text(page, encoding="utf-8", newline="\n")
     return table
 
@@ -230,7 +326,7 @@ def _figures(
     labels = None if labels == list(range(len(found))) else labels
     effects = None
     if activation_map is not None:
-        delta = _effects(found, activation_map)
+        delta = _effects(found, activation_map, _positions(found))
         # A vector without any effect points nowhere: then there is nothing to compare.
         if (delta.flatten(1).norm(dim=-1) > 0).all():
             effects = cosine_heatmap(cosine_similarity(delta), "", labels=labels)
@@ -242,13 +338,13 @@ def _figures(
     }
 
 
-def _effects(found: SteeringVectors, activation_map: ActivationMap) -> Delta:
-    """What each vector does where the search measured it.
+def _effects(found: SteeringVectors, activation_map: ActivationMap, positions: slice) -> Delta:
+    """What each vector does at some positions.
 
-    Over all positions the first token, whose residual is far longer than the others', would decide
+    Over all of them the first token, whose residual is far longer than the others', would decide
     every cosine.
     """
-    counted = activation_map.position_mask(_positions(found))
+    counted = activation_map.position_mask(positions)
     with torch.no_grad():
         delta = activation_map.delta(found.vectors.to(activation_map.x.device))
     return delta * counted[:, :, None]
@@ -264,6 +360,7 @@ def _page(
     table: pd.DataFrame,
     unsteered: Mapping[str, str],
     figures: Mapping[str, go.Figure | None],
+    families: Sequence[Mapping[str, Any]],
     title: str | None,
 ) -> str:
     template = Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8")
@@ -285,7 +382,8 @@ def _page(
         unsteered=unsteered,
         columns=_columns(table, many_prompts=len(prompts) > 1),
         rows=table.to_dict("records"),
-        figures={name: figure and _figure_json(figure) for name, figure in figures.items()},
+        figures=_figures_json(figures),
+        families=families,
         css=Markup(_beside("report.css")),
         datatables_css=Markup(bundle.with_suffix(".css").read_text(encoding="utf-8")),
         datatables_js=_inert(bundle.read_text(encoding="utf-8")),
@@ -293,6 +391,82 @@ def _page(
         page_js=Markup(page_js),
         script_hashes=[_sha256(plotly_js), _sha256(page_js)],
     )
+
+
+def _family_part(part: Family, activation_map: ActivationMap | None) -> dict[str, Any]:
+    """What the page's template shows of a family."""
+    rows = {kind: part.table.loc[part.table["kind"] == kind] for kind in _KINDS}
+    own, unsteered, reference = rows["family"], rows["unsteered"].iloc[0], rows["reference"].iloc[0]
+    measured = {kind: torch.tensor(rows[kind]["kl_to_reference"].to_numpy()) for kind in rows}
+    n_vectors, norms = len(part.vectors), part.vectors.norms
+    window = min(50, max(1, n_vectors // 4))
+    curve = kl_curve(
+        measured["family"],
+        part.vectors,
+        completions=[str(text) for text in own["completion"]],
+        window=window,
+        baselines={
+            "no vector": measured["unsteered"],
+            "random vectors of the same norms": measured["random"],
+            f"the family at norm {part.reference.norms[0]:.4g}": measured["rescaled"],
+        },
+        title="",
+    )
+    labels = [f"theta0 = {part.number}", *part.vectors.columns["index"].tolist()]
+    both = SteeringVectors(torch.cat([part.reference.vectors, part.vectors.vectors]))
+    effects = None
+    if activation_map is not None:
+        delta = _effects(both, activation_map, _AFTER_THE_FIRST)
+        if (delta.flatten(1).norm(dim=-1) > 0).all():
+            effects = cosine_heatmap(cosine_similarity(delta), "", labels=labels)
+    figures = {
+        "kl": curve,
+        "norm": norm_curve(part.vectors, window, ""),
+        "distance": distance_curve(part.vectors, float(unsteered["distance"]), window, ""),
+        "vectors": cosine_heatmap(cosine_similarity(both), "", labels=labels),
+        "effects": effects,
+        "composition": composition_curves(part.composition, title=""),
+    }
+    # Rescaled, the sum is the mean: one row is enough.
+    composed = part.composition
+    composed = composed[(composed["combination"] == "mean") | (composed["scaling"] == "raw")]
+    composed = composed.assign(
+        members=[" ".join(map(str, members)) for members in composed["members"]],
+        what=[
+            combination + _SCALINGS[scaling]
+            for combination, scaling in zip(
+                composed["combination"], composed["scaling"], strict=True
+            )
+        ],
+    )
+    chosen = part.vectors.story.get("hyperparameters", {})
+    facts = {
+        "Vectors": n_vectors,
+        "Norms": f"{norms.max():.4g} to {norms.min():.4g}",
+        "Norm of theta0": f"{reference['norm']:.4g}",
+        "Optimiser": chosen.get("optimiser"),
+        "Norm penalty": chosen.get("norm_penalty") or None,
+        "Largest |cosine|": f"{_largest_cosine(both):.1e}",
+    }
+    return {
+        "number": part.number,
+        "n_vectors": n_vectors,
+        "window": window,
+        "facts": [(name, str(value)) for name, value in facts.items() if value is not None],
+        "settings": _settings(part.vectors.story),
+        "reference": reference["completion"],
+        "unsteered_kl": float(unsteered["kl_to_reference"]),
+        "figures": _figures_json(figures),
+        "columns": _described(_FAMILY_COLUMNS),
+        "rows": own.to_dict("records"),
+        "composition_columns": _described(_COMPOSITION_COLUMNS),
+        "composition_rows": composed.to_dict("records"),
+    }
+
+
+def _largest_cosine(vectors: SteeringVectors) -> float:
+    similarity = cosine_similarity(vectors)
+    return float(similarity.fill_diagonal_(0.0).abs().max())
 
 
 def _columns(table: pd.DataFrame, many_prompts: bool) -> list[dict[str, str]]:
@@ -309,6 +483,10 @@ def _columns(table: pd.DataFrame, many_prompts: bool) -> list[dict[str, str]]:
         columns.append(("completion", "With the vector", "text", "What the model writes"))
     if any(isinstance(text, str) for text in table["negated_completion"]):
         columns.append(("negated_completion", "With its negative", "text", "The vector subtracted"))
+    return _described(columns)
+
+
+def _described(columns: Sequence[tuple[str, str, str, str]]) -> list[dict[str, str]]:
     names = ("name", "label", "kind", "hint")
     return [dict(zip(names, column, strict=True)) for column in columns]
 
@@ -373,6 +551,10 @@ def _figure_json(figure: go.Figure) -> Markup:
     """A figure as JSON that fills the width it gets and cannot end the script it lies in."""
     fluid = go.Figure(figure).update_layout(width=None, height=None, autosize=True)
     return Markup(str(fluid.to_json()).replace("<", "\\u003c"))
+
+
+def _figures_json(figures: Mapping[str, go.Figure | None]) -> dict[str, Markup | None]:
+    return {name: figure and _figure_json(figure) for name, figure in figures.items()}
 
 
 def _beside(name: str) -> str:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Vectors = SteeringVectors | Float[Tensor, "d_model"] | Theta
+# Beside Vectors in one signature: an axis of the same name would have to be of the same size.
+Reference = SteeringVectors | Float[Tensor, "d_model"] | Float[Tensor, "reference d_model"]
 Positions = slice | Sequence[int]
 
 

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from tl_melbo.activation_map import ActivationMap
+from tl_melbo.analysis.distance import effect_distance
 from tl_melbo.analysis.divergence import kl_from_log_probs
-from tl_melbo.analysis.inputs import as_library, one_vector
-from tl_melbo.models import Model, model_name
+from tl_melbo.analysis.inputs import as_library, check_place, one_vector
+from tl_melbo.models import Model
 from tl_melbo.shapes import Float, Theta, shape_checked
-from tl_melbo.steering import Vectors, as_theta, generate, next_token_log_probs
-from tl_melbo.vectors import SteeringVectors
+from tl_melbo.steering import Reference, Vectors, as_theta, generate, next_token_log_probs
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,7 +34,7 @@ def composition(
     model: Model,
     f: ActivationMap,
     vectors: Vectors,
-    reference: Vectors | None = None,
+    reference: Reference | None = None,
     sizes: Sequence[int] = (2, 3, 10, 20),
     *,
     n_random_subsets: int = 3,
@@ -78,11 +78,11 @@ def composition(
     import pandas as pd
 
     library = as_library(vectors)
-    _check_place(model, f, library, "vectors")
+    check_place(model, f, library, "vectors")
     theta = as_theta(model, library)
     start = None if reference is None else one_vector(reference, "reference")
     if start is not None:
-        _check_place(model, f, start, "reference")
+        check_place(model, f, start, "reference")
     start_theta = None if start is None else as_theta(model, start)
     subsets = _subsets(len(theta), _checked_sizes(sizes, len(theta)), n_random_subsets, seed)
     rows = [
@@ -100,7 +100,11 @@ def composition(
     texts = generate(
         model, prompt, distinct, f.source_layer, max_new_tokens=max_new_tokens, chat=chat
     )["completion"]
-    distances = _distances(f, distinct, start_theta)
+    distances = (
+        torch.full((len(distinct),), torch.nan)
+        if start is None
+        else effect_distance(f, distinct, start)
+    )
     return pd.DataFrame(
         {
             "size": [len(row.members) for row in rows],
@@ -115,19 +119,6 @@ def composition(
             "completion": [texts[i] for i in which.tolist()],
         }
     )
-
-
-def _check_place(model: Model, f: ActivationMap, library: SteeringVectors, argument: str) -> None:
-    if model_name(model) != model_name(f.model):
-        raise ValueError(
-            f"f: made from {model_name(f.model)}, but model is {model_name(model)}; make it with "
-            "ActivationMap.from_prompts(model, ...)"
-        )
-    if library.source_layer not in (None, f.source_layer):
-        raise ValueError(
-            f"{argument}: found at layer {library.source_layer}, but f starts at layer "
-            f"{f.source_layer}; make f with source_layer={library.source_layer}"
-        )
 
 
 def _checked_sizes(sizes: Sequence[int], n_vectors: int) -> list[int]:
@@ -191,14 +182,3 @@ def _divergences(
     if reference is None:
         return torch.full_like(to_unsteered, torch.nan), to_unsteered
     return kl_from_log_probs(log_vectors, log_probs[1:2].expand_as(log_vectors)), to_unsteered
-
-
-@torch.no_grad()
-def _distances(f: ActivationMap, theta: Theta, reference: Theta | None) -> Float[Tensor, "vector"]:
-    if reference is None:
-        return torch.full((len(theta),), torch.nan)
-    counts = f.mask.sum(-1, keepdim=True)
-    # Averaged batch by batch: effects at every position of every vector would fill the memory.
-    batches = torch.cat([reference, theta]).to(f.x.device).split(f.vectors_at_once(False))
-    means = torch.cat([f.delta(batch).sum(2) / counts for batch in batches])
-    return (means[1:] - means[:1]).flatten(1).norm(dim=-1).cpu()

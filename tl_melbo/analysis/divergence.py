@@ -5,9 +5,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tl_melbo.geometry import random_sphere
 from tl_melbo.models import Model
-from tl_melbo.shapes import Float, shape_checked
+from tl_melbo.shapes import Float, Theta, shape_checked
 from tl_melbo.steering import (
+    Reference,
     Vectors,
     as_chat,
     as_theta,
@@ -57,7 +59,7 @@ def kl_divergence(
     model: Model,
     prompt: str,
     vectors: Vectors,
-    reference: Vectors | None = None,
+    reference: Reference | None = None,
     direction: Direction = "to_reference",
     layer: int | None = None,
     chat: bool | None = None,
@@ -110,3 +112,58 @@ def kl_divergence(
         else:
             divergences.append(kl_from_log_probs(log_references, log_vectors))
     return torch.cat(divergences)
+
+
+@shape_checked
+def kl_baselines(
+    model: Model,
+    prompt: str,
+    vectors: Vectors,
+    reference: Reference,
+    direction: Direction = "to_reference",
+    layer: int | None = None,
+    chat: bool | None = None,
+    *,
+    seed: int = 0,
+) -> dict[str, Float[Tensor, "vector"]]:
+    """What `kl_divergence` is to be held against: no vector, and random ones of the same norms.
+
+        kl = tm.analysis.kl_divergence(model, prompt, ortho, found[5])
+        baselines = tm.analysis.kl_baselines(model, prompt, ortho, found[5])
+        tm.plots.kl_curve(kl, ortho, baselines=baselines)
+
+    Args:
+        model: a TransformerLens model.
+        prompt: one text.
+        vectors: the vectors that were measured.
+        reference: exactly one vector, the one that they were compared with.
+        direction: as for `kl_divergence`.
+        layer: after which block to add them; None takes the layer that they were found at.
+        chat: format the prompt as chat; None does as was done when `vectors` were found, or else
+            does not.
+        seed: for the random vectors.
+
+    Returns:
+        "unsteered", one number, and "random vectors of the same norms", one for each vector; in
+        nats.
+
+    Raises:
+        ValueError: as `kl_divergence`.
+    """
+    chat, layer = as_chat(vectors, chat), steering_layer(model, vectors, layer)
+    theta = as_theta(model, vectors)
+    compared = {
+        "unsteered": torch.zeros_like(theta[:1]),
+        "random vectors of the same norms": random_like(theta, seed),
+    }
+    return {
+        name: kl_divergence(model, prompt, rows, reference, direction, layer, chat)
+        for name, rows in compared.items()
+    }
+
+
+def random_like(theta: Theta, seed: int) -> Theta:
+    """Vectors in random directions, each as long as the one it stands for."""
+    generator = torch.Generator().manual_seed(seed)
+    units = random_sphere(len(theta), theta.shape[1], generator=generator)
+    return units * theta.cpu().norm(dim=-1, keepdim=True)

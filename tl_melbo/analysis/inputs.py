@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from tl_melbo.activation_map import ActivationMap
+from tl_melbo.models import Model, model_name
 from tl_melbo.steering import Vectors
 from tl_melbo.vectors import SteeringVectors
 
@@ -32,6 +34,24 @@ def one_vector(vectors: Vectors, argument: str) -> SteeringVectors:
     if not 0 < float(library.norms[0]) < float("inf"):
         raise ValueError(f"{argument}: zero or not finite; pass a vector that has a direction")
     return library
+
+
+def check_place(model: Model, f: ActivationMap, library: SteeringVectors, argument: str) -> None:
+    """Make sure that vectors belong where an activation map adds them, in the model it is of.
+
+    Raises:
+        ValueError: the map is of another model, or the vectors were found at another layer.
+    """
+    if model_name(model) != model_name(f.model):
+        raise ValueError(
+            f"f: made from {model_name(f.model)}, but model is {model_name(model)}; make it with "
+            "ActivationMap.from_prompts(model, ...)"
+        )
+    if library.source_layer not in (None, f.source_layer):
+        raise ValueError(
+            f"{argument}: found at layer {library.source_layer}, but f starts at layer "
+            f"{f.source_layer}; make f with source_layer={library.source_layer}"
+        )
 
 
 def as_texts(texts: str | Sequence[str], argument: str) -> list[str]:

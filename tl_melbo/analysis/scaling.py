@@ -12,7 +12,7 @@ from tl_melbo.analysis.divergence import kl_from_log_probs
 from tl_melbo.analysis.inputs import as_library, one_vector
 from tl_melbo.models import Model
 from tl_melbo.shapes import Float, shape_checked
-from tl_melbo.steering import Vectors, as_theta, generate, next_token_log_probs
+from tl_melbo.steering import Reference, Vectors, as_theta, generate, next_token_log_probs
 from tl_melbo.vectors import SteeringVectors
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ _BATCH_SIZE = 32
 
 
 @shape_checked
-def rescale(vectors: Vectors, norm: float | Vectors) -> SteeringVectors:
+def rescale(vectors: Vectors, norm: float | Reference) -> SteeringVectors:
     """Each vector at another length, in its own direction.
 
         rescale(ortho, 12.0)

@@ -1,6 +1,14 @@
 """Methods that find vectors: one file a method, each takes f, never a model."""
 
 from tl_melbo.discovery.melbo import Step, melbo, melbo_objective
-from tl_melbo.discovery.melbo_ortho import OrthoStep, iter_melbo_ortho, melbo_ortho
+from tl_melbo.discovery.melbo_ortho import OrthoStep, iter_melbo_ortho, join_family, melbo_ortho
 
-__all__ = ["OrthoStep", "Step", "iter_melbo_ortho", "melbo", "melbo_objective", "melbo_ortho"]
+__all__ = [
+    "OrthoStep",
+    "Step",
+    "iter_melbo_ortho",
+    "join_family",
+    "melbo",
+    "melbo_objective",
+    "melbo_ortho",
+]

@@ -4,7 +4,7 @@ Source: Jacob G-W 2024, "I found >800 orthogonal 'write code' steering vectors".
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -28,6 +28,9 @@ SMALLEST_NORM = 0.1
 STOPPED = ("steps used up", "converged", "not finite")
 _STEPS_USED_UP, _CONVERGED, _NOT_FINITE = range(3)
 
+# What the parts of one family have in common.
+_FAMILY_FACTS = ("model", "prompts", "chat", "source_layer", "target_layer")
+_FAMILY_SETTINGS = ("optimiser", "steps", "norm_penalty")
 _LARGEST_COSINE = 1e-5
 # Pairs of steps and gradient changes that the quasi-Newton method remembers.
 _MEMORY = 20
@@ -108,12 +111,7 @@ def melbo_ortho(
             f"not one vector of norm {SMALLEST_NORM} or more brings z nearer to that of theta0: "
             "nothing orthogonal does what it does, or the norm penalty forbids it"
         )
-    return SteeringVectors(
-        torch.cat([part.vectors for part in parts]),
-        parts[0].story,
-        {name: torch.cat([part.columns[name] for part in parts]) for name in parts[0].columns},
-        pad_histories([part.history for part in parts]),
-    )
+    return join_family(parts)
 
 
 @shape_checked
@@ -129,6 +127,11 @@ def iter_melbo_ortho(
     on_step: OnOrthoStep | None = None,
 ) -> Iterator[SteeringVectors]:
     """Yield the vectors of `melbo_ortho` one by one, so that each can be kept as it comes.
+
+        parts = []
+        for part in tm.iter_melbo_ortho(f, found[5]):
+            parts.append(part)
+            tm.join_family(parts).save("family.safetensors")
 
     Arguments are checked at the call, not at the first vector.
 
@@ -164,6 +167,62 @@ def iter_melbo_ortho(
     )
     search = _QuasiNewton(problem) if optimiser == "quasi-newton" else _Adam(problem)
     return _family(problem, search, earlier, room if n_vectors is None else n_vectors, story)
+
+
+@shape_checked
+def join_family(parts: Sequence[SteeringVectors]) -> SteeringVectors:
+    """Join consecutive parts of one MELBO-ortho family; every vector keeps its number.
+
+    Args:
+        parts: what `iter_melbo_ortho` yields, or what `melbo_ortho` returns and then returns with
+            `previous=`, in order.
+
+    Returns:
+        One library, with the story of the first part. If parts were asked for one after another,
+        its `n_vectors` says how many there are now.
+
+    Raises:
+        ValueError: none given; or something that is not the next part of the same family.
+    """
+    if not parts:
+        raise ValueError("parts: none given; pass at least one")
+    first = parts[0]
+    expected = int(first.columns["index"][0]) if len(first) else 0
+    for number, part in enumerate(parts):
+        ours, theirs = _family_facts(first), _family_facts(part)
+        differing = [fact for fact in ours if ours[fact] != theirs[fact]]
+        if part.story.get("method") != "melbo_ortho" or differing:
+            raise ValueError(
+                f"parts[{number}]: "
+                + (f"differs in {', '.join(differing)}" if differing else "not of melbo_ortho")
+                + "; pass parts of one family, or join others with concatenate"
+            )
+        indices = part.columns["index"].tolist()
+        if indices != list(range(expected, expected + len(part))):
+            raise ValueError(
+                f"parts[{number}]: holds vectors {indices[:3]}..., but {expected} comes next; pass "
+                "the parts in their order, and none twice"
+            )
+        expected += len(part)
+    story = dict(first.story)
+    if any(part.story["hyperparameters"] != story["hyperparameters"] for part in parts):
+        story["hyperparameters"] = {
+            **story["hyperparameters"],
+            "n_vectors": sum(len(part) for part in parts),
+        }
+    return SteeringVectors(
+        torch.cat([part.vectors for part in parts]),
+        story,
+        {name: torch.cat([part.columns[name] for part in parts]) for name in first.columns},
+        pad_histories([part.history for part in parts], [len(part) for part in parts]),
+    )
+
+
+def _family_facts(part: SteeringVectors) -> dict[str, Any]:
+    story, chosen = part.story, part.story.get("hyperparameters", {})
+    facts = {name: story.get(name) for name in _FAMILY_FACTS}
+    facts |= {name: chosen.get(name) for name in _FAMILY_SETTINGS}
+    return facts | {"theta0": (story.get("theta0") or {}).get("norm")}
 
 
 def _family(

@@ -1,0 +1,43 @@
+"""How far is what a vector does from what another does, at the target layer?"""
+
+import torch
+from torch import Tensor
+
+from tl_melbo.activation_map import ActivationMap
+from tl_melbo.analysis.inputs import as_library, check_place, one_vector
+from tl_melbo.shapes import Float, shape_checked
+from tl_melbo.steering import Reference, Vectors, as_theta
+
+
+@shape_checked
+@torch.no_grad()
+def effect_distance(
+    f: ActivationMap, vectors: Vectors, reference: Reference
+) -> Float[Tensor, "vector"]:
+    """The distance |z - z_reference| that MELBO-ortho makes small.
+
+    z is the mean over positions of f(x + theta); the distance is over all prompts of `f` together.
+
+    Args:
+        f: the activation map.
+        vectors: which vectors to measure; a row of zeros is the unsteered model.
+        reference: exactly one vector, theta0 for example.
+
+    Returns:
+        In units of the residual stream, float32, on the CPU.
+
+    Raises:
+        ValueError: no vectors; more or fewer than one reference; another model's width or another
+            layer than those of `f`.
+
+    Source: Jacob G-W 2024, "I found >800 orthogonal 'write code' steering vectors".
+    """
+    library, start = as_library(vectors), one_vector(reference, "reference")
+    check_place(f.model, f, library, "vectors")
+    check_place(f.model, f, start, "reference")
+    theta = torch.cat([as_theta(f.model, start), as_theta(f.model, library)])
+    counts = f.mask.sum(-1, keepdim=True)
+    # Averaged batch by batch: effects at every position of every vector would fill the memory.
+    batches = theta.to(f.x.device).split(f.vectors_at_once(False))
+    means = torch.cat([f.delta(batch).sum(2) / counts for batch in batches])
+    return (means[1:] - means[:1]).flatten(1).norm(dim=-1).float().cpu()

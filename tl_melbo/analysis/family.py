@@ -1,0 +1,118 @@
+"""What became of a MELBO-ortho family: every vector beside its baselines, in one table."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tl_melbo.activation_map import ActivationMap
+from tl_melbo.analysis.distance import effect_distance
+from tl_melbo.analysis.divergence import kl_from_log_probs, random_like
+from tl_melbo.analysis.inputs import as_library, check_place, one_vector
+from tl_melbo.analysis.scaling import rescale
+from tl_melbo.models import Model
+from tl_melbo.shapes import Theta, shape_checked
+from tl_melbo.steering import Reference, Vectors, as_theta, generate, next_token_log_probs
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# A vocabulary is large: only so many vectors' distributions are held at a time.
+_BATCH_SIZE = 32
+# Those that also write.
+_WRITING = ("unsteered", "reference", "family")
+_MEASURES = ("kl_to_reference", "kl_from_reference", "kl_to_unsteered")
+
+OnBatch = Callable[[int, int], None]
+
+
+@shape_checked
+def family(
+    model: Model,
+    f: ActivationMap,
+    vectors: Vectors,
+    reference: Reference,
+    *,
+    prompt: str | None = None,
+    max_new_tokens: int = 50,
+    chat: bool | None = None,
+    seed: int = 0,
+    on_batch: OnBatch | None = None,
+) -> "pd.DataFrame":
+    """Measure every vector of a family, and what it is to be held against.
+
+    Args:
+        model: the TransformerLens model that `f` was made from.
+        f: the activation map that the family was found in.
+        vectors: the family, as `melbo_ortho` gives it.
+        reference: exactly one vector: the family's theta0.
+        prompt: where KL and completion are taken; None for the first prompt of `f`.
+        max_new_tokens: the most tokens to write.
+        chat: format the prompt as chat; None does as `f` does.
+        seed: for the random vectors.
+        on_batch: called with the rows done, and the rows in all, after each batch.
+
+    Returns:
+        One row a vector. kind: "unsteered" (no vector), "reference", "family", "rescaled" (the
+        family at the reference's norm) or "random" (random directions with the family's norms);
+        index, the vector's number, -1 for the first two kinds; norm, and distance
+        |z - z_reference| as in `effect_distance`, in units of the residual stream;
+        kl_to_reference, KL(P_row || P_reference), kl_from_reference, the reverse, and
+        kl_to_unsteered, KL(P_row || P_unsteered), of the next token, in nats; completion, for the
+        first three kinds, else missing.
+
+    Raises:
+        ValueError: no vectors; more or fewer than one reference; another model or layer than that
+            of `f`; as `generate` does.
+
+    Source: Jacob G-W 2024, "I found >800 orthogonal 'write code' steering vectors".
+    """
+    import pandas as pd
+
+    library, start = as_library(vectors), one_vector(reference, "reference")
+    for checked, argument in ((library, "vectors"), (start, "reference")):
+        check_place(model, f, checked, argument)
+    theta, start_theta = as_theta(model, library), as_theta(model, start)
+    kinds = {
+        "unsteered": torch.zeros_like(start_theta),
+        "reference": start_theta,
+        "family": theta,
+        "rescaled": rescale(library, start).vectors,
+        "random": random_like(theta, seed),
+    }
+    prompt = f.prompts[0] if prompt is None else prompt
+    chat = f.chat if chat is None else chat
+    numbers = library.columns["index"].tolist()
+    one = torch.cat([kinds["unsteered"], start_theta])
+    log_one = next_token_log_probs(model, prompt, one, f.source_layer, chat=chat)
+    n_rows, n_done = sum(map(len, kinds.values())), 0
+    frames = []
+    for kind, rows in kinds.items():
+        for batch in rows.split(_BATCH_SIZE):
+            measured = _divergences(model, prompt, batch, f.source_layer, chat, log_one)
+            frame = pd.DataFrame({name: values.numpy() for name, values in measured.items()})
+            frame.insert(0, "kind", kind)
+            frame.insert(1, "norm", batch.norm(dim=-1).cpu().numpy())
+            frame.insert(2, "distance", effect_distance(f, batch, start_theta).numpy())
+            frame["completion"] = None
+            if kind in _WRITING:
+                frame["completion"] = generate(
+                    model, prompt, batch, f.source_layer, max_new_tokens=max_new_tokens, chat=chat
+                )["completion"]
+            frames.append(frame)
+            n_done += len(batch)
+            if on_batch is not None:
+                on_batch(n_done, n_rows)
+    table = pd.concat(frames, ignore_index=True)
+    table.insert(1, "index", [-1, -1, *3 * numbers])
+    return table
+
+
+def _divergences(
+    model: Model, prompt: str, theta: Theta, layer: int, chat: bool, log_one: Tensor
+) -> dict[str, Tensor]:
+    log_probs = next_token_log_probs(model, prompt, theta, layer, chat=chat)
+    log_unsteered, log_reference = (row.expand_as(log_probs) for row in log_one.split(1))
+    pairs = ((log_probs, log_reference), (log_reference, log_probs), (log_probs, log_unsteered))
+    return {name: kl_from_log_probs(*pair) for name, pair in zip(_MEASURES, pairs, strict=True)}

@@ -1,0 +1,154 @@
+"""A run's folder: what a command left there, written whole and read back."""
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from tl_melbo.files import replacing
+from tl_melbo.report import Family
+from tl_melbo.vectors import SteeringVectors
+
+VECTORS, COMPLETIONS, REPORT = "vectors.safetensors", "completions.csv", "report.html"
+SETTINGS, REFERENCE, TABLE, COMPOSITION = (
+    "settings.json",
+    "theta0.safetensors",
+    "family.csv",
+    "composition.csv",
+)
+_TEXTS = ("prompt", "completion")
+# Columns whose empty cells are texts, not missing numbers.
+_WORDS = (*_TEXTS, "kind", "members", "subset", "combination", "scaling")
+_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+_MOST_SETTINGS_BYTES = 2**20
+
+
+def family_folder(folder: Path, vector: int) -> Path:
+    """Where the family of one vector of a run lies."""
+    return folder / f"ortho-{vector}"
+
+
+def save_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Keep what a command was asked for."""
+    with replacing(folder / SETTINGS) as temporary:
+        text = json.dumps(settings, indent=2, ensure_ascii=False)
+        temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+
+
+def load_settings(folder: Path) -> dict[str, Any]:
+    """What a command was asked for; nothing if that is not known.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = folder / SETTINGS
+    if not path.is_file():
+        return {}
+    try:
+        if path.stat().st_size > _MOST_SETTINGS_BYTES:
+            raise ValueError("too large")
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise ValueError("not an object")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path}: damaged ({error}); delete it, and name the model with --model"
+        ) from error
+    return settings
+
+
+def save_table(path: Path, table: pd.DataFrame) -> None:
+    """Write a CSV file that a spreadsheet can open without running what a model wrote."""
+    safe = table.copy()
+    for name in _TEXTS:
+        if name in safe:
+            safe[name] = [_defused(text) if isinstance(text, str) else "" for text in safe[name]]
+    if "members" in safe:
+        safe["members"] = [" ".join(map(str, members)) for members in safe["members"]]
+    with replacing(path) as temporary:
+        # All text in quotes: pandas forgets them around a lone carriage return.
+        safe.to_csv(
+            temporary,
+            index=False,
+            quoting=csv.QUOTE_NONNUMERIC,
+            encoding="utf-8",
+            errors="backslashreplace",
+        )
+
+
+def load_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+    """Read what `save_table` wrote.
+
+    Raises:
+        ValueError: the file is damaged, or lacks a column.
+    """
+    csv.field_size_limit(2**27)
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            header, *rows = list(csv.reader(file, strict=True))
+        table = pd.DataFrame(rows, columns=header)
+        missing = [name for name in columns if name not in table]
+        if missing:
+            raise ValueError(f"lacks the columns {missing}")
+        for name in set(table.columns) - {*_WORDS, "stopped"}:
+            table[name] = pd.to_numeric(table[name])
+        for name in {*_TEXTS} & set(table.columns):
+            table[name] = [_original(text) for text in table[name]]
+        if "members" in table:
+            table["members"] = [tuple(map(int, text.split())) for text in table["members"]]
+    except (ValueError, csv.Error, MemoryError) as error:
+        raise ValueError(
+            f"{path}: not a table that tl-melbo wrote, or damaged ({error}); delete it, and run "
+            "the command again"
+        ) from error
+    return table
+
+
+def same_vector(one: SteeringVectors, other: SteeringVectors) -> bool:
+    """Whether two libraries hold the same numbers."""
+    return torch.equal(one.vectors, other.vectors)
+
+
+def load_families(folder: Path, library: SteeringVectors) -> list[Family]:
+    """The finished families of a run's vectors, by number of vector.
+
+    Families of vectors that the library no longer holds, of an earlier run in this folder, are
+    left out, and so are those whose measurements are not there yet.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
+    families = []
+    for position, index in enumerate(library.columns["index"].tolist()):
+        place = family_folder(folder, index)
+        if not all((place / name).is_file() for name in (VECTORS, REFERENCE, TABLE, COMPOSITION)):
+            continue
+        reference = SteeringVectors.load(place / REFERENCE)
+        if not same_vector(reference, library[position]):
+            continue
+        families.append(
+            Family(
+                reference,
+                SteeringVectors.load(place / VECTORS),
+                load_table(place / TABLE, ("kind", "index", "norm", "completion")),
+                load_table(place / COMPOSITION, ("size", "members", "completion")),
+            )
+        )
+    return families
+
+
+def _defused(text: str) -> str:
+    """Keep a spreadsheet from running text as a formula (OWASP, "CSV injection").
+
+    What has apostrophes in front already gets one more, so that `_original` can take one away.
+    """
+    return f"'{text}" if text.lstrip("'").startswith(_FORMULA_STARTS) else text
+
+
+def _original(text: str) -> str:
+    defused = text.startswith("'") and text.lstrip("'").startswith(_FORMULA_STARTS)
+    return text[1:] if defused else text
