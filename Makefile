@@ -29,7 +29,7 @@ PY_TL3 := .venv-tl3/bin/python
 INSTALLED := .venv/.installed
 INSTALLED_TL3 := .venv-tl3/.installed
 
-.PHONY: help install demo test lint test-tl4 test-tl3 browser format clean
+.PHONY: help install demo results test lint test-tl4 test-tl3 browser format clean
 
 help: ## List the targets
 	@echo 'make TARGET [PYTHON=python3.12]'
@@ -43,6 +43,16 @@ demo: $(INSTALLED) ## Find 32 vectors for "Tell me about yourself." and write a 
 	@$(PY) -c 'from tl_melbo.cli import app; app(prog_name="tl-melbo")' \
 		discover "Tell me about yourself." --n-vectors 32 --radius 12 --out runs/demo --overwrite
 	@test -f runs/demo/report.html || { echo 'runs/demo/report.html was not written' >&2; exit 1; }
+
+# Two families until nothing is left, and the published optimiser beside ours: about an hour. An
+# interrupted call goes on where it was.
+results: browser $(INSTALLED) ## The whole families of two vectors: figures and tables in notebooks/results
+	@test -f runs/demo/vectors.safetensors || $(MAKE) demo
+	@for vector in 4 20; do \
+		$(PY) -c 'from tl_melbo.cli import app; app(prog_name="tl-melbo")' \
+			ortho runs/demo --vector $$vector --all || exit; \
+	done
+	$(PY) notebooks/whole_family.py
 
 test: lint browser test-tl4 test-tl3 ## Every check: lint, then the tests on both versions of transformer-lens
 

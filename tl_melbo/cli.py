@@ -190,6 +190,12 @@ def ortho(
 
         folder = folder.expanduser()
         library, theta0 = _library_and_vector(folder, vector)
+        room = library.vectors.shape[1] - 1
+        if not everything and not 1 <= n_vectors <= room:
+            raise ValueError(
+                f"--n-vectors={n_vectors}: from 1 to {room}, which is all that can be orthogonal "
+                "to one vector; --all goes on until nothing is left"
+            )
         place = writable_folder(runs.family_folder(folder, vector))
         asked = {
             "optimiser": optimiser,
