@@ -72,8 +72,14 @@ def page(tiny_llama: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory) 
     unsteered, *others = completions.index
     completions.loc[unsteered, "completion"] = HOSTILE[0] + HOSTILE[2]
     completions.loc[others, "completion"] = [text for text in HOSTILE for _ in range(2)]
+    ortho = tm.melbo_ortho(f, found[2], 4, steps=4)
+    family = report.collect_family(tiny_llama, f, ortho, found[2], sizes=(2,), max_new_tokens=2)
+    for table in (family.table, family.composition):
+        table["completion"] = [HOSTILE[i % len(HOSTILE)] for i in range(len(table))]
     path = tmp_path_factory.mktemp("page with spaces & more") / "report #1.html"
-    report.write(path, tiny_llama, found, completions=completions, activation_map=f)
+    report.write(
+        path, tiny_llama, found, completions=completions, activation_map=f, families=[family]
+    )
     return path
 
 
@@ -86,7 +92,7 @@ def opened(request: pytest.FixtureRequest, driver: Any, page: Path) -> Any:
         driver.get_log(log)  # what earlier pages left there
     driver.get(page.as_uri())
     wait_for(driver, "return document.querySelector('div.dt-search input') !== null")
-    wait_for(driver, "return document.querySelectorAll('.plot .main-svg').length >= 3")
+    wait_for(driver, "return document.querySelectorAll('.plot .main-svg').length >= 9")
     return driver
 
 
@@ -128,6 +134,24 @@ def test_a_click_on_a_header_sorts(opened: Any) -> None:
         assert shown_numbers(opened, column) == sorted(ascending, reverse=True)
 
 
+def test_the_tables_of_a_family_work_too(opened: Any) -> None:
+    rows = "return document.querySelectorAll('#family-2-vectors tbody tr').length"
+    assert opened.execute_script(rows) == 4
+    search = opened.find_element("css selector", "#family-2-vectors_wrapper .dt-search input")
+    search.send_keys("second line")
+    wait_for(opened, f"{rows} === 1")
+    # Only its own table listens.
+    assert shown_vectors(opened) == list(range(N_VECTORS))
+    assert not opened.find_element("css selector", "#composition-2").is_displayed()
+    opened.execute_script(
+        "document.querySelectorAll('#family-2 details').forEach(d => d.open = true)"
+    )
+    table = opened.find_element("css selector", "#composition-2")
+    assert table.is_displayed()
+    # One pair and three more, mean and sum: of the rescaled ones, the sum is the mean.
+    assert len(table.find_elements("css selector", "tbody tr")) == 16
+
+
 def test_search_filters(opened: Any) -> None:
     search = opened.find_element("css selector", "div.dt-search input")
     search.send_keys("second line")
@@ -141,7 +165,7 @@ def test_no_text_runs_and_nothing_complains(opened: Any) -> None:
     assert opened.execute_script("return window.injected ?? null") is None
     assert opened.get_log("browser") == []
     # Nothing of the text became an element.
-    inside = "#vectors td div *, blockquote *, h1 *"
+    inside = ".data td div *, blockquote *, h1 *"
     assert opened.execute_script(f"return document.querySelectorAll('{inside}').length") == 0
     text = opened.find_element("css selector", "#vectors tbody tr td.completion").text
     assert HOSTILE[0] in text
@@ -171,6 +195,7 @@ def test_nothing_leaves_the_machine(opened: Any, page: Path) -> None:
 
 def test_the_page_does_not_scroll_sideways(opened: Any) -> None:
     widths = "return [document.documentElement.scrollWidth, document.body.scrollWidth, innerWidth]"
+    opened.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
     page_width, body_width, window_width = opened.execute_script(widths)
     assert page_width <= window_width
     assert body_width <= window_width

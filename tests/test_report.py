@@ -228,3 +228,79 @@ def test_numbers_that_are_not_finite_are_shown(
     path = tmp_path / "page.html"
     report.write(path, tiny_llama, library, completions=completions)
     assert 'data-order="">–</td>' in path.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def family(
+    tiny_llama: torch.nn.Module, f: tm.ActivationMap, found: tm.SteeringVectors
+) -> report.Family:
+    ortho = tm.melbo_ortho(f, found[3], 3, steps=4)
+    return report.collect_family(tiny_llama, f, ortho, found[3], sizes=(2, 20), max_new_tokens=3)
+
+
+def test_a_family_gets_its_part_of_the_page(
+    tiny_llama: torch.nn.Module,
+    f: tm.ActivationMap,
+    found: tm.SteeringVectors,
+    completions: pd.DataFrame,
+    family: report.Family,
+    tmp_path: Path,
+) -> None:
+    assert family.number == 3
+    assert set(family.composition["size"]) == {2}
+    paths = [tmp_path / "without.html", tmp_path / "with.html"]
+    for path, families in zip(paths, ([], [family]), strict=True):
+        report.write(
+            path, tiny_llama, found,
+            completions=completions, activation_map=f, families=families,
+        )  # fmt: skip
+    without, page = (path.read_text(encoding="utf-8") for path in paths)
+    assert "MELBO-ortho" not in without
+    assert "The family of vector 3" in page
+    assert page.count('class="plot') == without.count('class="plot') + 6
+    section = page.split('id="family-3"')[1]
+    for row in family.table[family.table["kind"] == "family"].to_dict("records"):
+        assert f"{row['distance']:#.4g}</td>" in section
+        assert f"{row['kl_to_reference']:.3f}</td>" in section
+    # Without the map there are no effects to compare.
+    report.write(paths[0], tiny_llama, found, completions=completions, families=[family])
+    assert (
+        paths[0].read_text(encoding="utf-8").count('class="plot') == page.count('class="plot') - 2
+    )
+
+
+def test_texts_of_a_family_are_escaped(
+    tiny_llama: torch.nn.Module,
+    found: tm.SteeringVectors,
+    completions: pd.DataFrame,
+    family: report.Family,
+    tmp_path: Path,
+) -> None:
+    hostile = report.Family(
+        family.reference,
+        family.vectors,
+        with_text(family.table, HOSTILE),
+        with_text(family.composition, HOSTILE),
+    )
+    path = tmp_path / "page.html"
+    report.write(path, tiny_llama, found, completions=completions, families=[hostile])
+    page = path.read_text(encoding="utf-8")
+    assert "<script>alert" not in page
+    assert not set("\x00\x1b\u202e") & set(page)
+
+
+def test_a_family_of_one_is_a_family(
+    tiny_llama: torch.nn.Module,
+    f: tm.ActivationMap,
+    found: tm.SteeringVectors,
+    completions: pd.DataFrame,
+    tmp_path: Path,
+) -> None:
+    ortho = tm.melbo_ortho(f, found[0], 1, steps=3)
+    family = report.collect_family(tiny_llama, f, ortho, found[0], max_new_tokens=2)
+    assert set(family.composition["size"]) == {1}
+    path = tmp_path / "page.html"
+    report.write(
+        path, tiny_llama, found, completions=completions, activation_map=f, families=[family]
+    )
+    assert "1 more vector, each" in path.read_text(encoding="utf-8")

@@ -412,7 +412,7 @@ def _family_part(part: Family, activation_map: ActivationMap | None) -> dict[str
         },
         title="",
     )
-    labels = [f"theta0 = {part.number}", *part.vectors.columns["index"].tolist()]
+    labels = ["θ₀", *part.vectors.columns["index"].tolist()]
     both = SteeringVectors(torch.cat([part.reference.vectors, part.vectors.vectors]))
     effects = None
     if activation_map is not None:
