@@ -87,7 +87,14 @@ def main() -> None:
         composed = families[number].composition
         runs.save_table(out / f"composition_{number}.csv", rounded(composed))
     print("the two optimisers")
-    rounded(compared(f, found, run)).to_csv(out / "optimisers.csv", index=False)
+    optimisers = compared(f, found, run)
+    rounded(optimisers).to_csv(out / "optimisers.csv", index=False)
+    worse = optimisers[
+        (optimisers["quasi-newton distance"] > optimisers["adam distance"])
+        | (optimisers["quasi-newton evaluations"] > optimisers["adam evaluations"] / 8)
+    ]
+    if len(worse):
+        raise SystemExit(f"ours is not as near, or not in an eighth of the gradients:\n{worse}")
     print("norm penalties")
     rounded(penalised(model, f, found[FAMILIES[0]])).to_csv(out / "penalties.csv", index=False)
     print("presence")
@@ -139,6 +146,9 @@ def compared(f: tm.ActivationMap, found: tm.SteeringVectors, run: Path) -> pd.Da
         for name in ("adam", "quasi-newton"):
             kept = run / f"{name}-{number}.safetensors"
             family = tm.SteeringVectors.load(kept) if kept.exists() else None
+            # Of an earlier run's vector of that number: begin anew.
+            if family is not None and not grew_from(family, found[number]):
+                family = None
             while family is None or len(family) < N_COMPARED:
                 more = tm.melbo_ortho(f, found[number], 1, previous=family, optimiser=name)
                 family = more if family is None else tm.join_family([family, more])
@@ -149,6 +159,13 @@ def compared(f: tm.ActivationMap, found: tm.SteeringVectors, run: Path) -> pd.Da
                         for column in ("distance", "norm", "evaluations")}  # fmt: skip
         frames.append(pd.DataFrame(columns))
     return pd.concat(frames, ignore_index=True)
+
+
+def grew_from(family: tm.SteeringVectors, theta0: tm.SteeringVectors) -> bool:
+    """Whether a family is at right angles to this vector, and says that it was made from it."""
+    source = (family.story["theta0"] or {}).get("story") or {}
+    same = source.get("date") == theta0.story.get("date")
+    return same and float(tm.analysis.cosine_similarity(family, theta0).abs().max()) < 1e-5
 
 
 def penalised(model: object, f: tm.ActivationMap, theta0: tm.SteeringVectors) -> pd.DataFrame:

@@ -157,7 +157,9 @@ def test_all_goes_on_until_nothing_is_left(run: Path) -> None:
         (["--vector=9"], "--vector=9: "),
         (["--n-vectors=32"], "--n-vectors=32: from 1 to 31"),
         (["--n-vectors=0"], "--n-vectors=0: from 1 to 31"),
-        (["--norm-penalty=-1"], "norm_penalty=-1"),
+        (["--norm-penalty=-1"], "--norm-penalty=-1"),
+        (["--norm-penalty=nan"], "--norm-penalty=nan"),
+        (["--steps=1"], "--steps=1: at least 2"),
         (["--max-new-tokens=0"], "--max-new-tokens=0: at least 1"),
         (["--model=./nowhere"], "no such file or folder"),
     ],
@@ -201,6 +203,10 @@ def test_damaged_files_are_named(run: Path) -> None:
         assert "Traceback" not in result.output
         (run / name).write_bytes(kept)
     assert ortho(run).exit_code == 0
+    (run / "ortho-1" / "theta0.safetensors").unlink()
+    result = ortho(run)
+    assert result.exit_code == 1
+    assert "the vector that it grew from; pass --overwrite" in one_line(result.stderr)
 
 
 def test_texts_come_back_from_a_table_as_they_were(tmp_path: Path) -> None:

@@ -85,6 +85,11 @@ def test_baselines_are_no_vector_and_random_ones_of_the_same_norms(tiny_llama, t
     nothing = torch.zeros(1, 32)
     expected = kl_divergence(tiny_llama, PROMPTS[0], nothing, theta0, layer=1)
     torch.testing.assert_close(baselines["unsteered"], expected)
+    # A plain tensor belongs where the vectors do.
+    torch.testing.assert_close(
+        kl_divergence(tiny_llama, PROMPTS[0], ortho, theta0.vectors[0]),
+        kl_divergence(tiny_llama, PROMPTS[0], ortho, theta0),
+    )
     again = kl_baselines(tiny_llama, PROMPTS[0], ortho, theta0)
     other = kl_baselines(tiny_llama, PROMPTS[0], ortho, theta0, seed=1)
     name = "random vectors of the same norms"

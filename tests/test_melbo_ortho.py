@@ -90,7 +90,7 @@ def test_a_space_that_a_map_does_not_feel_ends_the_family():
     matrix[0, 0], matrix[1, 0] = 2.0, 1.0
 
     class Linear:
-        x = torch.zeros(1, 3, 5)
+        x = torch.ones(1, 3, 5)
         mask = torch.ones(1, 3, dtype=torch.bool)
 
         def delta(self, theta):
@@ -154,43 +154,56 @@ def test_yields_one_by_one_and_checks_at_the_call(tiny_llama):
         tm.iter_melbo_ortho(f, theta0, 0)
 
 
-def test_not_finite_costs_one_vector_and_not_the_family(tiny_llama):
+class Breaking:
+    """A map that gives NaN at some of its calls for a gradient, counted from 1."""
+
+    def __init__(self, f, broken):
+        self.f, self.broken, self.calls = f, broken, 0
+        self.x, self.mask = f.x, f.mask
+
+    def delta(self, theta):
+        effect = self.f.delta(theta)
+        self.calls += theta.requires_grad
+        return effect * math.nan if theta.requires_grad and self.calls in self.broken else effect
+
+    def position_mask(self, positions):
+        return self.f.position_mask(positions)
+
+    def vectors_at_once(self, with_gradient=True):
+        return self.f.vectors_at_once(with_gradient)
+
+    def story(self):
+        return self.f.story()
+
+
+@pytest.mark.parametrize("broken", [range(6, 12), range(2, 8), range(1, 2)])
+def test_not_finite_costs_one_vector_and_not_the_family(tiny_llama, broken):
+    f = tiny_map(tiny_llama)
+    family = tm.melbo_ortho(Breaking(f, broken), start(f), 3, steps=20)
+    assert torch.isfinite(family.vectors).all()
+    assert torch.isfinite(family.columns["distance"]).all()
+    assert len(family) == 3
+    stopped = family.table()["stopped"].tolist()
+    # Broken at its very start a vector is searched for again, else it keeps its last finite place.
+    assert (stopped[0] == "not finite") == (broken[0] == 6)
+    assert stopped[2] != "not finite"
+
+
+def test_a_map_that_stays_broken_ends_the_family_with_a_word(tiny_llama):
     f = tiny_map(tiny_llama)
     theta0 = start(f)
+    n_calls = []
+    tm.melbo_ortho(f, theta0, 1, steps=10, on_step=n_calls.append)
+    with pytest.warns(UserWarning, match="vector 1: the activation map was not finite next to"):
+        family = tm.melbo_ortho(Breaking(f, range(len(n_calls) + 1, 10_000)), theta0, 3, steps=10)
+    assert len(family) == 1
 
-    class BreaksOnce:
-        """NaN from the sixth gradient of the family on, until the first vector is given up."""
 
-        def __init__(self):
-            self.calls = 0
-
-        def __getattr__(self, name):
-            return getattr(f, name)
-
-        x, mask = f.x, f.mask
-
-        def delta(self, theta):
-            effect = f.delta(theta)
-            if theta.requires_grad:
-                self.calls += 1
-                if 6 <= self.calls < 12:
-                    effect = effect * math.nan
-            return effect
-
-        def position_mask(self, positions):
-            return f.position_mask(positions)
-
-        def vectors_at_once(self, with_gradient=True):
-            return f.vectors_at_once(with_gradient)
-
-        def story(self):
-            return f.story()
-
-    family = tm.melbo_ortho(BreaksOnce(), theta0, 3, steps=20)
-    assert torch.isfinite(family.vectors).all()
-    assert len(family) == 3
-    assert family.table()["stopped"].tolist()[0] == "not finite"
-    assert family.table()["stopped"].tolist()[2] != "not finite"
+def test_the_last_step_of_adam_is_checked_too(tiny_llama):
+    f = tiny_map(tiny_llama)
+    family = tm.melbo_ortho(Breaking(f, [101]), start(f), 1, optimiser="adam", steps=100)
+    assert family.table()["stopped"].tolist() == ["not finite"]
+    assert torch.isfinite(family.columns["distance"]).all()
 
 
 def test_story_and_table_tell_everything(tiny_llama, tmp_path):
@@ -228,12 +241,24 @@ def test_bad_arguments_are_named(tiny_llama, unchanged):
         ({"theta0": family}, r"theta0: 2 vectors, expected exactly one"),
         ({"n_vectors": 0}, r"n_vectors=0: from 1 to 31"),
         ({"n_vectors": 32}, r"n_vectors=32: from 1 to 31"),
-        ({"n_vectors": 30, "previous": family}, r"from 1 to 29.*2 previous vectors"),
+        ({"n_vectors": 30, "previous": family, "steps": 3}, r"from 1 to 29.*2 previous vectors"),
         ({"norm_penalty": -1.0}, r"norm_penalty=-1.0"),
-        ({"steps": 0}, r"steps=0"),
+        ({"steps": 1}, r"steps=1: at least 2"),
+        ({"theta0": 1e10 * torch.ones(32)}, r"theta0: a norm of 5.66e\+10"),
+        (
+            {"theta0": tm.SteeringVectors.from_tensor(torch.ones(32), source_layer=2)},
+            r"theta0: found with source_layer=2, but here it is 1",
+        ),
+        ({"previous": family[1:]}, r"previous: holds vectors 1\.\.\., not all from 0"),
+        (
+            {"previous": family, "norm_penalty": 0.5, "steps": 3},
+            r"previous: found with norm_penalty=0.0, but here it is 0.5",
+        ),
+        ({"previous": torch.zeros(1, 32)}, r"previous: vectors \[0\] are zero"),
+        ({"previous": torch.eye(32)[1:], "theta0": torch.eye(32)[0]}, "the space is used up"),
         ({"previous": theta0}, r"theta0 and vector 0 are not orthogonal"),
         ({"previous": torch.ones(2, 7)}, r"previous: 7 wide"),
-        ({"previous": elsewhere}, r"previous: found with target_layer=3, but f has target_layer=4"),
+        ({"previous": elsewhere}, r"previous: found with target_layer=3, but here it is 4"),
     ]
     for arguments, message in cases:
         with pytest.raises(ValueError, match=message):

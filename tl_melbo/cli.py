@@ -1,5 +1,6 @@
 """The same from a shell: `tl-melbo discover "Tell me about yourself." --out runs/me`."""
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -196,6 +197,10 @@ def ortho(
                 f"--n-vectors={n_vectors}: from 1 to {room}, which is all that can be orthogonal "
                 "to one vector; --all goes on until nothing is left"
             )
+        if not 0 <= norm_penalty < math.inf:
+            raise ValueError(f"--norm-penalty={norm_penalty}: a finite number, 0 or more")
+        if steps is not None and steps < 2:
+            raise ValueError(f"--steps={steps}: at least 2")
         place = writable_folder(runs.family_folder(folder, vector))
         asked = {
             "optimiser": optimiser,
@@ -204,10 +209,13 @@ def ortho(
         }
         previous = None if overwrite else _family_so_far(place, theta0, asked)
         known = 0 if previous is None else len(previous)
+        # What the page needs, too: a damaged file is to show before the work.
+        _earlier_texts(folder)
+        runs.load_families(folder, library)
         with _removed_if_empty(place), _progress() as progress:
             progress.start("Loading the model")
             loaded, f = _model_of(folder, library, model, device)
-            if everything or n_vectors > known:
+            if known < (room if everything else n_vectors):
                 progress.start(f"Following vector {vector}")
                 found = tm.iter_melbo_ortho(
                     f, theta0, None if everything else n_vectors - known,
@@ -217,8 +225,8 @@ def ortho(
                 previous = _keep_each(place, theta0, previous, found, progress, total)
             if previous is None:
                 raise ValueError(
-                    f"--vector={vector}: nothing orthogonal to it does what it does, or "
-                    f"--norm-penalty={norm_penalty} forbids it"
+                    f"--vector={vector}: nothing orthogonal to it of norm 0.1 or more does what "
+                    f"it does, or --norm-penalty={norm_penalty} or the number of steps forbids it"
                 )
             progress.start("Measuring the family")
             part = tm.report.collect_family(
@@ -230,6 +238,14 @@ def ortho(
             _write_page(progress, folder, loaded, f, library, max_new_tokens, families=True)
         _print_family(part)
         typer.echo(str((folder / runs.REPORT).resolve()))
+
+
+def _earlier_texts(folder: Path) -> "pd.DataFrame | None":
+    from tl_melbo import runs
+
+    path = folder / runs.COMPLETIONS
+    columns = ("vector", "scale", "prompt", "completion")
+    return runs.load_table(path, columns) if path.is_file() else None
 
 
 def _check_max_new_tokens(max_new_tokens: int) -> None:
@@ -281,6 +297,11 @@ def _family_so_far(
 
     if not (place / runs.VECTORS).is_file():
         return None
+    if not (place / runs.REFERENCE).is_file():
+        raise FileNotFoundError(
+            f"{place}: holds a family, but not {runs.REFERENCE}, the vector that it grew from; "
+            "pass --overwrite to begin anew"
+        )
     previous = SteeringVectors.load(place / runs.VECTORS)
     chosen = previous.story.get("hyperparameters", {})
     differing = [
@@ -373,11 +394,7 @@ def _write_page(
     import tl_melbo as tm
     from tl_melbo import runs
 
-    completions = None
-    if families and (folder / runs.COMPLETIONS).is_file():
-        completions = runs.load_table(
-            folder / runs.COMPLETIONS, ("vector", "scale", "prompt", "completion")
-        )
+    completions = _earlier_texts(folder) if families else None
     if completions is None:
         progress.start("Writing under each vector")
         completions = tm.report.collect_completions(

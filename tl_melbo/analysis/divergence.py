@@ -17,6 +17,7 @@ from tl_melbo.steering import (
     next_token_log_probs,
     steering_layer,
 )
+from tl_melbo.vectors import SteeringVectors
 
 Direction = Literal["to_reference", "from_reference"]
 LogProbs = Float[Tensor, "vector d_vocab"]
@@ -98,8 +99,14 @@ def kl_divergence(
                 f"reference: {n_references} vectors, expected exactly one, such as found[5]; or "
                 "None for the unsteered model"
             )
-    log_reference = next_token_log_probs(model, prompt, reference, layer, chat=chat)
-    layer = steering_layer(model, vectors, layer)
+    own_layer = steering_layer(model, vectors, layer)
+    if layer is None and isinstance(reference, SteeringVectors):
+        layer = reference.source_layer
+    # A tensor does not know where it belongs: where the others do.
+    log_reference = next_token_log_probs(
+        model, prompt, reference, own_layer if layer is None else layer, chat=chat
+    )
+    layer = own_layer
     divergences = []
     # A vocabulary is large: only one batch's distributions are held at a time.
     for theta in as_theta(model, vectors).split(batch_size):

@@ -4,7 +4,8 @@ Source: Jacob G-W 2024, "I found >800 orthogonal 'write code' steering vectors".
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -32,6 +33,10 @@ _STEPS_USED_UP, _CONVERGED, _NOT_FINITE = range(3)
 _FAMILY_FACTS = ("model", "prompts", "chat", "source_layer", "target_layer")
 _FAMILY_SETTINGS = ("optimiser", "steps", "norm_penalty")
 _LARGEST_COSINE = 1e-5
+# A theta0 so many times as long as the longest residual leaves nothing of it but rounding.
+_LONGEST = 1e3
+# How often a vector is searched for whose search broke down at its very start.
+_TRIES = 3
 # Pairs of steps and gradient changes that the quasi-Newton method remembers.
 _MEMORY = 20
 # Ever shorter steps along one direction, before it is given up.
@@ -77,8 +82,8 @@ def melbo_ortho(
         n_vectors: how many to find; None goes on until their norms fall below 0.1 or the space is
             used up (d_model - 1 vectors). It ends there in any case.
         norm_penalty: weight of the squared norm, 0 as published; larger asks for shorter vectors.
-        previous: the vectors that this family has already. The new ones continue it, and are the
-            same as if it had never been interrupted.
+        previous: the vectors that this family has already, all of them. The new ones continue it,
+            and are the same as if it had never been interrupted.
         optimiser: "quasi-newton", fast: L-BFGS from zero, preconditioned with the Jacobian of z
             at zero, which is measured once for the family; or "adam", as published.
         steps: gradients for each vector, at most: 40 ("quasi-newton") or 1000 ("adam") by default.
@@ -90,9 +95,12 @@ def melbo_ortho(
         evaluations and why its search stopped; `history[:, i]` is the distance after i + 1 of them.
 
     Raises:
-        ValueError: theta0 not one finite vector of the right width, or zero; `previous` of another
-            model, other layers, or not orthogonal; more vectors than the space holds; a number
-            out of its range.
+        ValueError: theta0 not one finite vector of the right width, or zero, or of another model
+            or layer; `previous` of another family, not all of it, or not orthogonal; more vectors
+            than the space holds; a number out of its range; not one vector that qualifies.
+
+    Warns:
+        UserWarning: the map gives nothing finite next to zero, so that the family ends early.
 
     Source: Jacob G-W 2024, "I found >800 orthogonal 'write code' steering vectors". The
     quasi-Newton method and the penalty's form are ours; the author asked for the penalty.
@@ -108,8 +116,9 @@ def melbo_ortho(
             bar.update()
     if not parts:
         raise ValueError(
-            f"not one vector of norm {SMALLEST_NORM} or more brings z nearer to that of theta0: "
-            "nothing orthogonal does what it does, or the norm penalty forbids it"
+            f"not one {'more ' if previous is not None else ''}vector of norm {SMALLEST_NORM} or "
+            "more brings z nearer to that of theta0: the family ends here, or the norm penalty "
+            f"({norm_penalty}) or the number of steps forbids it, or theta0 itself is that short"
         )
     return join_family(parts)
 
@@ -136,21 +145,41 @@ def iter_melbo_ortho(
     Arguments are checked at the call, not at the first vector.
 
     Raises:
-        ValueError: as `melbo_ortho`.
+        ValueError: as `melbo_ortho`; but where no vector qualifies, none is yielded.
     """
     start = _one_vector(theta0, int(f.x.shape[-1]))
-    earlier = _checked_previous(f, start, previous)
+    longest = float(f.x.norm(dim=-1).max())
+    if float(start.norm()) > _LONGEST * longest:
+        raise ValueError(
+            f"theta0: a norm of {float(start.norm()):.3g}, but that of the residual stream is at "
+            f"most {longest:.3g}; use a shorter vector"
+        )
+    if isinstance(theta0, SteeringVectors):
+        _check_same("theta0", theta0.story, f.story(), ("model", "source_layer"))
+    n_steps = DEFAULT_ORTHO_STEPS[optimiser] if steps is None else steps
+    earlier = _checked_previous(
+        f,
+        start,
+        previous,
+        {"optimiser": optimiser, "steps": n_steps, "norm_penalty": norm_penalty},
+    )
+    if any(isinstance(number, bool) for number in (n_vectors, steps)):
+        raise TypeError(f"n_vectors={n_vectors}, steps={steps}: numbers, not True or False")
     room = len(start) - 1 - len(earlier)
     if n_vectors is not None and not 1 <= n_vectors <= room:
         raise ValueError(
             f"n_vectors={n_vectors}: from 1 to {room}; {len(start)} dimensions hold theta0, "
             f"{len(earlier)} previous vectors and {room} more, or pass None for all there are"
         )
+    if not room:
+        raise ValueError(
+            f"previous: with theta0 its {len(earlier)} vectors fill all {len(start)} dimensions; "
+            "the space is used up"
+        )
     if not 0 <= norm_penalty < math.inf:
         raise ValueError(f"norm_penalty={norm_penalty}: a finite number, 0 or more")
-    n_steps = DEFAULT_ORTHO_STEPS[optimiser] if steps is None else steps
-    if n_steps < 1:
-        raise ValueError(f"steps={n_steps}: at least 1")
+    if n_steps < 2:
+        raise ValueError(f"steps={n_steps}: at least 2; the first gradient is taken at the start")
     problem = _Problem(f, start, norm_penalty, n_steps, on_step)
     story = make_story(
         "melbo_ortho",
@@ -237,9 +266,20 @@ def _family(
     for vector in earlier:
         basis = _extended(basis, vector)
     for k in range(len(earlier), len(earlier) + n_vectors):
-        result = search.find(k, basis)
-        theta = result.theta.float()
-        if float(theta.norm()) < SMALLEST_NORM:
+        for _ in range(_TRIES):
+            result = search.find(k, basis)
+            theta = result.theta.float()
+            long_enough = float(theta.norm()) >= SMALLEST_NORM
+            if long_enough or result.stopped != _NOT_FINITE:
+                break
+        else:
+            warnings.warn(
+                f"vector {k}: the activation map was not finite next to zero, {_TRIES} times; the "
+                "family ends here. Load the model in a wider type, or look for what breaks it",
+                stacklevel=2,
+            )
+            return
+        if not long_enough:
             return
         # The float32 vector that is handed out is what the next ones are orthogonal to.
         basis = _extended(basis, theta)
@@ -350,6 +390,9 @@ class _Adam:
                 theta.copy_(complement(theta.double()[None], basis)[0])
         end = complement((finite if stopped else theta.detach().double())[None], basis)[0]
         _, distance, _ = problem.loss_and_gradient(end)
+        if not math.isfinite(distance):  # after the last step
+            end, stopped = complement(finite[None], basis)[0], _NOT_FINITE
+            _, distance, _ = problem.loss_and_gradient(end)
         return _Result(end, distance, len(history) + 1, stopped, [*history, distance])
 
 
@@ -376,6 +419,8 @@ class _QuasiNewton:
         precondition = self._preconditioner(basis)
         theta = torch.zeros_like(problem.theta0)
         loss, distance, gradient = problem.loss_and_gradient(theta)
+        if not (math.isfinite(loss) and torch.isfinite(gradient).all()):
+            return _Result(theta, distance, 1, _NOT_FINITE, [distance])
         gradient = complement(gradient[None], basis)[0]
         history, steps_taken, changes = [distance], [], []
         problem.report(k, 1, distance)
@@ -477,23 +522,46 @@ def _one_vector(theta0: SteeringVectors | Tensor, d_model: int) -> Vector:
     return theta[0]
 
 
+def _check_same(
+    argument: str, theirs: Mapping[str, Any], ours: Mapping[str, Any], facts: Sequence[str]
+) -> None:
+    for fact in facts:
+        if theirs.get(fact) is not None and theirs[fact] != ours.get(fact):
+            raise ValueError(
+                f"{argument}: found with {fact}={theirs[fact]!r}, but here it is "
+                f"{ours.get(fact)!r}; use the activation map and settings that it was found with"
+            )
+
+
 def _checked_previous(
-    f: EffectMap, theta0: Tensor, previous: SteeringVectors | Tensor | None
+    f: EffectMap,
+    theta0: Tensor,
+    previous: SteeringVectors | Tensor | None,
+    settings: Mapping[str, Any],
 ) -> Tensor:
     if previous is None:
         return torch.empty(0, len(theta0))
     if isinstance(previous, SteeringVectors):
-        for fact in ("model", "source_layer", "target_layer", "prompts"):
-            theirs, ours = previous.story.get(fact), f.story().get(fact)
-            if theirs is not None and theirs != ours:
+        _check_same("previous", previous.story, f.story(), _FAMILY_FACTS)
+        if previous.story.get("method") == "melbo_ortho":
+            chosen = previous.story.get("hyperparameters", {})
+            _check_same("previous", chosen, settings, _FAMILY_SETTINGS)
+            indices = previous.columns["index"].tolist()
+            if indices != list(range(len(indices))):
                 raise ValueError(
-                    f"previous: found with {fact}={theirs!r}, but f has {fact}={ours!r}; continue "
-                    "a family with the activation map it was begun with"
+                    f"previous: holds vectors {', '.join(map(str, indices[:5]))}..., not all from "
+                    "0 on in their order; join the parts with join_family"
                 )
         previous = previous.vectors
     vectors = previous.detach().cpu().float()
     if vectors.shape[1] != len(theta0):
         raise ValueError(f"previous: {vectors.shape[1]} wide, but theta0 is {len(theta0)} wide")
+    norms = vectors.norm(dim=-1)
+    bad = (~((norms > 0) & norms.isfinite())).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(
+            f"previous: vectors {bad[:10]} are zero or not finite; pass what melbo_ortho returned"
+        )
     family = normalise(torch.cat([theta0[None], vectors]).double())
     cosines = (family @ family.T - torch.eye(len(family), dtype=torch.float64)).abs()
     if float(cosines.max()) > _LARGEST_COSINE:
