@@ -249,7 +249,7 @@ def test_bad_arguments_are_named(tiny_llama, unchanged):
             {"theta0": tm.SteeringVectors.from_tensor(torch.ones(32), source_layer=2)},
             r"theta0: found with source_layer=2, but here it is 1",
         ),
-        ({"previous": family[1:]}, r"previous: holds vectors 1\.\.\., not all from 0"),
+        ({"previous": family[1:], "steps": 3}, r"previous: holds vectors 1\.\.\., not all from 0"),
         (
             {"previous": family, "norm_penalty": 0.5, "steps": 3},
             r"previous: found with norm_penalty=0.0, but here it is 0.5",
