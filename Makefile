@@ -17,6 +17,7 @@ unexport VIRTUAL_ENV
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+ROWS ?=
 
 # The newest 4.x, where TransformerBridge is alone, and the last 3.x, which has HookedTransformer.
 TRANSFORMER_LENS_4 := 4.3.0
@@ -29,7 +30,7 @@ PY_TL3 := .venv-tl3/bin/python
 INSTALLED := .venv/.installed
 INSTALLED_TL3 := .venv-tl3/.installed
 
-.PHONY: help install demo results test lint test-tl4 test-tl3 browser format clean
+.PHONY: help install demo results benchmark test lint test-tl4 test-tl3 browser format clean
 
 help: ## List the targets
 	@echo 'make TARGET [PYTHON=python3.12]'
@@ -53,6 +54,10 @@ results: browser $(INSTALLED) ## The whole families of two vectors: figures and 
 			ortho runs/demo --vector $$vector --all || exit; \
 	done
 	$(PY) notebooks/whole_family.py
+
+benchmark: $(INSTALLED) ## Speed beside the published code, as ratios (ROWS="melbo ortho" for some rows)
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps 'batched-melbo==0.1.1'
+	@$(PY) -m benchmarks.compare $(ROWS)
 
 test: lint browser test-tl4 test-tl3 ## Every check: lint, then the tests on both versions of transformer-lens
 

@@ -148,3 +148,10 @@ def test_distance_curve_shows_the_level_without_a_vector(ortho):
     assert set(level.y) == {5.0}
     with pytest.raises(ValueError, match="has no distances"):
         tm.plots.distance_curve(2.0 * ortho)
+
+
+def test_the_history_of_a_family_is_a_distance(ortho):
+    figure = tm.plots.objective_history(ortho)
+    assert figure.layout.yaxis.title.text == "distance |z − z₀| (residual-stream units)"
+    assert figure.layout.xaxis.title.text == "gradient evaluations"
+    assert figure.data[0].x[0] == 1

@@ -4,7 +4,7 @@ import html
 import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import cycle
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -118,7 +118,8 @@ def objective_history(
 
     Args:
         found: a library with a history. The x axis counts gradient evaluations if its story says
-            that it was found by "ascent", and steps otherwise.
+            that it was found by "ascent" or by melbo_ortho, and steps otherwise. The history of a
+            melbo_ortho family is the distance from what its theta0 does.
         title: above the figure; "" for none.
 
     Raises:
@@ -130,12 +131,14 @@ def objective_history(
             "elsewhere never had one. Pass what melbo returned, or slices of it"
         )
     chosen = found.story.get("hyperparameters", {})
-    ascent = chosen.get("optimiser") == "ascent"
-    in_units = chosen.get("p") == chosen.get("q")
+    is_family = found.story.get("method") == "melbo_ortho"
+    by_gradient = is_family or chosen.get("optimiser") == "ascent"
+    in_units = is_family or chosen.get("p") == chosen.get("q")
     unit = "residual-stream units" if in_units else f"p = {chosen['p']}, q = {chosen['q']}"
+    quantity = "distance |z − z₀|" if is_family else "objective"
     history = found.history.double().numpy()
     # An ascent's first number took one gradient evaluation; AdamW's is before its first step.
-    x = np.arange(history.shape[1]) + (1 if ascent else 0)
+    x = np.arange(history.shape[1]) + (1 if by_gradient else 0)
     labels = found.columns["index"].numpy()
     n_traces = min(len(found), _MOST_TRACES)
     positions = np.array_split(np.arange(len(found)), n_traces)
@@ -154,13 +157,13 @@ def objective_history(
         hovermode="closest",
         xaxis=_AXIS
         | {
-            "title": {"text": "gradient evaluations" if ascent else "step", "standoff": 8},
+            "title": {"text": "gradient evaluations" if by_gradient else "step", "standoff": 8},
             "gridcolor": "#eaeef2",
             **_whole_numbers(len(x)),
         },
         yaxis=_AXIS
         | {
-            "title": {"text": f"objective ({unit})", "standoff": 8},
+            "title": {"text": f"{quantity} ({unit})", "standoff": 8},
             "gridcolor": "#eaeef2",
             "rangemode": "tozero",
         },
@@ -490,7 +493,8 @@ def composition_curves(
     Raises:
         ValueError: a column is missing, there are no rows, or the measure is not known.
     """
-    _check_frame(composed, "composed", ("size", "members", "subset", "combination", "scaling"))
+    columns = ("size", "members", "subset", "combination", "scaling", "norm", "completion")
+    _check_frame(composed, "composed", (*columns, *get_args(Measure)))
     if measure is None:
         known = np.isfinite(composed["kl_to_reference"].to_numpy()).any()
         measure = "kl_to_reference" if known else "kl_to_unsteered"
