@@ -130,6 +130,8 @@ def test_interrupted_and_continued_is_the_same_bit_for_bit(tiny_llama):
         assert torch.equal(torch.cat([first.columns[name], rest.columns[name]]), column)
     from_tensor = tm.melbo_ortho(f, theta0.vectors[0], 5, previous=first.vectors, steps=10)
     assert torch.equal(from_tensor.vectors, rest.vectors)
+    one_row = tm.melbo_ortho(f, theta0.vectors, 5, previous=first.vectors, steps=10)
+    assert torch.equal(one_row.vectors, rest.vectors)
 
 
 def test_a_penalty_gives_shorter_vectors(tiny_llama):

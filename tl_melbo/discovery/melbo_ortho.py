@@ -21,6 +21,8 @@ from tl_melbo.vectors import SteeringVectors, make_story, pad_histories
 
 OrthoOptimiser = Literal["quasi-newton", "adam"]
 Vector = Float[Tensor, "d_model"]
+# Not Theta: beside `previous`, an axis of the same name would have to be of the same size.
+OneRow = Float[Tensor, "reference d_model"]
 
 DEFAULT_ORTHO_STEPS = {"quasi-newton": 40, "adam": 1000}
 # A family ends where its vectors have shrunk to this norm, as the published one does.
@@ -60,7 +62,7 @@ OnOrthoStep = Callable[[OrthoStep], None]
 @shape_checked
 def melbo_ortho(
     f: EffectMap,
-    theta0: SteeringVectors | Vector | Theta,
+    theta0: SteeringVectors | Vector | OneRow,
     n_vectors: int | None = None,
     norm_penalty: float = 0.0,
     previous: SteeringVectors | Theta | None = None,
@@ -126,7 +128,7 @@ def melbo_ortho(
 @shape_checked
 def iter_melbo_ortho(
     f: EffectMap,
-    theta0: SteeringVectors | Vector | Theta,
+    theta0: SteeringVectors | Vector | OneRow,
     n_vectors: int | None = None,
     norm_penalty: float = 0.0,
     previous: SteeringVectors | Theta | None = None,
