@@ -364,11 +364,10 @@ def _keep_each(
     progress.update(0 if previous is None else len(previous), total)
     try:
         for part in found:
-            # What was measured of fewer vectors does not belong to more.
-            for name in (runs.TABLE, runs.COMPOSITION):
-                (place / name).unlink(missing_ok=True)
             if previous is None:
-                (place / runs.VECTORS).unlink(missing_ok=True)
+                # What an earlier family left does not belong to this one.
+                for name in (runs.TABLE, runs.COMPOSITION, runs.VECTORS):
+                    (place / name).unlink(missing_ok=True)
                 theta0.save(place / runs.REFERENCE)
             previous = part if previous is None else join_family([previous, part])
             previous.save(place / runs.VECTORS)

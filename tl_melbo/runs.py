@@ -130,14 +130,12 @@ def load_families(folder: Path, library: SteeringVectors) -> list[Family]:
         reference = SteeringVectors.load(place / REFERENCE)
         if not same_vector(reference, library[position]):
             continue
-        families.append(
-            Family(
-                reference,
-                SteeringVectors.load(place / VECTORS),
-                load_table(place / TABLE, ("kind", "index", "norm", "completion")),
-                load_table(place / COMPOSITION, ("size", "members", "completion")),
-            )
-        )
+        vectors = SteeringVectors.load(place / VECTORS)
+        table = load_table(place / TABLE, ("kind", "index", "norm", "completion"))
+        if table["kind"].tolist().count("family") != len(vectors):
+            continue  # measured before the last vectors came
+        composed = load_table(place / COMPOSITION, ("size", "members", "completion"))
+        families.append(Family(reference, vectors, table, composed))
     return families
 
 
