@@ -12,9 +12,12 @@ README = Path(__file__).parent.parent / "README.md"
 
 @pytest.mark.heavy
 def test_the_code_runs_as_printed(model, tmp_path, monkeypatch, capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 2
+    code = "\n".join(blocks)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tm, "load_model", lambda: model)
     exec(compile(code, str(README), "exec"), {})
     assert len(tm.SteeringVectors.load(tmp_path / "me.safetensors")) == 8
+    assert "The family of vector 4" in (tmp_path / "me.html").read_text(encoding="utf-8")
     assert "Once upon a time" in capsys.readouterr().out
