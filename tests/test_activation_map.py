@@ -1,5 +1,7 @@
 """f against the whole model: hooks on every block, and nothing of ours in between."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
@@ -7,6 +9,7 @@ from torch.overrides import TorchFunctionMode
 import tl_melbo as tm
 from tests.conftest import PROMPT, fingerprint
 from tests.tiny_models import tiny_bridge
+from tl_melbo.fast_blocks import FastBlocks
 from tl_melbo.models import to_tokens
 
 PROMPTS = ["Tell me about yourself.", "Hi!", "Write a short poem about ships and the sea.", "Bye."]
@@ -48,6 +51,7 @@ class HonestFloat64(TorchFunctionMode):
 
 
 def relative_error(a, b):
+    a, b = a.detach(), b.detach()
     return float((a - b).norm() / b.norm())
 
 
@@ -299,3 +303,144 @@ def test_narrow_types_work(dtype):
     assert delta.dtype == torch.float32
     assert relative_error(delta, wide.delta(theta)) < 0.1
     assert tm.melbo(narrow, 2, 2.0, steps=3).objective.isfinite().all()
+
+
+def hooked(f):
+    """The same map through the model's own modules."""
+    return dataclasses.replace(f, _shortcut=None)
+
+
+PATHS = {"llama": "fast", "qwen2": "fast"}
+
+
+def test_the_fastest_path_that_fits_is_taken(tiny):
+    f = tm.ActivationMap.from_prompts(tiny, PROMPTS, 1, 4)
+    architecture = tiny.cfg.model_name.removeprefix("tiny-")
+    assert f.path == PATHS.get(architecture, "unhooked")
+    assert f"{f.path} path" in repr(f)
+    with tiny.hooks(fwd_hooks=[("blocks.3.hook_resid_post", lambda resid, hook: resid)]):
+        assert f.path == "hooked"
+        assert tm.ActivationMap.from_prompts(tiny, PROMPTS, 1, 4).path == "hooked"
+    assert f.path != "hooked"
+    with tiny.hooks(bwd_hooks=[("blocks.3.hook_resid_post", lambda gradient, hook: None)]):
+        assert f.path == "hooked"
+
+
+def test_a_path_that_computes_something_else_is_not_taken(monkeypatch):
+    monkeypatch.setattr(FastBlocks, "forward", lambda self, x, *rest: x * 1.0001)
+    assert tm.ActivationMap.from_prompts(tiny_bridge("llama"), PROMPT, 1, 4).path == "unhooked"
+
+
+@pytest.mark.parametrize("positions", [slice(None), slice(-3, None), slice(0, -1, 2)])
+@pytest.mark.parametrize("n_vectors", [1, 3])
+def test_paths_agree_in_values_and_gradients(tiny, positions, n_vectors):
+    f = tm.ActivationMap.from_prompts(tiny, PROMPTS, 1, 4)
+    generator = torch.Generator().manual_seed(5)
+    theta = torch.randn(n_vectors, f.d_model, generator=generator).requires_grad_()
+    weights = torch.randn(n_vectors, *f.x.shape, generator=generator)
+    deltas = [way.delta(theta, positions) for way in (f, hooked(f))]
+    gradients = [torch.autograd.grad((delta * weights).sum(), theta)[0] for delta in deltas]
+    assert relative_error(*deltas) < 1e-5
+    assert relative_error(*gradients) < 1e-5
+    counted = f.position_mask(positions)[:, :, None]
+    whole = f.delta(theta)
+    assert relative_error(deltas[0], whole * counted) < 1e-6
+    assert (deltas[0] == deltas[0] * counted).all()
+    nothing = f.delta(torch.zeros_like(theta))
+    assert (nothing.abs() <= 1e-6 * f.y.norm(dim=-1, keepdim=True)).all()
+
+
+def test_the_embedded_model_takes_the_fast_path(f):
+    assert f.path == "fast"
+    generator = torch.Generator().manual_seed(6)
+    theta = torch.randn(2, 576, generator=generator).requires_grad_()
+    # Away from the first token, whose residual is a hundred times longer than the others'.
+    weights = torch.randn(2, *f.x.shape, generator=generator)
+    for vectors in (theta[:1], theta):  # one vector's products are packed, two vectors' are not
+        deltas = [way.delta(vectors, slice(1, None)) for way in (f, hooked(f))]
+        gradients = [
+            torch.autograd.grad((delta * weights[: len(vectors)]).sum(), theta)[0]
+            for delta in deltas
+        ]
+        assert relative_error(*deltas) < 1e-5
+        assert relative_error(*gradients) < 1e-5
+
+
+def test_the_fast_gradient_is_exact_in_float64(tiny):
+    """Against finite differences is above; here it is the fast path that is tested there."""
+    architecture = tiny.cfg.model_name.removeprefix("tiny-")
+    model = tiny_bridge(architecture, torch.float64)
+    with HonestFloat64():
+        f = tm.ActivationMap.from_prompts(model, PROMPTS, 1, 4)
+        assert f.path == PATHS.get(architecture, "unhooked")
+        theta = torch.randn(2, f.d_model, dtype=torch.float64).requires_grad_()
+        weights = torch.randn(2, *f.x.shape, dtype=torch.float64)
+        gradients = [
+            torch.autograd.grad((way.delta(theta, slice(-4, None)) * weights).sum(), theta)[0]
+            for way in (f, hooked(f))
+        ]
+    assert relative_error(*gradients) < 1e-9
+
+
+def test_gradients_of_gradients_and_forward_gradients(tiny):
+    f = tm.ActivationMap.from_prompts(tiny, PROMPTS[:2], 1, 4)
+    generator = torch.Generator().manual_seed(7)
+    theta, heading = torch.randn(2, 1, f.d_model, generator=generator)
+    theta.requires_grad_()
+    products = []
+    for way in (f, hooked(f)):
+        (gradient,) = torch.autograd.grad(way.delta(theta).square().sum(), theta, create_graph=True)
+        products.append(torch.autograd.grad((gradient * heading).sum(), theta)[0])
+    assert relative_error(*products) < 1e-4
+    weights = torch.randn(1, *f.x.shape, generator=generator)
+    (backward,) = torch.autograd.grad((f.delta(theta) * weights).sum(), theta)
+    _, slope = torch.func.jvp(f.delta, (theta.detach(),), (heading,))
+    assert float((slope * weights).sum()) == pytest.approx(float((backward * heading).sum()), 1e-4)
+
+
+def test_the_same_graph_can_be_used_twice_and_sees_changed_input(tiny_llama):
+    f = tm.ActivationMap.from_prompts(tiny_llama, PROMPT, 1, 4)
+    theta = torch.ones(1, f.d_model, requires_grad=True)
+    loss = f.delta(theta).square().sum()
+    first, second = (torch.autograd.grad(loss, theta, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    x = (f.x * 1.0).requires_grad_()
+    steered = x * 1.0
+    y = f(steered)
+    with torch.no_grad():
+        steered.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_more_vectors_than_memory_are_recomputed(tiny_llama, monkeypatch):
+    f = tm.ActivationMap.from_prompts(tiny_llama, PROMPTS, 1, 4, batch_size=2)
+    theta = torch.randn(5, f.d_model, generator=torch.Generator().manual_seed(8)).requires_grad_()
+    gradients = []
+    for fits in (100, 3):
+        monkeypatch.setattr(tm.ActivationMap, "_vectors_in_memory", lambda *_, fits=fits: fits)
+        gradients.append(torch.autograd.grad(f.delta(theta).square().sum(), theta)[0])
+    assert relative_error(*gradients) < 1e-6
+
+
+def test_narrow_products_keep_a_wide_residual_stream(tiny_llama):
+    wide = tm.ActivationMap.from_prompts(tiny_llama, PROMPTS, 1, 4)
+    narrow = tm.ActivationMap.from_prompts(tiny_llama, PROMPTS, 1, 4, precision="bfloat16")
+    theta = torch.randn(2, wide.d_model, generator=torch.Generator().manual_seed(9))
+    error = relative_error(narrow.delta(theta), wide.delta(theta))
+    assert 1e-5 < error < 0.05
+    assert narrow.delta(theta).dtype == narrow.x.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "precision", "message"),
+    [
+        ("llama", torch.float32, "tf32", "only CUDA devices"),
+        ("llama", torch.bfloat16, "bfloat16", "for models in float32"),
+        ("gpt2", torch.float32, "bfloat16", "of the Llama kind"),
+    ],
+)
+def test_a_precision_that_is_not_there_is_named(architecture, dtype, precision, message):
+    model = tiny_bridge(architecture, dtype)
+    with pytest.raises(ValueError, match=message):
+        tm.ActivationMap.from_prompts(model, PROMPT, 1, 4, precision=precision)

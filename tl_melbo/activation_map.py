@@ -1,15 +1,18 @@
 """The activation map f: from the residual stream after one block to that after a later one."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import psutil
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
+from tl_melbo.fast_blocks import FastBlocks, Precision
 from tl_melbo.models import (
     Model,
     check_model,
@@ -18,6 +21,7 @@ from tl_melbo.models import (
     residual_hook_name,
     to_tokens,
     whole_model,
+    without_bridge,
 )
 from tl_melbo.shapes import (
     Delta,
@@ -29,20 +33,34 @@ from tl_melbo.shapes import (
 )
 
 BlockCall = tuple[tuple[Any, ...], dict[str, Any]]
+Path = Literal["fast", "unhooked", "hooked"]
 
 # How far replaying the blocks may be from the model's own forward pass, relative to its size.
 _REPLAY_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+# How far a faster way may be from the model's own modules, relative to the size of each token.
+_FAST_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
+_NARROW_TOLERANCE = 0.05
+_BRIDGE_COMPONENTS = "transformer_lens.model_bridge.generalized_components"
+# Tokens at once beyond which a CPU gains nothing; vectors at once that fill a large GPU.
+_CPU_ROWS, _GPU_VECTORS = 1200, 1024
+# Tokens of one vector up to which packing the matrices of a CPU pays.
+_MOST_HOT_ROWS = 512
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ActivationMap:
     """f(x): the residual stream after `source_layer` pushed through to after `target_layer`.
 
-    Blocks `source_layer + 1` to `target_layer` run, and nothing else. They are the model's own
-    modules, called with the arguments that they got in one ordinary forward pass of each prompt
-    (position embeddings, masks), without the KV cache; so hooks on them fire. Prompts of equal
-    length run as one batch and others apart: no block ever sees padding, and f of many prompts is
-    f of each. Make one with `ActivationMap.from_prompts`.
+    Blocks `source_layer + 1` to `target_layer` run, and nothing else, with the arguments that they
+    got in one ordinary forward pass of each prompt (position embeddings, masks), without the KV
+    cache. Prompts of equal length run as one batch and others apart: no block ever sees padding,
+    and f of many prompts is f of each. Make one with `ActivationMap.from_prompts`.
+
+    Which code runs is `path`. "hooked": the model's own modules, so hooks on them fire; always
+    taken while there are any. "unhooked": the Hugging Face modules below TransformerLens's, with
+    scaled-dot-product attention. "fast": for blocks of the Llama kind, see `fast_blocks`; it holds
+    a copy of their weights. A faster path is taken if it gave the model's own results, to 1e-5
+    relative in float32, when the map was made. After changing weights, make a new map.
 
     Attributes:
         x: residual stream after `source_layer` of the unsteered prompts; prompts shorter than
@@ -51,6 +69,7 @@ class ActivationMap:
         mask: True where `x` holds a token, False where it is padding.
         prompts: the texts.
         batch_size: vectors pushed through at once by `delta`; None picks what fits in memory.
+        precision: of matrix products; the residual stream, vectors and effects stay float32.
 
     Source: Mack & Turner 2024, "Mechanistically eliciting latent behaviors in language models".
     """
@@ -64,8 +83,10 @@ class ActivationMap:
     y: Residual
     mask: PositionMask
     batch_size: int | None = None
+    precision: Precision = "float32"
     _block_calls: dict[int, list[BlockCall]] = field(default_factory=dict)
     _hooks: tuple[Any, ...] = ()
+    _shortcut: "_Shortcut | None" = None
 
     @classmethod
     @shape_checked
@@ -78,6 +99,7 @@ class ActivationMap:
         *,
         chat: bool = False,
         batch_size: int | None = None,
+        precision: Precision = "float32",
     ) -> "ActivationMap":
         """Run the prompts once and remember what the blocks in between need.
 
@@ -88,11 +110,15 @@ class ActivationMap:
             target_layer: t; their effect is read in the residual stream after block t.
             chat: format each prompt as a user's turn with the tokenizer's chat template.
             batch_size: vectors at a time in `delta`; None picks what fits in memory.
+            precision: of the matrix products. "tf32" (CUDA) and "bfloat16" are faster where the
+                hardware has them, for float32 models of the Llama kind; everything else stays
+                float32. Effects are then good to about 1e-3 and 1e-2.
 
         Raises:
             TypeError: `model` is not a TransformerLens model.
             ValueError: layers out of order or beyond the model, an empty prompt, no prompt,
-                a batch size below one, activations that are not finite.
+                a batch size below one, activations that are not finite, a precision that this
+                model or device cannot have.
             RuntimeError: the blocks called alone do not do what they do inside the model.
         """
         check_model(model)
@@ -130,23 +156,40 @@ class ActivationMap:
             y=torch.cat(y_rows),
             mask=(torch.arange(longest) >= longest - lengths[:, None]).to(x_rows[0].device),
             batch_size=batch_size,
+            precision=precision,
             _block_calls=block_calls,
             _hooks=_hooks_on(model, source_layer, target_layer),
         )
         f._check_replay()
+        _check_precision(precision, f.x)
+        f = replace(f, _shortcut=f._find_shortcut())
+        if precision != "float32" and f.path != "fast":
+            raise ValueError(
+                f"precision={precision!r}: only for models whose blocks are of the Llama kind, "
+                f"without hooks between the layers; {model_name(model)} takes 'float32' here, or "
+                "load it with dtype=torch.bfloat16"
+            )
         return f
 
     def __repr__(self) -> str:
         return (
             f"ActivationMap({model_name(self.model)}, layer {self.source_layer} -> "
             f"{self.target_layer}, {len(self.prompts)} prompt(s), "
-            f"{int(self.mask.sum())} tokens, d_model {self.d_model}, {self.x.dtype})"
+            f"{int(self.mask.sum())} tokens, d_model {self.d_model}, {self.x.dtype}, "
+            f"{self.path} path)"
         )
 
     @property
     def d_model(self) -> int:
         """Width of the residual stream."""
         return int(self.x.shape[-1])
+
+    @property
+    def path(self) -> Path:
+        """Which code runs the blocks now: see `ActivationMap`."""
+        if self._shortcut is None or _hooks_on(self.model, self.source_layer, self.target_layer):
+            return "hooked"
+        return "unhooked" if self._shortcut.fast is None else "fast"
 
     @shape_checked
     def __call__(
@@ -171,34 +214,28 @@ class ActivationMap:
                 f"x: {x.dtype} on {x.device}, expected {self.x.dtype} on {self.x.device}, as f.x; "
                 "convert it with x.to(f.x)"
             )
-        batched = x if x.ndim == 4 else x[None]
-        lengths = self.mask.sum(-1)
-        if len(self._block_calls) == 1:
-            y = self._run_blocks(batched.flatten(0, 1), x.shape[-2]).unflatten(0, batched.shape[:2])
-        else:
-            y = torch.zeros_like(batched)
-            for length in self._block_calls:
-                rows = (lengths == length).nonzero().flatten()
-                group = batched[:, rows, -length:]
-                out = self._run_blocks(group.flatten(0, 1), length).unflatten(0, group.shape[:2])
-                y[:, rows, -length:] = out
+        y = self._map(x if x.ndim == 4 else x[None], slice(None), self.path)
         return y if x.ndim == 4 else y[0]
 
     @shape_checked
-    def delta(self, theta: Theta) -> Delta:
+    def delta(self, theta: Theta, positions: slice = slice(None)) -> Delta:
         """The effect of each vector: f(x + theta) - f(x), with theta added at every position.
 
         Differentiable in theta. Runs `batch_size` vectors at a time; where a gradient is wanted of
-        more than that, batches are recomputed in the backward pass so that memory stays bounded.
+        more than fit in memory, batches are recomputed in the backward pass.
 
         Args:
             theta: vectors, in the units of the residual stream.
+            positions: where the effect is wanted, counted on each prompt's own tokens; the last
+                block does no work elsewhere where that can be.
 
         Returns:
-            Zeros at padding; float32, or float64 where theta or the model is.
+            Zeros at padding and at other positions; float32, or float64 where theta or the model
+            is.
 
         Raises:
-            ValueError: theta has another width than the residual stream.
+            ValueError: theta has another width than the residual stream, or holds values that are
+                not finite; the positions pick nothing in some prompt.
         """
         if theta.shape[1] != self.d_model:
             raise ValueError(
@@ -210,23 +247,29 @@ class ActivationMap:
             raise ValueError(f"theta: vectors {bad} hold values that are not finite")
         if not len(theta):
             return theta.new_zeros(0, *self.x.shape)
+        counted = self.mask if positions == slice(None) else self.position_mask(positions)
+        batches = theta.split(self.vectors_at_once())
         with_gradient = torch.is_grad_enabled() and theta.requires_grad
-        size = self.vectors_at_once(with_gradient)
-        if theta.shape[0] <= size:
-            return self._delta(theta)
-        batches = theta.split(size)
-        if with_gradient:
-            return torch.cat([checkpoint(self._delta, b, use_reentrant=False) for b in batches])
-        return torch.cat([self._delta(batch) for batch in batches])
+        if with_gradient and len(theta) > self._vectors_in_memory():
+            effects = [
+                checkpoint(self._delta, batch, positions, counted, use_reentrant=False)
+                for batch in batches
+            ]
+        else:
+            effects = [self._delta(batch, positions, counted) for batch in batches]
+        return effects[0] if len(effects) == 1 else torch.cat(effects)
 
-    def _delta(self, theta: Tensor) -> Tensor:
+    def _delta(self, theta: Tensor, positions: slice, counted: PositionMask) -> Tensor:
         wide = torch.promote_types(torch.promote_types(theta.dtype, self.x.dtype), torch.float32)
         steered = self.x + theta.to(self.x.device, self.x.dtype)[:, None, None, :]
-        effect = self(steered).to(wide) - self._unsteered().to(wide)
-        return effect * self.mask[:, :, None]
+        path = self.path
+        effect = self._map(steered, positions, path).to(wide) - self._unsteered(path).to(wide)
+        return effect if counted.all() else effect * counted[:, :, None]
 
-    def _unsteered(self) -> Tensor:
-        """f(x): `y`, unless hooks came or went between the layers since `y` was made."""
+    def _unsteered(self, path: Path) -> Tensor:
+        """f(x) by the same path, so that no vector has no effect."""
+        if path != "hooked" and self._shortcut is not None:
+            return self._shortcut.y
         if _hooks_on(self.model, self.source_layer, self.target_layer) == self._hooks:
             return self.y
         with torch.no_grad():
@@ -256,27 +299,30 @@ class ActivationMap:
         return chosen
 
     def vectors_at_once(self, with_gradient: bool = True) -> int:
-        """How many vectors `delta` runs at once: `batch_size`, or what fits in half the memory."""
+        """How many vectors `delta` runs at once: `batch_size`, or what is fast and fits."""
         if self.batch_size is not None:
             return self.batch_size
-        cfg = self.model.cfg
-        d_mlp = int(getattr(cfg, "d_mlp", None) or 4 * self.d_model)
-        n_heads = int(getattr(cfg, "n_heads", None) or 1)
-        n_pos = self.x.shape[1]
-        # Per token and block: about 16 residual-sized and 5 MLP-sized tensors, and four copies of
-        # a row of the attention pattern in each head. Without a gradient one block's worth lives.
-        per_token = 16 * self.d_model + 5 * d_mlp + 4 * n_heads * n_pos
-        blocks = self.target_layer - self.source_layer if with_gradient else 1
-        per_vector = per_token * self.x[..., 0].numel() * blocks * self.x.element_size()
-        if self.x.device.type == "cuda":
-            free = torch.cuda.mem_get_info(self.x.device)[0]
-            # Enough rows to fill a large device; beyond that only memory grows.
-            most = 1024
+        # A CPU gains nothing from more rows than this, and they fall out of its caches; a large
+        # device is full with that many vectors.
+        n_tokens = self.mask.numel()
+        most = max(1, _CPU_ROWS // n_tokens) if self.x.device.type == "cpu" else _GPU_VECTORS
+        return max(1, min(most, self._vectors_in_memory(with_gradient)))
+
+    def _vectors_in_memory(self, with_gradient: bool = True) -> int:
+        """How many vectors fit in half of the free memory."""
+        if self._shortcut is not None and self._shortcut.fast is not None:
+            floats = self._shortcut.fast.floats_per_token
         else:
-            free = psutil.virtual_memory().available
-            # A CPU gains nothing from larger batches, and they fall out of its caches.
-            most = 32
-        return max(1, min(most, int(free / 2 / per_vector)))
+            cfg, n_pos = self.model.cfg, self.x.shape[1]
+            d_mlp = int(getattr(cfg, "d_mlp", None) or 4 * self.d_model)
+            n_heads = int(getattr(cfg, "n_heads", None) or 1)
+            # About 16 residual-sized and 5 MLP-sized tensors, and four copies of a row of the
+            # attention pattern in each head.
+            floats = 16 * self.d_model + 5 * d_mlp + 4 * n_heads * n_pos
+        # Without a gradient one block's worth lives.
+        blocks = self.target_layer - self.source_layer if with_gradient else 1
+        per_vector = floats * self.mask.numel() * blocks * self.x.element_size()
+        return int(_free_memory(self.x.device) / 2 / per_vector)
 
     def story(self) -> dict[str, Any]:
         """Where the map comes from, as JSON-ready facts."""
@@ -291,12 +337,87 @@ class ActivationMap:
             "target_layer": self.target_layer,
         }
 
-    def _run_blocks(self, rows: Tensor, length: int) -> Tensor:
+    def _map(self, x: Tensor, positions: slice, path: Path) -> Tensor:
+        """Push [vector, prompt, pos, d_model] through; zeros where there is nothing to tell."""
+        n_prompts, n_pos = self.mask.shape
+        lengths = self.mask.sum(-1)
+        y = None
+        for length in self._block_calls:
+            chosen = sorted(range(length)[positions])
+            wanted = None if len(chosen) == length else torch.tensor(chosen, device=x.device)
+            prompts = (lengths == length).nonzero().flatten()
+            together = len(prompts) == n_prompts
+            group = x if together else x[:, prompts, -length:]
+            out = self._run(group.flatten(0, 1), length, wanted, path).unflatten(0, group.shape[:2])
+            if together and wanted is None:
+                return out
+            y = torch.zeros_like(x) if y is None else y
+            into = torch.tensor(chosen, device=x.device) + n_pos - length
+            y[:, prompts[:, None], into] = out
+        return torch.zeros_like(x) if y is None else y
+
+    def _run(self, rows: Tensor, length: int, positions: Tensor | None, path: Path) -> Tensor:
+        """Prompts of one length through the blocks; with `positions`, these of the result only."""
+        shortcut, calls = self._shortcut, self._block_calls[length]
+        if path == "hooked" or shortcut is None:
+            blocks = self.model.blocks[self.source_layer + 1 : self.target_layer + 1]
+            with frozen(blocks):
+                return _run_layers(blocks, calls, rows, positions)
+
+        def long(rows: Tensor) -> Tensor:
+            return _run_layers(shortcut.differentiable, calls, rows, positions)
+
+        if _is_transformed(rows):
+            return long(rows)
+        return _Shortened.apply(rows, lambda rows: shortcut(rows, length, positions), long)
+
+    def _find_shortcut(self) -> "_Shortcut | None":
+        """The fastest way without hooks that does what the model's own modules do."""
         blocks = self.model.blocks[self.source_layer + 1 : self.target_layer + 1]
-        with frozen(blocks):
-            for block, (args, kwargs) in zip(blocks, self._block_calls[length], strict=True):
-                rows = _first_tensor(block(rows, *args, **kwargs))
-        return rows
+        if self._hooks or not all(hasattr(block, "_original_component") for block in blocks):
+            return None
+        layers = tuple(without_bridge(block) for block in blocks)
+        with torch.no_grad():
+            # One at a time, as a search of one vector comes.
+            probes = [self.x, self._probe()]
+            expected = torch.stack([self(probe) for probe in probes])
+            for fast in (self._fast_blocks(layers), None):
+                shortcut = _Shortcut.of(blocks, self._block_calls, fast)
+                if shortcut is None:
+                    continue
+                try:
+                    short = replace(self, _shortcut=shortcut)
+                    found = torch.stack([short(probe) for probe in probes])
+                except (TypeError, ValueError, AttributeError, RuntimeError):
+                    continue  # layers that do not run without what the bridge adds to them
+                if _token_error(found, expected, self.mask) <= self._fast_tolerance():
+                    return replace(shortcut, y=found[0])
+        return None
+
+    def _probe(self) -> Tensor:
+        """A residual stream that is nobody's: x with noise a tenth as long as its tokens."""
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(self.x.shape, generator=generator).to(self.x)
+        length = self.x.norm(dim=-1)[self.mask].median() / self.d_model**0.5
+        return (self.x + 0.1 * length * noise) * self.mask[:, :, None]
+
+    def _fast_blocks(self, layers: Sequence[nn.Module]) -> FastBlocks | None:
+        if self.x.dtype not in (torch.float32, torch.float64):
+            return None  # Hugging Face widens norms and softmax of narrow types
+        n_bytes = sum(p.numel() * p.element_size() for layer in layers for p in _weights(layer))
+        room = _free_memory(self.x.device) / 4
+        lengths = self.mask.sum(-1)
+        hot_rows = max(length * int((lengths == length).sum()) for length in self._block_calls)
+        if n_bytes * 4 > room or hot_rows > _MOST_HOT_ROWS:
+            hot_rows = None
+        if n_bytes * 2 > room:
+            return None
+        return FastBlocks.of(layers, self.precision, hot_rows)
+
+    def _fast_tolerance(self) -> float:
+        if self.precision != "float32":
+            return _NARROW_TOLERANCE
+        return _FAST_TOLERANCE.get(self.x.dtype, _NARROW_TOLERANCE)
 
     def _check_replay(self) -> None:
         with torch.no_grad():
@@ -327,13 +448,131 @@ def _check_layers(model: Model, source_layer: int, target_layer: int) -> None:
     )
 
 
+@dataclass(frozen=True, eq=False)
+class _Shortcut:
+    """The blocks without hooks: Hugging Face's layers, or their weights in our own.
+
+    `differentiable` is slower, and can be differentiated twice, or forward.
+    """
+
+    layers: tuple[nn.Module, ...]
+    differentiable: tuple[nn.Module, ...]
+    block_calls: dict[int, list[BlockCall]]
+    fast: FastBlocks | None
+    rotations: dict[int, Tensor]
+    y: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        blocks: Sequence[nn.Module],
+        block_calls: dict[int, list[BlockCall]],
+        fast: FastBlocks | None,
+    ) -> "_Shortcut | None":
+        rotations = {}
+        if fast is not None:
+            for length, calls in block_calls.items():
+                # Where layers of one model turn differently, as in Gemma 3, results will differ.
+                turn = calls[0][1].get("position_embeddings")
+                rotation = None if turn is None else fast.rotation(*turn)
+                if rotation is None:
+                    return None
+                rotations[length] = rotation
+        layers = tuple(without_bridge(block) for block in blocks)
+        differentiable = tuple(without_bridge(block, "eager") for block in blocks)
+        return cls(layers, differentiable, block_calls, fast, rotations, torch.empty(0))
+
+    def __call__(self, rows: Tensor, length: int, positions: Tensor | None) -> Tensor:
+        if self.fast is not None:
+            return self.fast(rows, self.rotations[length], positions)
+        return _run_layers(self.layers, self.block_calls[length], rows, positions)
+
+
+class _Shortened(torch.autograd.Function):
+    """A function by its shortcut; by the long way where a gradient is to be differentiated.
+
+    Neither our own gradient nor that of the fused attention kernels can be.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, short: Callable[[Tensor], Tensor], long: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        ctx.save_for_backward(x)  # so that autograd sees it when x is changed in between
+        ctx.long = long
+        if not ctx.needs_input_grad[0]:
+            return short(x)
+        with torch.enable_grad():
+            ctx.leaf = x.detach().requires_grad_()
+            ctx.y = short(ctx.leaf)
+        return ctx.y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        (x,), (gradient,) = ctx.saved_tensors, grad_outputs
+        if torch.is_grad_enabled():
+            (d_x,) = torch.autograd.grad(ctx.long(x), x, gradient, create_graph=True)
+        else:
+            (d_x,) = torch.autograd.grad(ctx.y, ctx.leaf, gradient, retain_graph=True)
+        return d_x, None, None
+
+
+def _is_transformed(x: Tensor) -> bool:
+    """Whether forward-mode differentiation or a torch.func transform is at work on x."""
+    return forward_ad.unpack_dual(x).tangent is not None or is_functorch_wrapped_tensor(x)
+
+
+def _run_layers(
+    layers: Sequence[nn.Module], calls: list[BlockCall], rows: Tensor, positions: Tensor | None
+) -> Tensor:
+    for layer, (args, kwargs) in zip(layers, calls, strict=True):
+        rows = _first_tensor(layer(rows, *args, **kwargs))
+    return rows if positions is None else rows[:, positions]
+
+
+def _token_error(a: Tensor, b: Tensor, mask: PositionMask) -> float:
+    """How far apart the tokens are, relative to their sizes: root mean square."""
+    errors = (a - b).double().norm(dim=-1) / b.double().norm(dim=-1)
+    return float(errors[..., mask].square().mean().sqrt())
+
+
+def _weights(layer: nn.Module) -> Iterator[Tensor]:
+    for module in layer.modules():
+        yield from (p for p in module._parameters.values() if p is not None)
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def _check_precision(precision: Precision, x: Tensor) -> None:
+    if precision == "float32":
+        return
+    if x.dtype != torch.float32:
+        raise ValueError(
+            f"precision={precision!r}: for models in float32, this one is in {x.dtype}; load it "
+            "with dtype=torch.float32, or leave precision out"
+        )
+    if precision == "tf32" and x.device.type != "cuda":
+        raise ValueError(
+            f"precision='tf32': only CUDA devices have it, the model is on {x.device}; use "
+            "'float32' or 'bfloat16'"
+        )
+
+
 def _hooks_on(model: Model, source_layer: int, target_layer: int) -> tuple[Any, ...]:
-    """The hooks that sit on the blocks in between, to notice when some come or go."""
+    """The users' hooks on the blocks in between: they must fire, and may come and go."""
+    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
     return tuple(
-        (*module._forward_pre_hooks, *module._forward_hooks)
+        number
         for block in model.blocks[source_layer + 1 : target_layer + 1]
         for module in block.modules()
-        if module._forward_pre_hooks or module._forward_hooks
+        for kind in kinds
+        for number, hook in getattr(module, kind).items()
+        # The bridge wires itself together with hooks at its first forward pass.
+        if not str(getattr(hook, "__module__", "")).startswith(_BRIDGE_COMPONENTS)
     )
 
 

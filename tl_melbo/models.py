@@ -1,12 +1,14 @@
 """Load a model, check a model, and turn prompts into tokens."""
 
+import copy
 import hashlib
 import importlib.util
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -326,6 +328,35 @@ def frozen(*roots: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
         for module in training:
             module.training = True
+
+
+def without_bridge(module: nn.Module, attention: Literal["sdpa", "eager"] = "sdpa") -> nn.Module:
+    """The Hugging Face module below TransformerLens's, sharing its weights but not its hooks.
+
+    A bridge puts its own modules, with hook points, into the Hugging Face model. Here each of them
+    is replaced by the one that it wraps, in copies: the model itself stays as it is. Parameters
+    want no gradient, dropout is off, and attention is computed in one fused step ("sdpa"), or in
+    several ("eager") that can be differentiated twice and forward.
+    """
+    while (inner := getattr(module, "_original_component", None)) is not None:
+        module = inner
+    plain: Any = copy.copy(module)
+    plain.__dict__ = dict(module.__dict__)
+    plain._modules = {
+        name: None if child is None else without_bridge(child, attention)
+        for name, child in module._modules.items()
+    }
+    plain._parameters = {
+        name: None if parameter is None else parameter.detach()
+        for name, parameter in module._parameters.items()
+    }
+    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        plain.__dict__[hooks] = OrderedDict()
+    plain.training = False
+    if hasattr(getattr(plain, "config", None), "_attn_implementation"):
+        plain.config = copy.copy(plain.config)
+        plain.config._attn_implementation = attention
+    return plain
 
 
 def whole_model(model: Model) -> tuple[nn.Module, ...]:

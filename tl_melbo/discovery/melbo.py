@@ -227,7 +227,7 @@ class _Search:
         melbo_objective(torch.zeros(1, 1, 1, 1), p, q, norm)  # p and q are checked there
         self.f, self.radius, self.p, self.q = f, radius, p, q
         self.norm: Norm = norm
-        self.counted = f.position_mask(positions)
+        self.positions, self.counted = positions, f.position_mask(positions)
         self.climb = _ascent if optimiser == "ascent" else _adamw
         self.n_vectors, self.orthogonal, self.seed = n_vectors, orthogonal, seed
 
@@ -258,7 +258,7 @@ class _Search:
         for batch in (unit * self.radius).to(f.x.device, theta_dtype).split(f.vectors_at_once()):
             theta = batch.detach().requires_grad_()
             with torch.enable_grad():
-                effect = f.delta(theta) * self.counted[:, :, None]
+                effect = f.delta(theta, self.positions)
                 value = melbo_objective(effect, self.p, self.q, self.norm)
                 (gradient,) = torch.autograd.grad(value.sum(), theta)
             values.append(value.detach())

@@ -19,8 +19,11 @@ class EffectMap(Protocol):
         """True where `x` holds a token, [prompt, pos]."""
         ...
 
-    def delta(self, theta: Tensor) -> Tensor:
-        """[vector, d_model] -> the effect of each vector, [vector, prompt, pos, d_model]."""
+    def delta(self, theta: Tensor, positions: slice = slice(None)) -> Tensor:
+        """[vector, d_model] -> the effect of each vector, [vector, prompt, pos, d_model].
+
+        Zeros outside `positions`, which are counted on each prompt's own tokens.
+        """
         ...
 
     def position_mask(self, positions: slice) -> Tensor:

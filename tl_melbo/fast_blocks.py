@@ -1,0 +1,386 @@
+"""Blocks of the Llama kind, run fast, with a gradient written by hand.
+
+Where a block is RMSNorm, grouped-query attention with rotary positions, RMSNorm and a SwiGLU MLP
+(Llama, SmolLM, Mistral, Qwen2 and their kin), nothing but the matrix products needs to take time.
+Here a norm's weights are folded into the projections behind it, projections of one input are one
+product, every matrix lies as its product reads it fastest, rotary positions are one complex
+multiplication, and the gradient, of the input alone, keeps six tensors a block. Nothing here knows
+TransformerLens: modules and tensors in, tensors out.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+Precision = Literal["float32", "tf32", "bfloat16"]
+
+
+class FastBlocks:
+    """Several blocks in a row, with copies of the layers' weights, taken when this is made.
+
+    A search calls f with one vector at a time, thousands of times over: products of `hot_rows` rows
+    (tokens of one vector) get their matrices packed on a CPU.
+    """
+
+    def __init__(self, parts: "list[_Parts]", precision: Precision, hot_rows: int | None) -> None:
+        attention = parts[0].attention
+        self.d_head = int(attention.head_dim)
+        self.n_heads = parts[0].query.weight.shape[0] // self.d_head
+        self.n_key_value_heads = parts[0].key.weight.shape[0] // self.d_head
+        self.n_turned = self.n_heads + self.n_key_value_heads
+        self.attention_scale = float(attention.scaling)
+        self.precision: Precision = precision
+        with torch.no_grad():
+            self.blocks = [_Block.of(p, self.d_head, precision, hot_rows) for p in parts]
+
+    @classmethod
+    def of(
+        cls,
+        layers: Sequence[nn.Module],
+        precision: Precision = "float32",
+        hot_rows: int | None = None,
+    ) -> "FastBlocks | None":
+        """Take the weights of Hugging Face decoder layers; None if they are of another kind.
+
+        This goes by the parts that the layers have. Whether those are put together in the same way
+        is for the caller to find out, by comparing results.
+        """
+        parts = [_Parts.of(layer) for layer in layers]
+        known = [part for part in parts if part is not None]
+        return cls(known, precision, hot_rows) if known and len(known) == len(parts) else None
+
+    @property
+    def floats_per_token(self) -> int:
+        """How many numbers a block keeps of each token for the gradient, some scratch included."""
+        block = self.blocks[0]
+        return (
+            3 * block.out.weight.shape[0]
+            + 2 * len(block.qkv.weight)
+            + 2 * len(block.gate_up.weight)
+        )
+
+    def rotation(self, cosine: Tensor, sine: Tensor) -> Tensor | None:
+        """Rotary positions as complex numbers, [pos, a pair of each query and key head].
+
+        None where the two halves of a head are not turned alike, as they are in all of this kind.
+        """
+        half = cosine.shape[-1] // 2
+        alike = all(
+            torch.equal(part[..., :half], part[..., half:]) for part in (cosine, sine)
+        ) and cosine.shape[::2] == (1, self.d_head)
+        if not alike:
+            return None
+        return torch.complex(cosine[0, :, :half], sine[0, :, :half]).repeat(1, self.n_turned)
+
+    def __call__(self, x: Tensor, rotation: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Push [row, pos, d_model] through the blocks; differentiable in x, once.
+
+        With `positions`, ascending indices, the result holds these positions only, and the last
+        block does no work for others that they do not need.
+        """
+        return _Run.apply(x, rotation, positions, self)
+
+    def forward(
+        self, x: Tensor, rotation: Tensor, positions: Tensor | None, kept: "list[_Kept] | None"
+    ) -> Tensor:
+        """The blocks; what the gradient will need goes into `kept`, unless that is None."""
+        n_rows, n_pos, _ = x.shape
+        for block in self.blocks:
+            chosen = positions if block is self.blocks[-1] else None
+            normed, scale = _rms_norm(x, block.attention_epsilon)
+            heads = block.qkv(normed).view(n_rows, n_pos, -1, self.d_head)
+            turned = _turned(heads[:, :, : self.n_turned], rotation)
+            query = turned[:, :, : self.n_heads]
+            key, value = turned[:, :, self.n_heads :], heads[:, :, self.n_turned :]
+            residual = x
+            if chosen is not None:
+                query, residual = query[:, chosen], x[:, chosen]
+            query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+            if kept is not None:
+                query, key, value = (part.detach().requires_grad_() for part in (query, key, value))
+            # The one step whose gradient is left to autograd: the kernel differs by device.
+            with torch.set_grad_enabled(kept is not None):
+                attended = self._attention(query, key, value, chosen)
+            middle = block.out(attended.detach().transpose(1, 2).flatten(2)).add_(residual)
+            mlp_normed, middle_scale = _rms_norm(middle, block.mlp_epsilon)
+            gate_up = block.gate_up(mlp_normed)
+            gate, up = gate_up.chunk(2, -1)
+            y = block.down(functional.silu(gate).mul_(up)).add_(middle)
+            if kept is not None:
+                heads_kept = (query, key, value)
+                kept.append(_Kept(x, scale, heads_kept, attended, middle, middle_scale, gate_up))
+            x = y
+        return x
+
+    def backward(
+        self, gradient: Tensor, rotation: Tensor, positions: Tensor | None, kept: "list[_Kept]"
+    ) -> Tensor:
+        """From the gradient of the result to that of x."""
+        rotation_back = rotation.conj().resolve_conj()
+        for block, was in zip(reversed(self.blocks), reversed(kept), strict=True):
+            chosen = positions if block is self.blocks[-1] else None
+            gate, up = was.gate_up.chunk(2, -1)
+            d_gate_up = torch.empty_like(was.gate_up)
+            d_gate, d_up = d_gate_up.chunk(2, -1)
+            d_product = block.down.backward(gradient)
+            torch.mul(d_product, functional.silu(gate), out=d_up)
+            torch.ops.aten.silu_backward.grad_input(d_product.mul_(up), gate, grad_input=d_gate)
+            d_mlp_normed = block.gate_up.backward(d_gate_up)
+            d_middle = _rms_norm_backward(d_mlp_normed, was.middle, was.middle_scale, gradient)
+            d_attended = block.out.backward(d_middle).unflatten(-1, (self.n_heads, self.d_head))
+            d_query, d_key, d_value = torch.autograd.grad(
+                was.attended, was.heads, d_attended.transpose(1, 2), retain_graph=True
+            )
+            if chosen is not None:
+                d_query = _put_back(d_query, 2, chosen, was.x.shape[1])
+                d_middle = _put_back(d_middle, 1, chosen, was.x.shape[1])
+            d_turned = torch.cat([d_query, d_key], 1).transpose(1, 2)
+            d_heads = torch.cat([_turned(d_turned, rotation_back), d_value.transpose(1, 2)], 2)
+            d_normed = block.qkv.backward(d_heads.flatten(2))
+            gradient = _rms_norm_backward(d_normed, was.x, was.scale, d_middle)
+        return gradient
+
+    def _attention(
+        self, query: Tensor, key: Tensor, value: Tensor, chosen: Tensor | None
+    ) -> Tensor:
+        mask = None
+        if chosen is not None:
+            mask = torch.arange(key.shape[2], device=key.device) <= chosen[:, None]
+        return functional.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.attention_scale,
+            enable_gqa=self.n_heads != self.n_key_value_heads,
+        )
+
+
+class _Run(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, rotation: Tensor, positions: Tensor | None, blocks: FastBlocks
+    ) -> Tensor:
+        ctx.kept = [] if ctx.needs_input_grad[0] else None
+        ctx.save_for_backward(x)  # so that autograd sees it when x is changed in between
+        ctx.rotation, ctx.positions, ctx.blocks = rotation, positions, blocks
+        with _tf32(blocks.precision):
+            return blocks.forward(x.detach(), rotation, positions, ctx.kept)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        _ = ctx.saved_tensors
+        gradient = grad_outputs[0].contiguous()
+        with _tf32(ctx.blocks.precision):
+            d_x = ctx.blocks.backward(gradient, ctx.rotation, ctx.positions, ctx.kept)
+        return d_x, None, None, None
+
+
+@contextmanager
+def _tf32(precision: Precision) -> Iterator[None]:
+    """Lend CUDA's matrix products the TF32 format, if that is asked for."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    if precision == "tf32":
+        torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        if precision == "tf32":
+            torch.backends.cuda.matmul.allow_tf32 = before
+
+
+class _Parts(NamedTuple):
+    """The modules of a decoder layer, by what they are to the block."""
+
+    attention: Any
+    attention_norm: Any
+    query: Any
+    key: Any
+    value: Any
+    out: Any
+    mlp_norm: Any
+    gate: Any
+    up: Any
+    down: Any
+
+    @classmethod
+    def of(cls, layer: Any) -> "_Parts | None":
+        try:
+            attention, mlp = layer.self_attn, layer.mlp
+            attention_norm, mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
+            for module, name in (
+                (attention, "head_dim"),
+                (attention, "scaling"),
+                (attention_norm, "variance_epsilon"),
+                (mlp_norm, "variance_epsilon"),
+                (mlp, "act_fn"),
+            ):
+                getattr(module, name)
+            query, key, value, out = (getattr(attention, f"{name}_proj") for name in "qkvo")
+            gate, up, down = (getattr(mlp, f"{name}_proj") for name in ("gate", "up", "down"))
+        except AttributeError:
+            return None
+        return cls(attention, attention_norm, query, key, value, out, mlp_norm, gate, up, down)
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """The weights of one block."""
+
+    attention_epsilon: float
+    qkv: "_Linear"
+    out: "_Linear"
+    mlp_epsilon: float
+    gate_up: "_Linear"
+    down: "_Linear"
+
+    @classmethod
+    def of(cls, parts: _Parts, d_head: int, precision: Precision, hot_rows: int | None) -> "_Block":
+        def interleaved(rows: Tensor) -> Tensor:
+            """Rows of each head as 0, half, 1, half + 1, ...: rotary pairs become neighbours.
+
+            Queries and keys are permuted alike, so that their products stay as they are.
+            """
+            return rows.unflatten(0, (-1, 2, d_head // 2)).transpose(1, 2).flatten(0, 2)
+
+        def linear(*layers: tuple[Tensor, Tensor | None], norm: Any = None) -> _Linear:
+            weight = torch.cat([weight for weight, _ in layers])
+            if norm is not None:
+                weight = weight * norm.weight
+            bias = None
+            if any(bias is not None for _, bias in layers):
+                bias = torch.cat([w.new_zeros(len(w)) if b is None else b for w, b in layers])
+            return _Linear.of(weight, bias, precision, hot_rows)
+
+        def own(layer: Any, permute: bool = False) -> tuple[Tensor, Tensor | None]:
+            weight, bias = layer.weight, layer.bias
+            if permute:
+                weight, bias = interleaved(weight), bias if bias is None else interleaved(bias)
+            return weight, bias
+
+        return cls(
+            float(parts.attention_norm.variance_epsilon),
+            linear(
+                own(parts.query, permute=True),
+                own(parts.key, permute=True),
+                own(parts.value),
+                norm=parts.attention_norm,
+            ),
+            linear(own(parts.out)),
+            float(parts.mlp_norm.variance_epsilon),
+            linear(own(parts.gate), own(parts.up), norm=parts.mlp_norm),
+            linear(own(parts.down)),
+        )
+
+
+class _Kept(NamedTuple):
+    """What the gradient of one block needs of its forward pass."""
+
+    x: Tensor
+    scale: Tensor
+    heads: tuple[Tensor, Tensor, Tensor]
+    attended: Tensor
+    middle: Tensor
+    middle_scale: Tensor
+    gate_up: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Linear:
+    """The map x W^T + b, with the gradient of x alone.
+
+    On a CPU the product with W^T and that with W each get a matrix that lies as they read it: with
+    few rows that is up to twice as fast.
+    """
+
+    weight: Tensor
+    transposed: Tensor
+    bias: Tensor | None
+    packed: "dict[str, _Packed]" = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, weight: Tensor, bias: Tensor | None, precision: Precision, hot_rows: int | None
+    ) -> "_Linear":
+        weight = weight.contiguous()
+        if precision == "bfloat16":
+            weight = weight.bfloat16()
+        if weight.device.type != "cpu":
+            return cls(weight, weight.t(), bias)
+        transposed = weight.t().contiguous()
+        packed = {}
+        if hot_rows is not None and weight.dtype == torch.float32 and _can_pack():
+            packed["forward"] = _Packed.of(weight, hot_rows)
+            packed["backward"] = _Packed.of(transposed, hot_rows)
+        return cls(weight, transposed, bias, packed)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self._product("forward", x, self.transposed)
+        return y if self.bias is None else y.add_(self.bias)
+
+    def backward(self, gradient: Tensor) -> Tensor:
+        """From the gradient of the result to that of x."""
+        return self._product("backward", gradient, self.weight)
+
+    def _product(self, way: str, x: Tensor, matrix: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        packed = self.packed.get(way)
+        if packed is not None and len(rows) == packed.n_rows:
+            product = packed(rows)
+        else:
+            product = (rows.to(matrix.dtype) @ matrix).to(x.dtype)
+        return product.view(*x.shape[:-1], matrix.shape[1])
+
+
+class _Packed(NamedTuple):
+    """A matrix as MKL's kernel reads it, for products with a fixed number of rows.
+
+    torch.compile uses the same operators when it freezes weights.
+    """
+
+    matrix: Tensor
+    packed: Tensor
+    n_rows: int
+
+    @classmethod
+    def of(cls, matrix: Tensor, n_rows: int) -> "_Packed":
+        packed = torch.ops.mkl._mkl_reorder_linear_weight(matrix, n_rows)
+        return cls(matrix, packed, n_rows)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return torch.ops.mkl._mkl_linear(rows, self.packed, self.matrix, None, self.n_rows)
+
+
+def _can_pack() -> bool:
+    return torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear")
+
+
+def _rms_norm(x: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Divide x by its root mean square (no weights); with the factor that did it."""
+    scale = torch.linalg.vecdot(x, x)[..., None].div_(x.shape[-1]).add_(epsilon).rsqrt_()
+    return x * scale, scale
+
+
+def _rms_norm_backward(gradient: Tensor, x: Tensor, scale: Tensor, residual: Tensor) -> Tensor:
+    """The gradient through the norm of x, plus `residual`, the one that went past it."""
+    along = torch.linalg.vecdot(gradient, x)[..., None].mul_(scale**3).div_(-x.shape[-1])
+    return torch.addcmul(residual, gradient, scale).addcmul_(x, along)
+
+
+def _turned(heads: Tensor, rotation: Tensor) -> Tensor:
+    """Rotary positions: neighbours as complex numbers, times e^(i angle)."""
+    pairs = torch.view_as_complex(heads.reshape(*heads.shape[:2], -1, 2))
+    return torch.view_as_real(pairs * rotation).view(heads.shape)
+
+
+def _put_back(chosen: Tensor, axis: int, positions: Tensor, n_pos: int) -> Tensor:
+    """Zeros along an axis, but for some positions."""
+    shape = (*chosen.shape[:axis], n_pos, *chosen.shape[axis + 1 :])
+    return chosen.new_zeros(shape).index_copy_(axis, positions, chosen)
