@@ -92,7 +92,7 @@ class FastBlocks:
         n_rows, n_pos, _ = x.shape
         for block in self.blocks:
             chosen = positions if block is self.blocks[-1] else None
-            normed, scale = _rms_norm(x, block.attention_epsilon)
+            normed, scale = _unit(x, block.attention_epsilon)
             heads = block.qkv(normed).view(n_rows, n_pos, -1, self.d_head)
             turned = _turned(heads[:, :, : self.n_turned], rotation)
             query = turned[:, :, : self.n_heads]
@@ -107,7 +107,7 @@ class FastBlocks:
             with torch.set_grad_enabled(kept is not None):
                 attended = self._attention(query, key, value, chosen)
             middle = block.out(attended.detach().transpose(1, 2).flatten(2)).add_(residual)
-            mlp_normed, middle_scale = _rms_norm(middle, block.mlp_epsilon)
+            mlp_normed, middle_scale = _unit(middle, block.mlp_epsilon)
             gate_up = block.gate_up(mlp_normed)
             gate, up = gate_up.chunk(2, -1)
             y = block.down(functional.silu(gate).mul_(up)).add_(middle)
@@ -131,7 +131,7 @@ class FastBlocks:
             torch.mul(d_product, functional.silu(gate), out=d_up)
             torch.ops.aten.silu_backward.grad_input(d_product.mul_(up), gate, grad_input=d_gate)
             d_mlp_normed = block.gate_up.backward(d_gate_up)
-            d_middle = _rms_norm_backward(d_mlp_normed, was.middle, was.middle_scale, gradient)
+            d_middle = _unit_backward(d_mlp_normed, was.middle, was.middle_scale, gradient)
             d_attended = block.out.backward(d_middle).unflatten(-1, (self.n_heads, self.d_head))
             d_query, d_key, d_value = torch.autograd.grad(
                 was.attended, was.heads, d_attended.transpose(1, 2), retain_graph=True
@@ -142,7 +142,7 @@ class FastBlocks:
             d_turned = torch.cat([d_query, d_key], 1).transpose(1, 2)
             d_heads = torch.cat([_turned(d_turned, rotation_back), d_value.transpose(1, 2)], 2)
             d_normed = block.qkv.backward(d_heads.flatten(2))
-            gradient = _rms_norm_backward(d_normed, was.x, was.scale, d_middle)
+            gradient = _unit_backward(d_normed, was.x, was.scale, d_middle)
         return gradient
 
     def _attention(
@@ -253,7 +253,7 @@ class _Block:
         def linear(*layers: tuple[Tensor, Tensor | None], norm: Any = None) -> _Linear:
             weight = torch.cat([weight for weight, _ in layers])
             if norm is not None:
-                weight = weight * norm.weight
+                weight = weight * (norm.weight * weight.shape[1] ** 0.5)
             bias = None
             if any(bias is not None for _, bias in layers):
                 bias = torch.cat([w.new_zeros(len(w)) if b is None else b for w, b in layers])
@@ -362,16 +362,16 @@ def _can_pack() -> bool:
     return torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear")
 
 
-def _rms_norm(x: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """Divide x by its root mean square (no weights); with the factor that did it."""
-    scale = torch.linalg.vecdot(x, x)[..., None].div_(x.shape[-1]).add_(epsilon).rsqrt_()
+def _unit(x: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Divide x by its norm (RMSNorm without its weights and the root of d); with the factor."""
+    scale = torch.linalg.vecdot(x, x)[..., None].add_(x.shape[-1] * epsilon).rsqrt_()
     return x * scale, scale
 
 
-def _rms_norm_backward(gradient: Tensor, x: Tensor, scale: Tensor, residual: Tensor) -> Tensor:
-    """The gradient through the norm of x, plus `residual`, the one that went past it."""
-    along = torch.linalg.vecdot(gradient, x)[..., None].mul_(scale**3).div_(-x.shape[-1])
-    return torch.addcmul(residual, gradient, scale).addcmul_(x, along)
+def _unit_backward(gradient: Tensor, x: Tensor, scale: Tensor, residual: Tensor) -> Tensor:
+    """The gradient through `_unit`, plus `residual`, the one that went past it."""
+    along = torch.linalg.vecdot(gradient, x)[..., None].mul_(scale**3)
+    return torch.addcmul(residual, gradient, scale).addcmul_(x, along, value=-1)
 
 
 def _turned(heads: Tensor, rotation: Tensor) -> Tensor:
