@@ -20,6 +20,7 @@ from tl_melbo.models import (
     model_name,
     residual_hook_name,
     to_tokens,
+    user_hooks,
     whole_model,
     without_bridge,
 )
@@ -40,7 +41,6 @@ _REPLAY_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 # How far a faster way may be from the model's own modules, relative to the size of each token.
 _FAST_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 _NARROW_TOLERANCE = 0.05
-_BRIDGE_COMPONENTS = "transformer_lens.model_bridge.generalized_components"
 # Tokens at once beyond which a CPU gains nothing; vectors at once that fill a large GPU.
 _CPU_ROWS, _GPU_VECTORS = 1200, 1024
 # Tokens of one vector up to which packing the matrices of a CPU pays.
@@ -85,7 +85,7 @@ class ActivationMap:
     batch_size: int | None = None
     precision: Precision = "float32"
     _block_calls: dict[int, list[BlockCall]] = field(default_factory=dict)
-    _hooks: tuple[Any, ...] = ()
+    _hooks: tuple[int, ...] = ()
     _shortcut: "_Shortcut | None" = None
 
     @classmethod
@@ -562,18 +562,8 @@ def _check_precision(precision: Precision, x: Tensor) -> None:
         )
 
 
-def _hooks_on(model: Model, source_layer: int, target_layer: int) -> tuple[Any, ...]:
-    """The users' hooks on the blocks in between: they must fire, and may come and go."""
-    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-    return tuple(
-        number
-        for block in model.blocks[source_layer + 1 : target_layer + 1]
-        for module in block.modules()
-        for kind in kinds
-        for number, hook in getattr(module, kind).items()
-        # The bridge wires itself together with hooks at its first forward pass.
-        if not str(getattr(hook, "__module__", "")).startswith(_BRIDGE_COMPONENTS)
-    )
+def _hooks_on(model: Model, source_layer: int, target_layer: int) -> tuple[int, ...]:
+    return user_hooks(*model.blocks[source_layer + 1 : target_layer + 1])
 
 
 def _capture(

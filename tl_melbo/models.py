@@ -19,6 +19,7 @@ from tl_melbo.shapes import Tokens, shape_checked
 # the two, and 3.x has one of them only, so a model is known by what it can do: `check_model`.
 Model = Any
 
+_BRIDGE_COMPONENTS = "transformer_lens.model_bridge.generalized_components"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 EMBEDDED_NAME = "SmolLM2-135M-Instruct"
@@ -328,6 +329,20 @@ def frozen(*roots: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
         for module in training:
             module.training = True
+
+
+def user_hooks(*modules: nn.Module) -> tuple[int, ...]:
+    """The hooks on modules that are not the bridge's own: they must fire, and come and go."""
+    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    return tuple(
+        number
+        for root in modules
+        for module in root.modules()
+        for kind in kinds
+        for number, hook in getattr(module, kind).items()
+        # The bridge wires itself together with hooks at its first forward pass.
+        if not str(getattr(hook, "__module__", "")).startswith(_BRIDGE_COMPONENTS)
+    )
 
 
 def without_bridge(module: nn.Module, attention: Literal["sdpa", "eager"] = "sdpa") -> nn.Module:

@@ -1,7 +1,7 @@
 """Put vectors into a model: hooks, next-token log-probabilities, generation."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -17,18 +17,24 @@ from tl_melbo.models import (
     model_name,
     residual_hook_name,
     to_tokens,
+    user_hooks,
     whole_model,
 )
-from tl_melbo.shapes import Float, Int, Theta, checked_slice, shape_checked
+from tl_melbo.shapes import Float, Int, Theta, Tokens, checked_slice, shape_checked
 from tl_melbo.vectors import SteeringVectors
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from tl_melbo.fast_generation import Writer
+
 Vectors = SteeringVectors | Float[Tensor, "d_model"] | Theta
 # Beside Vectors in one signature: an axis of the same name would have to be of the same size.
 Reference = SteeringVectors | Float[Tensor, "d_model"] | Float[Tensor, "reference d_model"]
 Positions = slice | Sequence[int]
+
+# How far logits of the fast way may be from the model's own, relative to their size.
+_FAST_TOLERANCE = 1e-5
 
 
 @contextmanager
@@ -204,14 +210,11 @@ def generate(
         labels = [(i, float(factor)) for factor in factors for i in range(n_vectors)]
     frames = []
     with torch.no_grad(), frozen(*whole_model(model)), _seeded(seed):
+        write = _writer(model, prompt_tokens[0], rows, layer, max_new_tokens, temperature)
         for text, tokens in zip(texts, prompt_tokens, strict=True):
             completions: list[str] = []
             for batch in rows.split(batch_size):
-                with steered(model, batch, layer):
-                    new = _generate_tokens(
-                        model, tokens.expand(len(batch), -1), max_new_tokens, temperature
-                    )
-                completions += [_decode(model, row) for row in new]
+                completions += [_decode(model, row) for row in write(tokens, batch)]
             frame = pd.DataFrame(labels, columns=["vector", "scale"])
             frames.append(frame.assign(prompt=text, completion=completions))
     return pd.concat(frames, ignore_index=True)
@@ -356,18 +359,57 @@ def _chosen_positions(positions: Positions, past: int, length: int, prompt: int)
     return torch.isin(torch.arange(past, past + length), wanted)
 
 
-def _generate_tokens(
-    model: Model, tokens: Int[Tensor, "batch pos"], max_new_tokens: int, temperature: float
-) -> Int[Tensor, "batch new"]:
-    out = model.generate(
-        tokens,
-        max_new_tokens=max_new_tokens,
-        do_sample=temperature > 0,
-        temperature=temperature if temperature > 0 else 1.0,
-        return_type="tokens",
-        verbose=False,
-    )
-    return out[:, tokens.shape[1] :]
+def _writer(
+    model: Model, tokens: Tokens, rows: Theta, layer: int, max_new_tokens: int, temperature: float
+) -> Callable[[Tokens, Theta], Int[Tensor, "row new"]]:
+    """What writes after a prompt under each vector: the fast way where nothing forbids it."""
+
+    def choose(logits: Tensor) -> Tensor:
+        if temperature == 0:
+            return logits.argmax(-1)
+        return torch.multinomial((logits.float() / temperature).softmax(-1), 1)[:, 0]
+
+    def write_hooked(tokens: Tokens, theta: Theta) -> Tensor:
+        with steered(model, theta, layer):
+            out = model.generate(
+                tokens.expand(len(theta), -1),
+                max_new_tokens=max_new_tokens,
+                do_sample=temperature > 0,
+                temperature=temperature if temperature > 0 else 1.0,
+                return_type="tokens",
+                verbose=False,
+            )
+        return out[:, tokens.shape[1] :]
+
+    writer = _fast_writer(model, tokens, rows[:1], layer)
+    if writer is None:
+        return write_hooked
+    ends = torch.tensor(_end_tokens(model), device=tokens.device, dtype=tokens.dtype)
+    dtype = next(model.parameters()).dtype
+
+    def write_fast(tokens: Tokens, theta: Theta) -> Tensor:
+        theta = theta.to(tokens.device, dtype)
+        return writer.write(tokens, theta, max_new_tokens, ends, choose)
+
+    return write_fast
+
+
+def _fast_writer(model: Model, tokens: Tokens, theta: Theta, layer: int) -> "Writer | None":
+    """The fast way to write, if there are no hooks to fire and it gives the model's own logits."""
+    if not hasattr(model, "original_model") or user_hooks(*whole_model(model)):
+        return None
+    from tl_melbo.fast_generation import Writer
+
+    with steered(model, theta, layer):
+        expected = model(tokens)[:, -1]
+    try:
+        writer = Writer(model, layer)
+        logits = writer.first_logits(tokens, theta.to(expected.device, expected.dtype))
+    except (TypeError, ValueError, AttributeError, RuntimeError, StopIteration):
+        return None  # a model that does not run without what the bridge adds to it
+    error = (logits - expected).double().norm() / expected.double().norm()
+    tolerance = _FAST_TOLERANCE if expected.dtype in (torch.float32, torch.float64) else 0.05
+    return writer if error <= tolerance else None
 
 
 def _decode(model: Model, tokens: Int[Tensor, "new"]) -> str:
