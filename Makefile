@@ -70,6 +70,7 @@ lint: $(INSTALLED) ## Style, formatting, types, and which module may import whic
 
 test-tl4: $(INSTALLED) ## The tests on transformer-lens 4.x (PYTEST_ARGS="-k page" for some of them)
 	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest benchmarks --benchmark-disable -q
 
 test-tl3: $(INSTALLED_TL3) ## The tests on transformer-lens 3.9
 	$(PY_TL3) -m pytest -m 'not heavy and not browser' $(PYTEST_ARGS)

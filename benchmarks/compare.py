@@ -2,23 +2,31 @@
 
     make benchmark        or        python -m benchmarks.compare [row ...]
 
-prints a table. `benchmarks/RESULTS.md` holds what was measured, and what it means. Peers are run as
-published: `batched-melbo` 0.1.1 from the package index (its original code and its batched class),
-and the reference of MELBO-ortho in tests/, which hooks the whole model.
+prints a table, and writes it into `benchmarks/RESULTS.md`, whose notes say what it means. Peers are
+run as published: `batched-melbo` 0.1.1 from the package index (its original code and its batched
+class), and the reference of MELBO-ortho in tests/, which hooks the whole model.
 """
 
+import ctypes
+import platform
+import re
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 import tl_melbo as tm
+from benchmarks import models
 from tests.reference import melbo_ortho as reference
+from tl_melbo import files
 from tl_melbo.geometry import normalise, random_sphere
 from tl_melbo.models import to_tokens
 
@@ -29,6 +37,7 @@ PUBLISHED_STEPS, PUBLISHED_ORTHO_STEPS = 300, 1000
 ALL = slice(None)
 
 Row = tuple[str, str]
+RESULTS = Path(__file__).parent / "RESULTS.md"
 
 
 def main() -> None:
@@ -38,12 +47,29 @@ def main() -> None:
         raise SystemExit(f"no rows {unknown}; there are {list(ROWS)}")
     model = tm.load_model()
     f = tm.ActivationMap.from_prompts(model, PROMPT, chat=True)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
-    print(f"matrix rate {matrix_rate() / 1e9:.0f} GFLOP/s (float32, 2048 x 2048)")
-    print("| row | measured |\n|---|---|")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {f}")
     for name in chosen:
-        for what, value in ROWS[name](model, f):
-            print(f"| {name}: {what} | {value} |", flush=True)
+        rate = f"{matrix_rate() / 1e9:.0f} GFLOP/s"
+        rows = [("machine's matrix rate before this row (float32, 2048 x 2048)", rate)]
+        print(f"\n## {name}\n| what | measured |\n|---|---|\n| {rows[0][0]} | {rate} |")
+        for row in ROWS[name](model, f):
+            rows.append(row)
+            print(f"| {row[0]} | {row[1]} |", flush=True)
+        write_results(name, rows)
+
+
+def write_results(name: str, rows: list[Row]) -> None:
+    """Put a row's table between its marks in RESULTS.md; the notes around it stay."""
+    begin, end = f"<!-- {name}: measured -->", f"<!-- {name}: end -->"
+    machine = f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}"
+    table = "\n".join(f"| {what} | {value} |" for what, value in rows)
+    text = f"{begin}\n| {machine} | measured |\n|---|---|\n{table}\n{end}"
+    whole = RESULTS.read_text(encoding="utf-8")
+    if begin not in whole:
+        raise SystemExit(f"{RESULTS} has no place for the row {name!r}: {begin} ... {end}")
+    pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+    with files.replacing(RESULTS) as path:
+        path.write_text(pattern.sub(lambda _: text, whole), encoding="utf-8")
 
 
 def seconds(*functions: Callable[[], Any], repeats: int = REPEATS) -> list[float]:
@@ -53,6 +79,8 @@ def seconds(*functions: Callable[[], Any], repeats: int = REPEATS) -> list[float
         for function, taken in zip(functions, times, strict=True):
             start = time.perf_counter()
             function()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             taken.append(time.perf_counter() - start)
     return [statistics.median(taken) for taken in times]
 
@@ -66,32 +94,41 @@ def matrix_rate(size: int = 2048) -> float:
 
 def melbo_rows(model: Any, f: tm.ActivationMap) -> Iterator[Row]:
     """Seconds per vector to the mean objective of the published algorithm's 300 steps."""
+    n_vectors, ours = 32, {}
+    for where, positions in (("all positions", ALL), ("last three positions", slice(-3, None))):
+        options = {"positions": positions, "orthogonal": False}
+        published = tm.melbo(f, 8, RADIUS, optimiser="adamw", steps=PUBLISHED_STEPS, **options)
+        goal = float(published.objective.mean())
+        for steps in range(1, 11):
+            found = tm.melbo(f, n_vectors, RADIUS, steps=steps, **options)
+            reached = float(found.objective.mean())
+            if reached >= goal:
+                break
+        else:
+            yield f"{where}: ours does not reach it in 10 gradients", f"{reached:.0f} of {goal:.0f}"
+            continue
+        ours[where] = lambda steps=steps, options=options: tm.melbo(
+            f, n_vectors, RADIUS, steps=steps, **options
+        )
+        start = float(published.history[:, 0].mean())
+        yield (
+            f"{where}: mean objective of 8 random starts, and after {PUBLISHED_STEPS} steps",
+            f"{start:.0f}, {goal:.0f}",
+        )
+        yield (
+            f"{where}: ours after {steps} gradients ({n_vectors} vectors)",
+            f"{float(found.objective.mean()):.0f}",
+        )
     batched_melbo, original_melbo = peers()
-    starts = random_sphere(8, f.d_model, RADIUS, generator=torch.Generator().manual_seed(0))
-    published = tm.melbo(
-        f, 8, RADIUS, positions=ALL, orthogonal=False, optimiser="adamw", steps=PUBLISHED_STEPS
-    )
-    goal = float(published.objective.mean())
-    with torch.no_grad():
-        begun = float(tm.melbo_objective(f.delta(starts)).mean())
-    yield "mean objective of random starts", f"{begun:.0f}"
-    yield "mean objective after 300 published steps (8 vectors)", f"{goal:.0f}"
-    n_vectors = 32
-    for steps in range(1, 11):
-        found = tm.melbo(f, n_vectors, RADIUS, positions=ALL, orthogonal=False, steps=steps)
-        if float(found.objective.mean()) >= goal:
-            break
-    yield f"ours reaches it in (gradients, {n_vectors} vectors)", str(steps)
-    yield "ours, mean objective there", f"{float(found.objective.mean()):.0f}"
     text = model.tokenizer.apply_chat_template(
         [{"role": "user", "content": PROMPT}], tokenize=False, add_generation_prompt=True
     )
-    hf_model, tokenizer, _ = plain_model()
+    hf_model, tokenizer, _ = models.plain()
     common = {"source_layer_idx": 8, "layers_name": "model.layers", "normalization": RADIUS}
     batched = batched_melbo.BatchedMELBO(
         hf_model, tokenizer, target_layer_idx=16, num_steps=3, **common
     )
-    other, _, _ = plain_model()
+    other, _, _ = models.plain()
     # Its target is Hugging Face's hidden_states[17], which is our layer 16.
     original = original_melbo.SteeredModel(
         other, tokenizer, target_layer_idx=17, num_steps=5, **common
@@ -101,19 +138,20 @@ def melbo_rows(model: Any, f: tm.ActivationMap) -> Iterator[Row]:
         with on_cpu():
             original.train([text], 1)
 
-    ours, theirs, batch = seconds(
-        lambda: tm.melbo(f, n_vectors, RADIUS, positions=ALL, orthogonal=False, steps=steps),
-        run_original,
-        lambda: batched.train(text, 8, vector_batch_size=8),
+    theirs, batch, *taken = seconds(
+        run_original, lambda: batched.train(text, 8, vector_batch_size=8), *ours.values()
     )
-    ours /= n_vectors
     theirs *= PUBLISHED_STEPS / 5
     batch *= PUBLISHED_STEPS / 3 / 8
-    yield "ours, seconds a vector", f"{ours:.4f}"
     yield "original code, seconds a vector (5 steps timed, x 60)", f"{theirs:.1f}"
     yield "batched-melbo, seconds a vector (batch of 8, 3 steps timed, x 100)", f"{batch:.1f}"
-    yield "original / ours", f"{theirs / ours:.0f} x"
-    yield "batched-melbo / ours", f"{batch / ours:.0f} x"
+    for where, own in zip(ours, taken, strict=True):
+        own /= n_vectors
+        yield f"{where}: ours, seconds a vector", f"{own:.4f}"
+        yield f"{where}: original / ours", f"**{theirs / own:.0f} x**"
+        yield f"{where}: batched-melbo / ours", f"**{batch / own:.0f} x**"
+    (library,) = seconds(lambda: tm.melbo(f, n_vectors, RADIUS), repeats=1)
+    yield "a library of 32 orthogonal vectors, 10 gradients each, seconds", f"{library:.1f}"
 
 
 def ortho_rows(model: Any, f: tm.ActivationMap) -> Iterator[Row]:
@@ -146,7 +184,7 @@ def ortho_rows(model: Any, f: tm.ActivationMap) -> Iterator[Row]:
     yield "published, seconds (5 steps timed, x 200)", f"{theirs:.0f}"
     yield "published / ours, one vector with its Jacobian", f"{theirs / (end - began):.0f} x"
     share = end - first + (first - began) / 100
-    yield "published / ours, in a family of 100", f"{theirs / share:.0f} x"
+    yield "published / ours, in a family of 100", f"**{theirs / share:.0f} x**"
 
 
 def roofline_rows(model: Any, f: tm.ActivationMap) -> Iterator[Row]:
@@ -161,19 +199,30 @@ def roofline_rows(model: Any, f: tm.ActivationMap) -> Iterator[Row]:
     weights = 2 * d * d + 2 * d * d_kv + 3 * d * config.intermediate_size
     operations = 2 * n_blocks * n_tokens * (2 * weights + 4 * n_tokens * d)
     yield "GFLOP, one vector", f"{operations / 1e9:.2f}"
+    square = torch.randn(2048, 2048)
     for n_vectors in (1, 8, 32, 128):
         theta = random_sphere(
             n_vectors, d, RADIUS, generator=torch.Generator().manual_seed(0)
         ).requires_grad_()
 
-        def gradient(theta: torch.Tensor = theta) -> None:
-            torch.autograd.grad(f.delta(theta).square().sum(), theta)
+        def gradient(theta: torch.Tensor = theta, positions: slice = ALL) -> None:
+            torch.autograd.grad(f.delta(theta, positions).square().sum(), theta)
 
         gradient()
-        (taken,) = seconds(gradient, repeats=5)
-        rate = n_vectors * operations / taken
-        share = rate / matrix_rate()
-        yield f"{n_vectors} vectors", f"{taken:.3f} s, {rate / 1e9:.0f} GFLOP/s, {share:.0%}"
+        memory = peak_memory(gradient)
+        taken, last_three, product = seconds(
+            gradient,
+            lambda gradient=gradient: gradient(positions=slice(-3, None)),
+            lambda: square @ square,
+            repeats=15 if n_vectors < 32 else 7,
+        )
+        rate, machine = n_vectors * operations / taken, 2 * 2048**3 / product
+        yield (
+            f"{n_vectors} vectors: f and gradient",
+            f"{taken:.3f} s, {rate / 1e9:.0f} of {machine / 1e9:.0f} GFLOP/s, "
+            f"**{rate / machine:.0%}**, {memory / 2**20:.0f} MiB more at its peak",
+        )
+        yield f"{n_vectors} vectors, effect at the last three positions", f"{last_three:.3f} s"
 
 
 def growth_rows(model: Any, f: tm.ActivationMap) -> Iterator[Row]:
@@ -188,33 +237,62 @@ def growth_rows(model: Any, f: tm.ActivationMap) -> Iterator[Row]:
             times.append(time.perf_counter())
         taken[k] = (times[-1] - times[0]) / 2 if len(times) == 3 else float("nan")
         yield f"vector {k}, 10 gradients, seconds", f"{taken[k]:.3f}"
-    yield "vector 500 / vector 5", f"{taken[500] / taken[5]:.2f} x"
+    yield "vector 500 / vector 5", f"**{taken[500] / taken[5]:.2f} x**"
+    yield from linear_rows(model)
+
+
+def linear_rows(model: Any) -> Iterator[Row]:
+    """Seconds of one gradient of one vector, as prompts, tokens and vectors grow."""
+    words = "The ships left the harbour at dawn, and the gulls followed them out to sea. "
+    maps = {f"{n} prompts of {len(PROMPT)} characters": [PROMPT] * n for n in (1, 4, 16)} | {
+        f"one prompt, {n} times the text": [words * n] for n in (2, 8, 32)
+    }
+    for what, prompts in maps.items():
+        f = tm.ActivationMap.from_prompts(model, prompts, chat=True)
+        theta = torch.ones(1, f.d_model, requires_grad=True)
+        (taken,) = seconds(
+            lambda f=f, theta=theta: torch.autograd.grad(f.delta(theta).square().sum(), theta),
+            repeats=5,
+        )
+        n_tokens = int(f.mask.sum())
+        yield (
+            f"{what} ({n_tokens} tokens): gradient of one vector",
+            f"{taken:.3f} s, {1e6 * taken / n_tokens:.0f} microseconds a token",
+        )
+
+
+def family_rows(model: Any, f: tm.ActivationMap) -> Iterator[Row]:
+    """The whole family of one vector, until nothing is left of it."""
+    theta0 = tm.melbo(f, 5, RADIUS)[4]
+    start = time.perf_counter()
+    family = tm.melbo_ortho(f, theta0, f.d_model - 1)
+    taken = time.perf_counter() - start
+    yield "vectors until norms fall under 0.1", str(len(family))
+    yield "minutes", f"**{taken / 60:.1f}**"
+    yield "gradients", f"{float(family.columns['evaluations'].sum()):.0f}"
 
 
 def generation_rows(model: Any, f: tm.ActivationMap) -> Iterator[Row]:
     """Tokens a second, steered, against Hugging Face's generate on the same batch."""
     theta = random_sphere(32, f.d_model, 3.0, generator=torch.Generator().manual_seed(0))
-    hf_model, _, _ = plain_model()
+    hf_model, _, _ = models.plain()
     tokens = to_tokens(model, PROMPT, True).expand(32, -1)
 
     def plain() -> None:
         with torch.no_grad():
             hf_model.generate(tokens, max_new_tokens=40, min_new_tokens=40, do_sample=False)
 
-    counts = []
-
     def steered() -> None:
-        frame = tm.generate(model, PROMPT, theta, 8, max_new_tokens=40, chat=True)
-        counts.append(len(frame))
+        tm.generate(model, PROMPT, theta, 8, max_new_tokens=40, chat=True)
 
-    ours, theirs = seconds(steered, plain, repeats=3)
+    ours, theirs = seconds(steered, plain, repeats=5)
     yield "ours, 32 rows x 40 tokens, seconds", f"{ours:.2f}"
-    yield "Hugging Face generate, seconds", f"{theirs:.2f}"
-    yield "ours / Hugging Face, speed", f"{theirs / ours:.2f} x"
+    yield "Hugging Face generate, unsteered, seconds", f"{theirs:.2f}"
+    yield "ours / Hugging Face, speed", f"**{theirs / ours:.2f} x**"
 
 
 def import_rows(model: Any, f: tm.ActivationMap) -> Iterator[Row]:
-    """What importing us costs beyond importing transformer_lens."""
+    """What importing us costs beyond importing transformer_lens, and the way to a vector."""
 
     def importing(line: str) -> Callable[[], None]:
         return lambda: subprocess.run([sys.executable, "-c", line], check=True)
@@ -225,7 +303,20 @@ def import_rows(model: Any, f: tm.ActivationMap) -> Iterator[Row]:
         repeats=3,
     )
     yield "import transformer_lens, seconds", f"{theirs:.2f}"
-    yield "tl_melbo beyond that, seconds", f"{both - theirs:.2f}"
+    yield "tl_melbo beyond that, seconds", f"**{both - theirs:.2f}**"
+    lines = (
+        "import tl_melbo as tm",
+        "model = tm.load_model()",
+        f"f = tm.ActivationMap.from_prompts(model, {PROMPT!r}, chat=True)",
+        "tm.melbo(f, 1)",
+    )
+    ticks = "".join(f"{line}\nprint(time.perf_counter() - start)\n" for line in lines)
+    script = f"import time\nstart = time.perf_counter()\n{ticks}"
+    out = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True
+    ).stdout
+    for line, reached in zip(lines, out.split(), strict=True):
+        yield f"first vector: seconds from the start until after `{line}`", f"{float(reached):.1f}"
 
 
 ROWS = {
@@ -233,21 +324,31 @@ ROWS = {
     "ortho": ortho_rows,
     "roofline": roofline_rows,
     "growth": growth_rows,
+    "family": family_rows,
     "generation": generation_rows,
     "import": import_rows,
 }
 
 
-def plain_model() -> tuple[Any, Any, Any]:
-    """The embedded model as Hugging Face gives it, without TransformerLens."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def peak_memory(function: Callable[[], Any]) -> int:
+    """Bytes by which the process grows while a function runs, looked at every millisecond."""
+    process, stop, highest = psutil.Process(), threading.Event(), [0]
+    if platform.system() == "Linux":
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier calls left behind would hide the growth
+    before = process.memory_info().rss
 
-    path = tm.models.embedded_model_path()
-    options = {"gguf_file": path.name}
-    hf_model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **options)
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, **options)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    return hf_model.eval(), tokenizer, path
+    def watch() -> None:
+        while not stop.wait(0.001):
+            highest[0] = max(highest[0], process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        function()
+    finally:
+        stop.set()
+        watcher.join()
+    return max(0, highest[0] - before)
 
 
 def peers() -> tuple[Any, Any]:

@@ -326,6 +326,19 @@ def test_the_fastest_path_that_fits_is_taken(tiny):
         assert f.path == "hooked"
 
 
+def test_changed_weights_are_noticed():
+    model = tiny_bridge("llama")
+    f = tm.ActivationMap.from_prompts(model, PROMPTS, 1, 4)
+    theta = torch.ones(1, f.d_model)
+    with torch.no_grad():
+        model.blocks[3].mlp.out.original_component.weight.mul_(2.0)
+    assert f.path == "hooked"
+    anew = tm.ActivationMap.from_prompts(model, PROMPTS, 1, 4)
+    assert anew.path == "fast"
+    assert relative_error(f(f.x), anew.y) < 1e-5
+    assert relative_error(f.delta(theta), anew.delta(theta)) < 1e-5
+
+
 def test_a_path_that_computes_something_else_is_not_taken(monkeypatch):
     monkeypatch.setattr(FastBlocks, "forward", lambda self, x, *rest: x * 1.0001)
     assert tm.ActivationMap.from_prompts(tiny_bridge("llama"), PROMPT, 1, 4).path == "unhooked"

@@ -8,6 +8,8 @@ import torch
 import tl_melbo as tm
 from tests.conftest import fingerprint
 from tests.tiny_models import tiny_bridge
+from tl_melbo import steering
+from tl_melbo.fast_generation import Writer
 from tl_melbo.models import to_tokens
 
 PROMPT = "Once upon a time"
@@ -324,3 +326,68 @@ def test_mixed_libraries_ask_whether_prompts_are_chat(tiny_llama):
     with pytest.raises(ValueError, match="pass chat=True or chat=False"):
         tm.next_token_log_probs(tiny_llama, PROMPT, both)
     assert len(tm.next_token_log_probs(tiny_llama, PROMPT, both, chat=False)) == 2
+
+
+def texts_both_ways(model, monkeypatch, *arguments, **options):
+    """What the fast way writes, and what the bridge's own `generate` writes."""
+    fast = tm.generate(model, *arguments, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(steering, "_fast_writer", lambda *_: None)
+        return fast, tm.generate(model, *arguments, **options)
+
+
+def test_rows_that_end_early_leave_the_others_alone(tiny, monkeypatch):
+    """With more and more tokens named as ends, rows end here and there."""
+    vectors = random_vectors(12, size=6.0)
+    options = {"layer": 2, "max_new_tokens": 12}
+    tokens = to_tokens(tiny, PROMPT)
+    writer = steering._fast_writer(tiny, tokens, vectors[:1], 2)
+    assert writer is not None
+    with torch.no_grad():
+        written = writer.write(
+            tokens,
+            vectors,
+            12,
+            torch.tensor([], dtype=torch.long),
+            lambda logits: logits.argmax(-1),
+        )
+    # Every text as it goes on without ends, cut at the first of some tokens that it comes to.
+    ends = torch.cat([written[0, 2:3], written[3, 5:6], written[6, 8:9]]).tolist()
+    config = tiny.original_model.generation_config
+    monkeypatch.setattr(config, "eos_token_id", ends)
+    frame = tm.generate(tiny, PROMPT, vectors, **options)
+    lengths = set()
+    for row, completion in zip(written.tolist(), frame["completion"], strict=True):
+        stops = [i for i, token in enumerate(row) if token in (*ends, tiny.tokenizer.eos_token_id)]
+        kept = row[: stops[0]] if stops else row
+        lengths.add(len(kept))
+        assert completion == tiny.tokenizer.decode(kept, skip_special_tokens=True)
+    assert len(lengths) > 1
+
+
+def test_the_fast_way_writes_what_the_bridge_writes(tiny, monkeypatch):
+    fast, slow = texts_both_ways(
+        tiny, monkeypatch, [PROMPT, "Hi!"], random_vectors(5), layer=5, max_new_tokens=9
+    )
+    assert fast.equals(slow)
+
+
+def test_hooks_fire_while_writing(tiny_llama):
+    seen = []
+    with tiny_llama.hooks(fwd_hooks=[("blocks.4.hook_resid_post", lambda r, hook: seen.append(1))]):
+        hooked = tm.generate(tiny_llama, PROMPT, random_vectors(2), layer=2, max_new_tokens=4)
+    assert seen
+    assert hooked.equals(
+        tm.generate(tiny_llama, PROMPT, random_vectors(2), layer=2, max_new_tokens=4)
+    )
+    with tm.steered(tiny_llama, random_vectors(1, size=9.0, seed=3), layer=3):
+        more = tm.generate(tiny_llama, PROMPT, random_vectors(2), layer=2, max_new_tokens=4)
+    assert not more.equals(hooked)
+
+
+def test_a_fast_way_with_other_logits_is_not_taken(tiny_llama, monkeypatch):
+    monkeypatch.setattr(Writer, "first_logits", lambda self, tokens, theta: torch.ones(1, 49152))
+    assert (
+        steering._fast_writer(tiny_llama, to_tokens(tiny_llama, PROMPT), random_vectors(1), 2)
+        is None
+    )

@@ -35,6 +35,7 @@ from tl_melbo.shapes import (
 
 BlockCall = tuple[tuple[Any, ...], dict[str, Any]]
 Path = Literal["fast", "unhooked", "hooked"]
+_State = tuple[tuple[int, ...], tuple[tuple[int, int], ...]]
 
 # How far replaying the blocks may be from the model's own forward pass, relative to its size.
 _REPLAY_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -59,8 +60,8 @@ class ActivationMap:
     Which code runs is `path`. "hooked": the model's own modules, so hooks on them fire; always
     taken while there are any. "unhooked": the Hugging Face modules below TransformerLens's, with
     scaled-dot-product attention. "fast": for blocks of the Llama kind, see `fast_blocks`; it holds
-    a copy of their weights. A faster path is taken if it gave the model's own results, to 1e-5
-    relative in float32, when the map was made. After changing weights, make a new map.
+    copies of their weights. A faster path is taken if it gave the model's own results, to 1e-5
+    relative in float32, when the map was made, and until hooks or weights change.
 
     Attributes:
         x: residual stream after `source_layer` of the unsteered prompts; prompts shorter than
@@ -85,7 +86,9 @@ class ActivationMap:
     batch_size: int | None = None
     precision: Precision = "float32"
     _block_calls: dict[int, list[BlockCall]] = field(default_factory=dict)
-    _hooks: tuple[int, ...] = ()
+    # The modules and parameters of the blocks: finding them takes longer than looking at them.
+    _watched: tuple[tuple[nn.Module, ...], tuple[Tensor, ...]] = ((), ())
+    _state: "_State" = ((), ())
     _shortcut: "_Shortcut | None" = None
 
     @classmethod
@@ -146,6 +149,7 @@ class ActivationMap:
             y_rows.append(nn.functional.pad(y_row, padding))
             block_calls.setdefault(row.shape[1], calls)
         lengths = torch.tensor([t.shape[1] for t in tokens])
+        blocks = model.blocks[source_layer + 1 : target_layer + 1]
         f = cls(
             model=model,
             prompts=texts,
@@ -158,8 +162,9 @@ class ActivationMap:
             batch_size=batch_size,
             precision=precision,
             _block_calls=block_calls,
-            _hooks=_hooks_on(model, source_layer, target_layer),
+            _watched=(tuple(blocks.modules()), tuple(blocks.parameters())),
         )
+        f = replace(f, _state=f._state_now())
         f._check_replay()
         _check_precision(precision, f.x)
         f = replace(f, _shortcut=f._find_shortcut())
@@ -187,9 +192,14 @@ class ActivationMap:
     @property
     def path(self) -> Path:
         """Which code runs the blocks now: see `ActivationMap`."""
-        if self._shortcut is None or _hooks_on(self.model, self.source_layer, self.target_layer):
+        if self._shortcut is None or self._state_now() != ((), self._state[1]):
             return "hooked"
         return "unhooked" if self._shortcut.fast is None else "fast"
+
+    def _state_now(self) -> "_State":
+        """What the user may change of the blocks in between: hooks, and values of parameters."""
+        weights = tuple((p.data_ptr(), p._version) for p in self._watched[1])
+        return user_hooks(self._watched[0]), weights
 
     @shape_checked
     def __call__(
@@ -270,7 +280,7 @@ class ActivationMap:
         """f(x) by the same path, so that no vector has no effect."""
         if path != "hooked" and self._shortcut is not None:
             return self._shortcut.y
-        if _hooks_on(self.model, self.source_layer, self.target_layer) == self._hooks:
+        if self._state_now() == self._state:
             return self.y
         with torch.no_grad():
             return self(self.x)
@@ -374,7 +384,7 @@ class ActivationMap:
     def _find_shortcut(self) -> "_Shortcut | None":
         """The fastest way without hooks that does what the model's own modules do."""
         blocks = self.model.blocks[self.source_layer + 1 : self.target_layer + 1]
-        if self._hooks or not all(hasattr(block, "_original_component") for block in blocks):
+        if self._state[0] or not all(hasattr(block, "_original_component") for block in blocks):
             return None
         layers = tuple(without_bridge(block) for block in blocks)
         with torch.no_grad():
@@ -560,10 +570,6 @@ def _check_precision(precision: Precision, x: Tensor) -> None:
             f"precision='tf32': only CUDA devices have it, the model is on {x.device}; use "
             "'float32' or 'bfloat16'"
         )
-
-
-def _hooks_on(model: Model, source_layer: int, target_layer: int) -> tuple[int, ...]:
-    return user_hooks(*model.blocks[source_layer + 1 : target_layer + 1])
 
 
 def _capture(

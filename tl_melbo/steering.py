@@ -396,7 +396,9 @@ def _writer(
 
 def _fast_writer(model: Model, tokens: Tokens, theta: Theta, layer: int) -> "Writer | None":
     """The fast way to write, if there are no hooks to fire and it gives the model's own logits."""
-    if not hasattr(model, "original_model") or user_hooks(*whole_model(model)):
+    if not hasattr(model, "original_model") or user_hooks(
+        m for root in whole_model(model) for m in root.modules()
+    ):
         return None
     from tl_melbo.fast_generation import Writer
 

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_melbo.discovery.protocol import EffectMap
+from tl_melbo.discovery.protocol import EffectMap, effect_at
 from tl_melbo.geometry import complement, normalise, random_sphere, tangent
 from tl_melbo.shapes import Delta, Theta, shape_checked
 from tl_melbo.vectors import SteeringVectors, make_story, pad_histories
@@ -258,7 +258,7 @@ class _Search:
         for batch in (unit * self.radius).to(f.x.device, theta_dtype).split(f.vectors_at_once()):
             theta = batch.detach().requires_grad_()
             with torch.enable_grad():
-                effect = f.delta(theta, self.positions)
+                effect = effect_at(f, theta, self.positions)
                 value = melbo_objective(effect, self.p, self.q, self.norm)
                 (gradient,) = torch.autograd.grad(value.sum(), theta)
             values.append(value.detach())

@@ -1,6 +1,7 @@
 """What a discovery method needs of the map that it searches: tensors and callables, no model."""
 
-from typing import Any, Protocol, runtime_checkable
+import inspect
+from typing import Any, Protocol, cast, runtime_checkable
 
 from torch import Tensor
 
@@ -19,10 +20,10 @@ class EffectMap(Protocol):
         """True where `x` holds a token, [prompt, pos]."""
         ...
 
-    def delta(self, theta: Tensor, positions: slice = slice(None)) -> Tensor:
+    def delta(self, theta: Tensor) -> Tensor:
         """[vector, d_model] -> the effect of each vector, [vector, prompt, pos, d_model].
 
-        Zeros outside `positions`, which are counted on each prompt's own tokens.
+        It may take `positions` as well, a slice as in `position_mask`, and save itself the others.
         """
         ...
 
@@ -37,3 +38,10 @@ class EffectMap(Protocol):
     def story(self) -> dict[str, Any]:
         """Where the map comes from, as JSON-ready facts."""
         ...
+
+
+def effect_at(f: EffectMap, theta: Tensor, positions: slice) -> Tensor:
+    """Effects at some positions, and zeros at all others, [vector, prompt, pos, d_model]."""
+    if "positions" in inspect.signature(f.delta).parameters:
+        return cast(Any, f).delta(theta, positions=positions)
+    return f.delta(theta) * f.position_mask(positions)[:, :, None]
