@@ -1,6 +1,7 @@
 """f against the whole model: hooks on every block, and nothing of ours in between."""
 
 import dataclasses
+import shutil
 
 import pytest
 import torch
@@ -457,3 +458,25 @@ def test_a_precision_that_is_not_there_is_named(architecture, dtype, precision, 
     model = tiny_bridge(architecture, dtype)
     with pytest.raises(ValueError, match=message):
         tm.ActivationMap.from_prompts(model, PROMPT, 1, 4, precision=precision)
+
+
+@pytest.mark.heavy
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_blocks_agree():
+    model = tiny_bridge("gpt2")
+    plain = tm.ActivationMap.from_prompts(model, PROMPTS, 3, 4)
+    f = tm.ActivationMap.from_prompts(model, PROMPTS, 3, 4, compiled=True)
+    assert f.path == "compiled"
+    theta = torch.randn(2, f.d_model, generator=torch.Generator().manual_seed(4)).requires_grad_()
+    deltas = [way.delta(theta, slice(-3, None)) for way in (f, plain)]
+    gradients = [torch.autograd.grad(delta.square().sum(), theta)[0] for delta in deltas]
+    assert relative_error(*deltas) < 1e-5
+    assert relative_error(*gradients) < 1e-5
+
+
+def test_compiling_under_hooks_is_refused(tiny_llama):
+    with (
+        tiny_llama.hooks(fwd_hooks=[("blocks.3.hook_resid_post", lambda resid, hook: resid)]),
+        pytest.raises(ValueError, match="compiled=True"),
+    ):
+        tm.ActivationMap.from_prompts(tiny_llama, PROMPT, 1, 4, compiled=True)
