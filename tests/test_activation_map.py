@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 import tl_melbo as tm
 from tests.conftest import PROMPT, fingerprint
-from tests.tiny_models import tiny_bridge
+from tests.tiny_models import tiny_bridge, tiny_hf, tokenizer
 from tl_melbo.fast_blocks import FastBlocks
 from tl_melbo.models import to_tokens
 
@@ -327,17 +328,123 @@ def test_the_fastest_path_that_fits_is_taken(tiny):
         assert f.path == "hooked"
 
 
-def test_changed_weights_are_noticed():
+def doubled_in_place(layer):
+    layer.weight.mul_(2.0)
+
+
+def doubled_by_another_parameter(layer):
+    layer.weight = torch.nn.Parameter(2 * layer.weight)
+
+
+def doubled_by_another_module(layer):
+    layer.register_module("unused", torch.nn.Identity())
+    layer.weight.copy_(2 * layer.weight)
+
+
+@pytest.mark.parametrize(
+    "change", [doubled_in_place, doubled_by_another_parameter, doubled_by_another_module]
+)
+def test_changed_weights_are_noticed(change):
     model = tiny_bridge("llama")
     f = tm.ActivationMap.from_prompts(model, PROMPTS, 1, 4)
     theta = torch.ones(1, f.d_model)
     with torch.no_grad():
-        model.blocks[3].mlp.out.original_component.weight.mul_(2.0)
+        change(model.blocks[3].mlp.out.original_component)
     assert f.path == "hooked"
     anew = tm.ActivationMap.from_prompts(model, PROMPTS, 1, 4)
     assert anew.path == "fast"
     assert relative_error(f(f.x), anew.y) < 1e-5
     assert relative_error(f.delta(theta), anew.delta(theta)) < 1e-5
+
+
+def test_an_exchanged_module_is_noticed():
+    model = tiny_bridge("llama")
+    f = tm.ActivationMap.from_prompts(model, PROMPTS, 1, 4)
+    model.blocks[3].mlp._modules["_original_component"].act_fn = torch.nn.ReLU()
+    assert f.path == "hooked"
+
+
+def test_hooks_that_libraries_leave_behind_do_not_count(tiny):
+    f = tm.ActivationMap.from_prompts(tiny, PROMPTS, 1, 4)
+    with torch.no_grad():
+        tiny.original_model(to_tokens(tiny, PROMPT), output_hidden_states=True)
+    assert f.path == PATHS.get(tiny.cfg.model_name.removeprefix("tiny-"), "unhooked")
+
+
+def untrained(architecture, **changes):
+    """A tiny bridge with random norms and biases, and large embeddings as trained models have."""
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    hf_model = tiny_hf("qwen2" if architecture == "qwen2" else "llama")
+    makers = {
+        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+        "mistral": (MistralConfig, MistralForCausalLM),
+    }
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(1)
+        if architecture in makers:
+            config, cls = makers[architecture]
+            settings = {
+                name: getattr(hf_model.config, name)
+                for name in (
+                    "vocab_size", "initializer_range", "hidden_size", "intermediate_size",
+                    "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+                    "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id",
+                )
+            }  # fmt: skip
+            hf_model = cls(config(**{**settings, **changes})).eval()
+        for name, parameter in hf_model.named_parameters():
+            if "norm" in name or name.endswith("bias"):
+                parameter.add_(0.3 * torch.randn_like(parameter))
+        hf_model.get_input_embeddings().weight.mul_(100.0)
+    if architecture == "relu":
+        for layer in hf_model.model.layers:
+            layer.mlp.act_fn = torch.nn.ReLU()
+    hf_model.config._attn_implementation = "eager"
+    hf_model.config.architectures = [type(hf_model).__name__]
+    return TransformerBridge.boot_transformers(
+        architecture, hf_model=hf_model, tokenizer=tokenizer(), device="cpu", dtype=torch.float32
+    )
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_norms_and_biases_are_folded_in(architecture):
+    f = tm.ActivationMap.from_prompts(untrained(architecture), PROMPTS, 1, 4)
+    assert f.path == "fast"
+    theta = torch.randn(2, f.d_model, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    weights = torch.randn(2, *f.x.shape, generator=torch.Generator().manual_seed(4))
+    for positions in (slice(None), slice(-3, None)):
+        deltas = [way.delta(theta, positions) for way in (f, hooked(f))]
+        gradients = [torch.autograd.grad((delta * weights).sum(), theta)[0] for delta in deltas]
+        assert relative_error(*gradients) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [("relu", {}), ("qwen3", {}), ("mistral", {"sliding_window": 4})],
+)
+def test_kin_that_computes_something_else_is_not_taken_for_llama(architecture, changes):
+    model = untrained(architecture, **changes)
+    assert tm.ActivationMap.from_prompts(model, PROMPTS, 1, 4).path == "unhooked"
+    with pytest.raises(ValueError, match="of the Llama kind"):
+        tm.ActivationMap.from_prompts(model, PROMPTS, 1, 4, precision="bfloat16")
+
+
+def test_layers_of_another_class_are_left_alone():
+    class Quantised(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return self.inner(x)
+
+    model = tiny_bridge("llama")
+    for block in model.blocks:
+        part = block.mlp.out
+        part._modules["_original_component"] = Quantised(part.original_component)
+    assert tm.ActivationMap.from_prompts(model, PROMPT, 1, 4).path != "fast"
 
 
 def test_a_path_that_computes_something_else_is_not_taken(monkeypatch):
@@ -387,8 +494,10 @@ def test_the_fast_gradient_is_exact_in_float64(tiny):
     with HonestFloat64():
         f = tm.ActivationMap.from_prompts(model, PROMPTS, 1, 4)
         assert f.path == PATHS.get(architecture, "unhooked")
-        theta = torch.randn(2, f.d_model, dtype=torch.float64).requires_grad_()
-        weights = torch.randn(2, *f.x.shape, dtype=torch.float64)
+        generator = torch.Generator().manual_seed(10)
+        wide = {"dtype": torch.float64, "generator": generator}
+        theta = torch.randn(2, f.d_model, **wide).requires_grad_()
+        weights = torch.randn(2, *f.x.shape, **wide)
         gradients = [
             torch.autograd.grad((way.delta(theta, slice(-4, None)) * weights).sum(), theta)[0]
             for way in (f, hooked(f))
@@ -428,12 +537,28 @@ def test_the_same_graph_can_be_used_twice_and_sees_changed_input(tiny_llama):
 
 
 def test_more_vectors_than_memory_are_recomputed(tiny_llama, monkeypatch):
-    f = tm.ActivationMap.from_prompts(tiny_llama, PROMPTS, 1, 4, batch_size=2)
+    f = tm.ActivationMap.from_prompts(tiny_llama, PROMPT, 1, 4, batch_size=2)
     theta = torch.randn(5, f.d_model, generator=torch.Generator().manual_seed(8)).requires_grad_()
+    run, calls, kept = FastBlocks.forward, [], []
+
+    def counting(self, x, rotation, positions, keep):
+        calls.append(keep is not None)
+        y = run(self, x, rotation, positions, keep)
+        kept.extend(weakref.ref(part.gate_up) for part in keep or ())
+        return y
+
+    monkeypatch.setattr(FastBlocks, "forward", counting)
     gradients = []
-    for fits in (100, 3):
+    for fits, forwards, held in ((100, [True] * 3, 9), (3, [False] * 3, 0)):
         monkeypatch.setattr(tm.ActivationMap, "_vectors_in_memory", lambda *_, fits=fits: fits)
-        gradients.append(torch.autograd.grad(f.delta(theta).square().sum(), theta)[0])
+        calls.clear()
+        kept.clear()
+        loss = f.delta(theta).square().sum()
+        assert calls == forwards
+        assert sum(part() is not None for part in kept) == held
+        gradients.append(torch.autograd.grad(loss, theta)[0])
+        assert len(calls) == 3 if held else 6
+        assert not any(part() is not None for part in kept), "a graph outlives its gradient"
     assert relative_error(*gradients) < 1e-6
 
 

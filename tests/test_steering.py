@@ -341,7 +341,7 @@ def test_rows_that_end_early_leave_the_others_alone(tiny, monkeypatch):
     vectors = random_vectors(12, size=6.0)
     options = {"layer": 2, "max_new_tokens": 12}
     tokens = to_tokens(tiny, PROMPT)
-    writer = steering._fast_writer(tiny, tokens, vectors[:1], 2)
+    writer = steering._fast_writer(tiny, tokens, 6.0, 2)
     assert writer is not None
     with torch.no_grad():
         written = writer.write(
@@ -366,6 +366,7 @@ def test_rows_that_end_early_leave_the_others_alone(tiny, monkeypatch):
 
 
 def test_the_fast_way_writes_what_the_bridge_writes(tiny, monkeypatch):
+    assert steering._fast_writer(tiny, to_tokens(tiny, PROMPT), 3.0, 5) is not None
     fast, slow = texts_both_ways(
         tiny, monkeypatch, [PROMPT, "Hi!"], random_vectors(5), layer=5, max_new_tokens=9
     )
@@ -386,8 +387,22 @@ def test_hooks_fire_while_writing(tiny_llama):
 
 
 def test_a_fast_way_with_other_logits_is_not_taken(tiny_llama, monkeypatch):
-    monkeypatch.setattr(Writer, "first_logits", lambda self, tokens, theta: torch.ones(1, 49152))
-    assert (
-        steering._fast_writer(tiny_llama, to_tokens(tiny_llama, PROMPT), random_vectors(1), 2)
-        is None
+    tokens = to_tokens(tiny_llama, PROMPT)
+    assert steering._fast_writer(tiny_llama, tokens, 3.0, 2) is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(Writer, "_logits", lambda *_: torch.ones(2, 49152))
+        assert steering._fast_writer(tiny_llama, tokens, 3.0, 2) is None
+    write = Writer._after_prompt
+    # One that forgets the vectors after the first row.
+    monkeypatch.setattr(
+        Writer,
+        "_after_prompt",
+        lambda self, t, theta, n: write(self, t, theta[:1].expand(2, -1), n),
     )
+    assert steering._fast_writer(tiny_llama, tokens, 3.0, 2) is None
+
+
+def test_no_temperature_is_too_small(tiny_llama):
+    options = {"layer": 2, "max_new_tokens": 4}
+    cold = tm.generate(tiny_llama, PROMPT, random_vectors(2), temperature=1e-39, **options)
+    assert cold.equals(tm.generate(tiny_llama, PROMPT, random_vectors(2), **options))

@@ -1,6 +1,6 @@
 """The activation map f: from the residual stream after one block to that after a later one."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -10,7 +10,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
-from torch.utils.checkpoint import checkpoint
 
 from tl_melbo.fast_blocks import FastBlocks, Precision
 from tl_melbo.models import (
@@ -35,13 +34,15 @@ from tl_melbo.shapes import (
 
 BlockCall = tuple[tuple[Any, ...], dict[str, Any]]
 Path = Literal["fast", "compiled", "unhooked", "hooked"]
-_State = tuple[tuple[int, ...], tuple[tuple[int, int], ...]]
+_Way = Path | Literal["differentiable"]
+_State = tuple[tuple[int, ...], tuple[tuple[int, int], ...], bool]
 
 # How far replaying the blocks may be from the model's own forward pass, relative to its size.
 _REPLAY_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
-# How far a faster way may be from the model's own modules, relative to the size of each token.
-_FAST_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
-_NARROW_TOLERANCE = 0.05
+# How far a faster way may be from the model's own modules, relative to what the blocks add to each
+# token, and to the token itself, whose rounding no way can avoid.
+_FAST_TOLERANCE = {torch.float64: (1e-9, 1e-13), torch.float32: (1e-5, 1e-6)}
+_NARROW_TOLERANCE = (0.05, 0.01)
 # Tokens at once beyond which a CPU gains nothing; vectors at once that fill a large GPU.
 _CPU_ROWS, _GPU_VECTORS = 1200, 1024
 # Tokens of one vector up to which packing the matrices of a CPU pays.
@@ -61,8 +62,9 @@ class ActivationMap:
     taken while there are any. "unhooked": the Hugging Face modules below TransformerLens's, with
     scaled-dot-product attention. "fast": for blocks of the Llama kind, see `fast_blocks`; it holds
     copies of their weights. A faster path is taken if it gave the model's own results, to 1e-5
-    relative in float32, when the map was made, and until hooks or weights change. "compiled" is
-    "unhooked" through torch.compile, and only on request.
+    relative in float32, when the map was made, and until hooks, modules or weights change (but
+    for edits through a tensor's `.data`, which cannot be seen: make a new map after those).
+    "compiled" is "unhooked" through torch.compile, and only on request.
 
     Attributes:
         x: residual stream after `source_layer` of the unsteered prompts; prompts shorter than
@@ -90,9 +92,10 @@ class ActivationMap:
     compiled: bool = False
     _block_calls: dict[int, list[BlockCall]] = field(default_factory=dict)
     # The modules and parameters of the blocks: finding them takes longer than looking at them.
-    _watched: tuple[tuple[nn.Module, ...], tuple[Tensor, ...]] = ((), ())
-    _state: "_State" = ((), ())
+    _watched: "_Watched" = field(default_factory=lambda: _Watched.of(()))
+    _state: "_State" = ((), (), True)
     _shortcut: "_Shortcut | None" = None
+    _unsteered_memo: dict["_State", Residual] = field(default_factory=dict)
 
     @classmethod
     @shape_checked
@@ -171,17 +174,18 @@ class ActivationMap:
             precision=precision,
             compiled=compiled,
             _block_calls=block_calls,
-            _watched=(tuple(blocks.modules()), tuple(blocks.parameters())),
+            _watched=_Watched.of(blocks),
         )
         f = replace(f, _state=f._state_now())
         f._check_replay()
-        _check_precision(precision, f.x)
-        f = replace(f, _shortcut=f._find_shortcut())
+        _check_precision(precision, compiled, f.x)
+        shortcut, failure = f._find_shortcut()
+        f = replace(f, _shortcut=shortcut)
         if compiled and f.path != "compiled":
             raise ValueError(
                 f"compiled=True: {model_name(model)} cannot be run through torch.compile between "
-                "these layers, or there are hooks on them; leave it out"
-            )
+                f"these layers ({failure or 'there are hooks on them'}); leave it out"
+            ) from failure
         if precision != "float32" and f.path != "fast":
             raise ValueError(
                 f"precision={precision!r}: only for models whose blocks are of the Llama kind, "
@@ -206,16 +210,16 @@ class ActivationMap:
     @property
     def path(self) -> Path:
         """Which code runs the blocks now: see `ActivationMap`."""
-        if self._shortcut is None or self._state_now() != ((), self._state[1]):
+        if self._shortcut is None or self._state_now() != self._state:
             return "hooked"
         if self._shortcut.fast is not None:
             return "fast"
         return "unhooked" if self._shortcut.run is _run_layers else "compiled"
 
     def _state_now(self) -> "_State":
-        """What the user may change of the blocks in between: hooks, and values of parameters."""
-        weights = tuple((p.data_ptr(), p._version) for p in self._watched[1])
-        return user_hooks(self._watched[0]), weights
+        """What the user may change of the blocks in between: hooks, modules, weights."""
+        weights = tuple((p.data_ptr(), p._version) for p in self._watched.parameters)
+        return user_hooks(self._watched.modules), weights, self._watched.are_in_place()
 
     @shape_checked
     def __call__(
@@ -271,35 +275,44 @@ class ActivationMap:
         bad = (~theta.isfinite().all(-1)).nonzero().flatten().tolist()
         if bad:
             raise ValueError(f"theta: vectors {bad} hold values that are not finite")
-        if not len(theta):
-            return theta.new_zeros(0, *self.x.shape)
         counted = self.mask if positions == slice(None) else self.position_mask(positions)
+        if not len(theta):
+            return torch.zeros(0, *self.x.shape, dtype=self._wide(theta), device=self.x.device)
+        path: _Way = "differentiable" if _is_transformed(theta) else self.path
         batches = theta.split(self.vectors_at_once())
+        # Where graphs do not all fit, or share memory, each is made in its backward pass.
         with_gradient = torch.is_grad_enabled() and theta.requires_grad
-        if with_gradient and len(theta) > self._vectors_in_memory():
-            effects = [
-                checkpoint(self._delta, batch, positions, counted, use_reentrant=False)
-                for batch in batches
-            ]
-        else:
-            effects = [self._delta(batch, positions, counted) for batch in batches]
+        too_many = len(theta) > self._vectors_in_memory() or path == "compiled"
+        recompute = with_gradient and too_many and len(batches) > 1
+        effects = [self._delta(batch, positions, counted, path, recompute) for batch in batches]
         return effects[0] if len(effects) == 1 else torch.cat(effects)
 
-    def _delta(self, theta: Tensor, positions: slice, counted: PositionMask) -> Tensor:
-        wide = torch.promote_types(torch.promote_types(theta.dtype, self.x.dtype), torch.float32)
+    def _delta(
+        self, theta: Tensor, positions: slice, counted: PositionMask, path: "_Way", recompute: bool
+    ) -> Tensor:
+        wide = self._wide(theta)
         steered = self.x + theta.to(self.x.device, self.x.dtype)[:, None, None, :]
-        path = self.path
-        effect = self._map(steered, positions, path).to(wide) - self._unsteered(path).to(wide)
+        y = self._map(steered, positions, path, recompute)
+        effect = y.to(wide) - self._unsteered(path).to(wide)
         return effect if counted.all() else effect * counted[:, :, None]
 
-    def _unsteered(self, path: Path) -> Tensor:
+    def _wide(self, theta: Tensor) -> torch.dtype:
+        return torch.promote_types(torch.promote_types(theta.dtype, self.x.dtype), torch.float32)
+
+    def _unsteered(self, path: "_Way") -> Residual:
         """f(x) by the same path, so that no vector has no effect."""
-        if path != "hooked" and self._shortcut is not None:
+        if self._shortcut is not None and path == "differentiable":
+            return self._shortcut.y_differentiable
+        if self._shortcut is not None and path != "hooked":
             return self._shortcut.y
-        if self._state_now() == self._state:
+        state = self._state_now()
+        if state == self._state:
             return self.y
-        with torch.no_grad():
-            return self(self.x)
+        if state not in self._unsteered_memo:
+            self._unsteered_memo.clear()
+            with torch.no_grad():
+                self._unsteered_memo[state] = self._map(self.x[None], slice(None), "hooked")[0]
+        return self._unsteered_memo[state]
 
     @shape_checked
     def position_mask(self, positions: slice = slice(None)) -> PositionMask:
@@ -363,7 +376,7 @@ class ActivationMap:
             "target_layer": self.target_layer,
         }
 
-    def _map(self, x: Tensor, positions: slice, path: Path) -> Tensor:
+    def _map(self, x: Tensor, positions: slice, path: "_Way", recompute: bool = False) -> Tensor:
         """Push [vector, prompt, pos, d_model] through; zeros where there is nothing to tell."""
         n_prompts, n_pos = self.mask.shape
         lengths = self.mask.sum(-1)
@@ -374,7 +387,8 @@ class ActivationMap:
             prompts = (lengths == length).nonzero().flatten()
             together = len(prompts) == n_prompts
             group = x if together else x[:, prompts, -length:]
-            out = self._run(group.flatten(0, 1), length, wanted, path).unflatten(0, group.shape[:2])
+            out = self._run(group.flatten(0, 1), length, wanted, path, recompute)
+            out = out.unflatten(0, group.shape[:2])
             if together and wanted is None:
                 return out
             y = torch.zeros_like(x) if y is None else y
@@ -382,47 +396,105 @@ class ActivationMap:
             y[:, prompts[:, None], into] = out
         return torch.zeros_like(x) if y is None else y
 
-    def _run(self, rows: Tensor, length: int, positions: Tensor | None, path: Path) -> Tensor:
+    def _run(
+        self, rows: Tensor, length: int, positions: Tensor | None, path: "_Way", recompute: bool
+    ) -> Tensor:
         """Prompts of one length through the blocks; with `positions`, these of the result only."""
         shortcut, calls = self._shortcut, self._block_calls[length]
-        if path == "hooked" or shortcut is None:
+
+        def hooked(rows: Tensor) -> Tensor:
             blocks = self.model.blocks[self.source_layer + 1 : self.target_layer + 1]
             with frozen(blocks):
                 return _run_layers(blocks, calls, rows, positions)
 
+        if path == "hooked" or shortcut is None:
+            return _Shortened.apply(rows, hooked, hooked, True) if recompute else hooked(rows)
+
         def long(rows: Tensor) -> Tensor:
             return _run_layers(shortcut.differentiable, calls, rows, positions)
 
-        if _is_transformed(rows):
-            return long(rows)
-        # Compiled code reuses the memory of its graph, so that it can be gone through only once.
-        return _Shortened.apply(
-            rows, lambda rows: shortcut(rows, length, positions), long, path != "compiled"
-        )
+        def short(rows: Tensor) -> Tensor:
+            return shortcut(rows, length, positions)
 
-    def _find_shortcut(self) -> "_Shortcut | None":
-        """The fastest way without hooks that does what the model's own modules do."""
+        if path == "differentiable":
+            return long(rows)
+        return _Shortened.apply(rows, short, long, recompute)
+
+    def _find_shortcut(self) -> "tuple[_Shortcut | None, Exception | None]":
+        """The fastest way without hooks that does what the model's own modules do.
+
+        And why the others did not run. Layers that need what the bridge adds to them, or quantised
+        ones, fail in ways of their own, so every error counts but full memory.
+        """
+        failure: Exception | None = None
         blocks = self.model.blocks[self.source_layer + 1 : self.target_layer + 1]
         if self._state[0] or not all(hasattr(block, "_original_component") for block in blocks):
-            return None
-        layers = tuple(without_bridge(block) for block in blocks)
+            return None, failure
+        # One at a time, as a search of one vector comes.
+        probes = [self.x, self._probe()]
         with torch.no_grad():
-            # One at a time, as a search of one vector comes.
-            probes = [self.x, self._probe()]
             expected = torch.stack([self(probe) for probe in probes])
-            run = self._compiled_run() if self.compiled else _run_layers
-            for fast in (None,) if self.compiled else (self._fast_blocks(layers), None):
-                shortcut = _Shortcut.of(blocks, self._block_calls, fast, run)
-                if shortcut is None:
-                    continue
+            makers = (
+                (self._compiled_shortcut,)
+                if self.compiled
+                else (self._fast_shortcut, self._unhooked_shortcut)
+            )
+            for make in makers:
                 try:
+                    shortcut = make(blocks)
+                    if shortcut is None or not self._does_the_same(shortcut, probes, expected):
+                        continue
+                    if self.precision != "float32" and shortcut.fast is not None:
+                        # In float32 it is the same function; now in the precision asked for.
+                        shortcut = replace(
+                            shortcut, fast=shortcut.fast.in_precision(self.precision)
+                        )
                     short = replace(self, _shortcut=shortcut)
-                    found = torch.stack([short(probe) for probe in probes])
-                except (TypeError, ValueError, AttributeError, RuntimeError):
-                    continue  # layers that do not run without what the bridge adds to them
-                if _token_error(found, expected, self.mask) <= self._fast_tolerance():
-                    return replace(shortcut, y=found[0])
-        return None
+                    return replace(
+                        shortcut,
+                        y=short._map(self.x[None], slice(None), short.path)[0],
+                        y_differentiable=short._map(self.x[None], slice(None), "differentiable")[0],
+                    ), failure
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception as error:
+                    failure = error
+        return None, failure
+
+    def _does_the_same(self, shortcut: "_Shortcut", probes: list[Tensor], expected: Tensor) -> bool:
+        """Whether the blocks add the same to the residual stream, to 1e-5, and rounding of it."""
+        short = replace(self, _shortcut=shortcut)
+        for probe, y in zip(probes, expected, strict=True):
+            found = short._map(probe[None], slice(None), short.path)[0]
+            error, added, size = (
+                part[self.mask].double().norm(dim=-1) for part in (found - y, y - probe, y)
+            )
+            relative, rounding = _FAST_TOLERANCE.get(self.x.dtype, _NARROW_TOLERANCE)
+            # Over all tokens, each by its own size.
+            allowed = relative * added + rounding * size
+            if not float((error / allowed).square().mean()) <= 1:
+                return False
+        return True
+
+    def _fast_shortcut(self, blocks: Sequence[nn.Module]) -> "_Shortcut | None":
+        fast = self._fast_blocks([without_bridge(block) for block in blocks])
+        if fast is None:
+            return None
+        rotations = {}
+        for length, calls in self._block_calls.items():
+            # Where layers of one model turn differently, as in Gemma 3, results will differ.
+            turn = calls[0][1].get("position_embeddings")
+            rotation = None if turn is None else fast.rotation(*turn)
+            if rotation is None:
+                return None
+            rotations[length] = rotation
+        return _Shortcut.of(blocks, self._block_calls, fast, rotations)
+
+    def _unhooked_shortcut(self, blocks: Sequence[nn.Module]) -> "_Shortcut | None":
+        return _Shortcut.of(blocks, self._block_calls)
+
+    def _compiled_shortcut(self, blocks: Sequence[nn.Module]) -> "_Shortcut | None":
+        return replace(_Shortcut.of(blocks, self._block_calls), run=self._compiled_run())
 
     def _compiled_run(self) -> Callable[..., Tensor]:
         mode = "reduce-overhead" if self.x.device.type == "cuda" else "default"
@@ -454,12 +526,7 @@ class ActivationMap:
             hot_rows = None
         if n_bytes * 2 > room:
             return None
-        return FastBlocks.of(layers, self.precision, hot_rows)
-
-    def _fast_tolerance(self) -> float:
-        if self.precision != "float32":
-            return _NARROW_TOLERANCE
-        return _FAST_TOLERANCE.get(self.x.dtype, _NARROW_TOLERANCE)
+        return FastBlocks.of(layers, hot_rows)
 
     def _check_replay(self) -> None:
         with torch.no_grad():
@@ -504,27 +571,22 @@ class _Shortcut:
     rotations: dict[int, Tensor]
     run: Callable[..., Tensor]
     y: Tensor
+    y_differentiable: Tensor
 
     @classmethod
     def of(
         cls,
         blocks: Sequence[nn.Module],
         block_calls: dict[int, list[BlockCall]],
-        fast: FastBlocks | None,
-        run: Callable[..., Tensor],
-    ) -> "_Shortcut | None":
-        rotations = {}
-        if fast is not None:
-            for length, calls in block_calls.items():
-                # Where layers of one model turn differently, as in Gemma 3, results will differ.
-                turn = calls[0][1].get("position_embeddings")
-                rotation = None if turn is None else fast.rotation(*turn)
-                if rotation is None:
-                    return None
-                rotations[length] = rotation
+        fast: FastBlocks | None = None,
+        rotations: dict[int, Tensor] | None = None,
+    ) -> "_Shortcut":
         layers = tuple(without_bridge(block) for block in blocks)
         differentiable = tuple(without_bridge(block, "eager") for block in blocks)
-        return cls(layers, differentiable, block_calls, fast, rotations, run, torch.empty(0))
+        none = torch.empty(0)
+        return cls(
+            layers, differentiable, block_calls, fast, rotations or {}, _run_layers, none, none
+        )
 
     def __call__(self, rows: Tensor, length: int, positions: Tensor | None) -> Tensor:
         if self.fast is not None:
@@ -532,10 +594,36 @@ class _Shortcut:
         return self.run(self.layers, self.block_calls[length], rows, positions)
 
 
+@dataclass(frozen=True, eq=False)
+class _Watched:
+    """The modules and parameters of the blocks: looking at them is faster than finding them."""
+
+    modules: tuple[nn.Module, ...]
+    parameters: tuple[Tensor, ...]
+    places: tuple[tuple[dict[str, Any], str, Any], ...]
+
+    @classmethod
+    def of(cls, blocks: Iterable[nn.Module]) -> "_Watched":
+        modules = tuple({module: None for block in blocks for module in block.modules()})
+        parameters = {p: None for module in modules for p in module._parameters.values()}
+        places = tuple(
+            (held, name, item)
+            for module in modules
+            for held in (module._modules, module._parameters)
+            for name, item in held.items()
+        )
+        return cls(modules, tuple(p for p in parameters if p is not None), places)
+
+    def are_in_place(self) -> bool:
+        """Whether no module or parameter was exchanged since."""
+        return all(held.get(name) is item for held, name, item in self.places)
+
+
 class _Shortened(torch.autograd.Function):
     """A function by its shortcut; by the long way where a gradient is to be differentiated.
 
-    Neither our own gradient nor that of the fused attention kernels can be.
+    Neither our own gradient nor that of the fused attention kernels can be. The shortcut's graph is
+    held until its gradient is taken, or, if it is to be recomputed, never.
     """
 
     @staticmethod
@@ -544,25 +632,31 @@ class _Shortened(torch.autograd.Function):
         x: Tensor,
         short: Callable[[Tensor], Tensor],
         long: Callable[[Tensor], Tensor],
-        keep_graph: bool,
+        recompute: bool,
     ) -> Tensor:
         ctx.save_for_backward(x)  # so that autograd sees it when x is changed in between
-        ctx.long, ctx.keep_graph = long, keep_graph
-        if not ctx.needs_input_grad[0]:
-            return short(x)
-        with torch.enable_grad():
-            ctx.leaf = x.detach().requires_grad_()
-            ctx.y = short(ctx.leaf)
-        return ctx.y.detach()
+        ctx.short, ctx.long, ctx.graph = short, long, None
+        if recompute or not ctx.needs_input_grad[0]:
+            return short(x.detach())
+        ctx.graph = _graph(short, x)
+        return ctx.graph[1].detach()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
         (x,), (gradient,) = ctx.saved_tensors, grad_outputs
         if torch.is_grad_enabled():
             (d_x,) = torch.autograd.grad(ctx.long(x), x, gradient, create_graph=True)
-        else:
-            (d_x,) = torch.autograd.grad(ctx.y, ctx.leaf, gradient, retain_graph=ctx.keep_graph)
+            return d_x, None, None, None
+        leaf, y = _graph(ctx.short, x) if ctx.graph is None else ctx.graph
+        ctx.graph = None  # a second gradient of the same result makes its own
+        (d_x,) = torch.autograd.grad(y, leaf, gradient)
         return d_x, None, None, None
+
+
+def _graph(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        return leaf, function(leaf)
 
 
 def _is_transformed(x: Tensor) -> bool:
@@ -578,12 +672,6 @@ def _run_layers(
     return rows if positions is None else rows[:, positions]
 
 
-def _token_error(a: Tensor, b: Tensor, mask: PositionMask) -> float:
-    """How far apart the tokens are, relative to their sizes: root mean square."""
-    errors = (a - b).double().norm(dim=-1) / b.double().norm(dim=-1)
-    return float(errors[..., mask].square().mean().sqrt())
-
-
 def _weights(layer: nn.Module) -> Iterator[Tensor]:
     for module in layer.modules():
         yield from (p for p in module._parameters.values() if p is not None)
@@ -591,13 +679,20 @@ def _weights(layer: nn.Module) -> Iterator[Tensor]:
 
 def _free_memory(device: torch.device) -> int:
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        # What torch holds in reserve is free to it.
+        reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0] + reserve)
     return int(psutil.virtual_memory().available)
 
 
-def _check_precision(precision: Precision, x: Tensor) -> None:
+def _check_precision(precision: Precision, compiled: bool, x: Tensor) -> None:
     if precision == "float32":
         return
+    if compiled:
+        raise ValueError(
+            f"precision={precision!r}, compiled=True: one or the other; products in another "
+            "precision are our own code, which is not compiled"
+        )
     if x.dtype != torch.float32:
         raise ValueError(
             f"precision={precision!r}: for models in float32, this one is in {x.dtype}; load it "

@@ -8,9 +8,10 @@ multiplication, and the gradient, of the input alone, keeps six tensors a block.
 TransformerLens: modules and tensors in, tensors out.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -27,24 +28,19 @@ class FastBlocks:
     (tokens of one vector) get their matrices packed on a CPU.
     """
 
-    def __init__(self, parts: "list[_Parts]", precision: Precision, hot_rows: int | None) -> None:
+    def __init__(self, parts: "list[_Parts]", hot_rows: int | None) -> None:
         attention = parts[0].attention
         self.d_head = int(attention.head_dim)
         self.n_heads = parts[0].query.weight.shape[0] // self.d_head
         self.n_key_value_heads = parts[0].key.weight.shape[0] // self.d_head
         self.n_turned = self.n_heads + self.n_key_value_heads
         self.attention_scale = float(attention.scaling)
-        self.precision: Precision = precision
+        self.precision: Precision = "float32"
         with torch.no_grad():
-            self.blocks = [_Block.of(p, self.d_head, precision, hot_rows) for p in parts]
+            self.blocks = [_Block.of(p, self.d_head, hot_rows) for p in parts]
 
     @classmethod
-    def of(
-        cls,
-        layers: Sequence[nn.Module],
-        precision: Precision = "float32",
-        hot_rows: int | None = None,
-    ) -> "FastBlocks | None":
+    def of(cls, layers: Sequence[nn.Module], hot_rows: int | None = None) -> "FastBlocks | None":
         """Take the weights of Hugging Face decoder layers; None if they are of another kind.
 
         This goes by the parts that the layers have. Whether those are put together in the same way
@@ -52,7 +48,15 @@ class FastBlocks:
         """
         parts = [_Parts.of(layer) for layer in layers]
         known = [part for part in parts if part is not None]
-        return cls(known, precision, hot_rows) if known and len(known) == len(parts) else None
+        return cls(known, hot_rows) if known and len(known) == len(parts) else None
+
+    def in_precision(self, precision: Precision) -> "FastBlocks":
+        """The same blocks with matrix products in another precision."""
+        narrow = copy.copy(self)
+        narrow.precision = precision
+        if precision == "bfloat16":
+            narrow.blocks = [block.narrowed() for block in self.blocks]
+        return narrow
 
     @property
     def floats_per_token(self) -> int:
@@ -134,7 +138,7 @@ class FastBlocks:
             d_middle = _unit_backward(d_mlp_normed, was.middle, was.middle_scale, gradient)
             d_attended = block.out.backward(d_middle).unflatten(-1, (self.n_heads, self.d_head))
             d_query, d_key, d_value = torch.autograd.grad(
-                was.attended, was.heads, d_attended.transpose(1, 2), retain_graph=True
+                was.attended, was.heads, d_attended.transpose(1, 2)
             )
             if chosen is not None:
                 d_query = _put_back(d_query, 2, chosen, was.x.shape[1])
@@ -186,14 +190,15 @@ class _Run(torch.autograd.Function):
 @contextmanager
 def _tf32(precision: Precision) -> Iterator[None]:
     """Lend CUDA's matrix products the TF32 format, if that is asked for."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    if precision == "tf32":
-        torch.backends.cuda.matmul.allow_tf32 = True
+    if precision != "tf32":
+        yield
+        return
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
     try:
         yield
     finally:
-        if precision == "tf32":
-            torch.backends.cuda.matmul.allow_tf32 = before
+        matmul.fp32_precision = before
 
 
 class _Parts(NamedTuple):
@@ -227,6 +232,9 @@ class _Parts(NamedTuple):
             gate, up, down = (getattr(mlp, f"{name}_proj") for name in ("gate", "up", "down"))
         except AttributeError:
             return None
+        # Quantised and adapted layers are of other classes, and compute something else.
+        if not all(isinstance(p, nn.Linear) for p in (query, key, value, out, gate, up, down)):
+            return None
         return cls(attention, attention_norm, query, key, value, out, mlp_norm, gate, up, down)
 
 
@@ -242,7 +250,7 @@ class _Block:
     down: "_Linear"
 
     @classmethod
-    def of(cls, parts: _Parts, d_head: int, precision: Precision, hot_rows: int | None) -> "_Block":
+    def of(cls, parts: _Parts, d_head: int, hot_rows: int | None) -> "_Block":
         def interleaved(rows: Tensor) -> Tensor:
             """Rows of each head as 0, half, 1, half + 1, ...: rotary pairs become neighbours.
 
@@ -257,7 +265,7 @@ class _Block:
             bias = None
             if any(bias is not None for _, bias in layers):
                 bias = torch.cat([w.new_zeros(len(w)) if b is None else b for w, b in layers])
-            return _Linear.of(weight, bias, precision, hot_rows)
+            return _Linear.of(weight, bias, hot_rows)
 
         def own(layer: Any, permute: bool = False) -> tuple[Tensor, Tensor | None]:
             weight, bias = layer.weight, layer.bias
@@ -277,6 +285,17 @@ class _Block:
             float(parts.mlp_norm.variance_epsilon),
             linear(own(parts.gate), own(parts.up), norm=parts.mlp_norm),
             linear(own(parts.down)),
+        )
+
+    def narrowed(self) -> "_Block":
+        """The block with its products in bfloat16."""
+        linears = {name: getattr(self, name) for name in ("qkv", "out", "gate_up", "down")}
+        return replace(
+            self,
+            **{
+                name: _Linear(linear.weight.bfloat16(), linear.transposed.bfloat16(), linear.bias)
+                for name, linear in linears.items()
+            },
         )
 
 
@@ -306,12 +325,8 @@ class _Linear:
     packed: "dict[str, _Packed]" = field(default_factory=dict)
 
     @classmethod
-    def of(
-        cls, weight: Tensor, bias: Tensor | None, precision: Precision, hot_rows: int | None
-    ) -> "_Linear":
+    def of(cls, weight: Tensor, bias: Tensor | None, hot_rows: int | None) -> "_Linear":
         weight = weight.contiguous()
-        if precision == "bfloat16":
-            weight = weight.bfloat16()
         if weight.device.type != "cpu":
             return cls(weight, weight.t(), bias)
         transposed = weight.t().contiguous()

@@ -30,9 +30,15 @@ class Writer:
         self.plain: Any = without_bridge(model.original_model)
         self.block, self.layer = self.plain.get_submodule(name), layer
 
-    def first_logits(self, tokens: Tensor, theta: Tensor) -> Tensor:
-        """Logits of the token after the prompt, [row, d_vocab]."""
-        return self._after_prompt(tokens, theta, 0)[0]
+    def probe(self, tokens: Tensor, theta: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits after the prompt, [row, d_vocab], and after one more token in the last row alone.
+
+        All that `write` does once, for comparison: many rows from one, a row left out, the cache.
+        """
+        first, cache = self._after_prompt(tokens, theta, 1)
+        cache.batch_select_indices(torch.tensor([len(theta) - 1], device=tokens.device))
+        with self._steered(theta[-1:]):
+            return first, self._logits(new, cache)
 
     def write(
         self,

@@ -7,12 +7,13 @@ import importlib.util
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as global_hooks
 
 from tl_melbo.shapes import Tokens, shape_checked
 
@@ -20,7 +21,12 @@ from tl_melbo.shapes import Tokens, shape_checked
 # the two, and 3.x has one of them only, so a model is known by what it can do: `check_model`.
 Model = Any
 
-_BRIDGE_COMPONENTS = "transformer_lens.model_bridge.generalized_components"
+# Hooks that libraries install for themselves: the bridge at its first forward pass, transformers
+# (and for good) when hidden states or attention patterns are asked for.
+_OWN_HOOKS = (
+    "transformer_lens.model_bridge.generalized_components",
+    "transformers.utils.output_capturing",
+)
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 EMBEDDED_NAME = "SmolLM2-135M-Instruct"
@@ -141,7 +147,7 @@ def _from_hugging_face(
     common = {"trust_remote_code": False} | ({"gguf_file": gguf_file} if gguf_file else {})
     weights = {} if gguf_file else {"use_safetensors": True}
     try:
-        with _quiet_transformers(), _gguf_read_once():
+        with _quiet_transformers(), _gguf_read_once() if gguf_file else nullcontext():
             tokenizer = AutoTokenizer.from_pretrained(source, **common)
             # The bridge needs eager attention for its hooks; asking now keeps both of its major
             # versions on the same kernel.
@@ -196,9 +202,6 @@ def _gguf_read_once() -> Iterator[None]:
 
     That is 4 of 11 seconds of loading the embedded model.
     """
-    if importlib.util.find_spec("gguf") is None:
-        yield
-        return
     import gguf
 
     reader = gguf.GGUFReader
@@ -352,8 +355,13 @@ def frozen(*roots: nn.Module) -> Iterator[None]:
 
 
 def user_hooks(modules: Iterable[nn.Module]) -> tuple[int, ...]:
-    """The hooks on modules, but for the bridge's own: they must fire, and come and go."""
-    return tuple(
+    """The hooks on modules, but for what libraries wire themselves with: they must fire."""
+    everywhere = (
+        *global_hooks._global_forward_pre_hooks,
+        *global_hooks._global_forward_hooks,
+        *global_hooks._global_backward_hooks,
+    )
+    return everywhere + tuple(
         number
         for module in modules
         for hooks in (
@@ -364,8 +372,7 @@ def user_hooks(modules: Iterable[nn.Module]) -> tuple[int, ...]:
         )
         if hooks
         for number, hook in hooks.items()
-        # The bridge wires itself together with hooks at its first forward pass.
-        if not str(getattr(hook, "__module__", "")).startswith(_BRIDGE_COMPONENTS)
+        if not str(getattr(hook, "__module__", "")).startswith(_OWN_HOOKS)
     )
 
 
