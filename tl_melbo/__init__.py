@@ -4,8 +4,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from tl_melbo.activation_map import ActivationMap
-from tl_melbo.discovery import iter_melbo_ortho, join_family, melbo, melbo_objective, melbo_ortho
+from tl_melbo.discovery import (
+    iter_melbo,
+    iter_melbo_ortho,
+    join_family,
+    join_library,
+    melbo,
+    melbo_objective,
+    melbo_ortho,
+)
 from tl_melbo.models import load_model
+from tl_melbo.run import Run
 from tl_melbo.steering import generate, next_token_log_probs, steered
 from tl_melbo.vectors import SteeringVectors, concatenate
 
@@ -16,12 +25,15 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ActivationMap",
+    "Run",
     "SteeringVectors",
     "analysis",
     "concatenate",
     "generate",
+    "iter_melbo",
     "iter_melbo_ortho",
     "join_family",
+    "join_library",
     "load_model",
     "melbo",
     "melbo_objective",

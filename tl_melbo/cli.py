@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,7 +16,7 @@ from rich.markup import escape
 if TYPE_CHECKING:
     import pandas as pd
 
-    from tl_melbo import ActivationMap, SteeringVectors
+    from tl_melbo import ActivationMap, Run, SteeringVectors
     from tl_melbo.discovery import Step
     from tl_melbo.models import Model
     from tl_melbo.report import Family
@@ -106,9 +106,10 @@ def discover(
 ) -> None:
     """Find vectors that change the model most, let it write under each, and make a page of it.
 
-    Writes vectors.safetensors, completions.csv and report.html; prints the page's path last.
+    Writes vectors.safetensors, completions.csv and report.html; prints the page's path last. Every
+    vector is kept as soon as it is found, and the same command continues an interrupted run.
     """
-    with _errors_as_one_line(), _warnings_as_lines(), _run_folder(out, overwrite) as folder:
+    with _errors_as_one_line(), _warnings_as_lines():
         _check_max_new_tokens(max_new_tokens)
         searched = _parse_slice(positions)
 
@@ -116,15 +117,34 @@ def discover(
 
         import tl_melbo as tm
         from tl_melbo import runs
+        from tl_melbo.discovery.melbo import DEFAULT_STEPS
 
-        with _progress() as progress:
+        asked = {
+            "prompts": list(prompts), "source_layer": source_layer, "target_layer": target_layer,
+            "seed": seed, "dtype": dtype, "radius": radius, "p": p, "q": p if q is None else q,
+            "norm": norm, "positions": [searched.start, searched.stop, searched.step],
+            "orthogonal": orthogonal, "optimiser": optimiser,
+            "steps": DEFAULT_STEPS[optimiser] if steps is None else steps,
+        }  # fmt: skip
+        with _run_folder(out, overwrite, asked, model) as (run, known), _progress() as progress:
+            folder = run.folder
             progress.start("Loading the model")
             loaded = tm.load_model(model, device=device, dtype=getattr(torch, dtype))
             f = tm.ActivationMap.from_prompts(
                 loaded, prompts, source_layer=source_layer, target_layer=target_layer, chat=chat
             )
             progress.start("Finding vectors")
-            found = tm.melbo(
+            n_vectors = max(n_vectors, known)
+            settings = {"command": "discover", "model": _absolute(model)}
+            settings["max_new_tokens"] = max_new_tokens
+            if overwrite:
+                (folder / runs.VECTORS).unlink(missing_ok=True)
+            if n_vectors != known or runs.load_settings(folder) != settings:
+                # Texts of other vectors, or of another length.
+                for name in (runs.COMPLETIONS, runs.REPORT):
+                    (folder / name).unlink(missing_ok=True)
+            runs.save_settings(folder, settings)
+            found = run.melbo(
                 f,
                 n_vectors=n_vectors,
                 radius=radius,
@@ -138,12 +158,7 @@ def discover(
                 norm=norm,
                 on_step=lambda step: progress.update(*_work_done(step, n_vectors)),
             )
-            # An earlier run's texts do not belong to these vectors.
-            for name in (runs.COMPLETIONS, runs.REPORT):
-                (folder / name).unlink(missing_ok=True)
-            runs.save_settings(folder, {"command": "discover", "model": _absolute(model)})
-            found.save(folder / runs.VECTORS)
-            table = _write_page(progress, folder, loaded, f, found, max_new_tokens, families=False)
+            table = _write_page(progress, folder, loaded, f, found, max_new_tokens)
         _print_found(table)
         typer.echo(str((folder / runs.REPORT).resolve()))
 
@@ -212,7 +227,7 @@ def ortho(
         # What the page needs, too: a damaged file is to show before the work.
         _earlier_texts(folder)
         runs.load_families(folder, library)
-        with _removed_if_empty(place), _progress() as progress:
+        with tm.Run(folder).writing(), _removed_if_empty(place), _progress() as progress:
             progress.start("Loading the model")
             loaded, f = _model_of(folder, library, model, device)
             if known < (room if everything else n_vectors):
@@ -235,7 +250,7 @@ def ortho(
             )  # fmt: skip
             runs.save_table(place / runs.TABLE, part.table)
             runs.save_table(place / runs.COMPOSITION, part.composition)
-            _write_page(progress, folder, loaded, f, library, max_new_tokens, families=True)
+            _write_page(progress, folder, loaded, f, library, max_new_tokens)
         _print_family(part)
         typer.echo(str((folder / runs.REPORT).resolve()))
 
@@ -387,13 +402,12 @@ def _write_page(
     f: "ActivationMap",
     library: "SteeringVectors",
     max_new_tokens: int,
-    families: bool,
 ) -> "pd.DataFrame":
     """The page about all that a folder holds; texts that it lacks are written first."""
     import tl_melbo as tm
     from tl_melbo import runs
 
-    completions = _earlier_texts(folder) if families else None
+    completions = _earlier_texts(folder)
     if completions is None:
         progress.start("Writing under each vector")
         completions = tm.report.collect_completions(
@@ -407,7 +421,7 @@ def _write_page(
         library,
         completions=completions,
         activation_map=f,
-        families=runs.load_families(folder, library) if families else (),
+        families=runs.load_families(folder, library),
     )
 
 
@@ -435,26 +449,64 @@ def _parse_slice(text: str) -> slice:
 
 
 @contextmanager
-def _run_folder(out: Path, overwrite: bool) -> Iterator[Path]:
-    """The folder for the results, checked before the work; if nothing came of it, gone again."""
-    from tl_melbo import runs
-    from tl_melbo.files import writable_folder
+def _run_folder(
+    out: Path, overwrite: bool, asked: dict[str, Any], model: str | None
+) -> Iterator[tuple["Run", int]]:
+    """The folder for the results, for this process alone, and how many vectors it holds.
 
-    existed = out.expanduser().exists()
-    folder = writable_folder(out)
-    if (folder / runs.VECTORS).exists() and not overwrite:
-        raise FileExistsError(
-            f"--out={out}: already holds {runs.VECTORS}; pass --overwrite to replace that run, or "
-            "choose another folder"
-        )
+    Checked before the work; if nothing came of it, gone again.
+    """
+    from tl_melbo import Run, SteeringVectors, runs
+    from tl_melbo.run import LOCK
+
+    run = Run(out)
+    existed = run.folder.exists()
+    path = run.folder / runs.VECTORS
     try:
-        with _removed_if_empty(folder) if not existed else nullcontext():
-            yield folder
+        with run.writing():
+            known = 0
+            if path.is_file() and not overwrite:
+                library = SteeringVectors.load(path)
+                _check_continues(run.folder, library, asked, model)
+                known = len(library)
+                line = f"{run.folder} holds {known} vectors of this search; continuing there."
+                _stderr().print(escape(line), soft_wrap=True)
+            yield run, known
     except KeyboardInterrupt:
-        kept = [name for name in (runs.VECTORS, runs.COMPLETIONS) if (folder / name).exists()]
-        what = f"kept {' and '.join(kept)} in {folder}" if kept else "nothing was finished"
+        kept = len(SteeringVectors.load(path)) if path.is_file() else 0
+        what = f"{kept} vectors are kept in {run.folder}; the same command continues"
+        what = what if kept else "nothing was finished"
         _stderr().print(escape(f"Interrupted; {what}."), soft_wrap=True)
         raise typer.Exit(_INTERRUPTED) from None
+    finally:
+        if not existed and run.folder.is_dir():
+            if [item.name for item in run.folder.iterdir()] == [LOCK]:
+                (run.folder / LOCK).unlink()
+            with suppress(OSError):  # holds something: leave it
+                run.folder.rmdir()
+
+
+def _check_continues(
+    folder: Path, library: "SteeringVectors", asked: dict[str, Any], model: str | None
+) -> None:
+    """Make sure, before the model is loaded, that a folder's vectors are of the same search."""
+    from tl_melbo import runs
+
+    story = library.story
+    facts = {**story, **story.get("hyperparameters", {})}
+    named = runs.load_settings(folder).get("model", _absolute(model))
+    differing = [
+        f"{name}={facts.get(name)!r} (asked for now: {value!r})"
+        for name, value in (*asked.items(), ("method", "melbo"))
+        if facts.get(name) != value
+    ]
+    if named != _absolute(model):
+        differing.append(f"model={named!r} (asked for now: {_absolute(model)!r})")
+    if differing:
+        raise ValueError(
+            f"--out={folder}: holds vectors found with {', '.join(differing)}; ask for the same to "
+            "continue them, pass --overwrite to replace them, or choose another folder"
+        )
 
 
 @contextmanager

@@ -7,29 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 
 from tl_melbo.files import replacing
 from tl_melbo.report import Family
+from tl_melbo.run import REFERENCE, VECTORS, family_folder, same_vector
 from tl_melbo.vectors import SteeringVectors
 
-VECTORS, COMPLETIONS, REPORT = "vectors.safetensors", "completions.csv", "report.html"
-SETTINGS, REFERENCE, TABLE, COMPOSITION = (
-    "settings.json",
-    "theta0.safetensors",
-    "family.csv",
-    "composition.csv",
-)
+COMPLETIONS, REPORT, SETTINGS = "completions.csv", "report.html", "settings.json"
+TABLE, COMPOSITION = "family.csv", "composition.csv"
 _TEXTS = ("prompt", "completion")
 # Columns whose empty cells are texts, not missing numbers.
 _WORDS = (*_TEXTS, "kind", "members", "subset", "combination", "scaling")
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 _MOST_SETTINGS_BYTES = 2**20
-
-
-def family_folder(folder: Path, vector: int) -> Path:
-    """Where the family of one vector of a run lies."""
-    return folder / f"ortho-{vector}"
 
 
 def save_settings(folder: Path, settings: dict[str, Any]) -> None:
@@ -106,11 +96,6 @@ def load_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
             "the command again"
         ) from error
     return table
-
-
-def same_vector(one: SteeringVectors, other: SteeringVectors) -> bool:
-    """Whether two libraries hold the same numbers."""
-    return torch.equal(one.vectors, other.vectors)
 
 
 def load_families(folder: Path, library: SteeringVectors) -> list[Family]:

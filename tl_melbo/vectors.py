@@ -230,6 +230,7 @@ class SteeringVectors:
         Raises:
             FileNotFoundError: the folder does not exist.
             PermissionError: the folder cannot be written to.
+            OSError: the disk is full, say. An older file of that name is intact.
         """
         tensors = {"vectors": self.vectors}
         tensors |= {_COLUMN + name: column for name, column in self.columns.items()}
@@ -242,7 +243,12 @@ class SteeringVectors:
             )
         metadata = {"format": _FORMAT, "format_version": _FORMAT_VERSION, "story": story}
         with replacing(path) as temporary:
-            save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata)
+            try:
+                save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata)
+            except SafetensorError as error:
+                raise OSError(
+                    f"{path}: cannot be written ({error}); what was there before is intact"
+                ) from error
 
     @classmethod
     def load(cls, path: str | Path) -> "SteeringVectors":

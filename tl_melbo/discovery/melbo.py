@@ -5,9 +5,9 @@ Source: Mack & Turner 2024, "Mechanistically eliciting latent behaviors in langu
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -31,6 +31,10 @@ _CONVERGED_ANGLE = 0.02
 _LARGEST_ANGLE = 1.4
 # How fast a step that had to be shortened grows back, with each step that climbs.
 _RECOVERY = 1.5
+# Independent vectors that are searched together; a search is taken up again after a group.
+_GROUP = 32
+# A search whose first so many starts all fail is given up.
+_MOST_LOST = 3
 
 
 class Step(NamedTuple):
@@ -140,44 +144,127 @@ def melbo(
     Raises:
         ValueError: a number out of its range, more orthogonal vectors than d_model, positions
             that some prompt does not have, a radius too small to have any effect.
-        FloatingPointError: the objective or its gradient is not finite at a start.
+        FloatingPointError: the objective or its gradient is not finite at any start.
+
+    Warns:
+        UserWarning: one position makes nearly all of the objective; or some starts were not finite
+            and cost their vectors.
 
     Source: Mack & Turner 2024, "Mechanistically eliciting latent behaviors in language models".
     """
     search = _Search(
-        f, radius, p, q, positions, norm, optimiser, steps, n_vectors, orthogonal, seed
+        f, radius, p, q, positions, norm, optimiser, steps, n_vectors, orthogonal, seed, None
     )
     with tqdm(total=n_vectors, desc="MELBO", unit="vector", disable=not progress) as bar:
-        results = []
-        for result in search.run(on_step):
-            results.append(result)
-            bar.update(len(result.theta))
-    _warn_if_dominated(search, results[0].theta[:1], positions)
-    story = make_story(
-        "melbo",
-        **f.story(),
-        seed=seed,
-        hyperparameters={
-            "n_vectors": n_vectors,
-            "radius": radius,
-            "p": p,
-            "q": p if q is None else q,
-            "norm": norm,
-            "positions": [
-                None if part is None else int(part)
-                for part in (positions.start, positions.stop, positions.step)
-            ],
-            "orthogonal": orthogonal,
-            "optimiser": optimiser,
-            "steps": search.steps,
-        },
+        parts = []
+        for part in search.parts(on_step):
+            parts.append(part)
+            bar.update(len(part))
+    _warn_if_dominated(search, parts[0].vectors[:1], stacklevel=4)
+    _warn_of_lost(search, stacklevel=4)
+    return join_library(parts)
+
+
+@shape_checked
+def iter_melbo(
+    f: EffectMap,
+    n_vectors: int = 32,
+    radius: float = 12.0,
+    p: float = 2,
+    q: float | None = None,
+    positions: slice = slice(-3, None),
+    orthogonal: bool = True,
+    seed: int = 0,
+    optimiser: Optimiser = "ascent",
+    steps: int | None = None,
+    *,
+    norm: Norm = "l2",
+    previous: SteeringVectors | None = None,
+    on_step: OnStep | None = None,
+) -> Iterator[SteeringVectors]:
+    """Yield the vectors of `melbo` as they are found, so that each can be kept as it comes.
+
+        parts = []
+        for part in tm.iter_melbo(f, 32, radius=12.0):
+            parts.append(part)
+            tm.join_library(parts).save("vectors.safetensors")
+
+    One by one if orthogonal, else 32 at a time. `tm.Run` does that for a folder. The arguments are
+    those of `melbo`; with `previous`, vectors 0 to k-1 of the same search, whole, the search goes
+    on at vector k, and finds what it would have found without a break (`n_vectors` counts from
+    there).
+
+    Raises:
+        ValueError, FloatingPointError: as `melbo`; and where `previous` is of another search.
+            Arguments are checked at the call, not at the first vector.
+    """
+    search = _Search(
+        f, radius, p, q, positions, norm, optimiser, steps, n_vectors, orthogonal, seed, previous
     )
-    columns = {
-        "objective": torch.cat([result.objective for result in results]),
-        "evaluations": torch.cat([result.evaluations for result in results]),
-    }
-    history = pad_histories([result.history for result in results])
-    return SteeringVectors(torch.cat([r.theta for r in results]), story, columns, history)
+
+    def parts() -> Iterator[SteeringVectors]:
+        for number, part in enumerate(search.parts(on_step)):
+            if number == 0:
+                _warn_if_dominated(search, part.vectors[:1], stacklevel=3)
+            yield part
+        _warn_of_lost(search, stacklevel=2)
+
+    return parts()
+
+
+def join_library(parts: Sequence[SteeringVectors]) -> SteeringVectors:
+    """Join consecutive parts of one MELBO search; every vector keeps its number.
+
+    Args:
+        parts: what `iter_melbo` yields, in order; the first may be what was kept before.
+
+    Returns:
+        One library with the story of the first part, and the number of vectors of the last.
+
+    Raises:
+        ValueError: none given; or something that is not the next part of the same search.
+    """
+    if not parts:
+        raise ValueError("parts: none given; pass at least one")
+    first, last = parts[0], -1
+    for number, part in enumerate(parts):
+        differing = _differing(part.story, first.story)
+        if differing:
+            raise ValueError(
+                f"parts[{number}]: differs in {', '.join(differing)}; pass parts of one search, or "
+                "join others with concatenate"
+            )
+        indices = part.columns["index"].tolist()
+        if indices != sorted(set(indices)) or (indices and indices[0] <= last):
+            raise ValueError(
+                f"parts[{number}]: holds vectors {indices[:3]}... after vector {last}; pass the "
+                "parts in their order, and none twice"
+            )
+        last = indices[-1] if indices else last
+    chosen = {**first.story["hyperparameters"]}
+    chosen["n_vectors"] = parts[-1].story["hyperparameters"]["n_vectors"]
+    return SteeringVectors(
+        torch.cat([part.vectors for part in parts]),
+        {**first.story, "hyperparameters": chosen},
+        {name: torch.cat([part.columns[name] for part in parts]) for name in first.columns},
+        pad_histories([part.history for part in parts], [len(part) for part in parts]),
+    )
+
+
+# What two parts of one search have in common.
+_FACTS = ("method", "model", "prompts", "chat", "dtype", "source_layer", "target_layer", "seed")
+
+
+def _differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """What tells two searches apart, but for how many vectors they were to find."""
+    pairs = {fact: (ours.get(fact), theirs.get(fact)) for fact in _FACTS}
+    chosen = [story.get("hyperparameters") or {} for story in (ours, theirs)]
+    for name in dict.fromkeys((*chosen[0], *chosen[1])):
+        if name != "n_vectors":
+            pairs[name] = chosen[0].get(name), chosen[1].get(name)
+    return [
+        f"{name}={one!r} (here {other!r})" for name, (one, other) in pairs.items() if one != other
+    ]
 
 
 @dataclass(frozen=True)
@@ -204,6 +291,7 @@ class _Search:
         n_vectors: int,
         orthogonal: bool,
         seed: int,
+        previous: SteeringVectors | None,
     ) -> None:
         self.d_model = int(f.x.shape[-1])
         if not 0 < radius < math.inf:
@@ -212,12 +300,14 @@ class _Search:
                 f"radius={radius}: a positive finite number; useful ones are often 0.05 to 0.4 of "
                 f"a token's residual at the source layer, here {typical:.3g}"
             )
-        if n_vectors < 1:
+        if n_vectors < (1 if previous is None else 0):
             raise ValueError(f"n_vectors={n_vectors}: at least 1")
-        if orthogonal and n_vectors > self.d_model:
+        known = 0 if previous is None else len(previous)
+        if orthogonal and known + n_vectors > self.d_model:
             raise ValueError(
                 f"n_vectors={n_vectors}: at most d_model={self.d_model} vectors can be orthogonal "
-                "to each other; ask for fewer, or pass orthogonal=False"
+                f"to each other{f', and {known} are there already' if known else ''}; ask for "
+                "fewer, or pass orthogonal=False"
             )
         self.steps = DEFAULT_STEPS[optimiser] if steps is None else steps
         if self.steps < 1:
@@ -231,24 +321,91 @@ class _Search:
         self.climb = _ascent if optimiser == "ascent" else _adamw
         self.n_vectors, self.orthogonal, self.seed = n_vectors, orthogonal, seed
 
-    def run(self, on_step: OnStep | None) -> Iterator[_Result]:
-        """Yield results in order: one vector at a time if orthogonal, else all together."""
+        self.optimiser, self.lost = optimiser, []
+        self.story = make_story(
+            "melbo",
+            **f.story(),
+            seed=seed,
+            hyperparameters={
+                "n_vectors": n_vectors,
+                "radius": radius,
+                "p": p,
+                "q": p if q is None else q,
+                "norm": norm,
+                "positions": [
+                    None if part is None else int(part)
+                    for part in (positions.start, positions.stop, positions.step)
+                ],
+                "orthogonal": orthogonal,
+                "optimiser": optimiser,
+                "steps": self.steps,
+            },
+        )
+        self.earlier, self.first = torch.empty(0, self.d_model), 0
+        if previous is not None and len(previous):
+            self._continue(previous)
+
+    def _continue(self, previous: SteeringVectors) -> None:
+        differing = _differing(previous.story, self.story)
+        indices = previous.columns["index"].tolist()
+        if differing or indices != sorted(set(indices)):
+            why = f"found with {', '.join(differing)}" if differing else "not in their order"
+            raise ValueError(
+                f"previous: {why}; continue with the arguments that it was found with, or begin "
+                "anew without it"
+            )
+        self.earlier, self.first = previous.vectors, indices[-1] + 1
+        self.story["hyperparameters"]["n_vectors"] = self.first + self.n_vectors
+
+    def parts(self, on_step: OnStep | None) -> Iterator[SteeringVectors]:
+        """What is found, in order: one vector at a time if orthogonal, else a group."""
+        found = 0
+        for first, result in self.run(on_step):
+            finite = result.objective.isfinite() & result.theta.isfinite().all(-1)
+            self.lost += (first + (~finite).nonzero().flatten()).tolist()
+            if finite.any():
+                found += 1
+                columns = {
+                    "index": first + finite.nonzero().flatten(),
+                    "objective": result.objective[finite],
+                    "evaluations": result.evaluations[finite],
+                }
+                yield SteeringVectors(
+                    result.theta[finite], self.story, columns, result.history[finite]
+                )
+            elif not found and len(self.lost) >= _MOST_LOST:
+                break
+        if self.n_vectors and not found:
+            more = f" and {len(self.lost) - 1} more" if len(self.lost) > 1 else ""
+            raise FloatingPointError(
+                "the objective or its gradient is not finite at the start of vectors "
+                f"{self.lost[:1]}{more}; use a smaller radius, a smaller p, or a model in a wider "
+                "type (dtype=torch.float32)"
+            )
+
+    def run(self, on_step: OnStep | None) -> Iterator[tuple[int, "_Result"]]:
+        """The number of each result's first vector, and the result; NaN where a start failed."""
         generator = torch.Generator().manual_seed(self.seed)
+        last = self.first + self.n_vectors
         # Drawn one by one, so that start k does not depend on how many are drawn.
         starts = torch.cat(
-            [random_sphere(1, self.d_model, generator=generator) for _ in range(self.n_vectors)]
+            [random_sphere(1, self.d_model, generator=generator) for _ in range(last)]
         ).double()
-        if not self.orthogonal:
-            yield self.climb(self, starts, torch.empty(0, self.d_model).double(), 0, on_step)
-            return
         # In float64: after hundreds of float32 projections the cosines would show.
         basis = torch.empty(0, self.d_model, dtype=torch.float64)
-        for k in range(self.n_vectors):
+        if not self.orthogonal:
+            for first in range(self.first, last, _GROUP):
+                group = starts[first : min(first + _GROUP, last)]
+                yield first, self.climb(self, group, basis, first, on_step)
+            return
+        for vector in self.earlier:
+            basis = _extended(basis, vector)
+        for k in range(self.first, last):
             result = self.climb(self, starts[k : k + 1], basis, k, on_step)
-            # The float32 vector that is handed out is what the next ones are orthogonal to.
-            found = complement(result.theta.double(), basis)
-            basis = torch.cat([basis, normalise(found)])
-            yield result
+            if result.objective.isfinite().all():
+                # The float32 vector that is handed out is what the next ones are orthogonal to.
+                basis = _extended(basis, result.theta[0])
+            yield k, result
 
     def value_and_gradient(self, unit: Tensor) -> tuple[Tensor, Tensor]:
         """Objective and gradient with respect to theta = radius * unit, float64, on the CPU."""
@@ -266,6 +423,10 @@ class _Search:
         return torch.cat(values).double().cpu(), torch.cat(gradients).double().cpu()
 
 
+def _extended(basis: Tensor, vector: Tensor) -> Tensor:
+    return torch.cat([basis, normalise(complement(vector.double()[None], basis))])
+
+
 def _ascent(
     search: _Search, starts: Tensor, basis: Tensor, first_vector: int, on_step: OnStep | None
 ) -> _Result:
@@ -279,15 +440,16 @@ def _ascent(
     """
     unit = normalise(complement(starts, basis))
     value, gradient = search.value_and_gradient(unit)
-    _check_start(value, gradient, first_vector)
+    lost = _lost_starts(value, gradient, first_vector)
     gradient = complement(gradient, basis)
+    value, gradient = value.masked_fill(lost, math.nan), gradient.masked_fill(lost[:, None], 0.0)
     shortening = torch.ones_like(value)
     evaluations = torch.ones(len(unit))
     history = [value]
     _report(on_step, first_vector, 1, search.steps, value)
     for step in range(2, search.steps + 1):
         heading, power_angle = _power_step(gradient, unit)
-        active = power_angle > _CONVERGED_ANGLE
+        active = (power_angle > _CONVERGED_ANGLE) & ~lost
         if not active.any():
             break
         angle = shortening * power_angle
@@ -322,11 +484,13 @@ def _adamw(
     unit = normalise(complement(starts, basis))
     theta = (unit * search.radius).float().requires_grad_()
     adamw = torch.optim.AdamW([theta], lr=1e-3, betas=(0.9, 0.98), amsgrad=True, weight_decay=0.0)
-    history = []
+    history, lost = [], torch.zeros(len(theta), dtype=torch.bool)
     for step in range(search.steps + 1):
         value, gradient = search.value_and_gradient(theta.detach().double() / search.radius)
         if step == 0:
-            _check_start(value, gradient, first_vector)
+            lost = _lost_starts(value, gradient, first_vector)
+        value = value.masked_fill(lost, math.nan)
+        gradient = gradient.masked_fill(lost[:, None], 0.0)
         history.append(value)
         _report(on_step, first_vector, step, search.steps, value)
         if step == search.steps:
@@ -370,20 +534,16 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(-1)
 
 
-def _check_start(value: Tensor, gradient: Tensor, first_vector: int) -> None:
-    bad = ~(value.isfinite() & gradient.isfinite().all(-1))
-    if bad.any():
-        vectors = (bad.nonzero().flatten() + first_vector).tolist()
-        raise FloatingPointError(
-            f"the objective or its gradient is not finite at the start of vectors {vectors}; use "
-            "a smaller radius, a smaller p, or a model in a wider type (dtype=torch.float32)"
-        )
+def _lost_starts(value: Tensor, gradient: Tensor, first_vector: int) -> Tensor:
+    """Which starts have no finite objective or gradient; they cost their vector, not the search."""
+    lost = ~(value.isfinite() & gradient.isfinite().all(-1))
     if bool((value == 0).any()):
         raise ValueError(
             f"radius: a random vector of this length changes nothing at the positions that count, "
             f"as far as the model's type can tell (vector {first_vector}); use a larger radius, or "
             "a smaller p"
         )
+    return lost
 
 
 def _report(
@@ -393,7 +553,17 @@ def _report(
         on_step(Step(first_vector, len(value), step, n_steps, value.clone()))
 
 
-def _warn_if_dominated(search: _Search, theta: Theta, positions: slice) -> None:
+def _warn_of_lost(search: _Search, stacklevel: int) -> None:
+    if search.lost:
+        warnings.warn(
+            f"vectors {search.lost}: the objective or its gradient is not finite at their starts; "
+            "they were left out. Use a smaller radius or p, or a model in a wider type",
+            UserWarning,
+            stacklevel=stacklevel + 1,
+        )
+
+
+def _warn_if_dominated(search: _Search, theta: Theta, stacklevel: int) -> None:
     """Say so where the first tokens alone make the objective: see `positions` in `melbo`."""
     first = search.f.position_mask(slice(0, 1)) & search.counted
     others = search.counted & ~first
@@ -407,8 +577,8 @@ def _warn_if_dominated(search: _Search, theta: Theta, positions: slice) -> None:
         warnings.warn(
             f"{share:.0%} of the first vector's objective comes from the first token: the search "
             f"sees little else, and its vectors may all do the same thing, or nothing. "
-            f"positions={positions} includes that token; leave it out with slice(1, None), or "
-            "measure where the next tokens are made with slice(-3, None)",
+            f"positions={search.positions} includes that token; leave it out with slice(1, None), "
+            "or measure where the next tokens are made with slice(-3, None)",
             UserWarning,
-            stacklevel=4,
+            stacklevel=stacklevel,
         )

@@ -1,0 +1,244 @@
+"""Runs that survive: killed anywhere and continued, they find what they would have found."""
+
+import errno
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+
+import tl_melbo as tm
+from tests.tiny_models import tiny_bridge
+
+ROOT = Path(__file__).resolve().parent.parent
+PROMPT = "Tell me about yourself."
+SETTINGS = {"radius": 2.0, "steps": 6, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def f():
+    return tm.ActivationMap.from_prompts(tiny_bridge("llama"), PROMPT, 1, 4)
+
+
+def assert_same(one, other):
+    assert torch.equal(one.vectors, other.vectors)
+    assert one.columns.keys() == other.columns.keys()
+    for name, column in one.columns.items():
+        assert torch.equal(column, other.columns[name]), name
+    assert torch.equal(one.history.nan_to_num(-1.0), other.history.nan_to_num(-1.0))
+    chosen = [library.story["hyperparameters"] for library in (one, other)]
+    assert chosen[0] == chosen[1]
+
+
+@pytest.mark.parametrize("orthogonal", [True, False])
+def test_a_library_in_parts_is_the_library(f, orthogonal):
+    settings = {**SETTINGS, "orthogonal": orthogonal}
+    n_vectors = 8 if orthogonal else 70
+    whole = tm.melbo(f, n_vectors, **settings)
+    parts = list(tm.iter_melbo(f, n_vectors, **settings))
+    assert [len(part) for part in parts] == ([1] * 8 if orthogonal else [32, 32, 6])
+    assert_same(tm.join_library(parts), whole)
+    half = tm.join_library(parts[: len(parts) // 2])
+    rest = tm.iter_melbo(f, n_vectors - len(half), previous=half, **settings)
+    assert_same(tm.join_library([half, *rest]), whole)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"radius": 3.0}, "radius=2.0"),
+        ({"seed": 4}, "seed=3"),
+        ({"orthogonal": False}, "orthogonal"),
+    ],
+)
+def test_another_search_is_not_continued(f, change, message):
+    part = tm.melbo(f, 2, **SETTINGS)
+    with pytest.raises(ValueError, match=f"previous: found with.*{message}"):
+        tm.iter_melbo(f, 2, previous=part, **{**SETTINGS, **change})
+    with pytest.raises(ValueError, match="previous: not in their order"):
+        tm.iter_melbo(f, 2, previous=part[[1, 0]], **SETTINGS)
+    with pytest.raises(ValueError, match="none twice"):
+        tm.join_library([part, part])
+
+
+def test_a_run_goes_on_where_it_was(f, tmp_path):
+    run, seen = tm.Run(tmp_path / "run"), []
+    few = run.melbo(f, 3, **SETTINGS, on_vector=lambda *counts: seen.append(counts))
+    assert seen == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    seen.clear()
+    more = run.melbo(f, 5, **SETTINGS, on_vector=lambda *counts: seen.append(counts))
+    assert seen == [(3, 5), (4, 5), (5, 5)]
+    assert torch.equal(few.vectors, more.vectors[:3])
+    assert_same(more, tm.melbo(f, 5, **SETTINGS))
+    assert_same(tm.SteeringVectors.load(tmp_path / "run" / "vectors.safetensors"), more)
+    assert torch.equal(run.melbo(f, 2, **SETTINGS).vectors, few.vectors[:2])
+    with pytest.raises(ValueError, match=r"holds vectors of another search.*radius=2\.0"):
+        run.melbo(f, 5, **{**SETTINGS, "radius": 4.0})
+
+
+def test_a_family_goes_on_where_it_was(f, tmp_path):
+    run = tm.Run(tmp_path)
+    found = run.melbo(f, 2, **SETTINGS)
+    few = run.melbo_ortho(f, found[1], 2, steps=5)
+    more = run.melbo_ortho(f, found[1], 4, steps=5)
+    assert torch.equal(few.vectors, more.vectors[:2])
+    assert torch.equal(more.vectors, tm.melbo_ortho(f, found[1], 4, steps=5).vectors)
+    assert len(run.melbo_ortho(f, found[1], 3, steps=5)) == 3
+    assert (tmp_path / "ortho-1" / "vectors.safetensors").is_file()
+    with pytest.raises(ValueError, match=r"another search.*steps"):
+        run.melbo_ortho(f, found[1], 4, steps=6)
+    (tmp_path / "ortho-0").mkdir()
+    more.save(tmp_path / "ortho-0" / "vectors.safetensors")
+    found[1].save(tmp_path / "ortho-0" / "theta0.safetensors")
+    with pytest.raises(ValueError, match="the family of another vector"):
+        run.melbo_ortho(f, found[0], 4, steps=5)
+
+
+def test_one_vector_that_fails_costs_itself_alone(f, tmp_path):
+    class Holed:
+        """Not finite near one start."""
+
+        def __init__(self, bad):
+            self.bad = bad
+
+        def __getattr__(self, name):
+            return getattr(f, name)
+
+        def delta(self, theta):
+            hit = (theta - self.bad).norm(dim=-1) < 1e-4
+            return f.delta(theta) * torch.where(hit, torch.nan, 1.0)[:, None, None, None]
+
+    settings = {**SETTINGS, "orthogonal": False, "steps": 1}
+    starts = tm.melbo(f, 5, **settings).vectors
+    with pytest.warns(UserWarning, match=r"vectors \[2\]: the objective.*not finite"):
+        found = tm.melbo(Holed(starts[2]), 5, **settings)
+    assert found.columns["index"].tolist() == [0, 1, 3, 4]
+    assert torch.equal(found.vectors, starts[[0, 1, 3, 4]])
+
+
+WORKER = """
+import sys
+import tl_melbo as tm
+from tests.tiny_models import tiny_bridge
+f = tm.ActivationMap.from_prompts(tiny_bridge("llama"), {prompt!r}, 1, 4)
+print("ready", flush=True)
+tm.Run(sys.argv[1]).melbo(f, 24, radius=2.0, steps=6, seed=3)
+print("done", flush=True)
+"""
+
+
+def start(folder):
+    script = textwrap.dedent(WORKER.format(prompt=PROMPT))
+    return subprocess.Popen(
+        [sys.executable, "-c", script, str(folder)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.heavy
+def test_killed_at_random_moments_and_continued_is_bit_for_bit_the_same(f, tmp_path):
+    """Twenty kills: at a random moment of the search, or in the middle of a write."""
+    whole = tm.melbo(f, 24, **SETTINGS)
+    clock = random.Random(0)
+    kills, folder, known = 0, tmp_path / "run", []
+    context = torch.multiprocessing.get_context("fork")
+
+    def search():
+        torch.set_num_threads(1)  # threads of the parent are not there after a fork
+        tm.Run(folder).melbo(f, 24, **SETTINGS)
+        os._exit(0)
+
+    while kills < 20:
+        process = context.Process(target=search)
+        process.start()
+        time.sleep(clock.uniform(0.0, 0.25))
+        process.kill()
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL
+        path = folder / "vectors.safetensors"
+        if path.is_file():
+            kept = tm.SteeringVectors.load(path)
+            assert torch.equal(kept.vectors, whole.vectors[: len(kept)])
+            known.append(len(kept))
+            if len(kept) == 24:
+                path.unlink()
+    assert len(set(known)) > 5, "the kills did not fall into the search"
+    assert_same(tm.Run(folder).melbo(f, 24, **SETTINGS), whole)
+    assert not list(folder.rglob("*.partial"))
+
+
+@pytest.mark.heavy
+def test_two_processes_on_one_folder(f, tmp_path):
+    process = start(tmp_path)
+    try:
+        with tm.Run(tmp_path).writing():
+            assert process.stdout.readline() == "ready\n"
+            assert process.wait(60) != 0
+        held = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(f"""
+                import time, tl_melbo as tm
+                with tm.Run({str(tmp_path)!r}).writing():
+                    print("mine", flush=True)
+                    time.sleep(600)
+            """)],
+            stdout=subprocess.PIPE, text=True, cwd=ROOT,
+        )  # fmt: skip
+        assert held.stdout.readline() == "mine\n"
+        with pytest.raises(BlockingIOError, match="another process is writing here"):
+            tm.Run(tmp_path).melbo(f, 2, **SETTINGS)
+        held.kill()
+        held.wait()
+        assert len(tm.Run(tmp_path).melbo(f, 2, **SETTINGS)) == 2, "a dead process kept the lock"
+    finally:
+        process.kill()
+
+
+def test_a_full_disk_leaves_what_was_there(f, tmp_path, monkeypatch):
+    run = tm.Run(tmp_path)
+    run.melbo(f, 2, **SETTINGS)
+    before = (tmp_path / "vectors.safetensors").read_bytes()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tl_melbo.vectors.save_file", full)
+        with pytest.raises(OSError, match="No space left"):
+            run.melbo(f, 4, **SETTINGS)
+    assert (tmp_path / "vectors.safetensors").read_bytes() == before
+    assert not list(tmp_path.glob(".*partial"))
+    assert_same(run.melbo(f, 4, **SETTINGS), tm.melbo(f, 4, **SETTINGS))
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or os.geteuid() != 0, reason="mounting a small disk needs root"
+)
+def test_a_disk_that_fills_up(f, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a tmpfs: {mounted.stderr.decode().strip()}")
+    try:
+        ballast = disk / "ballast"
+        run = tm.Run(disk / "run")
+        run.melbo(f, 2, **SETTINGS)
+        with ballast.open("wb", buffering=0) as file, suppress(OSError):
+            while True:
+                file.write(bytes(512))
+        with pytest.raises(OSError, match=r"[Nn]o space left"):
+            run.melbo(f, 4, **SETTINGS)
+        assert len(tm.SteeringVectors.load(disk / "run" / "vectors.safetensors")) == 2
+        ballast.unlink()
+        assert_same(run.melbo(f, 4, **SETTINGS), tm.melbo(f, 4, **SETTINGS))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

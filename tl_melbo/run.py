@@ -1,0 +1,244 @@
+"""A folder that keeps what a search finds, vector by vector, whatever happens to the search."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from tqdm.auto import tqdm
+
+from tl_melbo.discovery import iter_melbo, iter_melbo_ortho, join_family, join_library
+from tl_melbo.discovery.protocol import EffectMap
+from tl_melbo.files import writable_folder
+from tl_melbo.shapes import shape_checked
+from tl_melbo.vectors import SteeringVectors
+
+VECTORS, REFERENCE, LOCK = "vectors.safetensors", "theta0.safetensors", ".lock"
+
+OnVector = Callable[[int, int | None], None]
+
+
+class Run:
+    """Searches whose every vector is on disk before the next one begins.
+
+        run = tm.Run("runs/me")
+        found = run.melbo(f, n_vectors=32, radius=12.0)
+        family = run.melbo_ortho(f, found[4], n_vectors=100)
+
+    The same call again, in another process too, goes on where the last one ended, however it ended,
+    and finds what it would have found without a break. A call with other settings is refused, and
+    told what differs. One process at a time writes in a folder.
+
+    Args:
+        folder: where the files go; made if need be. `vectors.safetensors` is the library,
+            `ortho-K/vectors.safetensors` the family of its vector K.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder).expanduser()
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.folder)!r})"
+
+    @shape_checked
+    def melbo(
+        self,
+        f: EffectMap,
+        n_vectors: int = 32,
+        *,
+        progress: bool = False,
+        on_vector: OnVector | None = None,
+        **settings: Any,
+    ) -> SteeringVectors:
+        """Find the vectors of `melbo`, or those of them that are not there yet.
+
+        Args:
+            f: the activation map.
+            n_vectors: how many in all.
+            progress: show a progress bar.
+            on_vector: called with how many vectors are there, and how many there shall be: before
+                the search, and whenever some more are on disk.
+            settings: the other arguments of `melbo`.
+
+        Returns:
+            Vectors 0 to n_vectors - 1.
+
+        Raises:
+            ValueError: the folder holds vectors that were found in another way; or as `melbo` does.
+            BlockingIOError: another process is writing in the folder.
+            OSError: the disk is full, or forbids it. What was there before is intact.
+        """
+        with self.writing():
+            path = self.folder / VECTORS
+            previous = SteeringVectors.load(path) if path.is_file() else None
+            known = 0 if previous is None else int(previous.columns["index"].max()) + 1
+            missing = max(0, n_vectors - known) if previous is not None else n_vectors
+            search = _explained(
+                self.folder, lambda: iter_melbo(f, missing, previous=previous, **settings)
+            )
+            found = _kept(path, previous, search, join_library, n_vectors, progress, on_vector)
+        if found is None:
+            raise ValueError(f"n_vectors={n_vectors}: at least 1")
+        inside = found.columns["index"] < n_vectors
+        return found if inside.all() else found[: int(inside.sum())]
+
+    @shape_checked
+    def melbo_ortho(
+        self,
+        f: EffectMap,
+        theta0: SteeringVectors,
+        n_vectors: int | None = 100,
+        *,
+        progress: bool = False,
+        on_vector: OnVector | None = None,
+        **settings: Any,
+    ) -> SteeringVectors:
+        """Find the family of `melbo_ortho`, or those of its vectors that are not there yet.
+
+        Args:
+            f: the activation map.
+            theta0: one vector; its family lies in `ortho-` and its number.
+            n_vectors: how many in all; None goes on until the family ends.
+            progress: show a progress bar.
+            on_vector: as in `melbo`.
+            settings: the other arguments of `melbo_ortho`.
+
+        Returns:
+            Vectors 0 to n_vectors - 1, or fewer where the family ends before.
+
+        Raises:
+            ValueError: the folder holds a family of another vector, or found in another way; not
+                one vector qualifies; or as `melbo_ortho` does.
+            BlockingIOError, OSError: as `melbo`.
+        """
+        if len(theta0) != 1:
+            raise ValueError(f"theta0: {len(theta0)} vectors, expected exactly one, as found[5]")
+        if n_vectors is not None and n_vectors < 1:
+            raise ValueError(f"n_vectors={n_vectors}: at least 1, or None for all there are")
+        with self.writing():
+            place = writable_folder(family_folder(self.folder, int(theta0.columns["index"][0])))
+            path, reference = place / VECTORS, place / REFERENCE
+            previous = SteeringVectors.load(path) if path.is_file() else None
+            if previous is not None:
+                check_reference(place, theta0)
+            known = 0 if previous is None else len(previous)
+            missing = None if n_vectors is None else n_vectors - known
+            if previous is None:
+                theta0.save(reference)
+            # One more than is wanted where all are there: arguments are checked, nothing runs.
+            search = _explained(
+                place,
+                lambda: iter_melbo_ortho(
+                    f,
+                    theta0,
+                    None if missing is None else max(1, missing),
+                    previous=previous,
+                    **settings,
+                ),
+            )
+            if missing is not None and missing < 1:
+                search = iter(())
+            family = _kept(path, previous, search, join_family, n_vectors, progress, on_vector)
+        if family is None:
+            raise ValueError(
+                "theta0: nothing orthogonal to it of norm 0.1 or more does what it does, or the "
+                "norm penalty or the number of steps forbids it"
+            )
+        return family if n_vectors is None else family[:n_vectors]
+
+    @contextmanager
+    def writing(self) -> Iterator[Path]:
+        """Keep the folder for this process alone; the lock goes with the process, however it ends.
+
+        Raises:
+            BlockingIOError: another process has it.
+            NotADirectoryError, PermissionError: it cannot be made, or written to.
+        """
+        folder = writable_folder(self.folder)
+        lock = FileLock(folder / LOCK, blocking=False)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise BlockingIOError(
+                f"{folder}: another process is writing here; wait for it to end, or choose another "
+                "folder"
+            ) from None
+        try:
+            for left in folder.rglob(".*.partial"):  # by a process that was killed while it wrote
+                left.unlink(missing_ok=True)
+            yield folder
+        finally:
+            lock.release()
+
+
+def family_folder(folder: Path, vector: int) -> Path:
+    """Where the family of one vector of a run lies."""
+    return folder / f"ortho-{vector}"
+
+
+def same_vector(one: SteeringVectors, other: SteeringVectors) -> bool:
+    """Whether two libraries hold the same numbers."""
+    return torch.equal(one.vectors, other.vectors)
+
+
+def check_reference(place: Path, theta0: SteeringVectors) -> None:
+    """Make sure that a family's folder is that of this vector.
+
+    Raises:
+        FileNotFoundError: it does not say which vector its family grew from.
+        ValueError: it is another one.
+    """
+    path = place / REFERENCE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{place}: holds a family, but not {REFERENCE}, the vector that it grew from; delete "
+            "the folder to begin anew"
+        )
+    if not same_vector(SteeringVectors.load(path), theta0):
+        raise ValueError(
+            f"{place}: holds the family of another vector of that number; delete the folder to "
+            "begin anew, or choose another folder"
+        )
+
+
+def _explained(
+    folder: Path, search: Callable[[], Iterator[SteeringVectors]]
+) -> Iterator[SteeringVectors]:
+    """The search, or an error that says where the vectors lie that it does not continue."""
+    try:
+        return search()
+    except ValueError as error:
+        if not str(error).startswith("previous:"):
+            raise
+        raise ValueError(
+            f"{folder}: holds vectors of another search ({str(error).removeprefix('previous: ')}); "
+            "or choose another folder"
+        ) from None
+
+
+def _kept(
+    path: Path,
+    previous: SteeringVectors | None,
+    search: Iterator[SteeringVectors],
+    join: Callable[[Sequence[SteeringVectors]], SteeringVectors],
+    total: int | None,
+    progress: bool,
+    on_vector: OnVector | None,
+) -> SteeringVectors | None:
+    """Run a search, each part on disk before the next one begins."""
+    found = previous
+    known = 0 if found is None else len(found)
+    with tqdm(
+        total=total, initial=known, desc=path.parent.name, unit="vector", disable=not progress
+    ) as bar:
+        if on_vector is not None:
+            on_vector(known, total)
+        for part in search:
+            found = part if found is None else join([found, part])
+            found.save(path)
+            bar.update(len(part))
+            if on_vector is not None:
+                on_vector(len(found), total)
+    return found
