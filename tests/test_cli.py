@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from click.testing import Result
 from typer.testing import CliRunner
 
@@ -35,7 +36,8 @@ def discover(model_folder: Path, out: Path, *arguments: str, prompts: tuple = (P
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    """What a run left, but for its lock."""
+    return sorted(path.name for path in folder.iterdir() if path.name != ".lock")
 
 
 def one_line(text: str) -> str:
@@ -156,9 +158,47 @@ def test_an_interrupted_run_keeps_what_is_finished(
     assert "Traceback" not in result.output
     assert names(tmp_path) == ["settings.json", "vectors.safetensors"]
     with monkeypatch.context() as patch:
-        patch.setattr(tm, "melbo", interrupted)
+        patch.setattr(tm.Run, "melbo", interrupted)
         assert discover(model_folder, tmp_path / "new").exit_code == 130
     assert not (tmp_path / "new").exists()
+
+
+def test_an_interrupted_search_goes_on(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    assert discover(model_folder, whole).exit_code == 0
+    save, saved = tm.SteeringVectors.save, []
+
+    def save_two(library: tm.SteeringVectors, path: Path) -> None:
+        save(library, path)
+        saved.append(path)
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tm.SteeringVectors, "save", save_two)
+        result = discover(model_folder, out)
+    assert result.exit_code == 130
+    assert "2 vectors are kept in" in one_line(result.stderr)
+    assert "the same command continues" in one_line(result.stderr)
+    result = discover(model_folder, out, "--seed=1")
+    assert result.exit_code == 1
+    assert "seed=0 (asked for now: 1)" in one_line(result.stderr)
+    result = discover(model_folder, out)
+    assert result.exit_code == 0, result.output
+    assert "holds 2 vectors of this search; continuing" in one_line(result.stderr)
+    found, expected = (
+        tm.SteeringVectors.load(folder / "vectors.safetensors") for folder in (out, whole)
+    )
+    assert torch.equal(found.vectors, expected.vectors)
+    assert (out / "completions.csv").read_text() == (whole / "completions.csv").read_text()
+    # A third time: nothing is left to do but the page.
+    written = (out / "completions.csv").stat().st_mtime_ns
+    assert discover(model_folder, out).exit_code == 0
+    assert (out / "completions.csv").stat().st_mtime_ns == written
+    assert discover(model_folder, out, "--max-new-tokens=2").exit_code == 0
+    assert (out / "completions.csv").stat().st_mtime_ns != written
 
 
 def test_csv_cells_are_no_formulas(
@@ -194,14 +234,14 @@ def test_the_table_shows_what_the_model_wrote_and_obeys_none_of_it(
 def test_warnings_of_the_package_are_readable(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    melbo = tm.melbo
+    melbo = tm.Run.melbo
 
     def warning(*arguments: object, **options: object) -> tm.SteeringVectors:
         warnings.warn("mind [this]", UserWarning, stacklevel=1)
         warnings.warn("not yours", FutureWarning, stacklevel=1)
         return melbo(*arguments, **options)
 
-    monkeypatch.setattr(tm, "melbo", warning)
+    monkeypatch.setattr(tm.Run, "melbo", warning)
     result = discover(model_folder, tmp_path)
     assert result.exit_code == 0
     assert "Warning: mind [this]" in result.stderr

@@ -12,6 +12,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
 from tl_melbo.fast_blocks import FastBlocks, Precision
+from tl_melbo.memory import is_out_of_memory
 from tl_melbo.models import (
     Model,
     check_model,
@@ -455,9 +456,9 @@ class ActivationMap:
                         y=short._map(self.x[None], slice(None), short.path)[0],
                         y_differentiable=short._map(self.x[None], slice(None), "differentiable")[0],
                     ), failure
-                except torch.OutOfMemoryError:
-                    raise
                 except Exception as error:
+                    if is_out_of_memory(error):
+                        raise
                     failure = error
         return None, failure
 

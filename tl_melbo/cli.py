@@ -139,11 +139,15 @@ def discover(
             settings["max_new_tokens"] = max_new_tokens
             if overwrite:
                 (folder / runs.VECTORS).unlink(missing_ok=True)
-            if n_vectors != known or runs.load_settings(folder) != settings:
-                # Texts of other vectors, or of another length.
-                for name in (runs.COMPLETIONS, runs.REPORT):
-                    (folder / name).unlink(missing_ok=True)
-            runs.save_settings(folder, settings)
+
+            def begin(there: int, wanted: int | None) -> None:
+                """With all arguments checked: texts of other vectors, or of another length, go."""
+                anew = known < n_vectors or runs.load_settings(folder) != settings
+                if anew and there == known:
+                    for name in (runs.COMPLETIONS, runs.REPORT):
+                        (folder / name).unlink(missing_ok=True)
+                    runs.save_settings(folder, settings)
+
             found = run.melbo(
                 f,
                 n_vectors=n_vectors,
@@ -156,6 +160,7 @@ def discover(
                 optimiser=optimiser,
                 steps=steps,
                 norm=norm,
+                on_vector=begin,
                 on_step=lambda step: progress.update(*_work_done(step, n_vectors)),
             )
             table = _write_page(progress, folder, loaded, f, found, max_new_tokens)
@@ -466,7 +471,10 @@ def _run_folder(
         with run.writing():
             known = 0
             if path.is_file() and not overwrite:
-                library = SteeringVectors.load(path)
+                try:
+                    library = SteeringVectors.load(path)
+                except ValueError as error:
+                    raise ValueError(f"{error}; or pass --overwrite to replace that run") from error
                 _check_continues(run.folder, library, asked, model)
                 known = len(library)
                 line = f"{run.folder} holds {known} vectors of this search; continuing there."
@@ -480,8 +488,9 @@ def _run_folder(
         raise typer.Exit(_INTERRUPTED) from None
     finally:
         if not existed and run.folder.is_dir():
-            if [item.name for item in run.folder.iterdir()] == [LOCK]:
-                (run.folder / LOCK).unlink()
+            if {item.name for item in run.folder.iterdir()} <= {LOCK, runs.SETTINGS}:
+                for name in (LOCK, runs.SETTINGS):
+                    (run.folder / name).unlink(missing_ok=True)
             with suppress(OSError):  # holds something: leave it
                 run.folder.rmdir()
 

@@ -38,6 +38,7 @@ class Run:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).expanduser()
+        self._lock = FileLock(self.folder / LOCK, blocking=False)
 
     def __repr__(self) -> str:
         return f"Run({str(self.folder)!r})"
@@ -157,9 +158,8 @@ class Run:
             NotADirectoryError, PermissionError: it cannot be made, or written to.
         """
         folder = writable_folder(self.folder)
-        lock = FileLock(folder / LOCK, blocking=False)
         try:
-            lock.acquire()
+            self._lock.acquire()
         except Timeout:
             raise BlockingIOError(
                 f"{folder}: another process is writing here; wait for it to end, or choose another "
@@ -170,7 +170,7 @@ class Run:
                 left.unlink(missing_ok=True)
             yield folder
         finally:
-            lock.release()
+            self._lock.release()
 
 
 def family_folder(folder: Path, vector: int) -> Path:

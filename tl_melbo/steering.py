@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tl_melbo.geometry import random_sphere
+from tl_melbo.memory import is_out_of_memory, map_batches
 from tl_melbo.models import (
     Model,
     check_layer,
@@ -137,12 +138,13 @@ def next_token_log_probs(
         with torch.no_grad(), frozen(*whole_model(model)):
             return model(tokens)[:, -1].float().log_softmax(-1).cpu()
     layer = steering_layer(model, vectors, layer)
-    rows = []
-    for theta in _scaled(model, vectors, scale).split(batch_size):
+
+    def of_batch(theta: Theta) -> Tensor:
         with torch.no_grad(), frozen(*whole_model(model)), steered(model, theta, layer):
             logits = model(tokens.expand(len(theta), -1))[:, -1]
-        rows.append(logits.float().log_softmax(-1).cpu())
-    return torch.cat(rows)
+        return logits.float().log_softmax(-1).cpu()
+
+    return torch.cat(map_batches(of_batch, _scaled(model, vectors, scale), batch_size)[0])
 
 
 @shape_checked
@@ -176,7 +178,7 @@ def generate(
             texts for the same prompts, vectors, scales and batch size.
         chat: format the prompts as chat; None does as was done when the vectors were found, or
             else does not.
-        batch_size: rows of the batch.
+        batch_size: rows of the batch; fewer where they do not fit in memory.
 
     Returns:
         A frame with the columns vector (position in `vectors`, or -1 for unsteered), scale, prompt,
@@ -216,9 +218,10 @@ def generate(
         longest = max(prompt_tokens, key=lambda tokens: tokens.shape[1])
         write = _writer(model, longest, rows, layer, max_new_tokens, temperature)
         for text, tokens in zip(texts, prompt_tokens, strict=True):
-            completions: list[str] = []
-            for batch in rows.split(batch_size):
-                completions += [_decode(model, row) for row in write(tokens, batch)]
+            written, batch_size = map_batches(
+                lambda batch, tokens=tokens: write(tokens, batch), rows, batch_size
+            )
+            completions = [_decode(model, row) for batch in written for row in batch]
             frame = pd.DataFrame(labels, columns=["vector", "scale"])
             frames.append(frame.assign(prompt=text, completion=completions))
     return pd.concat(frames, ignore_index=True)
@@ -425,9 +428,9 @@ def _fast_writer(model: Model, tokens: Tokens, norm: float, layer: int) -> "Writ
     try:
         writer = Writer(model, layer)
         found = writer.probe(tokens, theta, new)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
         return None
     tolerance = _FAST_TOLERANCE if first.dtype in (torch.float32, torch.float64) else 0.05
     for ours, theirs in zip(found, (first, second), strict=True):

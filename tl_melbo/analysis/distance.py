@@ -5,6 +5,7 @@ from torch import Tensor
 
 from tl_melbo.activation_map import ActivationMap
 from tl_melbo.analysis.inputs import as_library, check_place, one_vector
+from tl_melbo.memory import map_batches
 from tl_melbo.shapes import Float, shape_checked
 from tl_melbo.steering import Reference, Vectors, as_theta
 
@@ -38,6 +39,8 @@ def effect_distance(
     theta = torch.cat([as_theta(f.model, start), as_theta(f.model, library)])
     counts = f.mask.sum(-1, keepdim=True)
     # Averaged batch by batch: effects at every position of every vector would fill the memory.
-    batches = theta.to(f.x.device).split(f.vectors_at_once(False))
-    means = torch.cat([f.delta(batch).sum(2) / counts for batch in batches])
+    means, _ = map_batches(
+        lambda batch: f.delta(batch).sum(2) / counts, theta.to(f.x.device), f.vectors_at_once(False)
+    )
+    means = torch.cat(means)
     return (means[1:] - means[:1]).flatten(1).norm(dim=-1).float().cpu()

@@ -4,6 +4,7 @@ Source: Mack & Turner 2024, "Mechanistically eliciting latent behaviors in langu
 """
 
 import math
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from tqdm.auto import tqdm
 
 from tl_melbo.discovery.protocol import EffectMap, effect_at
 from tl_melbo.geometry import complement, normalise, random_sphere, tangent
+from tl_melbo.memory import map_batches
 from tl_melbo.shapes import Delta, Theta, shape_checked
 from tl_melbo.vectors import SteeringVectors, make_story, pad_histories
 
@@ -322,6 +324,7 @@ class _Search:
         self.n_vectors, self.orthogonal, self.seed = n_vectors, orthogonal, seed
 
         self.optimiser, self.lost = optimiser, []
+        self.fitting = sys.maxsize  # how many vectors at once have fitted in memory
         self.story = make_story(
             "melbo",
             **f.story(),
@@ -410,17 +413,21 @@ class _Search:
     def value_and_gradient(self, unit: Tensor) -> tuple[Tensor, Tensor]:
         """Objective and gradient with respect to theta = radius * unit, float64, on the CPU."""
         f = self.f
-        values, gradients = [], []
-        theta_dtype = torch.promote_types(f.x.dtype, torch.float32)
-        for batch in (unit * self.radius).to(f.x.device, theta_dtype).split(f.vectors_at_once()):
+
+        def of_batch(batch: Tensor) -> tuple[Tensor, Tensor]:
             theta = batch.detach().requires_grad_()
             with torch.enable_grad():
                 effect = effect_at(f, theta, self.positions)
                 value = melbo_objective(effect, self.p, self.q, self.norm)
                 (gradient,) = torch.autograd.grad(value.sum(), theta)
-            values.append(value.detach())
-            gradients.append(gradient)
-        return torch.cat(values).double().cpu(), torch.cat(gradients).double().cpu()
+            return value.detach().double().cpu(), gradient.double().cpu()
+
+        theta_dtype = torch.promote_types(f.x.dtype, torch.float32)
+        theta = (unit * self.radius).to(f.x.device, theta_dtype)
+        size = min(self.fitting, f.vectors_at_once())
+        parts, self.fitting = map_batches(of_batch, theta, size)
+        values, gradients = zip(*parts, strict=True)
+        return torch.cat(values), torch.cat(gradients)
 
 
 def _extended(basis: Tensor, vector: Tensor) -> Tensor:

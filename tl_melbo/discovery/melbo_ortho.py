@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from tl_melbo.discovery.protocol import EffectMap
 from tl_melbo.geometry import complement, normalise
+from tl_melbo.memory import map_batches
 from tl_melbo.shapes import Theta, shape_checked
 from tl_melbo.vectors import SteeringVectors, make_story, pad_histories
 
@@ -349,11 +350,14 @@ class _Problem:
         d_model = len(self.theta0)
         # Far below where f bends, far above its rounding: a tenth of theta0.
         step = 0.1 * float(self.theta0.norm())
-        columns = []
+
+        def of_batch(axes: Tensor) -> Tensor:
+            effect = self.mean_effect(self._to_device(step * axes))
+            return (effect.flatten(1) / step).double().cpu()
+
         with torch.no_grad():
-            for axes in torch.eye(d_model).split(self.f.vectors_at_once(with_gradient=False)):
-                effect = self.mean_effect(self._to_device(step * axes))
-                columns.append((effect.flatten(1) / step).double().cpu())
+            size = self.f.vectors_at_once(with_gradient=False)
+            columns, _ = map_batches(of_batch, torch.eye(d_model), size)
         jacobian = torch.cat(columns)  # transposed: one row an axis of theta
         return jacobian @ jacobian.T
 

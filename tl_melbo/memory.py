@@ -1,0 +1,56 @@
+"""Batches that fit: one that does not is halved until it does."""
+
+import gc
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+Result = TypeVar("Result")
+
+
+def map_batches(
+    function: Callable[[Tensor], Result], rows: Tensor, size: int
+) -> tuple[list[Result], int]:
+    """Call a function on batches of rows, in order, with smaller ones where memory is full.
+
+    Returns:
+        The results, and the size of the batches that fit, for the next call.
+
+    Raises:
+        RuntimeError, MemoryError: one row alone does not fit.
+    """
+    results: list[Result] = []
+    start = 0
+    while start < len(rows):
+        batch = rows[start : start + size]
+        outcome = _attempt(function, batch)
+        if outcome is None:
+            # Here and not in the handler: until it ends, the failed call's tensors are held.
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            size = max(1, len(batch) // 2)
+            continue
+        results += outcome
+        start += len(batch)
+    return results, size
+
+
+def _attempt(function: Callable[[Tensor], Result], batch: Tensor) -> list[Result] | None:
+    try:
+        return [function(batch)]
+    except (RuntimeError, MemoryError) as error:
+        if len(batch) > 1 and is_out_of_memory(error):
+            return None
+        raise
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory is full, on a CPU or a GPU."""
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    return isinstance(error, MemoryError) or (
+        isinstance(error, Exception) and should_reduce_batch_size(error)
+    )
