@@ -4,8 +4,11 @@ import copy
 import json
 import math
 import pickle
+import random
 import struct
+import time
 
+import psutil
 import pytest
 import torch
 from hypothesis import given
@@ -211,6 +214,39 @@ def test_load_refuses_damaged_files(tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"v\.safetensors"):
             tm.SteeringVectors.load(path)
+
+
+def test_two_hundred_mutated_files_are_refused_fast_and_small(tmp_path):
+    """Cut, lengthened, and with bytes changed anywhere: our error, or what is still a library."""
+    path = tmp_path / "v.safetensors"
+    library().save(path)
+    whole, clock = path.read_bytes(), random.Random(0)
+    header = 8 + struct.unpack("<Q", whole[:8])[0]
+    messages, slowest = [], 0.0
+    process = psutil.Process()
+    before = process.memory_info().rss
+    for number in range(200):
+        damaged = bytearray(whole)
+        if number % 4 == 0:
+            del damaged[clock.randrange(len(damaged)) :]
+        elif number % 4 == 1:
+            at = clock.randrange(len(damaged))
+            damaged[at:at] = clock.randbytes(clock.randrange(1, 64))
+        else:
+            end = header if number % 4 == 2 else len(damaged)
+            for _ in range(clock.randrange(1, 9)):
+                damaged[clock.randrange(end)] = clock.randrange(256)
+        path.write_bytes(damaged)
+        start = time.perf_counter()
+        try:
+            tm.SteeringVectors.load(path)
+        except ValueError as error:
+            messages.append(str(error))
+        slowest = max(slowest, time.perf_counter() - start)
+    assert len(messages) > 120
+    assert all("v.safetensors" in message for message in messages)
+    assert slowest < 1
+    assert process.memory_info().rss - before < 100 * 2**20
 
 
 def test_from_tensor_refuses_what_is_not_finite():

@@ -8,7 +8,7 @@ import inspect
 import operator
 import re
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, get_args
 
 from beartype import BeartypeConf, beartype
 from jaxtyping import Bool, Float, Int, TypeCheckError, jaxtyped
@@ -35,6 +35,7 @@ def shape_checked(function: Function) -> Function:
     checked = jaxtyped(typechecker=_typechecker)(function)
     signature = inspect.signature(function)
     name = function.__qualname__
+    numbers = [p.name for p in signature.parameters.values() if _is_number(p.annotation)]
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -42,6 +43,10 @@ def shape_checked(function: Function) -> Function:
             given = signature.bind(*args, **kwargs).arguments
         except TypeError as error:
             raise TypeError(f"{name}(): {error}; see help({name})") from None
+        for argument in numbers:
+            # To Python True is the number 1; to whoever wrote it, it is a mistake.
+            if isinstance(given.get(argument), bool):
+                raise TypeError(f"{name}(): {argument}={given[argument]}: expected a number")
         try:
             return checked(*args, **kwargs)
         except TypeCheckError as error:
@@ -49,6 +54,12 @@ def shape_checked(function: Function) -> Function:
             raise TypeError(_explain(name, str(error), given)) from None
 
     return cast(Function, call)
+
+
+def _is_number(annotation: Any) -> bool:
+    """Whether a parameter takes numbers, and neither True nor False."""
+    kinds = get_args(annotation) or (annotation,)
+    return bool({int, float} & set(kinds)) and bool not in kinds
 
 
 def _explain(name: str, message: str, given: dict[str, Any]) -> str:

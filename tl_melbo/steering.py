@@ -231,8 +231,10 @@ def as_theta(model: Model, vectors: Vectors) -> Theta:
     """The matrix of vectors, float32, checked against the width of the model.
 
     Raises:
+        TypeError: not a model.
         ValueError: another width than the residual stream, or values that are not finite.
     """
+    check_model(model)
     theta = vectors.vectors if isinstance(vectors, SteeringVectors) else vectors
     theta = (theta[None] if theta.ndim == 1 else theta).detach().float()
     d_model = int(model.cfg.d_model)

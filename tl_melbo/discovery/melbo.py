@@ -214,6 +214,7 @@ def iter_melbo(
     return parts()
 
 
+@shape_checked
 def join_library(parts: Sequence[SteeringVectors]) -> SteeringVectors:
     """Join consecutive parts of one MELBO search; every vector keeps its number.
 

@@ -1,0 +1,135 @@
+"""Whatever is passed: a documented error or a result, nothing written, no model changed."""
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import tl_melbo as tm
+from tests.conftest import fingerprint
+from tests.tiny_models import tiny_bridge
+
+DOCUMENTED = (TypeError, ValueError, FloatingPointError, IndexError, OSError)
+NAN = float("nan")
+
+# What someone may pass by mistake, of all kinds.
+ANYTHING = st.sampled_from([
+    None, True, False, -1, 0, 1, 2, 10**9, -0.5, 0.5, 2.0, NAN, float("inf"), -float("inf"), 1e39,
+    "", " ", "x", "Hi!", "adamw", "l2", "\ud800", b"x", [], ["Hi!"], [1, "x"], (), {}, object(),
+    slice(None), slice(-3, None), slice(9, 2), slice(None, None, 0), slice("a", 2), 1j,
+    torch.zeros(0), torch.zeros(32), torch.ones(32), torch.ones(2, 32), torch.ones(2, 7),
+    torch.zeros(0, 32), torch.full((1, 32), NAN), torch.ones(1, 2, 32), torch.ones(2, 32).long(),
+    torch.ones(32, dtype=torch.float64), torch.tensor(1.0), Path("nowhere"), int, torch.float16,
+])  # fmt: skip
+
+MODEL = tiny_bridge("llama")
+MAP = tm.ActivationMap.from_prompts(MODEL, ["Hi there!", "Bye."], 1, 4)
+FOUND = tm.melbo(MAP, 3, 2.0, steps=2)
+SHORT = {"max_new_tokens": 2}
+
+# Each public function with arguments that work; one or two of them are then exchanged.
+CALLS = {
+    "from_prompts": (
+        tm.ActivationMap.from_prompts,
+        {"model": MODEL, "prompts": "Hi!", "source_layer": 1, "target_layer": 3, "chat": False,
+         "batch_size": 2, "precision": "float32"},
+    ),
+    "delta": (MAP.delta, {"theta": torch.ones(1, 32), "positions": slice(None)}),
+    "position_mask": (MAP.position_mask, {"positions": slice(-1, None)}),
+    "melbo": (
+        tm.melbo,
+        {"f": MAP, "n_vectors": 1, "radius": 2.0, "p": 2, "q": 1, "positions": slice(-1, None),
+         "orthogonal": True, "seed": 0, "optimiser": "ascent", "steps": 1, "norm": "l2"},
+    ),
+    "iter_melbo": (
+        lambda **given: list(tm.iter_melbo(**given)),
+        {"f": MAP, "n_vectors": 1, "radius": 2.0, "steps": 2, "previous": FOUND},
+    ),
+    "join_library": (tm.join_library, {"parts": [FOUND]}),
+    "melbo_ortho": (
+        tm.melbo_ortho,
+        {"f": MAP, "theta0": FOUND[0], "n_vectors": 1, "norm_penalty": 0.0, "previous": None,
+         "optimiser": "quasi-newton", "steps": 2},
+    ),
+    "join_family": (tm.join_family, {"parts": [FOUND]}),
+    "melbo_objective": (
+        tm.melbo_objective, {"delta": torch.ones(1, 1, 2, 3), "p": 2, "q": 1, "norm": "l2"},
+    ),
+    "next_token_log_probs": (
+        tm.next_token_log_probs,
+        {"model": MODEL, "prompt": "Hi!", "vectors": FOUND, "layer": 1, "scale": 1.0,
+         "chat": False, "batch_size": 2},
+    ),
+    "generate": (
+        tm.generate,
+        {"model": MODEL, "prompts": "Hi!", "vectors": FOUND[0], "layer": 1, "scales": 1.0,
+         "temperature": 0.0, "seed": 0, "chat": False, "batch_size": 2, **SHORT},
+    ),
+    "cosine_similarity": (tm.analysis.cosine_similarity, {"vectors": FOUND}),
+    "kl_divergence": (
+        tm.analysis.kl_divergence,
+        {"model": MODEL, "prompt": "Hi!", "vectors": FOUND, "reference": FOUND[0],
+         "direction": "to_reference"},
+    ),
+    "effect_distance": (
+        tm.analysis.effect_distance, {"f": MAP, "vectors": FOUND, "reference": FOUND[0]}
+    ),
+    "from_tensor": (
+        tm.SteeringVectors.from_tensor, {"vectors": torch.ones(2, 32), "source_layer": 1}
+    ),
+    "concatenate": (tm.concatenate, {"libraries": [FOUND, FOUND]}),
+    "getitem": (lambda index: FOUND[index], {"index": 0}),
+    "times": (lambda factor: FOUND * factor, {"factor": 2.0}),
+    "load": (tm.SteeringVectors.load, {"path": "nowhere.safetensors"}),
+    "load_model": (tm.load_model, {"name": "nowhere.gguf", "device": "cpu"}),
+}  # fmt: skip
+# Not drawn: a model from a hub would wait for a network, and huge numbers of steps for ever.
+ENDLESS = {"steps", "n_vectors", "max_new_tokens", "batch_size"}
+
+
+def test_the_calls_work_as_they_are():
+    for name, (function, arguments) in CALLS.items():
+        if name not in ("load", "load_model", "join_family"):
+            function(**arguments)
+
+
+@settings(max_examples=500, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_bad_arguments_get_documented_errors(data):
+    name = data.draw(st.sampled_from(sorted(CALLS)))
+    function, arguments = CALLS[name]
+    exchanged = data.draw(
+        st.lists(st.sampled_from(sorted(arguments)), min_size=1, max_size=2, unique=True)
+    )
+    given_ = dict(arguments)
+    for argument in exchanged:
+        value = data.draw(ANYTHING)
+        endless = argument in ENDLESS and isinstance(value, int) and value == 10**9
+        hub = name == "load_model" and (value is None or isinstance(value, str))
+        value = -1 if endless or hub else value
+        given_[argument] = value
+    caught = None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            function(**given_)
+    except DOCUMENTED as error:
+        caught = error
+    if caught is not None:
+        assert str(caught).strip(), f"{name}: an error without a word"
+        assert len(str(caught)) < 2000
+        assert not isinstance(caught, IndexError) or name == "getitem"
+
+
+@pytest.fixture(autouse=True)
+def untouched(tmp_path, monkeypatch):
+    """In an empty folder, which must stay so; with a model that must stay as it is."""
+    monkeypatch.chdir(tmp_path)
+    before, state = fingerprint(MODEL), torch.random.get_rng_state()
+    yield
+    assert fingerprint(MODEL) == before
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert not list(tmp_path.iterdir())
