@@ -242,3 +242,18 @@ def test_a_disk_that_fills_up(f, tmp_path):
         assert_same(run.melbo(f, 4, **SETTINGS), tm.melbo(f, 4, **SETTINGS))
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_what_ran_before_does_not_matter(f):
+    """Neither other searches, nor other maps of the model, nor the global random state."""
+    first = tm.melbo(f, 3, **SETTINGS)
+    torch.manual_seed(5)
+    torch.rand(7)
+    other = tm.ActivationMap.from_prompts(f.model, ["Bye.", "Hello there!"], 0, 5)
+    tm.melbo(other, 2, 1.0)
+    list(tm.iter_melbo_ortho(f, first[0], 2, steps=3))
+    assert_same(tm.melbo(f, 3, **SETTINGS), first)
+    with f.model.hooks(fwd_hooks=[("blocks.3.hook_resid_post", lambda resid, hook: 1.1 * resid)]):
+        hooked = tm.melbo(f, 3, **SETTINGS)
+        assert not torch.equal(hooked.vectors, first.vectors)
+    assert_same(tm.melbo(f, 3, **SETTINGS), first)

@@ -353,6 +353,7 @@ def distance_curve(
     return figure
 
 
+@shape_checked
 def moving_average(values: np.ndarray, window: int) -> np.ndarray:
     """The mean of the last `window` values at each point; of all so far where there are fewer.
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from tl_melbo.activation_map import ActivationMap
-from tl_melbo.models import Model, model_name
+from tl_melbo.models import Model, check_model, model_name
 from tl_melbo.steering import Vectors
 from tl_melbo.vectors import SteeringVectors
 
@@ -42,6 +42,7 @@ def check_place(model: Model, f: ActivationMap, library: SteeringVectors, argume
     Raises:
         ValueError: the map is of another model, or the vectors were found at another layer.
     """
+    check_model(model)
     if model_name(model) != model_name(f.model):
         raise ValueError(
             f"f: made from {model_name(f.model)}, but model is {model_name(model)}; make it with "
