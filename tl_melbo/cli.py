@@ -134,6 +134,9 @@ def discover(
                 loaded, prompts, source_layer=source_layer, target_layer=target_layer, chat=chat
             )
             progress.start("Finding vectors")
+            if n_vectors < known:
+                line = f"Asked for {n_vectors} vectors, {known} are there: all of them are shown."
+                _stderr().print(escape(line), soft_wrap=True)
             n_vectors = max(n_vectors, known)
             settings = {"command": "discover", "model": _absolute(model)}
             settings["max_new_tokens"] = max_new_tokens

@@ -213,8 +213,9 @@ def _explained(
         if not str(error).startswith("previous:"):
             raise
         raise ValueError(
-            f"{folder}: holds vectors of another search ({str(error).removeprefix('previous: ')}); "
-            "or choose another folder"
+            f"{folder}: holds vectors of another search, "
+            f"{str(error).removeprefix('previous: ').split(';')[0]}; ask for the same to continue "
+            "it, or choose another folder"
         ) from None
 
 

@@ -255,12 +255,16 @@ def join_library(parts: Sequence[SteeringVectors]) -> SteeringVectors:
 
 
 # What two parts of one search have in common.
-_FACTS = ("method", "model", "prompts", "chat", "dtype", "source_layer", "target_layer", "seed")
+_FACTS = (
+    "method", "model", "prompts", "chat", "dtype", "precision", "n_hooks",
+    "source_layer", "target_layer", "seed",
+)  # fmt: skip
 
 
 def _differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     """What tells two searches apart, but for how many vectors they were to find."""
-    pairs = {fact: (ours.get(fact), theirs.get(fact)) for fact in _FACTS}
+    # Stories of earlier versions do not tell all of that.
+    pairs = {fact: (ours[fact], theirs[fact]) for fact in _FACTS if fact in ours and fact in theirs}
     chosen = [story.get("hyperparameters") or {} for story in (ours, theirs)]
     for name in dict.fromkeys((*chosen[0], *chosen[1])):
         if name != "n_vectors":

@@ -33,7 +33,9 @@ STOPPED = ("steps used up", "converged", "not finite")
 _STEPS_USED_UP, _CONVERGED, _NOT_FINITE = range(3)
 
 # What the parts of one family have in common.
-_FAMILY_FACTS = ("model", "prompts", "chat", "source_layer", "target_layer")
+_FAMILY_FACTS = (
+    "model", "prompts", "chat", "source_layer", "target_layer", "precision", "n_hooks"
+)  # fmt: skip
 _FAMILY_SETTINGS = ("optimiser", "steps", "norm_penalty")
 _LARGEST_COSINE = 1e-5
 # A theta0 so many times as long as the longest residual leaves nothing of it but rounding.
@@ -252,6 +254,8 @@ def join_family(parts: Sequence[SteeringVectors]) -> SteeringVectors:
 
 def _family_facts(part: SteeringVectors) -> dict[str, Any]:
     story, chosen = part.story, part.story.get("hyperparameters", {})
+    # What earlier versions did not tell was so.
+    story = {"precision": "float32", "n_hooks": 0, **story}
     facts = {name: story.get(name) for name in _FAMILY_FACTS}
     facts |= {name: chosen.get(name) for name in _FAMILY_SETTINGS}
     return facts | {"theta0": (story.get("theta0") or {}).get("norm")}
