@@ -1,6 +1,6 @@
 """The activation map f: from the residual stream after one block to that after a later one."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -523,7 +523,7 @@ class ActivationMap:
     def _fast_blocks(self, layers: Sequence[nn.Module]) -> FastBlocks | None:
         if self.x.dtype not in (torch.float32, torch.float64):
             return None  # Hugging Face widens norms and softmax of narrow types
-        n_bytes = sum(p.numel() * p.element_size() for layer in layers for p in _weights(layer))
+        n_bytes = sum(p.numel() * p.element_size() for p in self._watched.parameters)
         room = _free_memory(self.x.device) / 4
         lengths = self.mask.sum(-1)
         hot_rows = max(length * int((lengths == length).sum()) for length in self._block_calls)
@@ -675,11 +675,6 @@ def _run_layers(
     for layer, (args, kwargs) in zip(layers, calls, strict=True):
         rows = _first_tensor(layer(rows, *args, **kwargs))
     return rows if positions is None else rows[:, positions]
-
-
-def _weights(layer: nn.Module) -> Iterator[Tensor]:
-    for module in layer.modules():
-        yield from (p for p in module._parameters.values() if p is not None)
 
 
 def _free_memory(device: torch.device) -> int:

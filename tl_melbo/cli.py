@@ -224,41 +224,44 @@ def ortho(
             raise ValueError(f"--norm-penalty={norm_penalty}: a finite number, 0 or more")
         if steps is not None and steps < 2:
             raise ValueError(f"--steps={steps}: at least 2")
-        place = writable_folder(runs.family_folder(folder, vector))
-        asked = {
-            "optimiser": optimiser,
-            "steps": DEFAULT_ORTHO_STEPS[optimiser] if steps is None else steps,
-            "norm_penalty": norm_penalty,
-        }
-        previous = None if overwrite else _family_so_far(place, theta0, asked)
-        known = 0 if previous is None else len(previous)
-        # What the page needs, too: a damaged file is to show before the work.
-        _earlier_texts(folder)
-        runs.load_families(folder, library)
-        with tm.Run(folder).writing(), _removed_if_empty(place), _progress() as progress:
-            progress.start("Loading the model")
-            loaded, f = _model_of(folder, library, model, device)
-            if known < (room if everything else n_vectors):
-                progress.start(f"Following vector {vector}")
-                found = tm.iter_melbo_ortho(
-                    f, theta0, None if everything else n_vectors - known,
-                    norm_penalty, previous, optimiser=optimiser, steps=steps,
+        # What is there is read under the lock, too: another process may have just added to it.
+        with tm.Run(folder).writing():
+            place = writable_folder(runs.family_folder(folder, vector))
+            asked = {
+                "optimiser": optimiser,
+                "steps": DEFAULT_ORTHO_STEPS[optimiser] if steps is None else steps,
+                "norm_penalty": norm_penalty,
+            }
+            previous = None if overwrite else _family_so_far(place, theta0, asked)
+            known = 0 if previous is None else len(previous)
+            # What the page needs, too: a damaged file is to show before the work.
+            _earlier_texts(folder)
+            runs.load_families(folder, library)
+            with _removed_if_empty(place), _progress() as progress:
+                progress.start("Loading the model")
+                loaded, f = _model_of(folder, library, model, device)
+                if known < (room if everything else n_vectors):
+                    progress.start(f"Following vector {vector}")
+                    found = tm.iter_melbo_ortho(
+                        f, theta0, None if everything else n_vectors - known,
+                        norm_penalty, previous, optimiser=optimiser, steps=steps,
+                    )  # fmt: skip
+                    total = f.d_model - 1 if everything else n_vectors
+                    previous = _keep_each(place, theta0, previous, found, progress, total)
+                if previous is None:
+                    raise ValueError(
+                        f"--vector={vector}: nothing orthogonal to it of norm 0.1 or more does "
+                        f"what it does, or --norm-penalty={norm_penalty} or the number of steps "
+                        "forbids it"
+                    )
+                progress.start("Measuring the family")
+                part = tm.report.collect_family(
+                    loaded, f, previous, theta0,
+                    max_new_tokens=max_new_tokens, on_batch=progress.update,
                 )  # fmt: skip
-                total = f.d_model - 1 if everything else n_vectors
-                previous = _keep_each(place, theta0, previous, found, progress, total)
-            if previous is None:
-                raise ValueError(
-                    f"--vector={vector}: nothing orthogonal to it of norm 0.1 or more does what "
-                    f"it does, or --norm-penalty={norm_penalty} or the number of steps forbids it"
-                )
-            progress.start("Measuring the family")
-            part = tm.report.collect_family(
-                loaded, f, previous, theta0,
-                max_new_tokens=max_new_tokens, on_batch=progress.update,
-            )  # fmt: skip
-            runs.save_table(place / runs.TABLE, part.table)
-            runs.save_table(place / runs.COMPOSITION, part.composition)
-            _write_page(progress, folder, loaded, f, library, max_new_tokens)
+                runs.save_table(place / runs.TABLE, part.table)
+                runs.save_table(place / runs.COMPOSITION, part.composition)
+                _write_page(progress, folder, loaded, f, library, max_new_tokens)
         _print_family(part)
         typer.echo(str((folder / runs.REPORT).resolve()))
 

@@ -126,8 +126,6 @@ class Run:
                 check_reference(place, theta0)
             known = 0 if previous is None else len(previous)
             missing = None if n_vectors is None else n_vectors - known
-            if previous is None:
-                theta0.save(reference)
             # One more than is wanted where all are there: arguments are checked, nothing runs.
             search = _explained(
                 place,
@@ -139,6 +137,8 @@ class Run:
                     **settings,
                 ),
             )
+            if previous is None:
+                theta0.save(reference)
             if missing is not None and missing < 1:
                 search = iter(())
             family = _kept(path, previous, search, join_family, n_vectors, progress, on_vector)
