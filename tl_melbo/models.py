@@ -200,7 +200,7 @@ def _quiet_transformers() -> Iterator[None]:
 def _gguf_read_once() -> Iterator[None]:
     """Let transformers, which reads a GGUF file's header three times, read it once.
 
-    That is 4 of 11 seconds of loading the embedded model.
+    For the embedded model, loading then took 14.4 seconds instead of 18.7 (benchmarks/RESULTS.md).
     """
     import gguf
 
