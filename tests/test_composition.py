@@ -108,6 +108,7 @@ def test_vectors_that_cancel_stay_zero(tiny_llama, f, found):
         ({"reference": torch.ones(31)}, "31 wide"),
         ({"vectors": torch.empty(0, 32)}, "a library without vectors"),
         ({"n_random_subsets": -1}, "n_random_subsets=-1"),
+        ({"n_random_subsets": 10**9}, "n_random_subsets=1000000000"),
         (
             {"vectors": tm.SteeringVectors.from_tensor(torch.ones(32), source_layer=2)},
             "found at layer 2, but f starts at layer 1",

@@ -1,5 +1,6 @@
 """Do they add up? Means and sums of vectors that each do the same."""
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
 Combination = Literal["mean", "sum"]
 Scaling = Literal["raw", "reference norm", "mean norm"]
+
+# Each is written with, several times; nobody reads more.
+MOST_SUBSETS = 1000
 
 
 class _Composition(NamedTuple):
@@ -54,8 +58,8 @@ def composition(
         vectors: the library, in order.
         reference: exactly one vector to compare with, theta0 of a MELBO-ortho family for example.
         sizes: how many vectors to add up; sizes beyond the library are left out.
-        n_random_subsets: how many random subsets of each size. There are none of the whole library,
-            of which it is the only one.
+        n_random_subsets: how many random subsets of each size, all different; fewer where there
+            are no more, and none of the whole library.
         seed: for the random subsets.
         prompt: where KL and completion are taken; None for the first prompt of `f`.
         max_new_tokens: the most tokens to write.
@@ -70,8 +74,9 @@ def composition(
         reference is NaN, or missing, without one. Vectors that cancel out stay zero at any scaling.
 
     Raises:
-        ValueError: no vectors; more or fewer than one reference; a size below 1, or none that
-            fits; another model or layer than that of `f`; as `generate` does.
+        ValueError: no vectors; more or fewer than one reference; more than 1,000 random subsets of
+            a size; a size below 1, or none that fits; another model or layer than that of `f`; as
+            `generate` does.
 
     Source: Jacob G-W 2024, "I found >800 orthogonal 'write code' steering vectors".
     """
@@ -137,14 +142,20 @@ def _checked_sizes(sizes: Sequence[int], n_vectors: int) -> list[int]:
 def _subsets(
     n_vectors: int, sizes: list[int], n_random: int, seed: int
 ) -> Iterator[tuple[tuple[int, ...], Literal["first", "random"]]]:
-    if n_random < 0:
-        raise ValueError(f"n_random_subsets={n_random}: 0 or more")
+    if not 0 <= n_random <= MOST_SUBSETS:
+        raise ValueError(f"n_random_subsets={n_random}: allowed are 0 to {MOST_SUBSETS}")
     generator = torch.Generator().manual_seed(seed)
     for size in sizes:
-        yield tuple(range(size)), "first"
-        for _ in range(n_random if size < n_vectors else 0):
+        first = tuple(range(size))
+        yield first, "first"
+        seen = {first}
+        n_there = min(1 + n_random, math.comb(n_vectors, size))
+        while len(seen) < n_there:
             drawn = torch.randperm(n_vectors, generator=generator)[:size]
-            yield tuple(drawn.sort().values.tolist()), "random"
+            members = tuple(drawn.sort().values.tolist())
+            if members not in seen:
+                seen.add(members)
+                yield members, "random"
 
 
 def _combinations(

@@ -22,6 +22,8 @@ from tl_melbo.steering import Vectors, as_theta, steering_layer
 if TYPE_CHECKING:
     import pandas as pd
 
+# More would take hours, and say no more than these.
+MOST_FRAMES = 100_000
 # How many float64 numbers of the null's projections are held at once: 128 MiB.
 _MOST_NUMBERS = 2**24
 
@@ -109,7 +111,7 @@ def presence_statistics(
 
     Raises:
         ValueError: no vectors, or one that has no direction; no token in a set, or values that are
-            not finite; widths that differ; fewer than one frame.
+            not finite; widths that differ; fewer than one frame or more than 100,000.
     """
     import pandas as pd
 
@@ -119,8 +121,8 @@ def presence_statistics(
         _checked_residuals(rows, units.shape[1], name)
         for rows, name in ((residuals, "residuals"), (control, "control"))
     ]
-    if n_frames < 1:
-        raise ValueError(f"n_frames={n_frames}: at least 1")
+    if not 1 <= n_frames <= MOST_FRAMES:
+        raise ValueError(f"n_frames={n_frames}: allowed are 1 to {MOST_FRAMES}; 200 will do")
     projections, control_projections = (rows @ units.T for rows in sets)
     excess = _excess(projections.T, control_projections.T)
     n_pairs = len(sets[0]) * len(sets[1])
