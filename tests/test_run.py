@@ -117,7 +117,7 @@ def test_one_vector_that_fails_costs_itself_alone(f, tmp_path):
 
     settings = {**SETTINGS, "orthogonal": False, "steps": 1}
     starts = tm.melbo(f, 5, **settings).vectors
-    with pytest.warns(UserWarning, match=r"vectors \[2\]: the objective.*not finite"):
+    with pytest.warns(UserWarning, match=r"vectors \[2\]: the residual.*not finite"):
         found = tm.melbo(Holed(starts[2]), 5, **settings)
     assert found.columns["index"].tolist() == [0, 1, 3, 4]
     assert torch.equal(found.vectors, starts[[0, 1, 3, 4]])

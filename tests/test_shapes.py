@@ -29,6 +29,14 @@ import tl_melbo as tm
         (lambda f: tm.melbo(f, n_vec=3), r"melbo\(\): got an unexpected keyword argument 'n_vec'"),
         (lambda f: tm.melbo_ortho(f), r"melbo_ortho\(\): missing a required argument: 'theta0'"),
         (lambda f: tm.generate("Hi!", f.model), r"generate\(\): argument '"),
+        (
+            lambda f: tm.generate(f.model, ["Hi!", *["Bye."] * 50, 3]),
+            r"generate\(\): prompts\[51\] is 3 \(int\), expected str",
+        ),
+        (
+            lambda f: tm.generate(f.model, "Hi!", scales=[1.0, 2, True]),
+            r"generate\(\): scales\[2\] is True \(bool\), expected float",
+        ),
     ],
 )
 def test_one_line_says_what_came_and_what_is_allowed(tiny_llama, call, message):

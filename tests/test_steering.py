@@ -9,6 +9,7 @@ import tl_melbo as tm
 from tests.conftest import fingerprint
 from tests.tiny_models import tiny_bridge
 from tl_melbo import steering
+from tl_melbo.analysis import effect_distance
 from tl_melbo.fast_generation import Writer
 from tl_melbo.models import to_tokens
 
@@ -344,13 +345,14 @@ def test_rows_that_end_early_leave_the_others_alone(tiny, monkeypatch):
     writer = steering._fast_writer(tiny, tokens, 6.0, 2)
     assert writer is not None
     with torch.no_grad():
-        written = writer.write(
+        written, broken = writer.write(
             tokens,
             vectors,
             12,
             torch.tensor([], dtype=torch.long),
             lambda logits: logits.argmax(-1),
         )
+    assert not broken.any()
     # Every text as it goes on without ends, cut at the first of some tokens that it comes to.
     ends = torch.cat([written[0, 2:3], written[3, 5:6], written[6, 8:9]]).tolist()
     config = tiny.original_model.generation_config
@@ -406,3 +408,68 @@ def test_no_temperature_is_too_small(tiny_llama):
     options = {"layer": 2, "max_new_tokens": 4}
     cold = tm.generate(tiny_llama, PROMPT, random_vectors(2), temperature=1e-39, **options)
     assert cold.equals(tm.generate(tiny_llama, PROMPT, random_vectors(2), **options))
+
+
+@pytest.fixture
+def breaking(monkeypatch):
+    """A model whose residual stream becomes NaN after layer 3 where it is long; for one test."""
+    model = tiny_bridge("llama")
+
+    def break_long_ones(module, args, output):
+        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = torch.where(hidden.norm(dim=-1, keepdim=True) > 100, torch.nan, hidden)
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    handle = model.blocks[3].register_forward_hook(break_long_ones)
+    yield model
+    handle.remove()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("fast", [False, True])
+def test_what_is_not_finite_costs_its_own_text(breaking, monkeypatch, temperature, fast):
+    vectors = random_vectors(3, size=2.0)
+    vectors[1] *= 1000
+    # A hook forbids the fast way; here it is to break, too.
+    if fast:
+        writer = steering.__dict__["_fast_writer"]
+        monkeypatch.setattr(steering, "user_hooks", lambda modules: [])
+        assert writer(breaking, to_tokens(breaking, PROMPT), 2.0, 2) is not None
+    options = {"layer": 2, "max_new_tokens": 5, "temperature": temperature}
+    with pytest.warns(UserWarning, match=r"vectors \[1 at scale 1 after 'Once upon") as caught:
+        broken = tm.generate(breaking, PROMPT, vectors, **options)
+    assert caught[0].filename == __file__
+    assert broken["completion"][1] == ""
+    assert all(broken["completion"][[0, 2]])
+    if temperature == 0:
+        alone = tm.generate(breaking, PROMPT, vectors[[0, 2]], **options)
+        assert broken["completion"][[0, 2]].tolist() == alone["completion"].tolist()
+    with pytest.raises(FloatingPointError, match="writes, steered after layer 2, is not finite"):
+        tm.generate(breaking, PROMPT, vectors[1], **options)
+
+
+def test_log_probs_that_are_not_finite_are_named(breaking):
+    vectors = random_vectors(3, size=2.0)
+    vectors[1] *= 1000
+    with pytest.warns(UserWarning, match=r"vectors \[1\]: what .* makes of .* 'Once") as caught:
+        rows = tm.next_token_log_probs(breaking, PROMPT, vectors, 2)
+    assert caught[0].filename == __file__
+    assert rows.isnan().all(-1).tolist() == [False, True, False]
+    with pytest.raises(FloatingPointError, match="not finite under any of the vectors"):
+        tm.next_token_log_probs(breaking, PROMPT, vectors[1], 2)
+
+
+def test_effects_that_are_not_finite_are_named(breaking):
+    f = tm.ActivationMap.from_prompts(breaking, PROMPT, 2, 4)
+    vectors = random_vectors(3, size=2.0)
+    long = 1000 * vectors[1]
+    with pytest.warns(UserWarning, match=r"vectors \[2\]: the residual .* after layer 4") as caught:
+        distances = effect_distance(f, torch.cat([vectors[:2], long[None]]), vectors[0])
+    assert caught[0].filename == __file__
+    assert distances.isnan().tolist() == [False, False, True]
+    with pytest.raises(FloatingPointError, match="reference: the residual stream of"):
+        effect_distance(f, vectors, long)
+    with pytest.raises(ValueError, match=r"theta0: the residual .* 'Once upon"):
+        tm.melbo_ortho(f, long, 1)
+    with pytest.raises(FloatingPointError, match=r"vectors \[0, 1, 2\]: the .* 'Once upon"):
+        tm.melbo(f, 5, 1000.0)

@@ -12,6 +12,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
 from tl_melbo.fast_blocks import FastBlocks, Precision
+from tl_melbo.finite import quoted
 from tl_melbo.memory import is_out_of_memory
 from tl_melbo.models import (
     Model,
@@ -154,9 +155,9 @@ class ActivationMap:
             x_row, y_row, calls = _capture(model, row, source_layer, target_layer)
             if not torch.isfinite(y_row).all():
                 raise ValueError(
-                    f"prompt {text!r}: the residual stream of {model_name(model)} after layer "
-                    f"{target_layer} holds values that are not finite in {y_row.dtype}; load the "
-                    "model in a wider type, for example dtype=torch.float32"
+                    f"prompt {quoted(text)}: the residual stream of {model_name(model)} after "
+                    f"layer {target_layer} holds values that are not finite in {y_row.dtype}; "
+                    "load the model in a wider type, for example dtype=torch.float32"
                 )
             padding = (0, 0, longest - row.shape[1], 0)
             x_rows.append(nn.functional.pad(x_row, padding))

@@ -47,8 +47,10 @@ class Writer:
         max_new_tokens: int,
         ends: Tensor,
         choose: Callable[[Tensor], Tensor],
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """New tokens after the prompt, a row for each vector; ended rows go on with `ends[0]`.
+
+        And for which rows the logits came to be not finite, [row]: they end there.
 
         Args:
             tokens: one prompt, [1, pos].
@@ -62,12 +64,19 @@ class Writer:
         filler = int(ends[0]) if len(ends) else 0
         written = tokens.new_full((len(theta), max_new_tokens), filler)
         ended = torch.zeros(len(rows), dtype=torch.bool, device=tokens.device)
+        broken = ended.clone()
         for step in range(max_new_tokens):
+            # The largest is NaN if any is.
+            bad = ~(logits.amax(-1).isfinite() | ended)
+            if bad.any():
+                broken[rows[bad]] = True
+                ended = ended | bad
+                logits = logits.masked_fill(bad[:, None], 0.0)
             new = choose(logits).masked_fill(ended, filler)
             written[rows, step] = new
             ended = ended | torch.isin(new, ends)
             if ended.all() or step + 1 == max_new_tokens:
-                return written[:, : step + 1]
+                return written[:, : step + 1], broken
             if ended.float().mean() >= _ENDED:
                 going_on = (~ended).nonzero().flatten()
                 cache.batch_select_indices(going_on)
@@ -75,7 +84,7 @@ class Writer:
                 ended = ended[going_on]
             with self._steered(theta):
                 logits = self._logits(new[:, None], cache)
-        return written
+        return written, broken
 
     def _after_prompt(
         self, tokens: Tensor, theta: Tensor, max_new_tokens: int

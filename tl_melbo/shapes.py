@@ -7,10 +7,11 @@ import functools
 import inspect
 import operator
 import re
-from collections.abc import Callable
-from typing import Any, TypeVar, cast, get_args
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast, get_args, get_origin
 
 from beartype import BeartypeConf, beartype
+from beartype.door import is_bearable
 from jaxtyping import Bool, Float, Int, TypeCheckError, jaxtyped
 from torch import Tensor
 
@@ -23,7 +24,8 @@ Tokens = Int[Tensor, "1 pos"]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 # With the numeric tower an int is accepted where a float is declared: radius=12 is not a mistake.
-_typechecker = beartype(conf=BeartypeConf(is_pep484_tower=True))
+_CONFIGURATION = BeartypeConf(is_pep484_tower=True)
+_typechecker = beartype(conf=_CONFIGURATION)
 
 
 def shape_checked(function: Function) -> Function:
@@ -36,6 +38,7 @@ def shape_checked(function: Function) -> Function:
     signature = inspect.signature(function)
     name = function.__qualname__
     numbers = [p.name for p in signature.parameters.values() if _is_number(p.annotation)]
+    items = {p.name: _item_types(p.annotation) for p in signature.parameters.values()}
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -47,6 +50,8 @@ def shape_checked(function: Function) -> Function:
             # To Python True is the number 1; to whoever wrote it, it is a mistake.
             if isinstance(given.get(argument), bool):
                 raise TypeError(f"{name}(): {argument}={given[argument]}: expected a number")
+        for argument, value in given.items():
+            _check_items(name, argument, value, items[argument])
         try:
             return checked(*args, **kwargs)
         except TypeCheckError as error:
@@ -60,6 +65,26 @@ def _is_number(annotation: Any) -> bool:
     """Whether a parameter takes numbers, and neither True nor False."""
     kinds = get_args(annotation) or (annotation,)
     return bool({int, float} & set(kinds)) and bool not in kinds
+
+
+def _item_types(annotation: Any) -> tuple[Any, ...]:
+    """What a sequence may hold, by each of the kinds of sequence that a parameter may be."""
+    kinds = (annotation, *get_args(annotation))
+    return tuple(get_args(kind)[0] for kind in kinds if get_origin(kind) is Sequence)
+
+
+def _check_items(name: str, argument: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    """Look at every item; beartype looks at one, taken at random."""
+    if not allowed or not isinstance(value, list | tuple):
+        return
+    for position, item in enumerate(value):
+        mistaken = isinstance(item, bool) and not {bool, object} & set(allowed)
+        if mistaken or not any(is_bearable(item, kind, conf=_CONFIGURATION) for kind in allowed):
+            kinds = " or ".join(getattr(kind, "__name__", str(kind)) for kind in allowed)
+            raise TypeError(
+                f"{name}(): {argument}[{position}] is {_describe(item)}, expected {kinds}; see "
+                f"help({name})"
+            )
 
 
 def _explain(name: str, message: str, given: dict[str, Any]) -> str:

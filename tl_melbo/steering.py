@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from tl_melbo.finite import quoted, warn_of_rows
 from tl_melbo.geometry import random_sphere
 from tl_melbo.memory import is_out_of_memory, map_batches
 from tl_melbo.models import (
@@ -22,7 +23,7 @@ from tl_melbo.models import (
     user_hooks,
     whole_model,
 )
-from tl_melbo.shapes import Float, Int, Theta, Tokens, checked_slice, shape_checked
+from tl_melbo.shapes import Bool, Float, Int, Theta, Tokens, checked_slice, shape_checked
 from tl_melbo.vectors import SteeringVectors
 
 if TYPE_CHECKING:
@@ -130,13 +131,21 @@ def next_token_log_probs(
 
     Raises:
         TypeError, ValueError: as `steered` and `to_tokens` do.
+        FloatingPointError: the logits are not finite under any of the vectors, or without.
+
+    Warns:
+        UserWarning: they are not finite under some vectors, whose rows are NaN.
     """
     check_model(model)
     check_batch_size(batch_size)
     tokens = to_tokens(model, prompt, as_chat(vectors, chat))
+    what = f"what {model_name(model)} makes of the prompt {quoted(prompt)}"
     if vectors is None:
         with torch.no_grad(), frozen(*whole_model(model)):
-            return model(tokens)[:, -1].float().log_softmax(-1).cpu()
+            log_probs = model(tokens)[:, -1].float().log_softmax(-1).cpu()
+        if log_probs.isnan().any():
+            raise FloatingPointError(f"{what} is not finite; load the model in a wider type")
+        return log_probs
     layer = steering_layer(model, vectors, layer)
 
     def of_batch(theta: Theta) -> Tensor:
@@ -144,7 +153,11 @@ def next_token_log_probs(
             logits = model(tokens.expand(len(theta), -1))[:, -1]
         return logits.float().log_softmax(-1).cpu()
 
-    return torch.cat(map_batches(of_batch, _scaled(model, vectors, scale), batch_size)[0])
+    parts, _ = map_batches(of_batch, _scaled(model, vectors, scale), batch_size)
+    log_probs = torch.cat(parts)
+    bad = log_probs.isnan().any(-1)
+    warn_of_rows(bad.tolist(), f"{what}, steered after layer {layer},", "their rows are NaN")
+    return log_probs.masked_fill(bad[:, None], torch.nan)
 
 
 @shape_checked
@@ -187,6 +200,10 @@ def generate(
     Raises:
         TypeError, ValueError: as `steered` and `to_tokens` do; also for a negative temperature,
             fewer than one new token or row, or no scale.
+        FloatingPointError: the logits after a prompt are not finite under any of the vectors.
+
+    Warns:
+        UserWarning: they are not finite under some vectors; their texts end there.
     """
     import pandas as pd
 
@@ -213,7 +230,7 @@ def generate(
         rows = torch.cat([_scaled(model, vectors, factor) for factor in factors])
         n_vectors = len(rows) // len(factors)
         labels = [(i, float(factor)) for factor in factors for i in range(n_vectors)]
-    frames = []
+    frames, not_finite = [], []
     with torch.no_grad(), frozen(*whole_model(model)), _seeded(seed):
         longest = max(prompt_tokens, key=lambda tokens: tokens.shape[1])
         write = _writer(model, longest, rows, layer, max_new_tokens, temperature)
@@ -221,10 +238,20 @@ def generate(
             written, batch_size = map_batches(
                 lambda batch, tokens=tokens: write(tokens, batch), rows, batch_size
             )
-            completions = [_decode(model, row) for batch in written for row in batch]
+            not_finite += [row for _, rows_broken in written for row in rows_broken.tolist()]
+            completions = [_decode(model, row) for batch, _ in written for row in batch]
             frame = pd.DataFrame(labels, columns=["vector", "scale"])
             frames.append(frame.assign(prompt=text, completion=completions))
-    return pd.concat(frames, ignore_index=True)
+    frame = pd.concat(frames, ignore_index=True)
+    names = [
+        f"{vector} at scale {scale:g} after {quoted(text)}"
+        for vector, scale, text in zip(
+            frame["vector"], frame["scale"], frame["prompt"], strict=True
+        )
+    ]
+    what = f"what {model_name(model)} writes, steered after layer {layer},"
+    warn_of_rows(not_finite, what, "their texts end where it began", names)
+    return frame
 
 
 def as_theta(model: Model, vectors: Vectors) -> Theta:
@@ -370,8 +397,12 @@ def _chosen_positions(positions: Positions, past: int, length: int, prompt: int)
 
 def _writer(
     model: Model, tokens: Tokens, rows: Theta, layer: int, max_new_tokens: int, temperature: float
-) -> Callable[[Tokens, Theta], Int[Tensor, "row new"]]:
-    """What writes after a prompt under each vector: the fast way where nothing forbids it."""
+) -> Callable[[Tokens, Theta], tuple[Int[Tensor, "row new"], Bool[Tensor, "row"]]]:
+    """What writes after a prompt under each vector: the fast way where nothing forbids it.
+
+    It tells, too, for which rows the logits came to be not finite; these texts end there.
+    """
+    ends = torch.tensor(_end_tokens(model), device=tokens.device, dtype=tokens.dtype)
 
     def choose(logits: Tensor) -> Tensor:
         if temperature == 0:
@@ -380,8 +411,8 @@ def _writer(
         below = logits.float() - logits.float().amax(-1, keepdim=True)
         return torch.multinomial((below / temperature).softmax(-1), 1)[:, 0]
 
-    def write_hooked(tokens: Tokens, theta: Theta) -> Tensor:
-        with steered(model, theta, layer):
+    def write_hooked(tokens: Tokens, theta: Theta) -> tuple[Tensor, Tensor]:
+        with steered(model, theta, layer), _ending_where_not_finite(model, ends) as broken:
             out = model.generate(
                 tokens.expand(len(theta), -1),
                 max_new_tokens=max_new_tokens,
@@ -390,19 +421,47 @@ def _writer(
                 return_type="tokens",
                 verbose=False,
             )
-        return out[:, tokens.shape[1] :]
+        return out[:, tokens.shape[1] :], broken.rows
 
     writer = _fast_writer(model, tokens, float(rows.norm(dim=-1).max()), layer)
     if writer is None:
         return write_hooked
-    ends = torch.tensor(_end_tokens(model), device=tokens.device, dtype=tokens.dtype)
     dtype = next(model.parameters()).dtype
 
-    def write_fast(tokens: Tokens, theta: Theta) -> Tensor:
+    def write_fast(tokens: Tokens, theta: Theta) -> tuple[Tensor, Tensor]:
         theta = theta.to(tokens.device, dtype)
         return writer.write(tokens, theta, max_new_tokens, ends, choose)
 
     return write_fast
+
+
+@contextmanager
+def _ending_where_not_finite(model: Model, ends: Tensor) -> Iterator["_Broken"]:
+    """End the text of each row whose logits are not finite, of which sampling would choke."""
+    broken = _Broken(ends)
+    handle = model.unembed.register_forward_hook(broken.end)
+    try:
+        yield broken
+    finally:
+        handle.remove()
+
+
+class _Broken:
+    """Which rows of a batch have had logits that are not finite."""
+
+    def __init__(self, ends: Tensor) -> None:
+        self.ends, self.rows = ends, torch.empty(0, dtype=torch.bool)
+
+    def end(self, module: nn.Module, args: Any, logits: Tensor) -> Tensor:
+        bad = ~logits[:, -1].isfinite().all(-1)
+        if not len(self.rows):
+            self.rows = torch.zeros_like(bad)
+        self.rows |= bad
+        if not bad.any():
+            return logits
+        certain = torch.zeros_like(logits[0, -1])
+        certain[int(self.ends[0]) if len(self.ends) else 0] = torch.finfo(logits.dtype).max
+        return torch.where(bad[:, None, None], certain, logits)
 
 
 def _fast_writer(model: Model, tokens: Tokens, norm: float, layer: int) -> "Writer | None":

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from tl_melbo.activation_map import ActivationMap
 from tl_melbo.analysis.inputs import as_library, check_place, one_vector
+from tl_melbo.finite import place, warn_of_rows
 from tl_melbo.memory import map_batches
 from tl_melbo.shapes import Float, shape_checked
 from tl_melbo.steering import Reference, Vectors, as_theta
@@ -30,6 +31,10 @@ def effect_distance(
     Raises:
         ValueError: no vectors; more or fewer than one reference; another model's width or another
             layer than those of `f`.
+        FloatingPointError: the residual stream is not finite under the reference, or any vector.
+
+    Warns:
+        UserWarning: it is not finite under some vectors; their distances are NaN.
 
     Source: Jacob G-W 2024, "I found >800 orthogonal 'write code' steering vectors".
     """
@@ -43,4 +48,10 @@ def effect_distance(
         lambda batch: f.delta(batch).sum(2) / counts, theta.to(f.x.device), f.vectors_at_once(False)
     )
     means = torch.cat(means)
-    return (means[1:] - means[:1]).flatten(1).norm(dim=-1).float().cpu()
+    what = f"the residual stream of {place(f.story())}"
+    if not means[0].isfinite().all():
+        raise FloatingPointError(f"reference: {what} is not finite under it; use a shorter one")
+    distances = (means[1:] - means[:1]).flatten(1).norm(dim=-1).float().cpu()
+    bad = ~distances.isfinite()
+    warn_of_rows(bad.tolist(), what, "their distances are NaN")
+    return distances.masked_fill(bad, torch.nan)

@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_melbo.discovery.protocol import EffectMap, effect_at
+from tl_melbo.finite import place, told
 from tl_melbo.geometry import complement, normalise, random_sphere, tangent
 from tl_melbo.memory import map_batches
 from tl_melbo.shapes import Delta, Theta, shape_checked
@@ -146,11 +147,11 @@ def melbo(
     Raises:
         ValueError: a number out of its range, more orthogonal vectors than d_model, positions
             that some prompt does not have, a radius too small to have any effect.
-        FloatingPointError: the objective or its gradient is not finite at any start.
+        FloatingPointError: the objective or its gradient is not finite for any vector.
 
     Warns:
-        UserWarning: one position makes nearly all of the objective; or some starts were not finite
-            and cost their vectors.
+        UserWarning: one position makes nearly all of the objective; or some vectors were lost to
+            numbers that are not finite.
 
     Source: Mack & Turner 2024, "Mechanistically eliciting latent behaviors in language models".
     """
@@ -329,6 +330,7 @@ class _Search:
         self.n_vectors, self.orthogonal, self.seed = n_vectors, orthogonal, seed
 
         self.optimiser, self.lost = optimiser, []
+        self.broken_prompts: set[int] = set()  # where an effect was not finite
         self.fitting = sys.maxsize  # how many vectors at once have fitted in memory
         self.story = make_story(
             "melbo",
@@ -384,12 +386,17 @@ class _Search:
             elif not found and len(self.lost) >= _MOST_LOST:
                 break
         if self.n_vectors and not found:
-            more = f" and {len(self.lost) - 1} more" if len(self.lost) > 1 else ""
             raise FloatingPointError(
-                "the objective or its gradient is not finite at the start of vectors "
-                f"{self.lost[:1]}{more}; use a smaller radius, a smaller p, or a model in a wider "
-                "type (dtype=torch.float32)"
+                f"vectors {told(self.lost)}: {self.not_finite()}; use a smaller radius, a smaller "
+                "p, or a model in a wider type (dtype=torch.float32)"
             )
+
+    def not_finite(self) -> str:
+        """What was not finite, and where."""
+        where = place(self.story, sorted(self.broken_prompts))
+        if self.broken_prompts:
+            return f"the residual stream of {where} is not finite under them"
+        return f"the objective, measured on {where}, or its gradient is not finite"
 
     def run(self, on_step: OnStep | None) -> Iterator[tuple[int, "_Result"]]:
         """The number of each result's first vector, and the result; NaN where a start failed."""
@@ -425,6 +432,9 @@ class _Search:
                 effect = effect_at(f, theta, self.positions)
                 value = melbo_objective(effect, self.p, self.q, self.norm)
                 (gradient,) = torch.autograd.grad(value.sum(), theta)
+            if not value.isfinite().all():
+                broken = ~effect.detach().isfinite().flatten(2).all(-1).all(0)
+                self.broken_prompts |= set(broken.nonzero().flatten().tolist())
             return value.detach().double().cpu(), gradient.double().cpu()
 
         theta_dtype = torch.promote_types(f.x.dtype, torch.float32)
@@ -452,7 +462,8 @@ def _ascent(
     """
     unit = normalise(complement(starts, basis))
     value, gradient = search.value_and_gradient(unit)
-    lost = _lost_starts(value, gradient, first_vector)
+    _check_effect(value, first_vector)
+    lost = _not_finite(value, gradient)
     gradient = complement(gradient, basis)
     value, gradient = value.masked_fill(lost, math.nan), gradient.masked_fill(lost[:, None], 0.0)
     shortening = torch.ones_like(value)
@@ -500,7 +511,8 @@ def _adamw(
     for step in range(search.steps + 1):
         value, gradient = search.value_and_gradient(theta.detach().double() / search.radius)
         if step == 0:
-            lost = _lost_starts(value, gradient, first_vector)
+            _check_effect(value, first_vector)
+        lost |= _not_finite(value, gradient)
         value = value.masked_fill(lost, math.nan)
         gradient = gradient.masked_fill(lost[:, None], 0.0)
         history.append(value)
@@ -546,16 +558,18 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(-1)
 
 
-def _lost_starts(value: Tensor, gradient: Tensor, first_vector: int) -> Tensor:
-    """Which starts have no finite objective or gradient; they cost their vector, not the search."""
-    lost = ~(value.isfinite() & gradient.isfinite().all(-1))
+def _check_effect(value: Tensor, first_vector: int) -> None:
     if bool((value == 0).any()):
         raise ValueError(
             f"radius: a random vector of this length changes nothing at the positions that count, "
             f"as far as the model's type can tell (vector {first_vector}); use a larger radius, or "
             "a smaller p"
         )
-    return lost
+
+
+def _not_finite(value: Tensor, gradient: Tensor) -> Tensor:
+    """Which rows have no finite objective or gradient; that costs their vector, not the search."""
+    return ~(value.isfinite() & gradient.isfinite().all(-1))
 
 
 def _report(
@@ -568,8 +582,8 @@ def _report(
 def _warn_of_lost(search: _Search, stacklevel: int) -> None:
     if search.lost:
         warnings.warn(
-            f"vectors {search.lost}: the objective or its gradient is not finite at their starts; "
-            "they were left out. Use a smaller radius or p, or a model in a wider type",
+            f"vectors {told(search.lost)}: {search.not_finite()}; they were left out. Use a "
+            "smaller radius or p, or a model in a wider type (dtype=torch.float32)",
             UserWarning,
             stacklevel=stacklevel + 1,
         )

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_melbo.discovery.protocol import EffectMap
+from tl_melbo.finite import place
 from tl_melbo.geometry import complement, normalise
 from tl_melbo.memory import map_batches
 from tl_melbo.shapes import Theta, shape_checked
@@ -281,8 +282,9 @@ def _family(
                 break
         else:
             warnings.warn(
-                f"vector {k}: the activation map was not finite next to zero, {_TRIES} times; the "
-                "family ends here. Load the model in a wider type, or look for what breaks it",
+                f"vector {k}: the residual stream of {place(story)} was not finite next to zero, "
+                f"{_TRIES} times; the family ends here. Load the model in a wider type, or look "
+                "for what breaks it",
                 stacklevel=2,
             )
             return
@@ -328,10 +330,11 @@ class _Problem:
         self.counts = f.mask.sum(-1, keepdim=True)
         with torch.no_grad():
             self.target = self.mean_effect(self._to_device(theta0[None]))[0]
-        if not torch.isfinite(self.target).all():
+        broken = (~self.target.isfinite().all(-1)).nonzero().flatten().tolist()
+        if broken:
             raise ValueError(
-                "theta0: its effect on the target layer is not finite; use a shorter vector, or a "
-                "model in a wider type (dtype=torch.float32)"
+                f"theta0: the residual stream of {place(f.story(), broken)} is not finite under "
+                "it; use a shorter vector, or a model in a wider type (dtype=torch.float32)"
             )
 
     def mean_effect(self, theta: Tensor) -> Tensor:

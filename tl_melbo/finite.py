@@ -1,0 +1,75 @@
+"""What to say where a model's numbers are not finite, and which ones: they cost a row, not all."""
+
+import inspect
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+_ADVICE = "use shorter vectors, or load the model in a wider type, for example dtype=torch.float32"
+# What lies between a user's line and ours.
+_NOT_THE_USER = {"tl_melbo", "jaxtyping", "torch"}
+_MOST_NAMED = 3
+_MOST_ROWS = 10
+_MOST_CHARACTERS = 60
+
+
+def told(rows: Sequence[object]) -> str:
+    """The first ten names of rows, and how many more there are."""
+    more = f" and {len(rows) - _MOST_ROWS} more" if len(rows) > _MOST_ROWS else ""
+    return f"[{', '.join(str(row) for row in rows[:_MOST_ROWS])}]{more}"
+
+
+def quoted(text: str) -> str:
+    """A prompt, short enough for a message."""
+    return repr(text if len(text) <= _MOST_CHARACTERS else text[: _MOST_CHARACTERS - 1] + "…")
+
+
+def place(story: Mapping[str, Any], prompts: Iterable[int] = ()) -> str:
+    """Where an activation map reads, by its story: model, layer, and some of its prompts."""
+    parts = [str(story.get("model") or "the model")]
+    if story.get("target_layer") is not None:
+        parts.append(f"after layer {story['target_layer']}")
+    numbers, texts = list(prompts), story.get("prompts") or []
+    named = [quoted(texts[i]) for i in numbers[:_MOST_NAMED] if i < len(texts)]
+    if named:
+        more = f" and {len(numbers) - len(named)} more" if len(numbers) > len(named) else ""
+        parts.append(f"with {'prompts' if len(numbers) > 1 else 'prompt'} {', '.join(named)}{more}")
+    return " ".join(parts)
+
+
+def warn_of_rows(
+    bad: Sequence[bool],
+    what: str,
+    consequence: str,
+    names: Sequence[object] | None = None,
+) -> None:
+    """Say which vectors gave something that is not finite.
+
+    Args:
+        bad: whether it did, for each.
+        what: what is not finite.
+        consequence: what came of it.
+        names: what to call the vectors, if not by their positions.
+
+    Raises:
+        FloatingPointError: all of them did.
+    """
+    rows = [i if names is None else names[i] for i, is_bad in enumerate(bad) if is_bad]
+    if not rows:
+        return
+    if len(rows) == len(bad):
+        raise FloatingPointError(f"{what} is not finite under any of the vectors; {_ADVICE}")
+    warnings.warn(
+        f"vectors {told(rows)}: {what} is not finite under them; {consequence}. "
+        f"{_ADVICE[0].upper()}{_ADVICE[1:]}",
+        UserWarning,
+        stacklevel=_levels_to_the_user(),
+    )
+
+
+def _levels_to_the_user() -> int:
+    """For `warnings.warn` in the caller: how far up the line is that called this package."""
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in _NOT_THE_USER:
+        frame, level = frame.f_back, level + 1
+    return level
