@@ -1,9 +1,12 @@
 """The command, run in this process on a tiny model that lies in a folder."""
 
 import csv
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -87,7 +90,7 @@ def test_every_option_reaches_the_search(model_folder: Path, tmp_path: Path) -> 
     ("argument", "message"),
     [
         ("--radius=-1", "radius=-1"),
-        ("--target-layer=99", "target_layer=99"),
+        ("--target-layer=99", "--target-layer=99: tiny has 6 layers"),
         ("--n-vectors=33", "at most d_model=32"),
         ("--p=0.5", "p=0.5"),
         ("--positions=last", "--positions='last': expected start:stop"),
@@ -119,7 +122,7 @@ def test_wrong_usage_exits_with_2(model_folder: Path, tmp_path: Path, argument: 
 def test_an_empty_prompt_is_refused(model_folder: Path, tmp_path: Path) -> None:
     result = discover(model_folder, tmp_path / "run", prompts=(" ",))
     assert result.exit_code == 1
-    assert "prompt=' '" in result.stderr
+    assert "prompts: one is empty" in result.stderr
 
 
 def test_the_folder_is_checked_before_the_model_is_loaded(
@@ -130,6 +133,61 @@ def test_the_folder_is_checked_before_the_model_is_loaded(
     result = discover(tmp_path, tmp_path / "file" / "run")
     assert result.exit_code == 1
     assert "a file is in the way" in one_line(result.stderr)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--radius=-1", "--radius=-1.0: a positive finite number"),
+        ("--radius=nan", "--radius=nan"),
+        ("--n-vectors=0", "--n-vectors=0: at least 1"),
+        ("--p=0.5", "--p=0.5"),
+        ("--q=inf", "--q=inf"),
+        ("--steps=0", "--steps=0"),
+        ("--seed=-1", "--seed=-1"),
+        ("--source-layer=5", "--source-layer=5, --target-layer=4: the source comes before"),
+        ("--positions=1:2:3", "--positions='1:2:3'"),
+        ("", "prompts: one is empty"),
+    ],
+)
+def test_numbers_are_checked_before_the_model_is_loaded(
+    model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    argument: str,
+    message: str,
+) -> None:
+    monkeypatch.setattr(tm, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    result = discover(model_folder, tmp_path / "run", argument)
+    assert result.exit_code == 1
+    assert message in one_line(result.stderr)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
+def test_ctrl_c_stops_after_the_step(model_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = [
+        *(sys.executable, "-c", "from tl_melbo.cli import app; app()", "discover", "Hi there!"),
+        f"--model={model_folder}",
+        *(f"--out={out}", "--source-layer=1", "--target-layer=4", "--radius=2", "--n-vectors=30"),
+        *("--optimiser=adamw", "--steps=200", "--max-new-tokens=3"),
+    ]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 120
+        while not (out / "vectors.safetensors").is_file():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "Stopping after this step" in stderr
+    assert "Traceback" not in stderr
+    kept = len(tm.SteeringVectors.load(out / "vectors.safetensors"))
+    assert 1 <= kept < 30
+    plural = "vector is" if kept == 1 else "vectors are"
+    assert f"Interrupted; {kept} {plural} kept in" in one_line(stderr)
 
 
 def test_an_earlier_run_is_not_overwritten_unasked(model_folder: Path, tmp_path: Path) -> None:

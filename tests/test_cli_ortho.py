@@ -31,11 +31,11 @@ def run(discovered: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(discovered, tmp_path / "run"))
 
 
-def ortho(run: Path, *arguments: str, n_vectors: int = 3) -> Result:
-    options = ("--vector=1", "--steps=4", "--max-new-tokens=3")
-    return CliRunner().invoke(
-        app, ["ortho", str(run), *options, f"--n-vectors={n_vectors}", *arguments]
-    )
+def ortho(run: Path, *arguments: str, n_vectors: int | None = 3) -> Result:
+    options = ["--vector=1", "--steps=4", "--max-new-tokens=3"]
+    if n_vectors is not None:
+        options.append(f"--n-vectors={n_vectors}")
+    return CliRunner().invoke(app, ["ortho", str(run), *options, *arguments])
 
 
 def test_it_writes_beside_and_extends_the_page(run: Path) -> None:
@@ -117,7 +117,7 @@ def test_another_question_refuses_or_overwrites(run: Path) -> None:
     before = (run / "ortho-1" / "vectors.safetensors").read_bytes()
     result = ortho(run, "--norm-penalty=0.1")
     assert result.exit_code == 1
-    assert "norm_penalty=0.0 (asked for now: 0.1)" in one_line(result.stderr)
+    assert "--norm-penalty=0.0 (asked for now: 0.1)" in one_line(result.stderr)
     assert "pass --overwrite" in one_line(result.stderr)
     assert (run / "ortho-1" / "vectors.safetensors").read_bytes() == before
     assert ortho(run, "--norm-penalty=0.1", "--overwrite", n_vectors=1).exit_code == 0
@@ -132,7 +132,7 @@ def test_a_family_of_vectors_that_were_replaced_is_not_shown_as_theirs(
     assert discover(model_folder, run, "--seed=5", "--overwrite").exit_code == 0
     result = ortho(run)
     assert result.exit_code == 1
-    assert "another vector of that number" in one_line(result.stderr)
+    assert "--overwrite to begin anew" in one_line(result.stderr)
     assert ortho(run, "--vector=0", n_vectors=1).exit_code == 0
     page = (run / "report.html").read_text(encoding="utf-8")
     assert "The family of vector 0" in page
@@ -140,7 +140,7 @@ def test_a_family_of_vectors_that_were_replaced_is_not_shown_as_theirs(
 
 
 def test_all_goes_on_until_nothing_is_left(run: Path) -> None:
-    result = ortho(run, "--all", "--steps=3")
+    result = ortho(run, "--all", "--steps=3", n_vectors=None)
     assert result.exit_code == 0, result.output
     family = tm.SteeringVectors.load(run / "ortho-1" / "vectors.safetensors")
     assert 3 < len(family) <= 31
@@ -157,6 +157,7 @@ def test_all_goes_on_until_nothing_is_left(run: Path) -> None:
         (["--vector=9"], "--vector=9: "),
         (["--n-vectors=32"], "--n-vectors=32: from 1 to 31"),
         (["--n-vectors=0"], "--n-vectors=0: from 1 to 31"),
+        (["--all"], "--all, --n-vectors=3: the one or the other"),
         (["--norm-penalty=-1"], "--norm-penalty=-1"),
         (["--norm-penalty=nan"], "--norm-penalty=nan"),
         (["--steps=1"], "--steps=1: at least 2"),

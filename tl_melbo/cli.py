@@ -1,9 +1,11 @@
 """The same from a shell: `tl-melbo discover "Tell me about yourself." --out runs/me`."""
 
-import math
+import re
+import signal
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from tl_melbo import ActivationMap, Run, SteeringVectors
-    from tl_melbo.discovery import Step
+    from tl_melbo.discovery import OrthoStep, Step
     from tl_melbo.models import Model
     from tl_melbo.report import Family
 
@@ -36,6 +38,8 @@ app = typer.Typer(
 
 _INTERRUPTED = 130
 _SHOWN_CHARACTERS = 60
+# How many vectors a family has, if nothing else is said.
+_FAMILY_SIZE = 100
 
 # What the package raises on purpose; RuntimeError is torch's word for full memory and bad devices.
 _EXPECTED_ERRORS = (
@@ -67,6 +71,7 @@ def _main(
 
 @app.command()
 def discover(
+    context: typer.Context,
     prompts: Annotated[list[str], typer.Argument(help="What the model is asked; one or several.")],
     out: Annotated[Path, typer.Option(help="Folder for the results; made if need be.")],
     n_vectors: Annotated[int, typer.Option(help="How many vectors to find.")] = 32,
@@ -109,16 +114,26 @@ def discover(
     Writes vectors.safetensors, completions.csv and report.html; prints the page's path last. Every
     vector is kept as soon as it is found, and the same command continues an interrupted run.
     """
-    with _errors_as_one_line(), _warnings_as_lines():
+    with _errors_as_one_line(context), _warnings_as_lines():
+        # All that can be checked before the model is loaded, which takes a while.
         _check_max_new_tokens(max_new_tokens)
         searched = _parse_slice(positions)
+        for prompt in prompts:
+            if not prompt.strip():
+                raise ValueError("prompts: one is empty; leave it out, or give it a word")
+        if not 0 <= source_layer < target_layer:
+            raise ValueError(
+                f"source_layer={source_layer}, target_layer={target_layer}: the source comes "
+                "before the target, and the first layer is 0"
+            )
 
         import torch
 
         import tl_melbo as tm
         from tl_melbo import runs
-        from tl_melbo.discovery.melbo import DEFAULT_STEPS
+        from tl_melbo.discovery.melbo import DEFAULT_STEPS, check_settings
 
+        check_settings(n_vectors, radius, p, q, steps, seed)
         asked = {
             "prompts": list(prompts), "source_layer": source_layer, "target_layer": target_layer,
             "seed": seed, "dtype": dtype, "radius": radius, "p": p, "q": p if q is None else q,
@@ -134,14 +149,10 @@ def discover(
                 loaded, prompts, source_layer=source_layer, target_layer=target_layer, chat=chat
             )
             progress.start("Finding vectors")
-            if n_vectors < known:
-                line = f"Asked for {n_vectors} vectors, {known} are there: all of them are shown."
-                _stderr().print(escape(line), soft_wrap=True)
+            _say_if_more(n_vectors, known)
             n_vectors = max(n_vectors, known)
             settings = {"command": "discover", "model": _absolute(model)}
             settings["max_new_tokens"] = max_new_tokens
-            if overwrite:
-                (folder / runs.VECTORS).unlink(missing_ok=True)
 
             def begin(there: int, wanted: int | None) -> None:
                 """With all arguments checked: texts of other vectors, or of another length, go."""
@@ -163,6 +174,7 @@ def discover(
                 optimiser=optimiser,
                 steps=steps,
                 norm=norm,
+                overwrite=overwrite,
                 on_vector=begin,
                 on_step=lambda step: progress.update(*_work_done(step, n_vectors)),
             )
@@ -173,11 +185,15 @@ def discover(
 
 @app.command()
 def ortho(
+    context: typer.Context,
     folder: Annotated[Path, typer.Argument(help="The folder that `discover` wrote.")],
     vector: Annotated[int, typer.Option(help="Number of the vector that the others shall follow.")],
     n_vectors: Annotated[
-        int, typer.Option(help="How many in all; those that are there already count.")
-    ] = 100,
+        int | None,
+        typer.Option(
+            help="How many in all; those that are there already count.", show_default="100"
+        ),
+    ] = None,
     everything: Annotated[
         bool, typer.Option("--all", help="Until the space is used up, instead of --n-vectors.")
     ] = False,
@@ -204,64 +220,73 @@ def ortho(
     Writes to FOLDER/ortho-VECTOR and extends the page in FOLDER; prints its path last. Every vector
     is kept as soon as it is found, and the same command continues an interrupted run.
     """
-    with _errors_as_one_line(), _warnings_as_lines():
+    with _errors_as_one_line(context), _warnings_as_lines():
         _check_max_new_tokens(max_new_tokens)
+
+        if everything and n_vectors is not None:
+            raise ValueError(f"--all, n_vectors={n_vectors}: the one or the other")
 
         import tl_melbo as tm
         from tl_melbo import runs
-        from tl_melbo.discovery.melbo_ortho import DEFAULT_ORTHO_STEPS
-        from tl_melbo.files import writable_folder
+        from tl_melbo.discovery.melbo_ortho import DEFAULT_ORTHO_STEPS, check_ortho_settings
+        from tl_melbo.run import check_reference
 
+        check_ortho_settings(norm_penalty, steps)
         folder = folder.expanduser()
         library, theta0 = _library_and_vector(folder, vector)
         room = library.vectors.shape[1] - 1
-        if not everything and not 1 <= n_vectors <= room:
+        wanted = room if everything else _FAMILY_SIZE if n_vectors is None else n_vectors
+        if not 1 <= wanted <= room:
             raise ValueError(
-                f"--n-vectors={n_vectors}: from 1 to {room}, which is all that can be orthogonal "
-                "to one vector; --all goes on until nothing is left"
+                f"n_vectors={wanted}: from 1 to {room}, which is all that can be orthogonal to "
+                "one vector; --all goes on until nothing is left"
             )
-        if not 0 <= norm_penalty < math.inf:
-            raise ValueError(f"--norm-penalty={norm_penalty}: a finite number, 0 or more")
-        if steps is not None and steps < 2:
-            raise ValueError(f"--steps={steps}: at least 2")
+        asked = {
+            "optimiser": optimiser,
+            "steps": DEFAULT_ORTHO_STEPS[optimiser] if steps is None else steps,
+            "norm_penalty": norm_penalty,
+        }
+        run, place = tm.Run(folder), runs.family_folder(folder, vector)
         # What is there is read under the lock, too: another process may have just added to it.
-        with tm.Run(folder).writing():
-            place = writable_folder(runs.family_folder(folder, vector))
-            asked = {
-                "optimiser": optimiser,
-                "steps": DEFAULT_ORTHO_STEPS[optimiser] if steps is None else steps,
-                "norm_penalty": norm_penalty,
-            }
-            previous = None if overwrite else _family_so_far(place, theta0, asked)
-            known = 0 if previous is None else len(previous)
+        with run.writing(), _telling_what_is_kept(place), _progress() as progress:
+            known = 0
+            if (place / runs.VECTORS).is_file() and not overwrite:
+                previous = tm.SteeringVectors.load(place / runs.VECTORS)
+                check_reference(place, theta0)
+                _check_continues(place, previous, {**asked, "method": "melbo_ortho"})
+                known = len(previous)
             # What the page needs, too: a damaged file is to show before the work.
             _earlier_texts(folder)
             runs.load_families(folder, library)
-            with _removed_if_empty(place), _progress() as progress:
-                progress.start("Loading the model")
-                loaded, f = _model_of(folder, library, model, device)
-                if known < (room if everything else n_vectors):
-                    progress.start(f"Following vector {vector}")
-                    found = tm.iter_melbo_ortho(
-                        f, theta0, None if everything else n_vectors - known,
-                        norm_penalty, previous, optimiser=optimiser, steps=steps,
-                    )  # fmt: skip
-                    total = f.d_model - 1 if everything else n_vectors
-                    previous = _keep_each(place, theta0, previous, found, progress, total)
-                if previous is None:
-                    raise ValueError(
-                        f"--vector={vector}: nothing orthogonal to it of norm 0.1 or more does "
-                        f"what it does, or --norm-penalty={norm_penalty} or the number of steps "
-                        "forbids it"
-                    )
-                progress.start("Measuring the family")
-                part = tm.report.collect_family(
-                    loaded, f, previous, theta0,
-                    max_new_tokens=max_new_tokens, on_batch=progress.update,
-                )  # fmt: skip
-                runs.save_table(place / runs.TABLE, part.table)
-                runs.save_table(place / runs.COMPOSITION, part.composition)
-                _write_page(progress, folder, loaded, f, library, max_new_tokens)
+            progress.start("Loading the model")
+            loaded, f = _model_of(folder, library, model, device)
+            progress.start(f"Following vector {vector}")
+            _say_if_more(wanted, known)
+
+            def begin(there: int, _: int | None) -> None:
+                """What an earlier family left does not belong to this one."""
+                for name in (runs.TABLE, runs.COMPOSITION) if there == 0 else ():
+                    (place / name).unlink(missing_ok=True)
+
+            family = run.melbo_ortho(
+                f,
+                theta0,
+                n_vectors=None if everything and known < room else max(wanted, known),
+                norm_penalty=norm_penalty,
+                optimiser=optimiser,
+                steps=steps,
+                overwrite=overwrite,
+                on_vector=begin,
+                on_step=lambda step: progress.update(*_family_done(step, wanted)),
+            )
+            progress.start("Measuring the family")
+            part = tm.report.collect_family(
+                loaded, f, family, theta0,
+                max_new_tokens=max_new_tokens, on_batch=progress.update,
+            )  # fmt: skip
+            runs.save_table(place / runs.TABLE, part.table)
+            runs.save_table(place / runs.COMPOSITION, part.composition)
+            _write_page(progress, folder, loaded, f, library, max_new_tokens)
         _print_family(part)
         typer.echo(str((folder / runs.REPORT).resolve()))
 
@@ -315,36 +340,6 @@ def _library_and_vector(folder: Path, vector: int) -> tuple["SteeringVectors", "
     return library, library[numbers.index(vector)]
 
 
-def _family_so_far(
-    place: Path, theta0: "SteeringVectors", asked: dict[str, Any]
-) -> "SteeringVectors | None":
-    """The vectors that an earlier call found, if it was asked for the same."""
-    from tl_melbo import SteeringVectors, runs
-
-    if not (place / runs.VECTORS).is_file():
-        return None
-    if not (place / runs.REFERENCE).is_file():
-        raise FileNotFoundError(
-            f"{place}: holds a family, but not {runs.REFERENCE}, the vector that it grew from; "
-            "pass --overwrite to begin anew"
-        )
-    previous = SteeringVectors.load(place / runs.VECTORS)
-    chosen = previous.story.get("hyperparameters", {})
-    differing = [
-        f"{name}={chosen.get(name)} (asked for now: {value})"
-        for name, value in asked.items()
-        if chosen.get(name) != value
-    ]
-    if not runs.same_vector(SteeringVectors.load(place / runs.REFERENCE), theta0):
-        differing.append("another vector of that number")
-    if differing:
-        raise ValueError(
-            f"{place}: holds a family found with {', '.join(differing)}; ask for the same to "
-            "continue it, or pass --overwrite to begin anew"
-        )
-    return previous
-
-
 def _model_of(
     folder: Path, library: "SteeringVectors", model: str | None, device: str | None
 ) -> tuple["Model", "ActivationMap"]:
@@ -374,36 +369,6 @@ def _model_of(
         chat=bool(story.get("chat")),
     )
     return loaded, f
-
-
-def _keep_each(
-    place: Path,
-    theta0: "SteeringVectors",
-    previous: "SteeringVectors | None",
-    found: Iterator["SteeringVectors"],
-    progress: "_Progress",
-    total: int,
-) -> "SteeringVectors | None":
-    """The family with the vectors that are still to come, each on disk before the next begins."""
-    from tl_melbo import join_family, runs
-
-    progress.update(0 if previous is None else len(previous), total)
-    try:
-        for part in found:
-            if previous is None:
-                # What an earlier family left does not belong to this one.
-                for name in (runs.TABLE, runs.COMPOSITION, runs.VECTORS):
-                    (place / name).unlink(missing_ok=True)
-                theta0.save(place / runs.REFERENCE)
-            previous = part if previous is None else join_family([previous, part])
-            previous.save(place / runs.VECTORS)
-            progress.update(len(previous), total)
-    except KeyboardInterrupt:
-        kept = 0 if previous is None else len(previous)
-        what = f"{kept} vectors are kept in {place}; the same command continues"
-        _stderr().print(escape(f"Interrupted; {what}."), soft_wrap=True)
-        raise typer.Exit(_INTERRUPTED) from None
-    return previous
 
 
 def _write_page(
@@ -442,6 +407,16 @@ def _work_done(step: "Step", n_vectors: int) -> tuple[int, int]:
     return done, n_vectors * step.n_steps
 
 
+def _family_done(step: "OrthoStep", n_vectors: int) -> tuple[int, int]:
+    return step.vector * step.n_steps + step.step, n_vectors * step.n_steps
+
+
+def _say_if_more(wanted: int, known: int) -> None:
+    if wanted < known:
+        line = f"Asked for {wanted} vectors, {known} are there: all of them are shown."
+        _stderr().print(escape(line), soft_wrap=True)
+
+
 def _parse_slice(text: str) -> slice:
     """Read 'start:stop'; either may be missing.
 
@@ -468,69 +443,72 @@ def _run_folder(
     Checked before the work; if nothing came of it, gone again.
     """
     from tl_melbo import Run, SteeringVectors, runs
-    from tl_melbo.run import LOCK
 
     run = Run(out)
     existed = run.folder.exists()
     path = run.folder / runs.VECTORS
-    try:
-        with run.writing():
-            known = 0
-            if path.is_file() and not overwrite:
-                try:
-                    library = SteeringVectors.load(path)
-                except ValueError as error:
-                    raise ValueError(f"{error}; or pass --overwrite to replace that run") from error
-                _check_continues(run.folder, library, asked, model)
-                known = len(library)
-                line = f"{run.folder} holds {known} vectors of this search; continuing there."
-                _stderr().print(escape(line), soft_wrap=True)
+    with run.writing(), _telling_what_is_kept(run.folder):
+        known = 0
+        if path.is_file() and not overwrite:
+            try:
+                library = SteeringVectors.load(path)
+            except ValueError as error:
+                raise ValueError(f"{error}; or pass --overwrite to replace that run") from error
+            _check_continues(run.folder, library, {**asked, "method": "melbo"}, _absolute(model))
+            known = len(library)
+            line = f"{run.folder} holds {_counted(known)} of this search; continuing there."
+            _stderr().print(escape(line), soft_wrap=True)
+        try:
             yield run, known
+        finally:
+            if not existed and not path.is_file():
+                (run.folder / runs.SETTINGS).unlink(missing_ok=True)
+
+
+@contextmanager
+def _telling_what_is_kept(folder: Path) -> Iterator[None]:
+    """After Ctrl-C, say what the folder holds."""
+    from tl_melbo import SteeringVectors, runs
+
+    path = folder / runs.VECTORS
+    try:
+        yield
     except KeyboardInterrupt:
         kept = len(SteeringVectors.load(path)) if path.is_file() else 0
-        what = f"{kept} vectors are kept in {run.folder}; the same command continues"
-        what = what if kept else "nothing was finished"
+        what = f"{_counted(kept)} {'is' if kept == 1 else 'are'} kept in {folder}"
+        what = f"{what}; the same command continues" if kept else "nothing was finished"
         _stderr().print(escape(f"Interrupted; {what}."), soft_wrap=True)
         raise typer.Exit(_INTERRUPTED) from None
-    finally:
-        if not existed and run.folder.is_dir():
-            if {item.name for item in run.folder.iterdir()} <= {LOCK, runs.SETTINGS}:
-                for name in (LOCK, runs.SETTINGS):
-                    (run.folder / name).unlink(missing_ok=True)
-            with suppress(OSError):  # holds something: leave it
-                run.folder.rmdir()
+
+
+def _counted(n_vectors: int) -> str:
+    return f"{n_vectors} vector{'' if n_vectors == 1 else 's'}"
+
+
+_UNKNOWN: Any = object()
 
 
 def _check_continues(
-    folder: Path, library: "SteeringVectors", asked: dict[str, Any], model: str | None
+    folder: Path, vectors: "SteeringVectors", asked: dict[str, Any], model: str | None = _UNKNOWN
 ) -> None:
     """Make sure, before the model is loaded, that a folder's vectors are of the same search."""
     from tl_melbo import runs
 
-    story = library.story
+    story = vectors.story
     facts = {**story, **story.get("hyperparameters", {})}
-    named = runs.load_settings(folder).get("model", _absolute(model))
+    if model is not _UNKNOWN:
+        facts["model"] = runs.load_settings(folder).get("model", model)
+        asked = {**asked, "model": model}
     differing = [
         f"{name}={facts.get(name)!r} (asked for now: {value!r})"
-        for name, value in (*asked.items(), ("method", "melbo"))
+        for name, value in asked.items()
         if facts.get(name) != value
     ]
-    if named != _absolute(model):
-        differing.append(f"model={named!r} (asked for now: {_absolute(model)!r})")
     if differing:
         raise ValueError(
-            f"--out={folder}: holds vectors found with {', '.join(differing)}; ask for the same to "
+            f"{folder}: holds vectors found with {', '.join(differing)}; ask for the same to "
             "continue them, pass --overwrite to replace them, or choose another folder"
         )
-
-
-@contextmanager
-def _removed_if_empty(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        with suppress(OSError):  # holds something: leave it
-            folder.rmdir()
 
 
 def _print_found(table: "pd.DataFrame") -> None:
@@ -599,13 +577,30 @@ class _Progress:
     def __init__(self, bars: Any) -> None:
         self._bars = bars
         self._task: Any = None
+        self._counting = False
+        self._asked_to_stop = False
 
     def start(self, stage: str) -> None:
+        self._stop_if_asked()
         self.finish()
+        self._counting = False
         self._task = self._bars.add_task(stage, total=None)
 
     def update(self, done: int, total: int) -> None:
+        self._counting = True
         self._bars.update(self._task, completed=done, total=total)
+        self._stop_if_asked()
+
+    def interrupt(self, *_: Any) -> None:
+        """Ctrl-C: stop after the step that is running, where steps are counted, else at once."""
+        if self._asked_to_stop or not self._counting:
+            raise KeyboardInterrupt
+        self._asked_to_stop = True
+        self._bars.console.print("Stopping after this step; Ctrl-C again stops at once.")
+
+    def _stop_if_asked(self) -> None:
+        if self._asked_to_stop:
+            raise KeyboardInterrupt
 
     def finish(self) -> None:
         if self._task is not None:
@@ -625,12 +620,19 @@ def _progress() -> Iterator[_Progress]:
     )
     with rich_progress.Progress(*columns, console=_stderr()) as bars:
         progress = _Progress(bars)
-        yield progress
+        # Only the main thread hears of Ctrl-C, and only it may say what is to be done.
+        here = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGINT, progress.interrupt) if here else None
+        try:
+            yield progress
+        finally:
+            if here:
+                signal.signal(signal.SIGINT, before)
         progress.finish()
 
 
 @contextmanager
-def _errors_as_one_line() -> Iterator[None]:
+def _errors_as_one_line(context: typer.Context) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
@@ -641,10 +643,25 @@ def _errors_as_one_line() -> Iterator[None]:
     except _EXPECTED_ERRORS as error:
         from rich.text import Text
 
-        message = " ".join(str(error).split()) or type(error).__name__
+        message = _in_options(" ".join(str(error).split()), context) or type(error).__name__
         line = Text.assemble(("Error: ", "bold red"), _without_controls(message))
         _stderr().print(line, soft_wrap=True)
         raise typer.Exit(1) from None
+
+
+def _in_options(message: str, context: typer.Context) -> str:
+    """The same, with the functions' arguments called as the command line calls them."""
+    options = {option.name: option for option in context.command.params}
+
+    def renamed(found: re.Match[str]) -> str:
+        option = options.get(found["name"])
+        if option is None or not option.opts[0].startswith("--"):
+            return found[0]
+        if option.secondary_opts and found["value"] in ("True", "False"):
+            return (option.opts if found["value"] == "True" else option.secondary_opts)[0]
+        return f"{option.opts[0]}={found['value'].removeprefix('torch.')}"
+
+    return re.sub(r"(?<![-\w])(?P<name>[a-z]\w*)=(?P<value>[\w.+-]*)", renamed, message)
 
 
 @contextmanager

@@ -1,7 +1,9 @@
 """A folder that keeps what a search finds, vector by vector, whatever happens to the search."""
 
+import difflib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ class Run:
             `ortho-K/vectors.safetensors` the family of its vector K.
     """
 
+    @shape_checked
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).expanduser()
         self._lock = FileLock(self.folder / LOCK, blocking=False)
@@ -50,6 +53,7 @@ class Run:
         n_vectors: int = 32,
         *,
         progress: bool = False,
+        overwrite: bool = False,
         on_vector: OnVector | None = None,
         **settings: Any,
     ) -> SteeringVectors:
@@ -59,6 +63,7 @@ class Run:
             f: the activation map.
             n_vectors: how many in all.
             progress: show a progress bar.
+            overwrite: begin anew; vectors that are there go once the arguments are checked.
             on_vector: called with how many vectors are there, and how many there shall be: before
                 the search, and whenever some more are on disk.
             settings: the other arguments of `melbo`.
@@ -71,14 +76,17 @@ class Run:
             BlockingIOError: another process is writing in the folder.
             OSError: the disk is full, or forbids it. What was there before is intact.
         """
+        _check_names("Run.melbo", settings, iter_melbo)
         with self.writing():
             path = self.folder / VECTORS
-            previous = SteeringVectors.load(path) if path.is_file() else None
+            previous = SteeringVectors.load(path) if path.is_file() and not overwrite else None
             known = 0 if previous is None else int(previous.columns["index"].max()) + 1
             missing = max(0, n_vectors - known) if previous is not None else n_vectors
             search = _explained(
                 self.folder, lambda: iter_melbo(f, missing, previous=previous, **settings)
             )
+            if previous is None:
+                path.unlink(missing_ok=True)
             found = _kept(path, previous, search, join_library, n_vectors, progress, on_vector)
         if found is None:
             raise ValueError(f"n_vectors={n_vectors}: at least 1")
@@ -93,6 +101,7 @@ class Run:
         n_vectors: int | None = 100,
         *,
         progress: bool = False,
+        overwrite: bool = False,
         on_vector: OnVector | None = None,
         **settings: Any,
     ) -> SteeringVectors:
@@ -103,6 +112,7 @@ class Run:
             theta0: one vector; its family lies in `ortho-` and its number.
             n_vectors: how many in all; None goes on until the family ends.
             progress: show a progress bar.
+            overwrite: as in `melbo`.
             on_vector: as in `melbo`.
             settings: the other arguments of `melbo_ortho`.
 
@@ -118,30 +128,41 @@ class Run:
             raise ValueError(f"theta0: {len(theta0)} vectors, expected exactly one, as found[5]")
         if n_vectors is not None and n_vectors < 1:
             raise ValueError(f"n_vectors={n_vectors}: at least 1, or None for all there are")
+        _check_names("Run.melbo_ortho", settings, iter_melbo_ortho)
         with self.writing():
-            place = writable_folder(family_folder(self.folder, int(theta0.columns["index"][0])))
+            place = family_folder(self.folder, int(theta0.columns["index"][0]))
             path, reference = place / VECTORS, place / REFERENCE
-            previous = SteeringVectors.load(path) if path.is_file() else None
+            previous = SteeringVectors.load(path) if path.is_file() and not overwrite else None
             if previous is not None:
                 check_reference(place, theta0)
             known = 0 if previous is None else len(previous)
-            missing = None if n_vectors is None else n_vectors - known
-            # One more than is wanted where all are there: arguments are checked, nothing runs.
+            room = int(f.x.shape[-1]) - 1 - known
+            missing = n_vectors - known if n_vectors is not None else None if room else 0
+            # Where all are there, the search for the last of them: it is checked, and not run.
+            all_there = previous is not None and missing is not None and missing < 1
             search = _explained(
                 place,
                 lambda: iter_melbo_ortho(
                     f,
                     theta0,
-                    None if missing is None else max(1, missing),
-                    previous=previous,
+                    1 if all_there else missing,
+                    previous=previous[:-1] if previous is not None and all_there else previous,
                     **settings,
                 ),
             )
             if previous is None:
+                writable_folder(place)
+                path.unlink(missing_ok=True)
                 theta0.save(reference)
-            if missing is not None and missing < 1:
+            if all_there:
                 search = iter(())
-            family = _kept(path, previous, search, join_family, n_vectors, progress, on_vector)
+            try:
+                family = _kept(path, previous, search, join_family, n_vectors, progress, on_vector)
+            finally:
+                if not path.is_file():
+                    reference.unlink(missing_ok=True)
+                    with suppress(OSError):  # holds something: leave it
+                        place.rmdir()
         if family is None:
             raise ValueError(
                 "theta0: nothing orthogonal to it of norm 0.1 or more does what it does, or the "
@@ -153,10 +174,13 @@ class Run:
     def writing(self) -> Iterator[Path]:
         """Keep the folder for this process alone; the lock goes with the process, however it ends.
 
+        A folder that was made for it, and in which nothing came to lie, is gone again at the end.
+
         Raises:
             BlockingIOError: another process has it.
             NotADirectoryError, PermissionError: it cannot be made, or written to.
         """
+        existed = self.folder.exists()
         folder = writable_folder(self.folder)
         try:
             self._lock.acquire()
@@ -170,7 +194,13 @@ class Run:
                 left.unlink(missing_ok=True)
             yield folder
         finally:
+            unused = not existed and {item.name for item in folder.iterdir()} <= {LOCK}
+            if unused:
+                (folder / LOCK).unlink(missing_ok=True)
             self._lock.release()
+            if unused:
+                with suppress(OSError):  # another process has just begun here
+                    folder.rmdir()
 
 
 def family_folder(folder: Path, vector: int) -> Path:
@@ -193,14 +223,24 @@ def check_reference(place: Path, theta0: SteeringVectors) -> None:
     path = place / REFERENCE
     if not path.is_file():
         raise FileNotFoundError(
-            f"{place}: holds a family, but not {REFERENCE}, the vector that it grew from; delete "
-            "the folder to begin anew"
+            f"{place}: holds a family, but not {REFERENCE}, the vector that it grew from; pass "
+            "overwrite=True to begin anew"
         )
     if not same_vector(SteeringVectors.load(path), theta0):
         raise ValueError(
-            f"{place}: holds the family of another vector of that number; delete the folder to "
+            f"{place}: holds the family of another vector of that number; pass overwrite=True to "
             "begin anew, or choose another folder"
         )
+
+
+def _check_names(name: str, settings: dict[str, Any], search: Callable[..., Any]) -> None:
+    """Refuse settings that the search does not have, in the name of the function called."""
+    allowed = [each for each in inspect.signature(search).parameters if each != "previous"]
+    for given in settings:
+        if given not in allowed:
+            near = difflib.get_close_matches(given, allowed, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"allowed are {', '.join(allowed)}"
+            raise TypeError(f"{name}(): got an unexpected argument {given!r}; {hint}")
 
 
 def _explained(

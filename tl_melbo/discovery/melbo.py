@@ -75,19 +75,55 @@ def melbo_objective(
     Source: Mack & Turner 2024. Their code takes the norm of a [1, pos, d_model] tensor over
     dim=1, which is positions; that slip is not copied.
     """
+    _check_powers(p, q)
     q = p if q is None else q
-    for name, value in (("p", p), ("q", q)):
-        if not (1 <= value < math.inf):
-            raise ValueError(
-                f"{name}={value}: allowed are finite numbers from 1; published are p = 2 or 4, "
-                "and q = p or 1"
-            )
     if norm == "l2":
         squares = delta.square().sum(-1)
         powers = squares if p == 2 else _safe_power(squares, p / 2)
     else:
         powers = _safe_power(delta.abs(), p).sum(-1)
     return _safe_power(powers.sum(-1), 1 / q).sum(-1)
+
+
+def _check_powers(p: float, q: float | None) -> None:
+    for name, value in (("p", p), ("q", p if q is None else q)):
+        if not (1 <= value < math.inf):
+            raise ValueError(
+                f"{name}={value}: allowed are finite numbers from 1; published are p = 2 or 4, "
+                "and q = p or 1"
+            )
+
+
+def check_settings(
+    n_vectors: int,
+    radius: float,
+    p: float,
+    q: float | None,
+    steps: int | None,
+    seed: int,
+    typical_norm: float | None = None,
+) -> None:
+    """Check what can be checked of a search without a model, so before one is loaded.
+
+    The arguments are those of `melbo`, and the typical norm of a residual at the source layer, for
+    the error to name.
+
+    Raises:
+        ValueError: a number is out of its range.
+    """
+    if not 0 < radius < math.inf:
+        here = "" if typical_norm is None else f", here {typical_norm:.3g}"
+        raise ValueError(
+            f"radius={radius}: a positive finite number; useful ones are often 0.05 to 0.4 of a "
+            f"token's residual at the source layer{here}"
+        )
+    if n_vectors < 1:
+        raise ValueError(f"n_vectors={n_vectors}: at least 1")
+    if steps is not None and steps < 1:
+        raise ValueError(f"steps={steps}: at least 1")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed={seed}: from 0 to 2**63 - 1")
+    _check_powers(p, q)
 
 
 def _safe_power(base: Tensor, exponent: float) -> Tensor:
@@ -302,14 +338,11 @@ class _Search:
         previous: SteeringVectors | None,
     ) -> None:
         self.d_model = int(f.x.shape[-1])
-        if not 0 < radius < math.inf:
-            typical = float(f.x.float().norm(dim=-1)[f.mask].median())
-            raise ValueError(
-                f"radius={radius}: a positive finite number; useful ones are often 0.05 to 0.4 of "
-                f"a token's residual at the source layer, here {typical:.3g}"
-            )
-        if n_vectors < (1 if previous is None else 0):
-            raise ValueError(f"n_vectors={n_vectors}: at least 1")
+        self.steps = DEFAULT_STEPS[optimiser] if steps is None else steps
+        typical = float(f.x.float().norm(dim=-1)[f.mask].median())
+        # A search that is continued may have no vector left to find.
+        wanted = n_vectors if previous is None or n_vectors < 0 else 1
+        check_settings(wanted, radius, p, q, self.steps, seed, typical)
         known = 0 if previous is None else len(previous)
         if orthogonal and known + n_vectors > self.d_model:
             raise ValueError(
@@ -317,12 +350,6 @@ class _Search:
                 f"to each other{f', and {known} are there already' if known else ''}; ask for "
                 "fewer, or pass orthogonal=False"
             )
-        self.steps = DEFAULT_STEPS[optimiser] if steps is None else steps
-        if self.steps < 1:
-            raise ValueError(f"steps={self.steps}: at least 1")
-        if not 0 <= seed < 2**63:
-            raise ValueError(f"seed={seed}: from 0 to 2**63 - 1")
-        melbo_objective(torch.zeros(1, 1, 1, 1), p, q, norm)  # p and q are checked there
         self.f, self.radius, self.p, self.q = f, radius, p, q
         self.norm: Norm = norm
         self.positions, self.counted = positions, f.position_mask(positions)

@@ -182,10 +182,7 @@ def iter_melbo_ortho(
             f"previous: with theta0 its {len(earlier)} vectors fill all {len(start)} dimensions; "
             "the space is used up"
         )
-    if not 0 <= norm_penalty < math.inf:
-        raise ValueError(f"norm_penalty={norm_penalty}: a finite number, 0 or more")
-    if n_steps < 2:
-        raise ValueError(f"steps={n_steps}: at least 2; the first gradient is taken at the start")
+    check_ortho_settings(norm_penalty, n_steps)
     problem = _Problem(f, start, norm_penalty, n_steps, on_step)
     story = make_story(
         "melbo_ortho",
@@ -251,6 +248,18 @@ def join_family(parts: Sequence[SteeringVectors]) -> SteeringVectors:
         {name: torch.cat([part.columns[name] for part in parts]) for name in first.columns},
         pad_histories([part.history for part in parts], [len(part) for part in parts]),
     )
+
+
+def check_ortho_settings(norm_penalty: float, steps: int | None) -> None:
+    """Check what can be checked without a model, so before one is loaded.
+
+    Raises:
+        ValueError: a number is out of its range.
+    """
+    if not 0 <= norm_penalty < math.inf:
+        raise ValueError(f"norm_penalty={norm_penalty}: a finite number, 0 or more")
+    if steps is not None and steps < 2:
+        raise ValueError(f"steps={steps}: at least 2; the first gradient is taken at the start")
 
 
 def _family_facts(part: SteeringVectors) -> dict[str, Any]:
