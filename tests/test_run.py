@@ -257,3 +257,44 @@ def test_what_ran_before_does_not_matter(f):
         hooked = tm.melbo(f, 3, **SETTINGS)
         assert not torch.equal(hooked.vectors, first.vectors)
     assert_same(tm.melbo(f, 3, **SETTINGS), first)
+
+
+def test_mistaken_calls_are_named_and_leave_nothing(f, tmp_path):
+    run = tm.Run(tmp_path / "run")
+    with pytest.raises(TypeError, match=r"Run.melbo\(\): .* 'radus'; did you mean 'radius'"):
+        run.melbo(f, 2, radus=2.0)
+    with pytest.raises(TypeError, match=r"Run.melbo_ortho\(\): .* 'previous'; allowed are"):
+        run.melbo_ortho(f, tm.melbo(f, 1, 2.0, steps=1), 2, previous=None)
+    with pytest.raises(ValueError, match=r"radius=-1.0"):
+        run.melbo(f, 2, radius=-1.0)
+    with pytest.raises(TypeError, match=r"'folder' is None"):
+        tm.Run(None)
+    assert not (tmp_path / "run").exists()
+
+
+def test_overwrite_begins_anew_once_the_arguments_are_checked(f, tmp_path):
+    run = tm.Run(tmp_path)
+    found = run.melbo(f, 3, **SETTINGS)
+    family = run.melbo_ortho(f, found[1], 2, steps=4)
+    with pytest.raises(ValueError, match="steps=0"):
+        run.melbo(f, 3, radius=2.0, steps=0, overwrite=True)
+    with pytest.raises(ValueError, match="norm_penalty=-1"):
+        run.melbo_ortho(f, found[1], 2, norm_penalty=-1.0, overwrite=True)
+    assert torch.equal(run.melbo(f, 3, **SETTINGS).vectors, found.vectors)
+    assert torch.equal(run.melbo_ortho(f, found[1], 2, steps=4).vectors, family.vectors)
+    other = run.melbo(f, 2, **{**SETTINGS, "seed": SETTINGS["seed"] + 1}, overwrite=True)
+    kept = tm.SteeringVectors.load(tmp_path / "vectors.safetensors")
+    assert torch.equal(kept.vectors, other.vectors)
+    with pytest.raises(ValueError, match="another vector of that number"):
+        run.melbo_ortho(f, other[1], 2, steps=4)
+    again = run.melbo_ortho(f, other[1], 2, steps=4, overwrite=True)
+    assert torch.equal(again.vectors, tm.melbo_ortho(f, other[1], 2, steps=4).vectors)
+
+
+def test_a_whole_family_is_there(f, tmp_path):
+    run = tm.Run(tmp_path)
+    theta0 = tm.melbo(f, 1, 20.0, steps=3)
+    family = run.melbo_ortho(f, theta0, None, steps=2)
+    for n_vectors in (None, len(family), 1):
+        again = run.melbo_ortho(f, theta0, n_vectors, steps=2)
+        assert torch.equal(again.vectors, family.vectors[:n_vectors])
