@@ -21,7 +21,7 @@ HOSTILE = [
     "<script>window.injected = 'script'</script>",
     "<img src=x onerror=\"window.injected = 'image'\"></td></tr></table></script>",
     "\x1b[31mred\x1b[0m \x00\x07 \u202eright to left\u202c \u05e9\u05dc\u05d5\u05dd",
-    "x" * 100_000,
+    "x" * 1_000_000,
     "first line\nsecond line",
     "{{ prompt }} ${prompt} <link rel=stylesheet href=https://example.org/a.css>",
 ]
@@ -169,6 +169,33 @@ def test_no_text_runs_and_nothing_complains(opened: Any) -> None:
     assert opened.execute_script(f"return document.querySelectorAll('{inside}').length") == 0
     text = opened.find_element("css selector", "#vectors tbody tr td.completion").text
     assert HOSTILE[0] in text
+
+
+def test_what_hovering_shows_is_text_too(opened: Any) -> None:
+    """Plotly takes some HTML, and links, in labels; and marks would turn the page's own words."""
+    shown = opened.execute_script(
+        """
+        const texts = [];
+        for (const plot of document.querySelectorAll('.plot')) {
+          plot.data.forEach((trace, curveNumber) => {
+            if (trace.type !== 'scatter' || !Array.isArray(trace.customdata)) return;
+            trace.customdata.forEach((_, pointNumber) => {
+              Plotly.Fx.hover(plot, [{curveNumber, pointNumber}]);
+              const layer = plot.querySelector('.hoverlayer');
+              texts.push([layer.textContent, layer.querySelectorAll('a, script, img').length]);
+            });
+          });
+        }
+        return texts;
+        """
+    )
+    words = "".join(text for text, _ in shown)
+    assert "<script>window.injected = 'script'</script>" in words.replace("\xa0", " ")
+    assert "[U+202E]right to left" in words.replace("\xa0", " ")
+    assert "␛[31mred" in words
+    assert not {"\u202e", "\x1b", "\x00"} & set(words)
+    assert {n_elements for _, n_elements in shown} == {0}
+    assert opened.execute_script("return window.injected ?? null") is None
 
 
 def test_the_policy_stops_a_script_that_got_in_all_the_same(opened: Any) -> None:

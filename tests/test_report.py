@@ -11,6 +11,7 @@ import torch
 import tl_melbo as tm
 from tests.conftest import PROMPT
 from tl_melbo import report
+from tl_melbo.text import printable
 
 PROMPTS = ["Tell me about yourself.", "Name a colour."]
 HOSTILE = "<script>alert(1)</script>\x1b[31m\u202etxt</td></table>&amp;\x00"
@@ -37,7 +38,7 @@ def with_text(completions: pd.DataFrame, text: str) -> pd.DataFrame:
 
 def test_control_characters_become_visible() -> None:
     text = "a\r\nb\tc\rd\x00\x1b[2J\x7f\x9b\u2066e\ud800"
-    assert report.printable(text) == "a\nb\tc␍d␀␛[2J\\x7f\\x9b[U+2066]e\ufffd"
+    assert printable(text) == "a\nb\tc␍d␀␛[2J\\x7f\\x9b[U+2066]e\ufffd"
 
 
 def test_completions_are_those_of_generate(

@@ -12,7 +12,6 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
 from tl_melbo.fast_blocks import FastBlocks, Precision
-from tl_melbo.finite import quoted
 from tl_melbo.memory import is_out_of_memory
 from tl_melbo.models import (
     Model,
@@ -33,6 +32,7 @@ from tl_melbo.shapes import (
     checked_slice,
     shape_checked,
 )
+from tl_melbo.text import quoted
 
 BlockCall = tuple[tuple[Any, ...], dict[str, Any]]
 Path = Literal["fast", "compiled", "unhooked", "hooked"]

@@ -551,7 +551,7 @@ def _print_rows(
     from rich.table import Table
     from rich.text import Text
 
-    from tl_melbo.report import printable
+    from tl_melbo.text import printable
 
     shown = Table(header_style="bold")
     for name in columns:

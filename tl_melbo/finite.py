@@ -5,23 +5,19 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from tl_melbo.text import quoted
+
 _ADVICE = "use shorter vectors, or load the model in a wider type, for example dtype=torch.float32"
 # What lies between a user's line and ours.
 _NOT_THE_USER = {"tl_melbo", "jaxtyping", "torch"}
 _MOST_NAMED = 3
 _MOST_ROWS = 10
-_MOST_CHARACTERS = 60
 
 
 def told(rows: Sequence[object]) -> str:
     """The first ten names of rows, and how many more there are."""
     more = f" and {len(rows) - _MOST_ROWS} more" if len(rows) > _MOST_ROWS else ""
     return f"[{', '.join(str(row) for row in rows[:_MOST_ROWS])}]{more}"
-
-
-def quoted(text: str) -> str:
-    """A prompt, short enough for a message."""
-    return repr(text if len(text) <= _MOST_CHARACTERS else text[: _MOST_CHARACTERS - 1] + "…")
 
 
 def place(story: Mapping[str, Any], prompts: Iterable[int] = ()) -> str:

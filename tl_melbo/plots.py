@@ -21,6 +21,7 @@ from tl_melbo.geometry import normalise
 from tl_melbo.models import Model, to_tokens
 from tl_melbo.shapes import Float, shape_checked
 from tl_melbo.steering import Vectors, as_theta, steering_layer
+from tl_melbo.text import printable
 from tl_melbo.vectors import SteeringVectors
 
 Measure = Literal["kl_to_reference", "kl_to_unsteered", "distance"]
@@ -456,7 +457,7 @@ def _hover_lines(
 
 def _wrapped(text: str, length: int = _HOVER_LENGTH) -> str:
     """Text for a hover label: cut, wrapped, and with nothing in it that plotly takes for HTML."""
-    short = text if len(text) <= length else text[: length - 1] + "…"
+    short = printable(text[:length] if len(text) <= length else text[: length - 1] + "…")
     return "<br>".join(html.escape(line) for line in textwrap.wrap(short, _HOVER_WIDTH))
 
 

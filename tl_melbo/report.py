@@ -31,6 +31,7 @@ from tl_melbo.plots import (
 )
 from tl_melbo.shapes import Delta, shape_checked
 from tl_melbo.steering import as_chat, generate
+from tl_melbo.text import printable
 from tl_melbo.vectors import SteeringVectors
 
 _COMPLETION_COLUMNS = ["vector", "scale", "prompt", "completion"]
@@ -60,15 +61,6 @@ _SCALINGS = {"raw": "", "reference norm": " at theta0’s norm", "mean norm": " 
 _AFTER_THE_FIRST = slice(1, None)
 # More of one text makes browsers slow, and nobody reads on.
 _LONGEST_SHOWN = 20_000
-_BIDIRECTIONAL = [0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
-_VISIBLE = str.maketrans(
-    {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n"}
-    | {code: f"\\x{code:02x}" for code in range(0x7F, 0xA0)}
-    # These reorder the text around them, the page's own included.
-    | {code: f"[U+{code:04X}]" for code in [0x2028, 0x2029, *_BIDIRECTIONAL]}
-    # Half a character: UTF-8 cannot hold it.
-    | dict.fromkeys(range(0xD800, 0xE000), "\ufffd")
-)
 
 OnBatch = Callable[[int, int], None]
 
@@ -93,15 +85,6 @@ class Family:
     def number(self) -> int:
         """The reference's number in its library."""
         return int(self.reference.columns["index"][0])
-
-
-def printable(text: str) -> str:
-    """Make control characters visible, so that text from a model cannot steer what shows it.
-
-    Newlines and tabs stay; escape sequences, marks that turn the writing direction and broken
-    characters become symbols.
-    """
-    return text.replace("\r\n", "\n").translate(_VISIBLE)
 
 
 @shape_checked

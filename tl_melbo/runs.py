@@ -20,6 +20,7 @@ _TEXTS = ("prompt", "completion")
 _WORDS = (*_TEXTS, "kind", "members", "subset", "combination", "scaling")
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 _MOST_SETTINGS_BYTES = 2**20
+_MOST_TABLE_BYTES = 2**30
 
 
 def save_settings(folder: Path, settings: dict[str, Any]) -> None:
@@ -78,6 +79,8 @@ def load_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     """
     csv.field_size_limit(2**27)
     try:
+        if path.stat().st_size > _MOST_TABLE_BYTES:
+            raise ValueError("too large")
         with path.open(encoding="utf-8", newline="") as file:
             header, *rows = list(csv.reader(file, strict=True))
         table = pd.DataFrame(rows, columns=header)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tl_melbo.finite import quoted, warn_of_rows
+from tl_melbo.finite import warn_of_rows
 from tl_melbo.geometry import random_sphere
 from tl_melbo.memory import is_out_of_memory, map_batches
 from tl_melbo.models import (
@@ -24,6 +24,7 @@ from tl_melbo.models import (
     whole_model,
 )
 from tl_melbo.shapes import Bool, Float, Int, Theta, Tokens, checked_slice, shape_checked
+from tl_melbo.text import quoted
 from tl_melbo.vectors import SteeringVectors
 
 if TYPE_CHECKING:

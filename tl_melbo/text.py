@@ -1,0 +1,26 @@
+"""Text from a model or a file, shown so that it cannot steer what shows it."""
+
+_BIDIRECTIONAL = [0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+_VISIBLE = str.maketrans(
+    {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n"}
+    | {code: f"\\x{code:02x}" for code in range(0x7F, 0xA0)}
+    # These reorder the text around them, the page's own included.
+    | {code: f"[U+{code:04X}]" for code in [0x2028, 0x2029, *_BIDIRECTIONAL]}
+    # Half a character: UTF-8 cannot hold it.
+    | dict.fromkeys(range(0xD800, 0xE000), "\ufffd")
+)
+_MOST_QUOTED = 60
+
+
+def printable(text: str) -> str:
+    """Make control characters visible, so that text from a model cannot steer what shows it.
+
+    Newlines and tabs stay; escape sequences, marks that turn the writing direction and broken
+    characters become symbols.
+    """
+    return text.replace("\r\n", "\n").translate(_VISIBLE)
+
+
+def quoted(text: str) -> str:
+    """A text in quotes on one line, short enough for a message."""
+    return repr(text if len(text) <= _MOST_QUOTED else text[: _MOST_QUOTED - 1] + "…")
