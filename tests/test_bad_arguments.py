@@ -1,9 +1,11 @@
 """Whatever is passed: a documented error or a result, nothing written, no model changed."""
 
+import shutil
 import warnings
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -24,12 +26,21 @@ ANYTHING = st.sampled_from([
     torch.zeros(0), torch.zeros(32), torch.ones(32), torch.ones(2, 32), torch.ones(2, 7),
     torch.zeros(0, 32), torch.full((1, 32), NAN), torch.ones(1, 2, 32), torch.ones(2, 32).long(),
     torch.ones(32, dtype=torch.float64), torch.tensor(1.0), Path("nowhere"), int, torch.float16,
+    torch.ones(2, 32, device="meta"), torch.eye(32)[:2].to_sparse(), torch.ones(2, 32).bool(),
+    torch.ones(2, 32, requires_grad=True), torch.ones(2, 32).cfloat(), torch.ones(2, 32).half(),
+    np.ones((2, 32)), np.float32(2), pd.DataFrame(), pd.DataFrame({"vector": ["x"]}), {"x": 1},
 ])  # fmt: skip
 
 MODEL = tiny_bridge("llama")
 MAP = tm.ActivationMap.from_prompts(MODEL, ["Hi there!", "Bye."], 1, 4)
 FOUND = tm.melbo(MAP, 3, 2.0, steps=2)
 SHORT = {"max_new_tokens": 2}
+FAMILY = tm.melbo_ortho(MAP, FOUND[0], 2, steps=2)
+COMPLETIONS = tm.report.collect_completions(MODEL, "Hi!", FOUND, **SHORT)
+COMPOSED = tm.analysis.composition(MODEL, MAP, FAMILY, FOUND[0], (2,), **SHORT)
+SWEPT = tm.analysis.scale_sweep(MODEL, "Hi!", FOUND, (0.0, 1.0), **SHORT)
+SCANNED = tm.analysis.presence(MODEL, FOUND, "Hi there, you!", "One and two.", n_frames=20)
+TRANSFERRED = tm.analysis.transfer(MODEL, FOUND, ["Hi!", "Bye."], **SHORT)
 
 
 def steer(**given):
@@ -130,6 +141,55 @@ CALLS = {
     "token_presence": (
         tm.plots.token_presence, {"model": MODEL, "vector": FOUND[0], "text": "Hi you!", "layer": 1}
     ),
+    "distance_curve": (
+        tm.plots.distance_curve, {"found": FAMILY, "unsteered": 2.0, "window": 2, "title": "x"},
+    ),
+    "composition_curves": (
+        tm.plots.composition_curves, {"composed": COMPOSED, "measure": None, "title": "x"}
+    ),
+    "scale_curves": (
+        tm.plots.scale_curves, {"swept": SWEPT, "changed": 0.5, "repetitive": 0.2, "title": "x"}
+    ),
+    "presence_points": (
+        tm.plots.presence_points, {"scanned": SCANNED, "q": 0.05, "title": "x"}
+    ),
+    "transfer_heatmap": (tm.plots.transfer_heatmap, {"transferred": TRANSFERRED, "title": "x"}),
+    "family": (
+        tm.analysis.family,
+        {"model": MODEL, "f": MAP, "vectors": FAMILY, "reference": FOUND[0], "prompt": "Hi!",
+         "chat": False, "seed": 0, "on_batch": None, **SHORT},
+    ),
+    "kl_baselines": (
+        tm.analysis.kl_baselines,
+        {"model": MODEL, "prompt": "Hi!", "vectors": FAMILY, "reference": FOUND[0]},
+    ),
+    "collect_completions": (
+        tm.report.collect_completions,
+        {"model": MODEL, "prompts": "Hi!", "found": FOUND, "layer": 1, "chat": False,
+         "batch_size": 2, "on_batch": None, **SHORT},
+    ),
+    "collect_family": (
+        tm.report.collect_family,
+        {"model": MODEL, "f": MAP, "vectors": FAMILY, "reference": FOUND[0], "sizes": (2,),
+         "on_batch": None, **SHORT},
+    ),
+    "write": (
+        tm.report.write,
+        {"path": "page.html", "model": MODEL, "found": FOUND, "completions": COMPLETIONS,
+         "activation_map": MAP, "families": (), "prompts": None, "title": "x", "layer": 1,
+         "chat": False, "batch_size": 2, **SHORT},
+    ),
+    "save": (FOUND.save, {"path": "vectors.safetensors"}),
+    "Run.melbo": (
+        lambda **given: tm.Run(given.pop("folder")).melbo(**given),
+        {"folder": "run", "f": MAP, "n_vectors": 1, "progress": False, "overwrite": False,
+         "on_vector": None, "radius": 2.0, "steps": 2},
+    ),
+    "Run.melbo_ortho": (
+        lambda **given: tm.Run(given.pop("folder")).melbo_ortho(**given),
+        {"folder": "run", "f": MAP, "theta0": FOUND[0], "n_vectors": 1, "progress": False,
+         "overwrite": False, "on_vector": None, "norm_penalty": 0.0, "steps": 2},
+    ),
     "steered": (
         steer,
         {"model": MODEL, "vectors": FOUND[0], "layer": 1, "scale": 1.0, "positions": slice(None)},
@@ -147,15 +207,35 @@ CALLS = {
 ENDLESS = {"steps", "n_vectors", "max_new_tokens", "batch_size"}
 
 
-def test_the_calls_work_as_they_are():
-    for name, (function, arguments) in CALLS.items():
-        if name not in ("load", "load_model", "join_family"):
-            function(**arguments)
+@pytest.mark.parametrize("hooked", [False, True])
+def test_the_calls_work_as_they_are(tmp_path, hooked):
+    seen = []
+    handles = []
+    if hooked:  # somebody's own, which are to stay
+        block = MODEL.blocks[0]  # between the layers they would be part of the map
+        handles.append(block.register_forward_hook(lambda *_: seen.append("forward")))
+        handles.append(block.register_forward_pre_hook(lambda *_: seen.append("before")))
+    before = fingerprint(MODEL)
+    try:
+        for name, (function, arguments) in CALLS.items():
+            if name not in ("load", "load_model", "join_family"):
+                function(**arguments)
+                assert fingerprint(MODEL) == before, name
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert bool(seen) == hooked
+    clear(tmp_path)
+
+
+def clear(folder: Path) -> None:
+    for item in folder.iterdir():
+        shutil.rmtree(item) if item.is_dir() else item.unlink()
 
 
 @settings(max_examples=500, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
-def test_bad_arguments_get_documented_errors(data):
+def test_bad_arguments_get_documented_errors(data, tmp_path):
     name = data.draw(st.sampled_from(sorted(CALLS)))
     function, arguments = CALLS[name]
     exchanged = data.draw(
@@ -175,7 +255,10 @@ def test_bad_arguments_get_documented_errors(data):
             function(**given_)
     except DOCUMENTED as error:
         caught = error
-    if caught is not None:
+    if caught is None:
+        clear(tmp_path)
+    else:
+        assert not list(tmp_path.iterdir()), f"{name}: left a file after {caught}"
         assert str(caught).strip(), f"{name}: an error without a word"
         assert len(str(caught)) < 2000
         assert not isinstance(caught, IndexError) or name == "getitem"

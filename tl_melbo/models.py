@@ -256,8 +256,10 @@ def check_layer(model: Model, layer: int, argument: str = "layer") -> None:
     """Make sure that the model has this layer.
 
     Raises:
+        TypeError: not a model.
         ValueError: it does not.
     """
+    check_model(model)
     n_layers = int(model.cfg.n_layers)
     if not 0 <= layer < n_layers:
         raise ValueError(

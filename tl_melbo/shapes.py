@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast, get_args, get_origin
 
+import torch
 from beartype import BeartypeConf, beartype
 from beartype.door import is_bearable
 from jaxtyping import Bool, Float, Int, TypeCheckError, jaxtyped
@@ -51,6 +52,8 @@ def shape_checked(function: Function) -> Function:
             if isinstance(given.get(argument), bool):
                 raise TypeError(f"{name}(): {argument}={given[argument]}: expected a number")
         for argument, value in given.items():
+            if isinstance(value, Tensor):
+                _check_dense(name, argument, value)
             _check_items(name, argument, value, items[argument])
         try:
             return checked(*args, **kwargs)
@@ -85,6 +88,13 @@ def _check_items(name: str, argument: str, value: Any, allowed: tuple[Any, ...])
                 f"{name}(): {argument}[{position}] is {_describe(item)}, expected {kinds}; see "
                 f"help({name})"
             )
+
+
+def _check_dense(name: str, argument: str, value: Tensor) -> None:
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name}(): {argument} is a sparse tensor; pass {argument}.to_dense()")
+    if value.is_meta:
+        raise TypeError(f"{name}(): {argument} is a tensor on the meta device, without numbers")
 
 
 def _explain(name: str, message: str, given: dict[str, Any]) -> str:
