@@ -3,6 +3,7 @@
 import csv
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ import pandas as pd
 import pytest
 import torch
 from click.testing import Result
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import tl_melbo as tm
@@ -323,3 +326,43 @@ def test_help_does_not_load_what_it_does_not_need() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+NUMBERS = st.sampled_from(
+    ["-1", "0", "1", "2", "nan", "inf", "-inf", "1e39", "1e-39", "x", "", "0.5", str(10**30), "½"]
+)
+OPTIONS = {
+    "--n-vectors": st.sampled_from(["-1", "0", "1", "33", "x", "", str(10**30)]),
+    "--radius": NUMBERS, "--source-layer": NUMBERS, "--target-layer": NUMBERS, "--p": NUMBERS,
+    "--q": NUMBERS, "--steps": NUMBERS, "--seed": NUMBERS, "--max-new-tokens": NUMBERS,
+    "--positions": st.sampled_from(["", ":", "::", "-1:", "5:2", "a:b", "99:", f"{10**30}:"]),
+    "--norm": st.sampled_from(["l2", "lp", "l1", ""]),
+    "--optimiser": st.sampled_from(["ascent", "sgd"]),
+    "--dtype": st.sampled_from(["float32", "bfloat16", "int8", ""]),
+    "--device": st.sampled_from(["cpu", "meta", "cpu:7", "", "nonsense"]),
+}  # fmt: skip
+
+
+@settings(
+    max_examples=40,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(data=st.data())
+def test_any_options_end_in_a_page_or_one_line(
+    model_folder: Path, tmp_path: Path, data: st.DataObject
+) -> None:
+    names_ = data.draw(st.lists(st.sampled_from(sorted(OPTIONS)), max_size=2, unique=True))
+    arguments = [f"{name}={data.draw(OPTIONS[name])}" for name in names_]
+    prompt = data.draw(st.sampled_from([PROMPT, "", "\x00", "\ud800", "--", "<script>"]))
+    out = tmp_path / "run"
+    result = discover(model_folder, out, *arguments, prompts=(prompt,))
+    assert result.exit_code in (0, 1, 2)
+    assert "Traceback" not in result.output
+    if result.exit_code == 0:
+        assert result.stdout.splitlines()[-1] == str(out / "report.html")
+        shutil.rmtree(out)
+    else:
+        assert result.exception is None or isinstance(result.exception, SystemExit)
+        assert result.exit_code == 2 or "Error: " in result.stderr
+        assert not out.exists()
