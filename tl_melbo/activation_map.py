@@ -18,6 +18,7 @@ from tl_melbo.models import (
     check_model,
     frozen,
     model_name,
+    model_type,
     residual_hook_name,
     to_tokens,
     user_hooks,
@@ -371,6 +372,7 @@ class ActivationMap:
         """Where the map comes from, as JSON-ready facts."""
         return {
             "model": model_name(self.model),
+            "model_type": model_type(self.model),
             "n_layers": int(self.model.cfg.n_layers),
             "d_model": self.d_model,
             "dtype": str(self.x.dtype).removeprefix("torch."),

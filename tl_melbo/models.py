@@ -246,6 +246,13 @@ def model_name(model: Model) -> str:
     return str(model.cfg.model_name)
 
 
+def model_type(model: Model) -> str | None:
+    """The architecture as its Hugging Face config names it, where that is known: "llama"."""
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    found = getattr(config, "model_type", None)
+    return found if isinstance(found, str) else None
+
+
 def residual_hook_name(layer: int) -> str:
     """The hook point of the residual stream after a block."""
     return f"blocks.{layer}.hook_resid_post"

@@ -4,6 +4,7 @@ import html
 import json
 import math
 import platform
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -18,11 +19,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tl_melbo import exchange
 from tl_melbo.files import replacing
 from tl_melbo.shapes import Float, Theta, shape_checked
 
 if TYPE_CHECKING:
     import pandas as pd
+    from steering_vectors import SteeringVector
 
 _FORMAT = "tl_melbo.vectors"
 _FORMAT_VERSION = "1"
@@ -299,6 +302,132 @@ class SteeringVectors:
             return cls(vectors, story, columns, history)
         except ValueError as error:
             raise ValueError(f"{path}: {error}; save it again") from error
+
+    @shape_checked
+    def to_repeng_gguf(
+        self, path: str | Path, *, layer: int | None = None, model_type: str | None = None
+    ) -> None:
+        """Write one vector as a control vector for llama.cpp and repeng.
+
+        `llama-cli --control-vector FILE` adds it as it is; `--control-vector-scaled FILE 0.5` at
+        half its length.
+
+        Args:
+            path: the .gguf file; replaced whole or not at all.
+            layer: the block after which it is added; None takes the vectors' source layer.
+            model_type: the architecture as in a Hugging Face config, "llama" for example; None
+                takes what the story tells.
+
+        Raises:
+            ValueError: more or fewer than one vector; layer 0, or none known; no model type known.
+            OSError: as `save`.
+
+        Source: llama.cpp, common_control_vector_load; repeng 0.4, ControlVector.export_gguf.
+        """
+        model_type = self.story.get("model_type") if model_type is None else model_type
+        if not model_type:
+            raise ValueError(
+                "model_type: not given, and the story does not tell; pass the one in the model's "
+                "config, for example model_type='llama'"
+            )
+        theta, layer = self._one("to_repeng_gguf"), self._layer(layer)
+        exchange.write_control_vector(path, theta, layer, model_type)
+
+    @shape_checked
+    def to_steering_vectors(self, *, layer: int | None = None) -> "SteeringVector":
+        """One vector as an object of the steering-vectors package, for a Hugging Face model.
+
+            with found[3].to_steering_vectors().apply(hugging_face_model):
+                ...
+
+        Args:
+            layer: the block after which it is added; None takes the vectors' source layer.
+
+        Raises:
+            ValueError: more or fewer than one vector, or no layer known.
+            ModuleNotFoundError: the package is not installed.
+        """
+        theta = self._one("to_steering_vectors")
+        return exchange.as_steering_vector(theta, self._layer(layer))
+
+    @shape_checked
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = True,
+        completions: "pd.DataFrame | None" = None,
+        token: str | None = None,
+    ) -> str:
+        """Put the vectors on the Hugging Face hub, with a model card that tells their story.
+
+        The story holds the prompts that the vectors were found with; so does the card.
+
+        Args:
+            repo_id: "user/name"; made if need be, its card and vectors replaced.
+            private: whether a new repository is for you alone.
+            completions: what the model writes under them, as `generate` gives it, for the card.
+            token: of your account; None takes the one that `hf auth login` left.
+
+        Returns:
+            The repository's address.
+
+        Raises:
+            ValueError: no vectors, a name that the hub does not allow, or a frame that `generate`
+                did not give.
+            OSError: the hub cannot be reached, or forbids it.
+        """
+        if not len(self):
+            raise ValueError("the library holds no vectors; there is nothing to push")
+        wanted = {"vector", "scale", "prompt", "completion"}
+        if completions is not None and not wanted <= set(completions.columns):
+            raise ValueError(
+                f"completions: lacks the columns {sorted(wanted - set(completions.columns))}; pass "
+                "what tm.generate returns"
+            )
+        card = exchange.model_card(repo_id, self.story, self.table(), completions)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / exchange.HUB_FILE
+            self.save(path)
+            return exchange.upload({exchange.HUB_FILE: path}, card, repo_id, private, token)
+
+    @classmethod
+    @shape_checked
+    def from_hub(
+        cls, repo_id: str, *, revision: str | None = None, token: str | None = None
+    ) -> "SteeringVectors":
+        """Fetch what `push_to_hub` put there; a file already fetched is taken from the cache.
+
+        Args:
+            repo_id: "user/name".
+            revision: a branch, tag or commit; None takes the newest.
+            token: as in `push_to_hub`.
+
+        Raises:
+            FileNotFoundError: there is no such repository or revision, or no vectors in it.
+            OSError: the hub cannot be reached.
+            ValueError: a name that the hub does not allow, or a file that `load` refuses.
+        """
+        return cls.load(exchange.download(repo_id, revision, token))
+
+    def _one(self, function: str) -> Tensor:
+        if len(self) != 1:
+            raise ValueError(
+                f"{function}: takes exactly one vector, and there are {len(self)}; pick one, as "
+                f"found[3].{function}(...)"
+            )
+        return self.vectors[0]
+
+    def _layer(self, layer: int | None) -> int:
+        layer = self.source_layer if layer is None else layer
+        if layer is None:
+            raise ValueError(
+                "layer: not given, and the story does not tell where the vectors belong; pass "
+                "layer=, for example layer=8"
+            )
+        if layer < 0:
+            raise ValueError(f"layer={layer}: 0 or more")
+        return layer
 
     def __repr__(self) -> str:
         return f"SteeringVectors({self._summary()})"

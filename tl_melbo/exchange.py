@@ -1,0 +1,185 @@
+"""Vectors for other programs: llama.cpp and repeng, the steering-vectors package, a model hub."""
+
+import html
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from tl_melbo.files import replacing
+from tl_melbo.shapes import Float
+from tl_melbo.text import printable
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from steering_vectors import SteeringVector
+
+Vector = Float[Tensor, "d_model"]
+
+HUB_FILE = "vectors.safetensors"
+_CONTROL_VECTOR = "controlvector"
+_MOST_CARD_ROWS = 40
+
+
+def write_control_vector(path: str | Path, theta: Vector, layer: int, model_type: str) -> None:
+    """Write a GGUF file that llama.cpp and repeng read: `direction.N` is added after block N.
+
+    Raises:
+        ValueError: the layer is 0, where llama.cpp adds nothing.
+        OSError: as `files.replacing` does.
+
+    Source: llama.cpp, common_control_vector_load and llama_adapter_cvec; repeng 0.4,
+    ControlVector.export_gguf.
+    """
+    import gguf
+
+    if layer < 1:
+        raise ValueError(
+            f"layer={layer}: llama.cpp adds control vectors after blocks 1 and later; a vector "
+            "for block 0 cannot be written to such a file"
+        )
+    with replacing(path) as temporary:
+        writer = gguf.GGUFWriter(temporary, _CONTROL_VECTOR)
+        try:
+            writer.add_string(f"{_CONTROL_VECTOR}.model_hint", model_type)
+            writer.add_uint32(f"{_CONTROL_VECTOR}.layer_count", 1)
+            writer.add_tensor(f"direction.{layer}", theta.float().cpu().contiguous().numpy())
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+        finally:
+            writer.close()
+
+
+def as_steering_vector(theta: Vector, layer: int) -> "SteeringVector":
+    """An object of the steering-vectors package.
+
+    Raises:
+        ModuleNotFoundError: the package is not installed.
+    """
+    try:
+        from steering_vectors import SteeringVector
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "to_steering_vectors needs the package steering-vectors, which asks for an older "
+            "transformers than it needs: pip install --no-deps steering-vectors scikit-learn"
+        ) from error
+    return SteeringVector(layer_activations={layer: theta.clone()}, layer_type="decoder_block")
+
+
+def upload(
+    files: Mapping[str, Path], card: str, repo_id: str, private: bool, token: str | None
+) -> str:
+    """Put files and a card into a repository of the Hugging Face hub; gives its address."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, source in files.items():
+            (Path(folder) / name).write_bytes(source.read_bytes())
+        (Path(folder) / "README.md").write_text(card, encoding="utf-8", newline="\n")
+        address = api.create_repo(repo_id, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Steering vectors")
+    return str(address)
+
+
+def download(repo_id: str, revision: str | None, token: str | None) -> Path:
+    """Fetch the vectors of a repository of the Hugging Face hub, or find them in its cache.
+
+    Raises:
+        FileNotFoundError: there is no such repository or revision, or none that may be read; or it
+            holds no vectors of ours.
+        OSError: the hub cannot be reached.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        return Path(hf_hub_download(repo_id, HUB_FILE, revision=revision, token=token))
+    except LocalEntryNotFoundError as error:
+        raise OSError(
+            f"repo_id={repo_id!r}: the hub cannot be reached, and {HUB_FILE} is not in its cache; "
+            "look at the network, or load a file with SteeringVectors.load"
+        ) from error
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        at = "" if revision is None else f" at revision {revision!r}"
+        raise FileNotFoundError(
+            f"repo_id={repo_id!r}{at}: not on the hub, or private; check the name, or log in with "
+            "`hf auth login`"
+        ) from error
+    except EntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"repo_id={repo_id!r}: holds no {HUB_FILE}; it is not one that push_to_hub wrote"
+        ) from error
+
+
+def model_card(
+    repo_id: str,
+    story: Mapping[str, Any],
+    table: "pd.DataFrame",
+    completions: "pd.DataFrame | None",
+) -> str:
+    """The README of a repository: what the vectors are, how they were found, how to use them."""
+    from huggingface_hub import ModelCardData
+
+    model = str(story.get("model") or "an unnamed model")
+    data = ModelCardData(
+        library_name="tl_melbo",
+        tags=["steering-vectors", "transformer-lens", "tl_melbo", str(story.get("method"))],
+        # The hub takes ids for this, and refuses the whole card for anything else.
+        base_model=model if model.count("/") == 1 and " " not in model else None,
+    )
+    facts = {name: value for name, value in story.items() if name not in ("parts", "categories")}
+    lines = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# Steering vectors of {_cell(model)}",
+        f"{len(table)} directions in the residual stream after block {story.get('source_layer')}, "
+        "found without labels. Add one while the model writes, and it writes something else. "
+        "Read what each does before you trust it.",
+        f'```python\nimport tl_melbo as tm\n\nfound = tm.SteeringVectors.from_hub("{repo_id}")\n'
+        "with tm.steered(model, found[0]):  # a TransformerLens model\n"
+        '    print(model.generate("Hello"))\n```',
+        "## How they were found",
+        _markdown_table(["", ""], [[name, value] for name, value in facts.items()]),
+        "## The vectors",
+        _markdown_table(
+            list(table.columns),
+            [list(row.values()) for row in table.head(_MOST_CARD_ROWS).to_dict("records")],
+        ),
+    ]
+    if len(table) > _MOST_CARD_ROWS:
+        lines.append(f"The first {_MOST_CARD_ROWS} of {len(table)}; the file holds all of them.")
+    if completions is not None:
+        rows = [
+            [row["vector"], row["scale"], row["prompt"], row["completion"]]
+            for row in completions.head(_MOST_CARD_ROWS).to_dict("records")
+        ]
+        lines += [
+            "## What the model writes",
+            "Vector −1 is the model without one.",
+            _markdown_table(["vector", "scale", "prompt", "completion"], rows),
+        ]
+    return "\n\n".join(lines) + "\n"
+
+
+def _markdown_table(header: list[str], rows: list[list[Any]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    lines += ["| " + " | ".join(_cell(value) for value in row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    """Text for a Markdown table: untrusted, on one line, and nothing in it is markup."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    text = html.escape(" ".join(printable(text).split()))
+    return "".join(f"&#{ord(c)};" if c in "|*_`[]~\\#!" else c for c in text)
