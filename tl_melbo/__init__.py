@@ -14,6 +14,7 @@ from tl_melbo.discovery import (
     melbo_ortho,
 )
 from tl_melbo.models import load_model
+from tl_melbo.presets import PRESETS
 from tl_melbo.run import Run
 from tl_melbo.steering import generate, next_token_log_probs, steered
 from tl_melbo.vectors import SteeringVectors, concatenate
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "PRESETS",
     "ActivationMap",
     "Run",
     "SteeringVectors",

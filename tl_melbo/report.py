@@ -31,6 +31,7 @@ from tl_melbo.plots import (
 )
 from tl_melbo.shapes import Delta, shape_checked
 from tl_melbo.steering import as_chat, generate
+from tl_melbo.tables import Table
 from tl_melbo.text import printable
 from tl_melbo.vectors import SteeringVectors
 
@@ -132,7 +133,7 @@ def collect_completions(
     frame = pd.concat(frames, ignore_index=True)
     rows = frame.to_dict("records")
     rows.sort(key=lambda row: (texts.index(row["prompt"]), row["vector"], -row["scale"]))
-    return pd.DataFrame(rows, columns=_COMPLETION_COLUMNS)
+    return Table(rows, columns=_COMPLETION_COLUMNS)
 
 
 @shape_checked
@@ -299,7 +300,7 @@ def _table(
                 "negated_completion": written.get((text, vector, -1.0)),
             }
             rows.append(row)
-    return pd.DataFrame(rows)
+    return Table(rows)
 
 
 def _figures(

@@ -208,6 +208,8 @@ def generate(
     """
     import pandas as pd
 
+    from tl_melbo.tables import Table
+
     check_model(model)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens}: at least 1")
@@ -243,7 +245,7 @@ def generate(
             completions = [_decode(model, row) for batch, _ in written for row in batch]
             frame = pd.DataFrame(labels, columns=["vector", "scale"])
             frames.append(frame.assign(prompt=text, completion=completions))
-    frame = pd.concat(frames, ignore_index=True)
+    frame = Table(pd.concat(frames, ignore_index=True))
     names = [
         f"{vector} at scale {scale:g} after {quoted(text)}"
         for vector, scale, text in zip(

@@ -212,9 +212,9 @@ class SteeringVectors:
 
     def table(self) -> "pd.DataFrame":
         """One row a vector: index, norm, objective and whatever else is known of each."""
-        import pandas as pd
+        from tl_melbo.tables import Table
 
-        frame = pd.DataFrame({"index": self.columns["index"].numpy(), "norm": self.norms.numpy()})
+        frame = Table({"index": self.columns["index"].numpy(), "norm": self.norms.numpy()})
         for name, column in self.columns.items():
             if name != "index":
                 frame[name] = self._named(name, column)
@@ -452,7 +452,7 @@ class SteeringVectors:
 
     def _repr_html_(self) -> str:
         story = html.escape(json.dumps(dict(self.story), indent=2, ensure_ascii=False))
-        table = self.table().to_html(index=False, max_rows=12, border=0, float_format="%.4g")
+        table = self.table()._repr_html_()
         return (
             f"<p><b>SteeringVectors</b>: {html.escape(self._summary())}</p>{table}"
             f"<details><summary>Story</summary><pre>{story}</pre></details>"

@@ -80,7 +80,7 @@ def composition(
 
     Source: Jacob G-W 2024, "I found >800 orthogonal 'write code' steering vectors".
     """
-    import pandas as pd
+    from tl_melbo.tables import Table
 
     library = as_library(vectors)
     check_place(model, f, library, "vectors")
@@ -110,7 +110,7 @@ def composition(
         if start is None
         else effect_distance(f, distinct, start)
     )
-    return pd.DataFrame(
+    return Table(
         {
             "size": [len(row.members) for row in rows],
             "members": [row.members for row in rows],

@@ -70,6 +70,8 @@ def family(
     """
     import pandas as pd
 
+    from tl_melbo.tables import Table
+
     library, start = as_library(vectors), one_vector(reference, "reference")
     for checked, argument in ((library, "vectors"), (start, "reference")):
         check_place(model, f, checked, argument)
@@ -104,7 +106,7 @@ def family(
             n_done += len(batch)
             if on_batch is not None:
                 on_batch(n_done, n_rows)
-    table = pd.concat(frames, ignore_index=True)
+    table = Table(pd.concat(frames, ignore_index=True))
     table.insert(1, "index", [-1, -1, *3 * numbers])
     return table
 

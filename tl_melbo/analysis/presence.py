@@ -113,7 +113,7 @@ def presence_statistics(
         ValueError: no vectors, or one that has no direction; no token in a set, or values that are
             not finite; widths that differ; fewer than one frame or more than 100,000.
     """
-    import pandas as pd
+    from tl_melbo.tables import Table
 
     library = as_library(vectors)
     units = normalise(library.vectors.double())
@@ -129,7 +129,7 @@ def presence_statistics(
     null = _null_excess(sets[0], sets[1], len(units), n_frames, seed).abs().sort().values
     n_reaching = len(null) - torch.searchsorted(null, excess.abs())
     p_values = (1 + n_reaching).double() / (1 + len(null))
-    return pd.DataFrame(
+    return Table(
         {
             "index": library.columns["index"].numpy(),
             "mean_projection": projections.mean(0).numpy(),
