@@ -185,6 +185,10 @@ def test_token_presence_is_offline_and_safe(tiny_llama, unchanged, monkeypatch) 
     assert page == str(shown)
     assert "unpkg.com" not in page
     assert page.count("</script>") == 1
+    # Where scripts do not run there is plain text, and none of it is markup.
+    static = page.partition("<script")[0]
+    assert "&lt;/script&gt;&lt;b&gt;" in re.sub(r"<[^>]*>", "", static)
+    assert static.count("<span") == len(tiny_llama.to_tokens(text)[0])
     data = page.rpartition("CircuitsVis.render(")[2].rpartition("</script>")[0]
     assert "<" not in data
     residual = tm.ActivationMap.from_prompts(tiny_llama, text, 2, 3).x[0]

@@ -48,6 +48,8 @@ _BLUE, _PALE_BLUE = "#0072b2", "#56b4e9"
 _OTHERS = ("#d55e00", "#009e73", "#cc79a7", "#e69f00", "#57606a")
 # A logarithmic axis has no zero: what is smaller than this, in nats, is drawn there.
 _SMALLEST_KL = 1e-6
+# A token coloured by more than this share of the largest value has white letters.
+_DARK = 0.6
 _HOVER_LENGTH, _HOVER_WIDTH = 200, 60
 _HOVER_LABEL = {"align": "left", "bgcolor": "#ffffff", "font": {"color": "#24292f"}}
 # Under the axis, where it hides no point however many there are.
@@ -716,7 +718,7 @@ def token_presence(
     tokens = [model.tokenizer.decode([token]) for token in to_tokens(model, text)[0].tolist()]
     largest = max(map(abs, values))
     shown = colored_tokens(tokens, values, min_value=-largest, max_value=largest)
-    source = _without_tags(shown.local_src)
+    source = _with_fallback(_without_tags(shown.local_src), tokens, values, largest)
     return _Offline(source, source)
 
 
@@ -725,6 +727,25 @@ class _Offline(RenderedHTML):
 
     def _repr_html_(self) -> str:
         return self.local_src
+
+
+def _with_fallback(source: str, tokens: list[str], values: list[float], largest: float) -> str:
+    """The same with plain coloured text above it, which the script, where it runs, takes away."""
+    identity = source.partition('id="')[2].partition('"')[0]
+    name = f"static-{identity}"
+    spans = []
+    for token, value in zip(tokens, values, strict=True):
+        share = value / largest if largest else 0.0
+        # circuitsvis's colours: blue along the vector, red against it.
+        pale = f"{255 * (1 - abs(share)):.0f}"
+        colour = f"rgb({pale},{pale},255)" if share > 0 else f"rgb(255,{pale},{pale})"
+        ink = "white" if abs(share) > _DARK else "black"
+        style = f"background:{colour};color:{ink};padding:1px;white-space:pre-wrap"
+        text = html.escape(printable(token))
+        spans.append(f'<span style="{style}" title="{value:.4g}">{text}</span>')
+    before, call, after = source.rpartition("CircuitsVis.render(")
+    remove = f'document.getElementById("{name}")?.remove();\n    '
+    return f'<div id="{name}">{"".join(spans)}</div>\n{before}{remove}{call}{after}'
 
 
 def _without_tags(source: str) -> str:
