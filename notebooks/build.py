@@ -1,0 +1,95 @@
+"""Run the notebooks from their text, and keep them with what they show.
+
+    python -m notebooks.build                    # all of them
+    python -m notebooks.build 01_first_vectors   # some
+
+A notebook is a text in jupytext's percent format. Its cell tagged "parameters" says which model and
+how much work; `run` can put other values after it, as papermill does.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jupytext
+import nbformat
+from nbclient import NotebookClient
+
+HERE = Path(__file__).parent
+NAMES = ("01_first_vectors", "02_orthogonal_family", "03_quick_hypothesis_test", "04_exercises")
+_SECONDS_A_CELL = 600
+# Interactive where scripts run, a picture where they do not.
+_RENDERERS = "plotly_mimetype+png"
+# The scripts of circuitsvis are a megabyte; what is below them shows without.
+_SCRIPT = re.compile(r"<script\b.*?</script>", re.DOTALL)
+_LONGEST_SCRIPT = 100_000
+
+
+def run(name: str, values: Mapping[str, Any] | None = None, renderers: str | None = None) -> Any:
+    """Execute a notebook in a kernel of its own; an error in a cell is raised.
+
+    Args:
+        name: of the text, without ".py".
+        values: what the parameters are to be instead.
+        renderers: plotly's, joined by "+"; None takes what plotly finds fitting.
+    """
+    notebook = jupytext.read(HERE / f"{name}.py")
+    notebook.metadata.kernelspec = {
+        "display_name": "Python 3", "language": "python", "name": "python3",
+    }  # fmt: skip
+    if values:
+        place = 1 + next(
+            i
+            for i, cell in enumerate(notebook.cells)
+            if "parameters" in cell.metadata.get("tags", [])
+        )
+        source = "\n".join(f"{name} = {value!r}" for name, value in values.items())
+        notebook.cells.insert(place, nbformat.v4.new_code_cell(source))
+    environment = dict(os.environ)
+    if renderers is not None:
+        environment["PLOTLY_RENDERER"] = renderers
+    client = NotebookClient(
+        notebook,
+        timeout=_SECONDS_A_CELL,
+        resources={"metadata": {"path": str(HERE)}},
+        record_timing=False,
+    )
+    return client.execute(env=environment)
+
+
+def tidied(notebook: Any) -> Any:
+    """The same without what a reader does not need: large scripts, widgets, bars, identities."""
+    for number, cell in enumerate(notebook.cells):
+        cell.id = f"cell-{number}"
+        if cell.cell_type != "code":
+            continue
+        cell.outputs = [
+            output
+            for output in cell.outputs
+            if output.get("name") != "stderr"
+            and "application/vnd.jupyter.widget-view+json" not in output.get("data", {})
+        ]
+        for output in cell.outputs:
+            page = output.get("data", {}).get("text/html")
+            if page and len(page) > _LONGEST_SCRIPT:
+                output["data"]["text/html"] = _SCRIPT.sub("", page)
+    notebook.metadata.pop("widgets", None)
+    return notebook
+
+
+def main(names: list[str]) -> None:
+    unknown = sorted({*names} - {*NAMES})
+    if unknown:
+        sys.exit(f"no such notebooks: {unknown}; there are {', '.join(NAMES)}")
+    for name in names or NAMES:
+        notebook = tidied(run(name, renderers=_RENDERERS))
+        path = HERE / f"{name}.ipynb"
+        nbformat.write(notebook, path)
+        print(f"{path.relative_to(Path.cwd())}: {path.stat().st_size // 1000} kB")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
