@@ -158,7 +158,9 @@ tm.plots.token_presence(
 
 # %%
 with tm.steered(model, one):  # any TransformerLens call inside
-    print(model.generate("My name is", max_new_tokens=MAX_NEW_TOKENS, do_sample=False, verbose=False))
+    print(
+        model.generate("My name is", max_new_tokens=MAX_NEW_TOKENS, do_sample=False, verbose=False)
+    )
 
 # %%
 one.save("one.safetensors")

@@ -94,7 +94,9 @@ tm.plots.distance_curve(family, unsteered, window=max(1, len(family) // 4))
 whole = pd.read_csv("results/family_4.csv")
 own = whole[whole["kind"] == "family"].reset_index(drop=True)
 baselines = {
-    "no vector": torch.tensor(whole.loc[whole["kind"] == "unsteered", "kl_to_reference"].to_numpy()),
+    "no vector": torch.tensor(
+        whole.loc[whole["kind"] == "unsteered", "kl_to_reference"].to_numpy()
+    ),
     "random vectors of the same norms": torch.tensor(
         whole.loc[whole["kind"] == "random", "kl_to_reference"].to_numpy()
     ),
@@ -109,6 +111,7 @@ tm.plots.kl_curve(
 # %% [markdown]
 # Hover over points to read texts. This curve tells little: $\theta_0$ itself is only 0.5 nats from the
 # model without a vector in the *next* token, since both begin with "I". The texts tell the two apart:
+
 
 # %%
 def share(words: str, first: int, last: int) -> float:

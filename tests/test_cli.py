@@ -141,9 +141,9 @@ def test_the_folder_is_checked_before_the_model_is_loaded(
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("--radius=-1", "--radius=-1.0: a positive finite number"),
+        ("--radius=-1", "--radius=-1.0: must be a positive"),
         ("--radius=nan", "--radius=nan"),
-        ("--n-vectors=0", "--n-vectors=0: at least 1"),
+        ("--n-vectors=0", "--n-vectors=0: must be from 1"),
         ("--p=0.5", "--p=0.5"),
         ("--q=inf", "--q=inf"),
         ("--steps=0", "--steps=0"),
@@ -210,7 +210,6 @@ def test_an_interrupted_run_keeps_what_is_finished(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    (tmp_path / "report.html").write_text("of other vectors")
     with monkeypatch.context() as patch:
         patch.setattr(tm.report, "collect_completions", interrupted)
         result = discover(model_folder, tmp_path)
@@ -218,6 +217,15 @@ def test_an_interrupted_run_keeps_what_is_finished(
     assert "Interrupted" in result.stderr
     assert "Traceback" not in result.output
     assert names(tmp_path) == ["settings.json", "vectors.safetensors"]
+    assert discover(model_folder, tmp_path).exit_code == 0
+    page, texts = ((tmp_path / name).read_bytes() for name in ("report.html", "completions.csv"))
+    # More vectors: what is there stays until there is more.
+    with monkeypatch.context() as patch:
+        patch.setattr(tm.report, "collect_completions", interrupted)
+        assert discover(model_folder, tmp_path, "--n-vectors=4").exit_code == 130
+    assert len(tm.SteeringVectors.load(tmp_path / "vectors.safetensors")) == 4
+    assert (tmp_path / "report.html").read_bytes() == page
+    assert (tmp_path / "completions.csv").read_bytes() == texts
     with monkeypatch.context() as patch:
         patch.setattr(tm.Run, "melbo", interrupted)
         assert discover(model_folder, tmp_path / "new").exit_code == 130
@@ -248,7 +256,7 @@ def test_an_interrupted_search_goes_on(
     assert "seed=0 (asked for now: 1)" in one_line(result.stderr)
     result = discover(model_folder, out)
     assert result.exit_code == 0, result.output
-    assert "holds 2 vectors of this search; continuing" in one_line(result.stderr)
+    assert "holds 2 vectors of this search." in one_line(result.stderr)
     found, expected = (
         tm.SteeringVectors.load(folder / "vectors.safetensors") for folder in (out, whole)
     )
@@ -366,3 +374,40 @@ def test_any_options_end_in_a_page_or_one_line(
         assert result.exception is None or isinstance(result.exception, SystemExit)
         assert result.exit_code == 2 or "Error: " in result.stderr
         assert not out.exists()
+
+
+def test_files_of_somebody_else_are_not_replaced(model_folder: Path, tmp_path: Path) -> None:
+    theirs = {"report.html": "my thesis", "completions.csv": "hand labelled"}
+    for name, text in theirs.items():
+        (tmp_path / name).write_text(text)
+    result = discover(model_folder, tmp_path)
+    assert result.exit_code == 1
+    assert "so not the rest of a run; choose another folder" in one_line(result.stderr)
+    assert {name: (tmp_path / name).read_text() for name in names(tmp_path)} == theirs
+    assert discover(model_folder, tmp_path, "--overwrite").exit_code == 0
+
+
+def test_texts_are_those_of_the_vectors_that_are_there(model_folder: Path, tmp_path: Path) -> None:
+    """Also after Python changed the vectors, or found more."""
+    assert discover(model_folder, tmp_path).exit_code == 0
+    settings_ = {"radius": 4.0, "steps": 3, "seed": 9}
+    f = tm.ActivationMap.from_prompts(tm.load_model(model_folder), PROMPT, 1, 4, chat=True)
+    found = tm.Run(tmp_path).melbo(f, 3, overwrite=True, **settings_)
+    assert discover(model_folder, tmp_path, "--seed=9").exit_code == 0
+    expected = tm.report.collect_completions(f.model, PROMPT, found, max_new_tokens=3)
+    texts = pd.read_csv(tmp_path / "completions.csv", keep_default_na=False)["completion"]
+    assert texts.str.lstrip("'").tolist() == [text.lstrip("'") for text in expected["completion"]]
+    tm.Run(tmp_path).melbo(f, 4, **settings_)
+    assert discover(model_folder, tmp_path, "--seed=9", "--n-vectors=4").exit_code == 0
+    assert set(pd.read_csv(tmp_path / "completions.csv")["vector"]) == {-1, 0, 1, 2, 3}
+
+
+def test_a_search_that_fails_leaves_the_run_that_was_there(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    assert discover(model_folder, tmp_path).exit_code == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    result = discover(model_folder, tmp_path, "--overwrite", "--radius=1e-30")
+    assert result.exit_code == 1
+    assert "changes nothing" in one_line(result.stderr)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

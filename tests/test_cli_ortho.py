@@ -162,7 +162,7 @@ def test_all_goes_on_until_nothing_is_left(run: Path) -> None:
         (["--norm-penalty=nan"], "--norm-penalty=nan"),
         (["--steps=1"], "--steps=1: at least 2"),
         (["--max-new-tokens=0"], "--max-new-tokens=0: at least 1"),
-        (["--model=./nowhere"], "no such file or folder"),
+        (["--model=./nowhere"], "--model=./nowhere: the vectors in"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(

@@ -217,13 +217,13 @@ def test_steps_are_reported(tiny_llama):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"radius": 0.0}, r"radius=0.0: a positive finite number"),
+        ({"radius": 0.0}, r"radius=0.0: must be a positive finite number"),
         ({"radius": -1}, r"radius=-1"),
         ({"radius": math.nan}, r"radius=nan"),
         ({"p": 0.5}, r"p=0.5: allowed are finite numbers from 1"),
         ({"q": 0}, r"q=0"),
         ({"p": math.inf}, r"p=inf"),
-        ({"n_vectors": 0}, r"n_vectors=0: at least 1"),
+        ({"n_vectors": 0}, r"n_vectors=0: must be from 1"),
         ({"n_vectors": 33}, r"n_vectors=33: at most d_model=32"),
         ({"steps": 0}, r"steps=0"),
         ({"positions": slice(90, None)}, r"picks no token of prompt 0"),

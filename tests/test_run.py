@@ -8,7 +8,9 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -117,7 +119,7 @@ def test_one_vector_that_fails_costs_itself_alone(f, tmp_path):
 
     settings = {**SETTINGS, "orthogonal": False, "steps": 1}
     starts = tm.melbo(f, 5, **settings).vectors
-    with pytest.warns(UserWarning, match=r"vectors \[2\]: the residual.*not finite"):
+    with pytest.warns(UserWarning, match=r"vectors \[2\]: the effect.*not finite"):
         found = tm.melbo(Holed(starts[2]), 5, **settings)
     assert found.columns["index"].tolist() == [0, 1, 3, 4]
     assert torch.equal(found.vectors, starts[[0, 1, 3, 4]])
@@ -298,3 +300,135 @@ def test_a_whole_family_is_there(f, tmp_path):
     for n_vectors in (None, len(family), 1):
         again = run.melbo_ortho(f, theta0, n_vectors, steps=2)
         assert torch.equal(again.vectors, family.vectors[:n_vectors])
+
+
+def test_lost_vectors_do_not_stop_a_run_that_is_continued(f, tmp_path):
+    """Also where they are the last ones, or more of them than a search gives up after."""
+    settings = {**SETTINGS, "orthogonal": False, "steps": 1}
+    starts = tm.melbo(f, 10, **settings).vectors
+
+    class Holed:
+        def __init__(self, everywhere=False):
+            self.everywhere = everywhere
+
+        def __getattr__(self, name):
+            return getattr(f, name)
+
+        def delta(self, theta):
+            hit = (torch.cdist(theta, starts[[3, 4, 5, 9]]) < 1e-4).any(-1) | self.everywhere
+            return f.delta(theta) * torch.where(hit, torch.nan, 1.0)[:, None, None, None]
+
+    run = tm.Run(tmp_path)
+    for n_vectors in (3, 10, 10):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found = run.melbo(Holed(), n_vectors, **settings)
+        assert any("left out" in str(each.message) for each in caught) == (n_vectors == 10)
+    assert found.columns["index"].tolist() == [0, 1, 2, 6, 7, 8]
+    assert torch.equal(found.vectors, starts[[0, 1, 2, 6, 7, 8]])
+    with pytest.raises(FloatingPointError, match=r"vectors \[0\]: the effect"):
+        tm.melbo(Holed(everywhere=True), 1, **settings)
+
+
+def test_what_overwrites_replaces_only_what_it_has(f, tmp_path):
+    run = tm.Run(tmp_path)
+    found = run.melbo(f, 2, **SETTINGS)
+    family = run.melbo_ortho(f, found[1], 1, steps=4)
+    with pytest.raises(ValueError, match="radius: a random vector of this length changes nothing"):
+        run.melbo(f, 2, radius=1e-30, overwrite=True)
+    with pytest.raises(ValueError, match="nothing orthogonal"):
+        run.melbo_ortho(f, found[1], 1, norm_penalty=1e9, steps=4, overwrite=True)
+    kept = [
+        tm.SteeringVectors.load(tmp_path / name / "vectors.safetensors") for name in ("", "ortho-1")
+    ]
+    assert torch.equal(kept[0].vectors, found.vectors)
+    assert torch.equal(kept[1].vectors, family.vectors)
+
+
+def test_other_peoples_files_stay(f, tmp_path):
+    theirs = [tmp_path / ".download.partial", tmp_path / "sub" / f".x.{'0' * 32}.partial"]
+    (tmp_path / "sub").mkdir()
+    (tmp_path / f".dir.{'0' * 32}.partial").mkdir()
+    for path in theirs:
+        path.write_text("theirs")
+    ours = tmp_path / f".vectors.safetensors.{'0' * 32}.partial"
+    ours.write_text("left by a killed process")
+    tm.Run(tmp_path).melbo(f, 1, **SETTINGS)
+    assert all(path.read_text() == "theirs" for path in theirs)
+    assert not ours.exists()
+
+
+def test_another_model_of_the_same_name_is_refused(tmp_path):
+    run = tm.Run(tmp_path)
+    for seed in (0, 0, 1):
+        f = tm.ActivationMap.from_prompts(tiny_bridge("llama", seed=seed), PROMPT, 1, 4)
+        if seed == 0:
+            run.melbo(f, 2, **SETTINGS)
+            continue
+        with pytest.raises(
+            ValueError, match="holds vectors of another search, found with weights="
+        ):
+            run.melbo(f, 4, **SETTINGS)
+
+
+def test_what_differs_is_told_whole(tmp_path):
+    model = tiny_bridge("llama")
+    first, second = (
+        tm.ActivationMap.from_prompts(model, prompt, 1, 4) for prompt in ("Hi; you", "Hi; me")
+    )
+    run = tm.Run(tmp_path)
+    run.melbo(first, 1, **SETTINGS)
+    with pytest.raises(
+        ValueError, match=r"prompts=\['Hi; you'\] \(here \['Hi; me'\]\); .*overwrite"
+    ):
+        run.melbo(second, 1, **SETTINGS)
+    (tmp_path / "vectors.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"vectors.safetensors.*pass overwrite=True"):
+        run.melbo(first, 1, **SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"columns": {"index": torch.tensor([0, 10**12])}}, "not in their order"),
+        ({"columns": {"index": torch.tensor([0, 1])}}, "without the columns objective"),
+        ({"vectors": torch.ones(2, 32)}, "not orthogonal to each other"),
+        ({"vectors": torch.eye(2, 7)}, "7 wide, where the residual stream is 32 wide"),
+    ],
+)
+def test_crafted_libraries_are_not_continued(f, tmp_path, change, message):
+    run = tm.Run(tmp_path)
+    found = run.melbo(f, 2, **SETTINGS)
+    replace(found, **change).save(tmp_path / "vectors.safetensors")
+    with pytest.raises(ValueError, match=message):
+        run.melbo(f, 3, **SETTINGS)
+
+
+def test_an_empty_library_is_continued(f, tmp_path):
+    found = tm.melbo(f, 2, **SETTINGS)
+    found[:0].save(tmp_path / "vectors.safetensors")
+    assert torch.equal(tm.Run(tmp_path).melbo(f, 2, **SETTINGS).vectors, found.vectors)
+
+
+@pytest.mark.parametrize("search", ["melbo", "melbo_ortho"])
+def test_surroundings_do_not_matter(f, search):
+    theta0 = tm.melbo(f, 1, **SETTINGS)
+
+    def run():
+        if search == "melbo":
+            return tm.melbo(f, 2, **SETTINGS).vectors
+        return tm.melbo_ortho(f, theta0, 2, steps=5).vectors
+
+    expected = run()
+    try:
+        torch.set_default_dtype(torch.float64)
+        assert torch.equal(run(), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.inference_mode():
+        found = run()
+    assert torch.equal(found, expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(run(), expected)
+    with torch.no_grad():
+        assert torch.equal(run(), expected)

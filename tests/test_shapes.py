@@ -15,7 +15,7 @@ import tl_melbo as tm
         ),
         (
             lambda f: tm.melbo(f.model),
-            r"argument 'f' is of type .*TransformerBridge, expected Effect",
+            r"argument 'f' is a model, expected an activation map; make one: .*from_prompts",
         ),
         (
             lambda f: tm.melbo(f, optimiser="adam"),
@@ -26,7 +26,10 @@ import tl_melbo as tm
             lambda f: f.delta(torch.zeros(32)),
             r"'theta' is a tensor float32\[32\], expected Float\[Tensor, 'vector d_model'\]",
         ),
-        (lambda f: tm.melbo(f, n_vec=3), r"melbo\(\): got an unexpected keyword argument 'n_vec'"),
+        (
+            lambda f: tm.melbo(f, n_vec=3),
+            r"melbo\(\): got an unexpected keyword argument 'n_vec'; did you mean 'n_vectors'\?",
+        ),
         (lambda f: tm.melbo_ortho(f), r"melbo_ortho\(\): missing a required argument: 'theta0'"),
         (lambda f: tm.generate("Hi!", f.model), r"generate\(\): argument '"),
         (

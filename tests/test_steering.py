@@ -1,6 +1,7 @@
 """Vectors in a model, against hooks set by hand and against text written without a cache."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -451,7 +452,7 @@ def test_what_is_not_finite_costs_its_own_text(breaking, monkeypatch, temperatur
 def test_log_probs_that_are_not_finite_are_named(breaking):
     vectors = random_vectors(3, size=2.0)
     vectors[1] *= 1000
-    with pytest.warns(UserWarning, match=r"vectors \[1\]: what .* makes of .* 'Once") as caught:
+    with pytest.warns(UserWarning, match=r"vectors \[1\]: what .* makes of 'Once") as caught:
         rows = tm.next_token_log_probs(breaking, PROMPT, vectors, 2)
     assert caught[0].filename == __file__
     assert rows.isnan().all(-1).tolist() == [False, True, False]
@@ -471,5 +472,24 @@ def test_effects_that_are_not_finite_are_named(breaking):
         effect_distance(f, vectors, long)
     with pytest.raises(ValueError, match=r"theta0: the residual .* 'Once upon"):
         tm.melbo_ortho(f, long, 1)
-    with pytest.raises(FloatingPointError, match=r"vectors \[0, 1, 2\]: the .* 'Once upon"):
+    with pytest.raises(FloatingPointError, match=r"vectors \[0, 1, 2\]: the effect .* 'Once upon"):
         tm.melbo(f, 5, 1000.0)
+
+
+def test_divergences_that_are_not_finite_cost_their_vector(breaking, tmp_path):
+    found = tm.SteeringVectors.from_tensor(random_vectors(5, size=2.0), source_layer=2)
+    found = replace(found, vectors=found.vectors * torch.tensor([1, 1, 1, 1, 1000.0])[:, None])
+    for batch_size in (2, 32):  # alone in its batch, and beside others
+        with pytest.warns(UserWarning, match=r"vectors \[4\]: what .* is NaN") as caught:
+            kl = tm.analysis.kl_divergence(breaking, PROMPT, found, batch_size=batch_size)
+        assert caught[0].filename == __file__
+        assert kl.isnan().tolist() == [False] * 4 + [True]
+    alone = tm.analysis.kl_divergence(breaking, PROMPT, found[:4])
+    torch.testing.assert_close(kl[:4], alone)
+    with pytest.warns(UserWarning, match="not finite"):
+        page = tm.report.write(
+            tmp_path / "page.html", breaking, found, prompts=PROMPT, max_new_tokens=2
+        )
+    assert page["kl"].isna().tolist() == [False] * 4 + [True]
+    with pytest.raises(FloatingPointError, match="not finite under any"):
+        tm.analysis.kl_divergence(breaking, PROMPT, found[4])

@@ -5,6 +5,7 @@ import json
 import math
 import pickle
 import random
+import resource
 import struct
 import time
 
@@ -135,7 +136,7 @@ def test_concatenate_refuses_vectors_of_different_places(other, message):
 def test_concatenate_refuses_nothing_and_tensors():
     with pytest.raises(ValueError, match="none given"):
         tm.concatenate([])
-    with pytest.raises(TypeError, match=r"libraries\[1\]: got Tensor"):
+    with pytest.raises(TypeError, match=r"libraries\[1\] is a tensor float32"):
         tm.concatenate([library(), torch.ones(1, 8)])
 
 
@@ -187,7 +188,7 @@ def test_load_names_what_is_wrong(tmp_path):
     save_file({"vectors": torch.ones(2, 3)}, path, {**metadata, "format_version": "2"})
     with pytest.raises(ValueError, match="upgrade tl_melbo"):
         load(path)
-    for story in ("{", "[]", "{}", '{"method": 1}', "[" * 100_000):
+    for story in ("{", "[]", '{"method": 1}', "[" * 100_000):
         save_file({"vectors": torch.ones(2, 3)}, path, {**metadata, "story": story})
         with pytest.raises(ValueError, match="safetensors"):
             load(path)
@@ -329,3 +330,92 @@ def test_load_refuses_columns_that_we_do_not_write(tmp_path):
     save_file({"vectors": torch.ones(2, 3)}, path, metadata)
     with pytest.raises(ValueError, match=r"v\.safetensors"):
         tm.SteeringVectors.load(path)
+
+
+def crafted(path, header, data=b""):
+    raw = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw + data)
+
+
+def test_what_a_header_promises_is_checked_before_memory_is_taken(tmp_path):
+    path = tmp_path / "v.safetensors"
+    facts = {"format": "tl_melbo.vectors", "format_version": "1", "story": "{}"}
+    flat = {"dtype": "F32", "data_offsets": [0, 0]}
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for entries in (
+        {"vectors": {**flat, "shape": [200_000_000, 0]}},
+        {"vectors": {**flat, "shape": [10**13, 0]}},
+        {"vectors": {**flat, "shape": [0, 8]}}
+        | {f"column.{i}": {**flat, "shape": [0]} for i in range(5000)},
+        {"vectors": "none"},
+    ):
+        crafted(path, {"__metadata__": facts, **entries})
+        start = time.monotonic()
+        with pytest.raises(ValueError, match=r"v\.safetensors"):
+            tm.SteeringVectors.load(path)
+        assert time.monotonic() - start < 1
+    lists = {**facts, "story": '{"method": "x", "y": [' + "[]," * 5_000_000 + "[]]}"}
+    crafted(path, {"__metadata__": lists, "vectors": {**flat, "shape": [0, 8]}})
+    with pytest.raises(ValueError, match="not a safetensors file"):
+        tm.SteeringVectors.load(path)
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert after - before < 100_000  # kilobytes, the test's own strings included
+
+
+@pytest.mark.parametrize(
+    ("columns", "story", "message"),
+    [
+        ({"index": torch.tensor([0, -1])}, {}, "'index' does not hold numbers of vectors"),
+        ({"stopped": torch.tensor([0, 7])}, {"categories": {"stopped": ["a"]}}, "codes without"),
+        ({}, {"theta0": "x"}, "theta0 in its story make no sense"),
+        ({}, {"parts": "x"}, "parts in its story make no sense"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(tmp_path, columns, story, message):
+    path = tmp_path / "v.safetensors"
+    tensors = {"vectors": torch.ones(2, 3)} | {f"column.{n}": c for n, c in columns.items()}
+    facts = {"format": "tl_melbo.vectors", "format_version": "1", "story": json.dumps(story)}
+    save_file(tensors, path, facts)
+    with pytest.raises(ValueError, match=message):
+        tm.SteeringVectors.load(path)
+
+
+def test_what_can_be_saved_can_be_loaded(tmp_path):
+    path = tmp_path / "v.safetensors"
+    columns = {
+        "good": torch.tensor([True, False]), "half": torch.ones(2).half(),
+        "small": torch.ones(2, dtype=torch.int8), "double": torch.ones(2).double(),
+    }  # fmt: skip
+    for library_ in (
+        tm.SteeringVectors(torch.eye(2)),
+        tm.SteeringVectors(torch.eye(2), {}, columns),
+    ):
+        library_.save(path)
+        same(tm.SteeringVectors.load(path), library_)
+    for story in ({"source_layer": -1}, {"method": 3}, {"theta0": "x"}):
+        with pytest.raises(ValueError, match=r"story: .*; correct it"):
+            tm.SteeringVectors(torch.eye(2), story).save(path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.eye(2), 5), "story: got int"),
+        ((torch.eye(2), {}, {"a": [1, 2]}), r"columns\['a'\]: got list"),
+        ((torch.eye(2), {}, {3: torch.ones(2)}), "columns: 3 cannot be the name"),
+        ((torch.eye(2), {}, {"norm": torch.ones(2)}), "columns: 'norm' cannot be the name"),
+        ((torch.eye(2), {}, {"a": torch.ones(2).cfloat()}), "a: a torch.complex64 tensor"),
+        ((torch.eye(2), {}, {}, [1]), "history"),
+        ((torch.eye(2).to_sparse(),), "vectors: a sparse tensor"),
+        ((torch.ones(2, 3, device="meta"),), "vectors: a sparse tensor, or one without numbers"),
+        ((torch.ones(2, 0),), "a vector has at least one number"),
+    ],
+)
+def test_a_library_of_something_else_is_named(arguments, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        tm.SteeringVectors(*arguments)
+
+
+def test_what_a_file_says_cannot_steer_a_terminal():
+    found = library(model="evil\x1b]0;title\x07 \u202e")
+    assert not {"\x1b", "\x07", "\u202e"} & {*repr(found), *found._repr_html_()}

@@ -12,7 +12,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
 from tl_melbo.fast_blocks import FastBlocks, Precision
-from tl_melbo.memory import is_out_of_memory
+from tl_melbo.memory import is_out_of_memory, map_batches
 from tl_melbo.models import (
     Model,
     check_model,
@@ -22,6 +22,7 @@ from tl_melbo.models import (
     residual_hook_name,
     to_tokens,
     user_hooks,
+    weights_digest,
     whole_model,
     without_bridge,
 )
@@ -284,12 +285,14 @@ class ActivationMap:
         if not len(theta):
             return torch.zeros(0, *self.x.shape, dtype=self._wide(theta), device=self.x.device)
         path: _Way = "differentiable" if _is_transformed(theta) else self.path
-        batches = theta.split(self.vectors_at_once())
+        size = self.vectors_at_once()
         # Where graphs do not all fit, or share memory, each is made in its backward pass.
         with_gradient = torch.is_grad_enabled() and theta.requires_grad
         too_many = len(theta) > self._vectors_in_memory() or path == "compiled"
-        recompute = with_gradient and too_many and len(batches) > 1
-        effects = [self._delta(batch, positions, counted, path, recompute) for batch in batches]
+        recompute = with_gradient and too_many and len(theta) > size
+        effects, _ = map_batches(
+            lambda batch: self._delta(batch, positions, counted, path, recompute), theta, size
+        )
         return effects[0] if len(effects) == 1 else torch.cat(effects)
 
     def _delta(
@@ -373,6 +376,7 @@ class ActivationMap:
         return {
             "model": model_name(self.model),
             "model_type": model_type(self.model),
+            "weights": weights_digest(self.model),
             "n_layers": int(self.model.cfg.n_layers),
             "d_model": self.d_model,
             "dtype": str(self.x.dtype).removeprefix("torch."),
@@ -519,7 +523,7 @@ class ActivationMap:
     def _probe(self) -> Tensor:
         """A residual stream that is nobody's: x with noise a tenth as long as its tokens."""
         generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(self.x.shape, generator=generator).to(self.x)
+        noise = torch.randn(self.x.shape, generator=generator, dtype=torch.float32).to(self.x)
         length = self.x.norm(dim=-1)[self.mask].median() / self.d_model**0.5
         return (self.x + 0.1 * length * noise) * self.mask[:, :, None]
 

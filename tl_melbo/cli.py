@@ -152,14 +152,10 @@ def discover(
             _say_if_more(n_vectors, known)
             n_vectors = max(n_vectors, known)
             settings = {"command": "discover", "model": _absolute(model)}
-            settings["max_new_tokens"] = max_new_tokens
 
-            def begin(there: int, wanted: int | None) -> None:
-                """With all arguments checked: texts of other vectors, or of another length, go."""
-                anew = known < n_vectors or runs.load_settings(folder) != settings
-                if anew and there == known:
-                    for name in (runs.COMPLETIONS, runs.REPORT):
-                        (folder / name).unlink(missing_ok=True)
+            def begin(there: int, _: int | None) -> None:
+                """With the first vector, say which model the folder's vectors are of."""
+                if there and runs.load_settings(folder).get("model", _UNKNOWN) != settings["model"]:
                     runs.save_settings(folder, settings)
 
             found = run.melbo(
@@ -246,6 +242,12 @@ def ortho(
             "steps": DEFAULT_ORTHO_STEPS[optimiser] if steps is None else steps,
             "norm_penalty": norm_penalty,
         }
+        known_model = runs.load_settings(folder).get("model", _UNKNOWN)
+        if model is not None and known_model not in (_UNKNOWN, _absolute(model)):
+            raise ValueError(
+                f"model={model}: the vectors in {folder} are of {_called(known_model)}; leave "
+                "--model out"
+            )
         run, place = tm.Run(folder), runs.family_folder(folder, vector)
         # What is there is read under the lock, too: another process may have just added to it.
         with run.writing(), _telling_what_is_kept(place), _progress() as progress:
@@ -253,21 +255,18 @@ def ortho(
             if (place / runs.VECTORS).is_file() and not overwrite:
                 previous = tm.SteeringVectors.load(place / runs.VECTORS)
                 check_reference(place, theta0)
-                _check_continues(place, previous, {**asked, "method": "melbo_ortho"})
+                _check_continues(
+                    place, previous, {**asked, "method": "melbo_ortho"},
+                    advice="continue them, or pass --overwrite to replace them",
+                )  # fmt: skip
                 known = len(previous)
             # What the page needs, too: a damaged file is to show before the work.
-            _earlier_texts(folder)
+            runs.load_completions(folder)
             runs.load_families(folder, library)
             progress.start("Loading the model")
             loaded, f = _model_of(folder, library, model, device)
             progress.start(f"Following vector {vector}")
             _say_if_more(wanted, known)
-
-            def begin(there: int, _: int | None) -> None:
-                """What an earlier family left does not belong to this one."""
-                for name in (runs.TABLE, runs.COMPOSITION) if there == 0 else ():
-                    (place / name).unlink(missing_ok=True)
-
             family = run.melbo_ortho(
                 f,
                 theta0,
@@ -276,7 +275,6 @@ def ortho(
                 optimiser=optimiser,
                 steps=steps,
                 overwrite=overwrite,
-                on_vector=begin,
                 on_step=lambda step: progress.update(*_family_done(step, wanted)),
             )
             progress.start("Measuring the family")
@@ -289,14 +287,6 @@ def ortho(
             _write_page(progress, folder, loaded, f, library, max_new_tokens)
         _print_family(part)
         typer.echo(str((folder / runs.REPORT).resolve()))
-
-
-def _earlier_texts(folder: Path) -> "pd.DataFrame | None":
-    from tl_melbo import runs
-
-    path = folder / runs.COMPLETIONS
-    columns = ("vector", "scale", "prompt", "completion")
-    return runs.load_table(path, columns) if path.is_file() else None
 
 
 def _check_max_new_tokens(max_new_tokens: int) -> None:
@@ -383,13 +373,15 @@ def _write_page(
     import tl_melbo as tm
     from tl_melbo import runs
 
-    completions = _earlier_texts(folder)
+    completions = runs.load_completions(folder, library, max_new_tokens)
     if completions is None:
         progress.start("Writing under each vector")
         completions = tm.report.collect_completions(
             model, f.prompts, library, max_new_tokens=max_new_tokens, on_batch=progress.update
         )
         runs.save_table(folder / runs.COMPLETIONS, completions)
+        settings = {"max_new_tokens": max_new_tokens, "texts_of": runs.digest(library)}
+        runs.save_settings(folder, {**runs.load_settings(folder), **settings})
     progress.start("Making the page")
     return tm.report.write(
         folder / runs.REPORT,
@@ -445,24 +437,25 @@ def _run_folder(
     from tl_melbo import Run, SteeringVectors, runs
 
     run = Run(out)
-    existed = run.folder.exists()
     path = run.folder / runs.VECTORS
     with run.writing(), _telling_what_is_kept(run.folder):
         known = 0
+        if not overwrite:
+            _check_is_ours(run.folder)
+            runs.load_completions(run.folder)  # a damaged file is to show before the work
         if path.is_file() and not overwrite:
             try:
                 library = SteeringVectors.load(path)
             except ValueError as error:
                 raise ValueError(f"{error}; or pass --overwrite to replace that run") from error
-            _check_continues(run.folder, library, {**asked, "method": "melbo"}, _absolute(model))
-            known = len(library)
-            line = f"{run.folder} holds {_counted(known)} of this search; continuing there."
+            _check_continues(
+                run.folder, library, {**asked, "method": "melbo"}, _absolute(model),
+                advice="continue them, pass --overwrite to replace them, or choose another folder",
+            )  # fmt: skip
+            known = int(library.columns["index"].max()) + 1 if len(library) else 0
+            line = f"{run.folder} holds {_counted(len(library))} of this search."
             _stderr().print(escape(line), soft_wrap=True)
-        try:
-            yield run, known
-        finally:
-            if not existed and not path.is_file():
-                (run.folder / runs.SETTINGS).unlink(missing_ok=True)
+        yield run, known
 
 
 @contextmanager
@@ -488,8 +481,26 @@ def _counted(n_vectors: int) -> str:
 _UNKNOWN: Any = object()
 
 
+def _check_is_ours(folder: Path) -> None:
+    """Refuse to write over files that no run left."""
+    from tl_melbo import runs
+
+    names = (runs.COMPLETIONS, runs.REPORT, runs.SETTINGS)
+    theirs = [name for name in names if (folder / name).exists()]
+    if theirs and not (folder / runs.VECTORS).is_file():
+        raise ValueError(
+            f"{folder}: holds {', '.join(theirs)}, but no {runs.VECTORS}, so not the rest of a "
+            "run; choose another folder, or pass --overwrite to replace them"
+        )
+
+
 def _check_continues(
-    folder: Path, vectors: "SteeringVectors", asked: dict[str, Any], model: str | None = _UNKNOWN
+    folder: Path,
+    vectors: "SteeringVectors",
+    asked: dict[str, Any],
+    model: str | None = _UNKNOWN,
+    *,
+    advice: str,
 ) -> None:
     """Make sure, before the model is loaded, that a folder's vectors are of the same search."""
     from tl_melbo import runs
@@ -497,8 +508,8 @@ def _check_continues(
     story = vectors.story
     facts = {**story, **story.get("hyperparameters", {})}
     if model is not _UNKNOWN:
-        facts["model"] = runs.load_settings(folder).get("model", model)
-        asked = {**asked, "model": model}
+        facts["model"] = _called(runs.load_settings(folder).get("model", model))
+        asked = {**asked, "model": _called(model)}
     differing = [
         f"{name}={facts.get(name)!r} (asked for now: {value!r})"
         for name, value in asked.items()
@@ -507,8 +518,12 @@ def _check_continues(
     if differing:
         raise ValueError(
             f"{folder}: holds vectors found with {', '.join(differing)}; ask for the same to "
-            "continue them, pass --overwrite to replace them, or choose another folder"
+            f"{advice}"
         )
+
+
+def _called(model: Any) -> Any:
+    return "the embedded one" if model is None else model
 
 
 def _print_found(table: "pd.DataFrame") -> None:

@@ -1,11 +1,15 @@
 """Writing files so that a reader never sees half of one."""
 
+import errno
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
+
+_PARTIAL = re.compile(r"\..+\.[0-9a-f]{32}\.partial")
 
 
 @contextmanager
@@ -41,6 +45,13 @@ def replacing(path: str | Path) -> Iterator[Path]:
             temporary.unlink()
 
 
+def clear_partial(folder: Path) -> None:
+    """Remove what `replacing` left in a folder, in a process that was killed meanwhile."""
+    for path in folder.glob(".*.partial"):
+        if _PARTIAL.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+            path.unlink(missing_ok=True)
+
+
 def _to_disk(path: Path) -> None:
     """Wait until a file, or the list of files in a folder, is on the disk itself."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -67,6 +78,10 @@ def writable_folder(path: str | Path) -> Path:
             f"{folder}: a file is in the way; choose another folder"
         ) from error
     except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise OSError(
+                errno.ENOSPC, f"{folder}: the disk is full; free some space, and run it again"
+            ) from error
         raise PermissionError(
             f"{folder}: cannot be written to ({error.strerror}); choose another folder, or change "
             "its permissions"

@@ -55,12 +55,15 @@ def warn_of_rows(
         return
     if len(rows) == len(bad):
         raise FloatingPointError(f"{what} is not finite under any of the vectors; {_ADVICE}")
-    warnings.warn(
+    warn_user(
         f"vectors {told(rows)}: {what} is not finite under them; {consequence}. "
-        f"{_ADVICE[0].upper()}{_ADVICE[1:]}",
-        UserWarning,
-        stacklevel=_levels_to_the_user(),
+        f"{_ADVICE[0].upper()}{_ADVICE[1:]}"
     )
+
+
+def warn_user(message: str) -> None:
+    """Warn of the line that called this package, however deep we are."""
+    warnings.warn(message, UserWarning, stacklevel=_levels_to_the_user())
 
 
 def _levels_to_the_user() -> int:

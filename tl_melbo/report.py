@@ -426,7 +426,7 @@ def _family_part(part: Family, activation_map: ActivationMap | None) -> dict[str
     chosen = part.vectors.story.get("hyperparameters", {})
     facts = {
         "Vectors": n_vectors,
-        "Norms": f"{norms.max():.4g} to {norms.min():.4g}",
+        "Norms": f"{norms.min():.4g} to {norms.max():.4g}",
         "Norm of theta0": f"{reference['norm']:.4g}",
         "Optimiser": chosen.get("optimiser"),
         "Norm penalty": chosen.get("norm_penalty") or None,

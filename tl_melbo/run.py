@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from tl_melbo.discovery import iter_melbo, iter_melbo_ortho, join_family, join_library
 from tl_melbo.discovery.protocol import EffectMap
-from tl_melbo.files import writable_folder
+from tl_melbo.files import clear_partial, writable_folder
 from tl_melbo.shapes import shape_checked
 from tl_melbo.vectors import SteeringVectors
 
@@ -63,7 +63,7 @@ class Run:
             f: the activation map.
             n_vectors: how many in all.
             progress: show a progress bar.
-            overwrite: begin anew; vectors that are there go once the arguments are checked.
+            overwrite: begin anew; vectors that are there go when the first new one is found.
             on_vector: called with how many vectors are there, and how many there shall be: before
                 the search, and whenever some more are on disk.
             settings: the other arguments of `melbo`.
@@ -79,14 +79,12 @@ class Run:
         _check_names("Run.melbo", settings, iter_melbo)
         with self.writing():
             path = self.folder / VECTORS
-            previous = SteeringVectors.load(path) if path.is_file() and not overwrite else None
+            previous = None if overwrite else _kept_before(path)
             known = 0 if previous is None else int(previous.columns["index"].max()) + 1
             missing = max(0, n_vectors - known) if previous is not None else n_vectors
             search = _explained(
                 self.folder, lambda: iter_melbo(f, missing, previous=previous, **settings)
             )
-            if previous is None:
-                path.unlink(missing_ok=True)
             found = _kept(path, previous, search, join_library, n_vectors, progress, on_vector)
         if found is None:
             raise ValueError(f"n_vectors={n_vectors}: at least 1")
@@ -132,7 +130,7 @@ class Run:
         with self.writing():
             place = family_folder(self.folder, int(theta0.columns["index"][0]))
             path, reference = place / VECTORS, place / REFERENCE
-            previous = SteeringVectors.load(path) if path.is_file() and not overwrite else None
+            previous = None if overwrite else _kept_before(path)
             if previous is not None:
                 check_reference(place, theta0)
             known = 0 if previous is None else len(previous)
@@ -152,8 +150,7 @@ class Run:
             )
             if previous is None:
                 writable_folder(place)
-                path.unlink(missing_ok=True)
-                theta0.save(reference)
+                search = _beginning(search, path, theta0, reference)
             if all_there:
                 search = iter(())
             try:
@@ -190,8 +187,8 @@ class Run:
                 "folder"
             ) from None
         try:
-            for left in folder.rglob(".*.partial"):  # by a process that was killed while it wrote
-                left.unlink(missing_ok=True)
+            for place in (folder, *folder.glob(family_folder(Path(), "*").name)):
+                clear_partial(place)
             yield folder
         finally:
             unused = not existed and {item.name for item in folder.iterdir()} <= {LOCK}
@@ -203,7 +200,7 @@ class Run:
                     folder.rmdir()
 
 
-def family_folder(folder: Path, vector: int) -> Path:
+def family_folder(folder: Path, vector: int | str) -> Path:
     """Where the family of one vector of a run lies."""
     return folder / f"ortho-{vector}"
 
@@ -252,11 +249,36 @@ def _explained(
     except ValueError as error:
         if not str(error).startswith("previous:"):
             raise
+        what = str(error).removeprefix("previous: ").rpartition("; ")[0]
         raise ValueError(
-            f"{folder}: holds vectors of another search, "
-            f"{str(error).removeprefix('previous: ').split(';')[0]}; ask for the same to continue "
-            "it, or choose another folder"
+            f"{folder}: holds vectors of another search, {what}; ask for the same to continue it, "
+            "pass overwrite=True to begin anew, or choose another folder"
         ) from None
+
+
+def _kept_before(path: Path) -> SteeringVectors | None:
+    """The vectors of an earlier call."""
+    if not path.is_file():
+        return None
+    try:
+        found = SteeringVectors.load(path)
+    except ValueError as error:
+        raise ValueError(
+            f"{str(error).removesuffix('; save it again')}; pass overwrite=True to replace it, or "
+            "choose another folder"
+        ) from error
+    return found if len(found) else None
+
+
+def _beginning(
+    search: Iterator[SteeringVectors], path: Path, theta0: SteeringVectors, reference: Path
+) -> Iterator[SteeringVectors]:
+    """The same; with its first vector what another family left goes, and theta0 is kept."""
+    for number, part in enumerate(search):
+        if number == 0:
+            path.unlink(missing_ok=True)
+            theta0.save(reference)
+        yield part
 
 
 def _kept(

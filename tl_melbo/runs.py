@@ -1,11 +1,13 @@
 """A run's folder: what a command left there, written whole and read back."""
 
 import csv
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from tl_melbo.files import replacing
@@ -18,7 +20,8 @@ TABLE, COMPOSITION = "family.csv", "composition.csv"
 _TEXTS = ("prompt", "completion")
 # Columns whose empty cells are texts, not missing numbers.
 _WORDS = (*_TEXTS, "kind", "members", "subset", "combination", "scaling")
-_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+# Spreadsheets take the wide forms for the same.
+_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 _MOST_SETTINGS_BYTES = 2**20
 _MOST_TABLE_BYTES = 2**30
 
@@ -47,7 +50,8 @@ def load_settings(folder: Path) -> dict[str, Any]:
             raise ValueError("not an object")
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{path}: damaged ({error}); delete it, and name the model with --model"
+            f"{path}: damaged ({error}); delete it, and name the model with --model, unless it is "
+            "the embedded one"
         ) from error
     return settings
 
@@ -83,6 +87,8 @@ def load_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
             raise ValueError("too large")
         with path.open(encoding="utf-8", newline="") as file:
             header, *rows = list(csv.reader(file, strict=True))
+        if len(set(header)) < len(header):
+            raise ValueError("two columns of one name")
         table = pd.DataFrame(rows, columns=header)
         missing = [name for name in columns if name not in table]
         if missing:
@@ -93,12 +99,45 @@ def load_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
             table[name] = [_original(text) for text in table[name]]
         if "members" in table:
             table["members"] = [tuple(map(int, text.split())) for text in table["members"]]
-    except (ValueError, csv.Error, MemoryError) as error:
+    except (ValueError, TypeError, csv.Error, MemoryError) as error:
         raise ValueError(
             f"{path}: not a table that tl-melbo wrote, or damaged ({error}); delete it, and run "
             "the command again"
         ) from error
     return table
+
+
+def digest(vectors: SteeringVectors) -> str:
+    """What tells one library's numbers from another's."""
+    return hashlib.sha256(vectors.vectors.contiguous().numpy().tobytes()).hexdigest()
+
+
+def load_completions(
+    folder: Path, vectors: SteeringVectors | None = None, max_new_tokens: int | None = None
+) -> pd.DataFrame | None:
+    """The texts that a folder holds, if they are those of these vectors and of this length.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = folder / COMPLETIONS
+    if not path.is_file():
+        return None
+    table = load_table(path, ("vector", "scale", *_TEXTS))
+    numbers = table[["vector", "scale"]].to_numpy(dtype=float)
+    whole = np.isfinite(numbers).all() and (numbers[:, 0] == np.round(numbers[:, 0])).all()
+    if not whole or not table["prompt"].str.strip().all():
+        raise ValueError(
+            f"{path}: not a table that tl-melbo wrote, or damaged; delete it, and run the command "
+            "again"
+        )
+    if vectors is None:
+        return table
+    settings = load_settings(folder)
+    same = settings.get("texts_of", digest(vectors)) == digest(vectors)
+    same &= settings.get("max_new_tokens") in (None, max_new_tokens)
+    same &= sorted(set(table["vector"])) == list(range(-1, len(vectors)))
+    return table if same else None
 
 
 def load_families(folder: Path, library: SteeringVectors) -> list[Family]:
@@ -120,8 +159,9 @@ def load_families(folder: Path, library: SteeringVectors) -> list[Family]:
             continue
         vectors = SteeringVectors.load(place / VECTORS)
         table = load_table(place / TABLE, ("kind", "index", "norm", "completion"))
-        if table["kind"].tolist().count("family") != len(vectors):
-            continue  # measured before the last vectors came
+        measured = table.loc[table["kind"] == "family", "norm"].to_numpy()
+        if len(measured) != len(vectors) or not np.allclose(measured, vectors.norms, rtol=1e-3):
+            continue  # of other vectors, or measured before the last ones came
         composed = load_table(place / COMPOSITION, ("size", "members", "completion"))
         families.append(Family(reference, vectors, table, composed))
     return families

@@ -3,6 +3,7 @@
 Axis names are TransformerLens's (``batch pos d_model d_vocab``) plus ``vector`` and ``prompt``.
 """
 
+import difflib
 import functools
 import inspect
 import operator
@@ -46,7 +47,7 @@ def shape_checked(function: Function) -> Function:
         try:
             given = signature.bind(*args, **kwargs).arguments
         except TypeError as error:
-            raise TypeError(f"{name}(): {error}; see help({name})") from None
+            raise TypeError(f"{name}(): {error}{_hint(str(error), signature)}") from None
         for argument in numbers:
             # To Python True is the number 1; to whoever wrote it, it is a mistake.
             if isinstance(given.get(argument), bool):
@@ -62,6 +63,14 @@ def shape_checked(function: Function) -> Function:
             raise TypeError(_explain(name, str(error), given)) from None
 
     return cast(Function, call)
+
+
+def _hint(message: str, signature: inspect.Signature) -> str:
+    unknown = re.search(r"unexpected keyword argument '(\w+)'", message)
+    near = difflib.get_close_matches(unknown[1], signature.parameters, 1) if unknown else []
+    return (
+        f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(signature.parameters)}"
+    )
 
 
 def _is_number(annotation: Any) -> bool:
@@ -105,6 +114,11 @@ def _explain(name: str, message: str, given: dict[str, Any]) -> str:
     if culprit is None or culprit[1] not in given:
         return f"{name}(): a value has the wrong type or shape, expected {allowed:.300}"
     argument = culprit[1]
+    if "Map" in allowed and hasattr(given[argument], "cfg"):
+        return (
+            f"{name}(): argument {argument!r} is a model, expected an activation map; make one: "
+            "tm.ActivationMap.from_prompts(model, prompt)"
+        )
     return (
         f"{name}(): argument {argument!r} is {_describe(given[argument])}, expected "
         f"{allowed:.300}; see help({name})"

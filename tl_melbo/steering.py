@@ -140,13 +140,35 @@ def next_token_log_probs(
     check_model(model)
     check_batch_size(batch_size)
     tokens = to_tokens(model, prompt, as_chat(vectors, chat))
-    what = f"what {model_name(model)} makes of the prompt {quoted(prompt)}"
     if vectors is None:
         with torch.no_grad(), frozen(*whole_model(model)):
             log_probs = model(tokens)[:, -1].float().log_softmax(-1).cpu()
         if log_probs.isnan().any():
-            raise FloatingPointError(f"{what} is not finite; load the model in a wider type")
+            raise FloatingPointError(
+                f"what {model_name(model)} makes of {quoted(prompt)} is not finite; load the model "
+                "in a wider type, for example dtype=torch.float32"
+            )
         return log_probs
+    layer = steering_layer(model, vectors, layer)
+    log_probs = log_probs_or_nan(
+        model, prompt, vectors, layer, scale=scale, chat=chat, batch_size=batch_size
+    )
+    warn_of_log_probs(model, prompt, layer, log_probs.isnan().all(-1))
+    return log_probs
+
+
+def log_probs_or_nan(
+    model: Model,
+    prompt: str,
+    vectors: Vectors,
+    layer: int | None,
+    *,
+    scale: float,
+    chat: bool | None,
+    batch_size: int,
+) -> Float[Tensor, "vector d_vocab"]:
+    """`next_token_log_probs`, with rows of NaN, and no word, where logits are not finite."""
+    tokens = to_tokens(model, prompt, as_chat(vectors, chat))
     layer = steering_layer(model, vectors, layer)
 
     def of_batch(theta: Theta) -> Tensor:
@@ -156,9 +178,17 @@ def next_token_log_probs(
 
     parts, _ = map_batches(of_batch, _scaled(model, vectors, scale), batch_size)
     log_probs = torch.cat(parts)
-    bad = log_probs.isnan().any(-1)
-    warn_of_rows(bad.tolist(), f"{what}, steered after layer {layer},", "their rows are NaN")
-    return log_probs.masked_fill(bad[:, None], torch.nan)
+    return log_probs.masked_fill(log_probs.isnan().any(-1, keepdim=True), torch.nan)
+
+
+def warn_of_log_probs(model: Model, prompt: str, layer: int, bad: Tensor) -> None:
+    """Say under which vectors the logits after a prompt are not finite.
+
+    Raises:
+        FloatingPointError: under all of them.
+    """
+    what = f"what {model_name(model)}, steered after layer {layer}, makes of {quoted(prompt)}"
+    warn_of_rows(bad.tolist(), what, "what is measured there is NaN")
 
 
 @shape_checked
@@ -227,7 +257,11 @@ def generate(
     _check_room(model, prompt_tokens, max_new_tokens)
     if vectors is None:
         # A row of zeros is the unsteered model, so one path serves both.
-        rows, layer, labels = torch.zeros(1, int(model.cfg.d_model)), 0, [(-1, 0.0)]
+        rows, layer, labels = (
+            torch.zeros(1, int(model.cfg.d_model), dtype=torch.float32),
+            0,
+            [(-1, 0.0)],
+        )
     else:
         layer = steering_layer(model, vectors, layer)
         rows = torch.cat([_scaled(model, vectors, factor) for factor in factors])
@@ -483,6 +517,8 @@ def _fast_writer(model: Model, tokens: Tokens, norm: float, layer: int) -> "Writ
     generator = torch.Generator().manual_seed(0)
     theta = random_sphere(2, int(model.cfg.d_model), norm or 1.0, generator=generator)
     theta = theta.to(tokens.device, next(model.parameters()).dtype)
+    if not theta.isfinite().all():  # a long sparse vector can fit where a dense one does not
+        return None
     tokens = tokens[:, :_PROBE_TOKENS]
     with steered(model, theta, layer):
         first = model(tokens.expand(2, -1))[:, -1]

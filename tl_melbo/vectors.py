@@ -21,7 +21,9 @@ from torch import Tensor
 
 from tl_melbo import exchange
 from tl_melbo.files import replacing
+from tl_melbo.memory import is_out_of_memory
 from tl_melbo.shapes import Float, Theta, shape_checked
+from tl_melbo.text import printable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,7 +33,9 @@ _FORMAT = "tl_melbo.vectors"
 _FORMAT_VERSION = "1"
 _COLUMN = "column."
 # A story is text: a header of this size is damage or an attack, not a long prompt.
-_MAX_HEADER_BYTES = 16 * 2**20
+_MAX_HEADER_BYTES = 2 * 2**20
+# So is a file of more tensors than anybody has columns.
+_MOST_TENSORS = 256
 
 Index = int | slice | Sequence[int] | Tensor
 
@@ -57,18 +61,19 @@ class SteeringVectors:
 
     def __post_init__(self) -> None:
         _check_matrix(self.vectors)
+        _check_parts(self.story, self.columns, self.history)
         vectors = self.vectors.detach().to("cpu", torch.float32, copy=True)
         _check_finite(vectors, "vectors")
         n_vectors = vectors.shape[0]
         columns = {"index": torch.arange(n_vectors), **self.columns}
-        columns = {name: column.detach().cpu().clone() for name, column in columns.items()}
+        columns = {name: _number_column(name, column) for name, column in columns.items()}
         for name, column in columns.items():
             if column.shape != (n_vectors,):
                 raise ValueError(
                     f"columns[{name!r}]: shape {tuple(column.shape)}, expected one number for "
                     f"each of the {n_vectors} vectors"
                 )
-        history = None if self.history is None else self.history.detach().cpu().clone()
+        history = None if self.history is None else _number_column("history", self.history)
         if history is not None and (history.ndim != 2 or history.shape[0] != n_vectors):
             raise ValueError(
                 f"history: shape {tuple(history.shape)}, expected ({n_vectors}, steps)"
@@ -106,6 +111,8 @@ class SteeringVectors:
         """
         theta = vectors[None] if vectors.ndim == 1 else vectors
         _check_finite(theta, "vectors")
+        if source_layer is not None and source_layer < 0:
+            raise ValueError(f"source_layer={source_layer}: 0 or more, or None if not known")
         story = {"method": method, "model": model, "d_model": theta.shape[1]}
         return cls(theta, {**story, "source_layer": source_layer, "date": _now()})
 
@@ -173,7 +180,7 @@ class SteeringVectors:
         scale = float(scale)
         if not math.isfinite(scale) or not (self.vectors * scale).norm(dim=-1).isfinite().all():
             raise ValueError(f"scale={scale}: expected a finite number that keeps norms finite")
-        scales = self.columns.get("scale", torch.ones(len(self))) * scale
+        scales = self.columns.get("scale", torch.ones(len(self), dtype=torch.float32)) * scale
         return replace(
             self,
             vectors=self.vectors * scale,
@@ -227,6 +234,7 @@ class SteeringVectors:
         words = self.story.get("categories", {}).get(name)
         return column.numpy() if words is None else pd.Categorical.from_codes(column, words)
 
+    @shape_checked
     def save(self, path: str | Path) -> None:
         """Write a safetensors file with the story in its metadata, whole or not at all.
 
@@ -234,15 +242,18 @@ class SteeringVectors:
             FileNotFoundError: the folder does not exist.
             PermissionError: the folder cannot be written to.
             OSError: the disk is full, say. An older file of that name is intact.
+            ValueError: the story holds what `load` would refuse.
         """
+        _check_story("story", dict(self.story), self.columns, "correct it")
         tensors = {"vectors": self.vectors}
         tensors |= {_COLUMN + name: column for name, column in self.columns.items()}
         if self.history is not None:
             tensors["history"] = self.history
         story = json.dumps(dict(self.story), allow_nan=False)
-        if len(story) > _MAX_HEADER_BYTES // 2:
+        if len(story) > _MAX_HEADER_BYTES // 2 or len(tensors) > _MOST_TENSORS:
             raise ValueError(
-                f"story: {len(story):,} characters, more than can be saved; shorten its prompts"
+                f"story: {len(story):,} characters and {len(tensors)} tensors, more than can be "
+                f"saved ({_MAX_HEADER_BYTES // 2:,} and {_MOST_TENSORS}); shorten its prompts"
             )
         metadata = {"format": _FORMAT, "format_version": _FORMAT_VERSION, "story": story}
         with replacing(path) as temporary:
@@ -254,6 +265,7 @@ class SteeringVectors:
                 ) from error
 
     @classmethod
+    @shape_checked
     def load(cls, path: str | Path) -> "SteeringVectors":
         """Read what `save` wrote.
 
@@ -262,28 +274,30 @@ class SteeringVectors:
             IsADirectoryError: it is a folder.
             ValueError: it is not a safetensors file, is cut or damaged, is not one of ours, or
                 lacks its story.
+            MemoryError: it does not fit.
         """
         path = Path(path).expanduser()
         if path.is_dir():
             raise IsADirectoryError(f"{path} is a folder; name the vector file in it")
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file")
-        with path.open("rb") as file:
-            header = int.from_bytes(file.read(8), "little")
-        if header > min(_MAX_HEADER_BYTES, path.stat().st_size):
-            raise ValueError(f"{path}: not a safetensors file, or cut short; save it again")
+        _check_header(path)
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 _check_metadata(path, metadata)
                 story = json.loads(metadata["story"], parse_int=_json_int)
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return cls._from_file(path, tensors, story)
         except (SafetensorError, json.JSONDecodeError, RecursionError) as error:
             raise ValueError(
                 f"{path}: not a safetensors file, or damaged ({error}); save it again"
             ) from error
-        _check_story(path, story)
-        return cls._from_file(path, tensors, story)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            size = path.stat().st_size // 2**20
+            raise MemoryError(f"{path}: its {size:,} MiB do not fit into memory") from error
 
     @classmethod
     def _from_file(cls, path: Path, tensors: dict[str, Tensor], story: Any) -> "SteeringVectors":
@@ -292,12 +306,14 @@ class SteeringVectors:
             raise ValueError(f"{path}: holds no float32 matrix of vectors; save it again")
         history = tensors.pop("history", None)
         columns = {k.removeprefix(_COLUMN): v for k, v in tensors.items() if k.startswith(_COLUMN)}
+        _check_story(path, story, columns, "save it again")
         known = (torch.float32, torch.float64, torch.int64)
         for name, column in [("history", history), *columns.items()]:
             if name == "norm" or (column is not None and column.dtype not in known):
                 raise ValueError(f"{path}: the column {name!r} is not one that we write")
-        if "index" in columns and columns["index"].dtype != torch.int64:
-            raise ValueError(f"{path}: the column 'index' does not hold integers; save it again")
+        index = columns.get("index", torch.empty(0, dtype=torch.int64))
+        if index.dtype != torch.int64 or (index < 0).any():
+            raise ValueError(f"{path}: the column 'index' does not hold numbers of vectors")
         try:
             return cls(vectors, story, columns, history)
         except ValueError as error:
@@ -430,7 +446,7 @@ class SteeringVectors:
         return layer
 
     def __repr__(self) -> str:
-        return f"SteeringVectors({self._summary()})"
+        return f"SteeringVectors({printable(self._summary())})"
 
     def _summary(self) -> str:
         count = f"{len(self)} vector{'' if len(self) == 1 else 's'}"
@@ -451,14 +467,15 @@ class SteeringVectors:
         return ", ".join(parts)
 
     def _repr_html_(self) -> str:
-        story = html.escape(json.dumps(dict(self.story), indent=2, ensure_ascii=False))
+        story = html.escape(printable(json.dumps(dict(self.story), indent=2, ensure_ascii=False)))
         table = self.table()._repr_html_()
         return (
-            f"<p><b>SteeringVectors</b>: {html.escape(self._summary())}</p>{table}"
+            f"<p><b>SteeringVectors</b>: {html.escape(printable(self._summary()))}</p>{table}"
             f"<details><summary>Story</summary><pre>{story}</pre></details>"
         )
 
 
+@shape_checked
 def concatenate(libraries: Sequence[SteeringVectors]) -> SteeringVectors:
     """Join libraries for the same model and source layer into one, renumbered from 0.
 
@@ -468,13 +485,6 @@ def concatenate(libraries: Sequence[SteeringVectors]) -> SteeringVectors:
         TypeError: something is not a SteeringVectors.
         ValueError: none given, or they differ in model, width or source layer.
     """
-    libraries = list(libraries)
-    for position, library in enumerate(libraries):
-        if not isinstance(library, SteeringVectors):
-            raise TypeError(
-                f"libraries[{position}]: got {type(library).__name__}, expected SteeringVectors; "
-                "wrap tensors with SteeringVectors.from_tensor"
-            )
     if not libraries:
         raise ValueError("libraries: none given; pass at least one")
     first = libraries[0]
@@ -491,7 +501,10 @@ def concatenate(libraries: Sequence[SteeringVectors]) -> SteeringVectors:
     names = [name for library in libraries for name in library.columns if name != "index"]
     columns = {
         name: torch.cat(
-            [lib.columns.get(name, torch.full((len(lib),), torch.nan)) for lib in libraries]
+            [
+                lib.columns.get(name, torch.full((len(lib),), torch.nan, dtype=torch.float32))
+                for lib in libraries
+            ]
         )
         for name in dict.fromkeys(names)
     }
@@ -529,7 +542,7 @@ def pad_histories(
     counts = lengths or [len(history) for history in histories if history is not None]
     padded = []
     for history, count in zip(histories, counts, strict=True):
-        known = torch.empty(count, 0) if history is None else history
+        known = torch.empty(count, 0, dtype=torch.float32) if history is None else history
         padded.append(torch.nn.functional.pad(known, (0, steps - known.shape[1]), value=torch.nan))
     return torch.cat(padded)
 
@@ -546,6 +559,32 @@ def _check_matrix(vectors: Any) -> None:
             f"vectors: got {got!s:.80}, expected a floating-point tensor [vector, d_model]; "
             "SteeringVectors.from_tensor takes a single vector, too"
         )
+    if vectors.layout is not torch.strided or vectors.is_meta:
+        raise TypeError("vectors: a sparse tensor, or one without numbers; pass vectors.to_dense()")
+    if not vectors.shape[1]:
+        raise ValueError(f"vectors: shape {tuple(vectors.shape)}; a vector has at least one number")
+
+
+def _check_parts(story: Any, columns: Any, history: Any) -> None:
+    if not isinstance(story, Mapping):
+        raise TypeError(f"story: got {type(story).__name__}, expected a mapping of facts")
+    if not isinstance(columns, Mapping):
+        raise TypeError(f"columns: got {type(columns).__name__}, expected a mapping of tensors")
+    for name, column in (*columns.items(), ("history", history)):
+        if not isinstance(name, str) or name == "norm":
+            raise ValueError(f"columns: {name!r} cannot be the name of one; choose another word")
+        if not isinstance(column, Tensor) and not (name == "history" and column is None):
+            raise TypeError(f"columns[{name!r}]: got {type(column).__name__}, expected a tensor")
+
+
+def _number_column(name: str, column: Tensor) -> Tensor:
+    """The column as it can be saved: float32, float64 or int64, on the CPU."""
+    if column.is_complex() or column.layout is not torch.strided or column.is_meta:
+        raise TypeError(f"{name}: a {column.dtype} tensor on {column.device}, expected numbers")
+    kind = column.dtype
+    if kind not in (torch.float32, torch.float64):
+        kind = torch.float32 if column.is_floating_point() else torch.int64
+    return column.detach().to("cpu", kind, copy=True)
 
 
 def _json_int(digits: str) -> int:
@@ -554,10 +593,37 @@ def _json_int(digits: str) -> int:
     return int(digits)
 
 
-def _check_story(path: Path, story: Any) -> None:
+def _check_header(path: Path) -> None:
+    """Look at what a file says it holds, before memory is taken for it."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(_MAX_HEADER_BYTES, path.stat().st_size):
+            raise ValueError(f"{path}: not a safetensors file, or cut short; save it again")
+        try:
+            header = json.loads(file.read(length), parse_int=_json_int)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(
+                f"{path}: not a safetensors file, or damaged ({error}); save it again"
+            ) from error
+    entries = header if isinstance(header, dict) else {}
+    if len(entries) > _MOST_TENSORS + 1:
+        raise ValueError(f"{path}: {len(entries)} tensors; not a file of ours")
+    for name, entry in entries.items():
+        shape = entry.get("shape") if isinstance(entry, dict) else None
+        if name == "vectors" and (not isinstance(shape, list) or 0 in shape[1:]):
+            raise ValueError(f"{path}: holds no float32 matrix of vectors; save it again")
+
+
+def _check_story(place: str | Path, story: Any, columns: Mapping[str, Tensor], advice: str) -> None:
     """The facts that other parts of the package rely on have the types they should."""
-    if not isinstance(story, dict) or not isinstance(story.get("method"), str):
-        raise ValueError(f"{path}: its story does not say which method made it; save it again")
+    if not isinstance(story, dict) or not isinstance(story.get("method"), str | None):
+        raise ValueError(f"{place}: its story does not say which method made it; {advice}")
+    categories = story.get("categories", {})
+    if _is_words(categories):
+        for name in {*categories} & {*columns}:
+            codes = columns[name]
+            if len(codes) and not -1 <= codes.min() <= codes.max() < len(categories[name]):
+                raise ValueError(f"{place}: the column {name!r} has codes without words; {advice}")
     chosen = story.get("hyperparameters", {})
     sound = {
         "hyperparameters": isinstance(chosen, dict) and _is_slice(chosen.get("positions")),
@@ -566,12 +632,13 @@ def _check_story(path: Path, story: Any) -> None:
         "parts": _is_stories(story.get("parts", [])),
         "model": isinstance(story.get("model"), str | None),
         "chat": isinstance(story.get("chat"), bool | None),
+        "theta0": isinstance(story.get("theta0"), dict | None),
         "source_layer": _is_layer(story.get("source_layer")),
         "target_layer": _is_layer(story.get("target_layer")),
     }
     wrong = [name for name, is_sound in sound.items() if not is_sound]
     if wrong:
-        raise ValueError(f"{path}: {', '.join(wrong)} in its story make no sense; save it again")
+        raise ValueError(f"{place}: {', '.join(wrong)} in its story make no sense; {advice}")
 
 
 def _is_texts(value: Any) -> bool:

@@ -106,7 +106,7 @@ def composition(
         model, prompt, distinct, f.source_layer, max_new_tokens=max_new_tokens, chat=chat
     )["completion"]
     distances = (
-        torch.full((len(distinct),), torch.nan)
+        torch.full((len(distinct),), torch.nan, dtype=torch.float32)
         if start is None
         else effect_distance(f, distinct, start)
     )

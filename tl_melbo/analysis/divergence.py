@@ -14,8 +14,10 @@ from tl_melbo.steering import (
     as_chat,
     as_theta,
     check_batch_size,
+    log_probs_or_nan,
     next_token_log_probs,
     steering_layer,
+    warn_of_log_probs,
 )
 from tl_melbo.vectors import SteeringVectors
 
@@ -35,15 +37,16 @@ def kl_from_log_probs(log_p: LogProbs, log_q: LogProbs) -> Float[Tensor, "vector
         log_q: the same of Q.
 
     Returns:
-        In nats, 0 or more; infinite where Q gives zero to what P does not. Summed in float64;
-        float32, or float64 where the input is.
+        In nats, 0 or more; infinite where Q gives zero to what P does not; NaN for a row that is
+        NaN throughout, which `next_token_log_probs` gives where the model's numbers were not
+        finite. Summed in float64; float32, or float64 where the input is.
 
     Raises:
         ValueError: a row is not a distribution: its probabilities do not sum to one.
     """
     for name, rows in (("log_p", log_p), ("log_q", log_q)):
         total = rows.double().logsumexp(-1)
-        if not (total.abs() < _NORMALISED_TOLERANCE).all():
+        if not ((total.abs() < _NORMALISED_TOLERANCE) | rows.isnan().all(-1)).all():
             raise ValueError(
                 f"{name}: the probabilities of some rows do not sum to one; pass "
                 "logits.log_softmax(-1), in natural logarithms"
@@ -86,6 +89,10 @@ def kl_divergence(
 
     Raises:
         ValueError: more or fewer than one reference; also as `next_token_log_probs` does.
+        FloatingPointError: the logits are not finite under the reference, or any vector.
+
+    Warns:
+        UserWarning: they are not finite under some vectors, whose divergence is NaN.
 
     Source: Jacob G-W 2024, "I found >800 orthogonal 'write code' steering vectors", whose plot
     shows KL(P_i || P_0) though its title says the reverse.
@@ -110,15 +117,17 @@ def kl_divergence(
     divergences = []
     # A vocabulary is large: only one batch's distributions are held at a time.
     for theta in as_theta(model, vectors).split(batch_size):
-        log_vectors = next_token_log_probs(
-            model, prompt, theta, layer, chat=chat, batch_size=batch_size
+        log_vectors = log_probs_or_nan(
+            model, prompt, theta, layer, scale=1.0, chat=chat, batch_size=batch_size
         )
         log_references = log_reference.expand_as(log_vectors)
         if direction == "to_reference":
             divergences.append(kl_from_log_probs(log_vectors, log_references))
         else:
             divergences.append(kl_from_log_probs(log_references, log_vectors))
-    return torch.cat(divergences)
+    kl = torch.cat(divergences)
+    warn_of_log_probs(model, prompt, layer, kl.isnan())
+    return kl
 
 
 @shape_checked

@@ -13,7 +13,14 @@ from tl_melbo.analysis.inputs import as_library, check_place, one_vector
 from tl_melbo.analysis.scaling import rescale
 from tl_melbo.models import Model
 from tl_melbo.shapes import Theta, shape_checked
-from tl_melbo.steering import Reference, Vectors, as_theta, generate, next_token_log_probs
+from tl_melbo.steering import (
+    Reference,
+    Vectors,
+    as_theta,
+    generate,
+    log_probs_or_nan,
+    next_token_log_probs,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -114,7 +121,9 @@ def family(
 def _divergences(
     model: Model, prompt: str, theta: Theta, layer: int, chat: bool, log_one: Tensor
 ) -> dict[str, Tensor]:
-    log_probs = next_token_log_probs(model, prompt, theta, layer, chat=chat)
+    log_probs = log_probs_or_nan(
+        model, prompt, theta, layer, scale=1.0, chat=chat, batch_size=_BATCH_SIZE
+    )
     log_unsteered, log_reference = (row.expand_as(log_probs) for row in log_one.split(1))
     pairs = ((log_probs, log_reference), (log_reference, log_probs), (log_probs, log_unsteered))
     return {name: kl_from_log_probs(*pair) for name, pair in zip(_MEASURES, pairs, strict=True)}

@@ -12,7 +12,14 @@ from tl_melbo.analysis.divergence import kl_from_log_probs
 from tl_melbo.analysis.inputs import as_library, one_vector
 from tl_melbo.models import Model
 from tl_melbo.shapes import Float, shape_checked
-from tl_melbo.steering import Reference, Vectors, as_theta, generate, next_token_log_probs
+from tl_melbo.steering import (
+    Reference,
+    Vectors,
+    as_theta,
+    generate,
+    log_probs_or_nan,
+    next_token_log_probs,
+)
 from tl_melbo.vectors import SteeringVectors
 
 if TYPE_CHECKING:
@@ -58,7 +65,7 @@ def rescale(vectors: Vectors, norm: float | Reference) -> SteeringVectors:
             f"vectors: {bad[:10]} are zero or not finite and have no direction; leave them out"
         )
     factors = length / norms
-    scales = library.columns.get("scale", torch.ones(len(library))) * factors
+    scales = library.columns.get("scale", torch.ones(len(library), dtype=torch.float32)) * factors
     return replace(
         library,
         vectors=library.vectors.double() * factors[:, None],
@@ -160,7 +167,9 @@ def _next_token(
     divergences, entropies = [], []
     for start in range(0, len(library), _BATCH_SIZE):
         batch = library[start : start + _BATCH_SIZE]
-        log_probs = next_token_log_probs(model, prompt, batch, layer, scale=scale, chat=chat)
+        log_probs = log_probs_or_nan(
+            model, prompt, batch, layer, scale=scale, chat=chat, batch_size=_BATCH_SIZE
+        )
         divergences.append(kl_from_log_probs(log_probs, unsteered.expand_as(log_probs)))
         entropies.append(torch.special.entr(log_probs.double().exp()).sum(-1).float())
     return torch.cat(divergences), torch.cat(entropies)

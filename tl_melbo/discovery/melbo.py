@@ -5,7 +5,6 @@ Source: Mack & Turner 2024, "Mechanistically eliciting latent behaviors in langu
 
 import math
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -15,8 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_melbo.discovery.protocol import EffectMap, effect_at
-from tl_melbo.finite import place, told
+from tl_melbo.discovery.protocol import EffectMap, effect_at, own_arithmetic
+from tl_melbo.finite import place, told, warn_user
 from tl_melbo.geometry import complement, normalise, random_sphere, tangent
 from tl_melbo.memory import map_batches
 from tl_melbo.shapes import Delta, Theta, shape_checked
@@ -26,6 +25,7 @@ Norm = Literal["l2", "lp"]
 Optimiser = Literal["ascent", "adamw"]
 
 DEFAULT_STEPS = {"ascent": 10, "adamw": 300}
+_LARGEST_COSINE = 1e-5
 # Above this share of the objective, one position drowns all others.
 _DOMINATED = 0.9
 # A vector is done when the direction of steepest ascent is within this angle (radians) of it.
@@ -36,6 +36,8 @@ _LARGEST_ANGLE = 1.4
 _RECOVERY = 1.5
 # Independent vectors that are searched together; a search is taken up again after a group.
 _GROUP = 32
+# Starts are drawn one after another, so that this many take seconds.
+_MOST_VECTORS = 100_000
 # A search whose first so many starts all fail is given up.
 _MOST_LOST = 3
 
@@ -112,15 +114,15 @@ def check_settings(
         ValueError: a number is out of its range.
     """
     if not 0 < radius < math.inf:
-        here = "" if typical_norm is None else f", here {typical_norm:.3g}"
+        here = "" if typical_norm is None else f" (that of a token here is {typical_norm:.3g})"
         raise ValueError(
-            f"radius={radius}: a positive finite number; useful ones are often 0.05 to 0.4 of a "
-            f"token's residual at the source layer{here}"
+            f"radius={radius}: must be a positive finite number; try 0.05 to 0.1 of the residual "
+            f"stream's norm at the source layer{here}, and read the texts"
         )
-    if n_vectors < 1:
-        raise ValueError(f"n_vectors={n_vectors}: at least 1")
+    if not 1 <= n_vectors <= _MOST_VECTORS:
+        raise ValueError(f"n_vectors={n_vectors}: must be from 1 to {_MOST_VECTORS:,}")
     if steps is not None and steps < 1:
-        raise ValueError(f"steps={steps}: at least 1")
+        raise ValueError(f"steps={steps}: must be at least 1")
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed={seed}: from 0 to 2**63 - 1")
     _check_powers(p, q)
@@ -199,8 +201,7 @@ def melbo(
         for part in search.parts(on_step):
             parts.append(part)
             bar.update(len(part))
-    _warn_if_dominated(search, parts[0].vectors[:1], stacklevel=4)
-    _warn_of_lost(search, stacklevel=4)
+    _warn_if_dominated(search, parts[0].vectors[:1])
     return join_library(parts)
 
 
@@ -244,9 +245,8 @@ def iter_melbo(
     def parts() -> Iterator[SteeringVectors]:
         for number, part in enumerate(search.parts(on_step)):
             if number == 0:
-                _warn_if_dominated(search, part.vectors[:1], stacklevel=3)
+                _warn_if_dominated(search, part.vectors[:1])
             yield part
-        _warn_of_lost(search, stacklevel=2)
 
     return parts()
 
@@ -293,7 +293,7 @@ def join_library(parts: Sequence[SteeringVectors]) -> SteeringVectors:
 
 # What two parts of one search have in common.
 _FACTS = (
-    "method", "model", "prompts", "chat", "dtype", "precision", "n_hooks",
+    "method", "model", "weights", "prompts", "chat", "dtype", "precision", "n_hooks",
     "source_layer", "target_layer", "seed",
 )  # fmt: skip
 
@@ -357,7 +357,9 @@ class _Search:
         self.n_vectors, self.orthogonal, self.seed = n_vectors, orthogonal, seed
 
         self.optimiser, self.lost = optimiser, []
-        self.broken_prompts: set[int] = set()  # where an effect was not finite
+        # Prompts in which something was not finite: in the last evaluation, and for lost vectors.
+        self.seen_broken: set[int] = set()
+        self.broken_prompts: set[int] = set()
         self.fitting = sys.maxsize  # how many vectors at once have fitted in memory
         self.story = make_story(
             "melbo",
@@ -378,15 +380,26 @@ class _Search:
                 "steps": self.steps,
             },
         )
-        self.earlier, self.first = torch.empty(0, self.d_model), 0
+        self.earlier, self.first = torch.empty(0, self.d_model, dtype=torch.float32), 0
         if previous is not None and len(previous):
             self._continue(previous)
 
     def _continue(self, previous: SteeringVectors) -> None:
         differing = _differing(previous.story, self.story)
         indices = previous.columns["index"].tolist()
-        if differing or indices != sorted(set(indices)):
-            why = f"found with {', '.join(differing)}" if differing else "not in their order"
+        width = previous.vectors.shape[1]
+        why = ""
+        if differing:
+            why = f"found with {', '.join(differing)}"
+        elif width != self.d_model:
+            why = f"{width} wide, where the residual stream is {self.d_model} wide"
+        elif indices != sorted(set(indices)) or indices[-1] >= _MOST_VECTORS:
+            why = "not in their order"
+        elif not {"objective", "evaluations"} <= {*previous.columns}:
+            why = "without the columns objective and evaluations"
+        elif self.orthogonal and not _nearly_orthogonal(previous.vectors):
+            why = "not orthogonal to each other"
+        if why:
             raise ValueError(
                 f"previous: {why}; continue with the arguments that it was found with, or begin "
                 "anew without it"
@@ -396,12 +409,19 @@ class _Search:
 
     def parts(self, on_step: OnStep | None) -> Iterator[SteeringVectors]:
         """What is found, in order: one vector at a time if orthogonal, else a group."""
-        found = 0
+        found, n_told = len(self.earlier), 0
         for first, result in self.run(on_step):
             finite = result.objective.isfinite() & result.theta.isfinite().all(-1)
             self.lost += (first + (~finite).nonzero().flatten()).tolist()
+            found += int(finite.sum())
+            if found and self.lost[n_told:]:
+                warn_user(
+                    f"vectors {told(self.lost[n_told:])}: {self.not_finite()}; they are left out. "
+                    "Use a smaller radius or p, or a model in a wider type, such as "
+                    "dtype=torch.float32"
+                )
+                n_told = len(self.lost)
             if finite.any():
-                found += 1
                 columns = {
                     "index": first + finite.nonzero().flatten(),
                     "objective": result.objective[finite],
@@ -415,20 +435,30 @@ class _Search:
         if self.n_vectors and not found:
             raise FloatingPointError(
                 f"vectors {told(self.lost)}: {self.not_finite()}; use a smaller radius, a smaller "
-                "p, or a model in a wider type (dtype=torch.float32)"
+                "p, or a model in a wider type, such as dtype=torch.float32"
             )
 
     def not_finite(self) -> str:
         """What was not finite, and where."""
         where = place(self.story, sorted(self.broken_prompts))
-        if self.broken_prompts:
-            return f"the residual stream of {where} is not finite under them"
-        return f"the objective, measured on {where}, or its gradient is not finite"
+        return f"the effect on {where}, its size or its gradient is not finite under them"
+
+    def lose(self, value: Tensor, gradient: Tensor) -> Tensor:
+        """Which rows of the last evaluation have no finite objective or gradient.
+
+        That costs their vector, not the search.
+        """
+        lost = ~(value.isfinite() & gradient.isfinite().all(-1))
+        if lost.any():
+            self.broken_prompts |= self.seen_broken
+        return lost
 
     def run(self, on_step: OnStep | None) -> Iterator[tuple[int, "_Result"]]:
         """The number of each result's first vector, and the result; NaN where a start failed."""
         generator = torch.Generator().manual_seed(self.seed)
         last = self.first + self.n_vectors
+        if not self.n_vectors:
+            return
         # Drawn one by one, so that start k does not depend on how many are drawn.
         starts = torch.cat(
             [random_sphere(1, self.d_model, generator=generator) for _ in range(last)]
@@ -452,16 +482,19 @@ class _Search:
     def value_and_gradient(self, unit: Tensor) -> tuple[Tensor, Tensor]:
         """Objective and gradient with respect to theta = radius * unit, float64, on the CPU."""
         f = self.f
+        self.seen_broken = set()
 
         def of_batch(batch: Tensor) -> tuple[Tensor, Tensor]:
-            theta = batch.detach().requires_grad_()
-            with torch.enable_grad():
+            with own_arithmetic(f):
+                theta = batch.detach().clone().requires_grad_()
                 effect = effect_at(f, theta, self.positions)
                 value = melbo_objective(effect, self.p, self.q, self.norm)
                 (gradient,) = torch.autograd.grad(value.sum(), theta)
-            if not value.isfinite().all():
+            if not (value.isfinite().all() and gradient.isfinite().all()):
                 broken = ~effect.detach().isfinite().flatten(2).all(-1).all(0)
-                self.broken_prompts |= set(broken.nonzero().flatten().tolist())
+                # Where no effect is, its size or its gradient is: of any prompt, for all we know.
+                broken |= ~broken.any()
+                self.seen_broken |= set(broken.nonzero().flatten().tolist())
             return value.detach().double().cpu(), gradient.double().cpu()
 
         theta_dtype = torch.promote_types(f.x.dtype, torch.float32)
@@ -470,6 +503,12 @@ class _Search:
         parts, self.fitting = map_batches(of_batch, theta, size)
         values, gradients = zip(*parts, strict=True)
         return torch.cat(values), torch.cat(gradients)
+
+
+def _nearly_orthogonal(vectors: Theta) -> bool:
+    units = vectors.double() / vectors.double().norm(dim=-1, keepdim=True)
+    cosines = units @ units.T - torch.eye(len(units), dtype=torch.float64)
+    return bool((cosines.abs() <= _LARGEST_COSINE).all())
 
 
 def _extended(basis: Tensor, vector: Tensor) -> Tensor:
@@ -490,11 +529,11 @@ def _ascent(
     unit = normalise(complement(starts, basis))
     value, gradient = search.value_and_gradient(unit)
     _check_effect(value, first_vector)
-    lost = _not_finite(value, gradient)
+    lost = search.lose(value, gradient)
     gradient = complement(gradient, basis)
     value, gradient = value.masked_fill(lost, math.nan), gradient.masked_fill(lost[:, None], 0.0)
     shortening = torch.ones_like(value)
-    evaluations = torch.ones(len(unit))
+    evaluations = torch.ones(len(unit), dtype=torch.float32)
     history = [value]
     _report(on_step, first_vector, 1, search.steps, value)
     for step in range(2, search.steps + 1):
@@ -539,7 +578,7 @@ def _adamw(
         value, gradient = search.value_and_gradient(theta.detach().double() / search.radius)
         if step == 0:
             _check_effect(value, first_vector)
-        lost |= _not_finite(value, gradient)
+        lost |= search.lose(value.masked_fill(lost, 0.0), gradient)
         value = value.masked_fill(lost, math.nan)
         gradient = gradient.masked_fill(lost[:, None], 0.0)
         history.append(value)
@@ -551,7 +590,7 @@ def _adamw(
         adamw.step()
         with torch.no_grad():
             theta.copy_(normalise(complement(theta.double(), basis), search.radius))
-    evaluations = torch.full((len(theta),), float(search.steps + 1))
+    evaluations = torch.full((len(theta),), float(search.steps + 1), dtype=torch.float32)
     return _Result(theta.detach(), history[-1], evaluations, torch.stack(history, 1))
 
 
@@ -594,11 +633,6 @@ def _check_effect(value: Tensor, first_vector: int) -> None:
         )
 
 
-def _not_finite(value: Tensor, gradient: Tensor) -> Tensor:
-    """Which rows have no finite objective or gradient; that costs their vector, not the search."""
-    return ~(value.isfinite() & gradient.isfinite().all(-1))
-
-
 def _report(
     on_step: OnStep | None, first_vector: int, step: int, n_steps: int, value: Tensor
 ) -> None:
@@ -606,17 +640,7 @@ def _report(
         on_step(Step(first_vector, len(value), step, n_steps, value.clone()))
 
 
-def _warn_of_lost(search: _Search, stacklevel: int) -> None:
-    if search.lost:
-        warnings.warn(
-            f"vectors {told(search.lost)}: {search.not_finite()}; they were left out. Use a "
-            "smaller radius or p, or a model in a wider type (dtype=torch.float32)",
-            UserWarning,
-            stacklevel=stacklevel + 1,
-        )
-
-
-def _warn_if_dominated(search: _Search, theta: Theta, stacklevel: int) -> None:
+def _warn_if_dominated(search: _Search, theta: Theta) -> None:
     """Say so where the first tokens alone make the objective: see `positions` in `melbo`."""
     first = search.f.position_mask(slice(0, 1)) & search.counted
     others = search.counted & ~first
@@ -627,11 +651,9 @@ def _warn_if_dominated(search: _Search, theta: Theta, stacklevel: int) -> None:
         powers = effect.norm(dim=-1).double() ** search.p
     share = float(powers[first].sum() / powers[search.counted].sum())
     if share > _DOMINATED:
-        warnings.warn(
+        warn_user(
             f"{share:.0%} of the first vector's objective comes from the first token: the search "
             f"sees little else, and its vectors may all do the same thing, or nothing. "
             f"positions={search.positions} includes that token; leave it out with slice(1, None), "
-            "or measure where the next tokens are made with slice(-3, None)",
-            UserWarning,
-            stacklevel=stacklevel,
+            "or measure where the next tokens are made with slice(-3, None)"
         )

@@ -3,8 +3,8 @@
 Source: Jacob G-W 2024, "I found >800 orthogonal 'write code' steering vectors".
 """
 
+import functools
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -14,8 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_melbo.discovery.protocol import EffectMap
-from tl_melbo.finite import place
+from tl_melbo.discovery.protocol import EffectMap, own_arithmetic
+from tl_melbo.finite import place, warn_user
 from tl_melbo.geometry import complement, normalise
 from tl_melbo.memory import map_batches
 from tl_melbo.shapes import Theta, shape_checked
@@ -35,7 +35,7 @@ _STEPS_USED_UP, _CONVERGED, _NOT_FINITE = range(3)
 
 # What the parts of one family have in common.
 _FAMILY_FACTS = (
-    "model", "prompts", "chat", "source_layer", "target_layer", "precision", "n_hooks"
+    "model", "weights", "prompts", "chat", "source_layer", "target_layer", "precision", "n_hooks"
 )  # fmt: skip
 _FAMILY_SETTINGS = ("optimiser", "steps", "norm_penalty")
 _LARGEST_COSINE = 1e-5
@@ -222,7 +222,7 @@ def join_family(parts: Sequence[SteeringVectors]) -> SteeringVectors:
     expected = int(first.columns["index"][0]) if len(first) else 0
     for number, part in enumerate(parts):
         ours, theirs = _family_facts(first), _family_facts(part)
-        differing = [fact for fact in ours if ours[fact] != theirs[fact]]
+        differing = [fact for fact in ours if fact in theirs and ours[fact] != theirs[fact]]
         if part.story.get("method") != "melbo_ortho" or differing:
             raise ValueError(
                 f"parts[{number}]: "
@@ -266,7 +266,7 @@ def _family_facts(part: SteeringVectors) -> dict[str, Any]:
     story, chosen = part.story, part.story.get("hyperparameters", {})
     # What earlier versions did not tell was so.
     story = {"precision": "float32", "n_hooks": 0, **story}
-    facts = {name: story.get(name) for name in _FAMILY_FACTS}
+    facts = {name: story.get(name) for name in _FAMILY_FACTS if name in story}
     facts |= {name: chosen.get(name) for name in _FAMILY_SETTINGS}
     return facts | {"theta0": (story.get("theta0") or {}).get("norm")}
 
@@ -290,11 +290,10 @@ def _family(
             if long_enough or result.stopped != _NOT_FINITE:
                 break
         else:
-            warnings.warn(
+            warn_user(
                 f"vector {k}: the residual stream of {place(story)} was not finite next to zero, "
                 f"{_TRIES} times; the family ends here. Load the model in a wider type, or look "
-                "for what breaks it",
-                stacklevel=2,
+                "for what breaks it"
             )
             return
         if not long_enough:
@@ -303,11 +302,12 @@ def _family(
         basis = _extended(basis, theta)
         columns = {
             "index": torch.tensor([k]),
-            "distance": torch.tensor([result.distance]),
-            "evaluations": torch.tensor([float(result.evaluations)]),
+            "distance": torch.tensor([result.distance], dtype=torch.float32),
+            "evaluations": torch.tensor([float(result.evaluations)], dtype=torch.float32),
             "stopped": torch.tensor([result.stopped]),
         }
-        yield SteeringVectors(theta[None], story, columns, torch.tensor([result.history]))
+        history = torch.tensor([result.history], dtype=torch.float32)
+        yield SteeringVectors(theta[None], story, columns, history)
 
 
 def _extended(basis: Tensor, vector: Tensor) -> Tensor:
@@ -336,8 +336,8 @@ class _Problem:
     ) -> None:
         self.f, self.theta0, self.norm_penalty = f, theta0.double(), norm_penalty
         self.n_steps, self.on_step = n_steps, on_step
-        self.counts = f.mask.sum(-1, keepdim=True)
-        with torch.no_grad():
+        with own_arithmetic(f), torch.no_grad():
+            self.counts = f.mask.sum(-1, keepdim=True)
             self.target = self.mean_effect(self._to_device(theta0[None]))[0]
         broken = (~self.target.isfinite().all(-1)).nonzero().flatten().tolist()
         if broken:
@@ -352,8 +352,8 @@ class _Problem:
 
     def loss_and_gradient(self, theta: Tensor) -> tuple[float, float, Tensor]:
         """Loss, distance and the loss's gradient at one theta."""
-        leaf = self._to_device(theta[None]).detach().requires_grad_()
-        with torch.enable_grad():
+        with own_arithmetic(self.f):
+            leaf = self._to_device(theta[None]).detach().clone().requires_grad_()
             distance = (self.mean_effect(leaf)[0] - self.target).norm()
             (gradient,) = torch.autograd.grad(distance, leaf)
         penalty = self.norm_penalty * float(theta @ theta)
@@ -371,10 +371,25 @@ class _Problem:
             effect = self.mean_effect(self._to_device(step * axes))
             return (effect.flatten(1) / step).double().cpu()
 
-        with torch.no_grad():
+        with own_arithmetic(self.f), torch.no_grad():
             size = self.f.vectors_at_once(with_gradient=False)
-            columns, _ = map_batches(of_batch, torch.eye(d_model), size)
+            columns, _ = map_batches(of_batch, torch.eye(d_model, dtype=torch.float32), size)
         jacobian = torch.cat(columns)  # transposed: one row an axis of theta
+        bad = ~jacobian.isfinite().all(-1)
+        if bad.any():
+            # Only to know which steps to prefer: those axes are then like the average one.
+            what = f"the residual stream of {place(self.f.story())}"
+            if bad.all():
+                raise FloatingPointError(
+                    f"{what} is not finite {step:.3g} along any axis; use a shorter theta0, or a "
+                    "model in a wider type"
+                )
+            warn_user(
+                f"{what} is not finite {step:.3g} along {int(bad.sum())} of {d_model} axes; the "
+                "search goes on without knowing them, and may take more steps. Use a shorter "
+                "theta0, or a model in a wider type"
+            )
+            jacobian[bad] = 0.0
         return jacobian @ jacobian.T
 
     def report(self, vector: int, step: int, distance: float) -> None:
@@ -429,12 +444,17 @@ class _QuasiNewton:
 
     def __init__(self, problem: _Problem) -> None:
         self.problem = problem
+
+    @functools.cached_property
+    def inverse(self) -> Tensor:
+        """Of the damped Gauss-Newton matrix; measured when the first vector is searched for."""
+        problem = self.problem
         gram = problem.jacobian_gram()
         scale = float(gram.diagonal().mean())
         distance = float(problem.target.norm())
         # The penalty's own curvature, as it stands beside the squared distance.
         shift = scale + 2 * problem.norm_penalty * distance
-        self.inverse = torch.linalg.inv(gram + shift * torch.eye(len(gram), dtype=gram.dtype))
+        return torch.linalg.inv(gram + shift * torch.eye(len(gram), dtype=gram.dtype))
 
     def find(self, k: int, basis: Tensor) -> _Result:
         problem = self.problem
@@ -562,7 +582,7 @@ def _checked_previous(
     settings: Mapping[str, Any],
 ) -> Tensor:
     if previous is None:
-        return torch.empty(0, len(theta0))
+        return torch.empty(0, len(theta0), dtype=torch.float32)
     if isinstance(previous, SteeringVectors):
         _check_same("previous", previous.story, f.story(), _FAMILY_FACTS)
         if previous.story.get("method") == "melbo_ortho":

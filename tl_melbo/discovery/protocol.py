@@ -1,8 +1,11 @@
 """What a discovery method needs of the map that it searches: tensors and callables, no model."""
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol, cast, runtime_checkable
 
+import torch
 from torch import Tensor
 
 
@@ -38,6 +41,17 @@ class EffectMap(Protocol):
     def story(self) -> dict[str, Any]:
         """Where the map comes from, as JSON-ready facts."""
         ...
+
+
+@contextmanager
+def own_arithmetic(f: EffectMap) -> Iterator[None]:
+    """Gradients, and the types that the map has, whatever the caller's surroundings ask for."""
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(f.x.device.type, enabled=False),
+    ):
+        yield
 
 
 def effect_at(f: EffectMap, theta: Tensor, positions: slice) -> Tensor:
