@@ -174,7 +174,7 @@ def discover(
                 on_vector=begin,
                 on_step=lambda step: progress.update(*_work_done(step, n_vectors)),
             )
-            table = _write_page(progress, folder, loaded, f, found, max_new_tokens)
+            table = _write_page(progress, folder, loaded, f, found, max_new_tokens, anew=overwrite)
         _print_found(table)
         typer.echo(str((folder / runs.REPORT).resolve()))
 
@@ -368,12 +368,13 @@ def _write_page(
     f: "ActivationMap",
     library: "SteeringVectors",
     max_new_tokens: int,
+    anew: bool = False,
 ) -> "pd.DataFrame":
-    """The page about all that a folder holds; texts that it lacks are written first."""
+    """The page about all that a folder holds; texts that it lacks, or all, are written first."""
     import tl_melbo as tm
     from tl_melbo import runs
 
-    completions = runs.load_completions(folder, library, max_new_tokens)
+    completions = None if anew else runs.load_completions(folder, library, max_new_tokens)
     if completions is None:
         progress.start("Writing under each vector")
         completions = tm.report.collect_completions(
