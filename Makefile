@@ -18,6 +18,7 @@ unexport VIRTUAL_ENV
 PYTHON ?= python3
 PYTEST_ARGS ?=
 ROWS ?=
+NOTEBOOKS ?=
 
 # The newest 4.x, where TransformerBridge is alone, and the last 3.x, which has HookedTransformer.
 TRANSFORMER_LENS_4 := 4.3.0
@@ -32,7 +33,7 @@ PY_TL3 := .venv-tl3/bin/python
 INSTALLED := .venv/.installed
 INSTALLED_TL3 := .venv-tl3/.installed
 
-.PHONY: help install demo results benchmark test lint test-tl4 test-tl3 browser format clean
+.PHONY: help install demo results benchmark notebooks docs test lint test-tl4 test-tl3 browser format clean
 
 help: ## List the targets
 	@echo 'make TARGET [PYTHON=python3.12]'
@@ -61,7 +62,14 @@ benchmark: $(INSTALLED) ## Speed beside the published code, as ratios (ROWS="mel
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps 'batched-melbo==0.1.1'
 	@$(PY) -m benchmarks.compare $(ROWS)
 
-test: lint browser test-tl4 test-tl3 ## Every check: lint, then the tests on both versions of transformer-lens
+notebooks: browser $(INSTALLED) ## Run the notebooks and keep what they show (NOTEBOOKS="01_first_vectors" for some)
+	@$(PY) -m notebooks.build $(NOTEBOOKS)
+
+docs: $(INSTALLED) ## The documentation, in site/index.html
+	$(PY) -m mkdocs build --strict --quiet
+	@echo 'site/index.html'
+
+test: lint docs browser test-tl4 test-tl3 ## Every check: lint, then the tests on both versions of transformer-lens
 
 # import-linter has no `python -m`: `-m importlinter.cli` checks nothing and reports success.
 lint: $(INSTALLED) ## Style, formatting, types, and which module may import which
@@ -97,7 +105,7 @@ format: $(INSTALLED) ## Sort imports, apply safe fixes, format
 	$(PY) -m ruff format
 
 clean: ## Remove environments and caches; runs/ stays
-	rm -rf .venv .venv-tl3 dist build .pytest_cache .ruff_cache .hypothesis .import_linter_cache .benchmarks
+	rm -rf .venv .venv-tl3 dist build site .pytest_cache .ruff_cache .hypothesis .import_linter_cache .benchmarks
 	find tl_melbo tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): REQUIREMENTS = 'transformer-lens==$(TRANSFORMER_LENS_4)' -e '.[dev]'

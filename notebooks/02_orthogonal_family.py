@@ -173,7 +173,7 @@ tm.analysis.presence(model, family, PERSONAL, IMPERSONAL, layer=SOURCE_LAYER)
 # The author asked what a penalty on the norm would do. It makes vectors shorter, and brings them less near.
 
 # %%
-pd.read_csv("results/penalties.csv")
+pd.read_csv("results/penalties.csv").drop(columns="completion")
 
 # %%
 short = tm.melbo_ortho(f, theta0, min(2, N_FAMILY), norm_penalty=0.001, progress=True)

@@ -28,13 +28,23 @@ _SCRIPT = re.compile(r"<script\b.*?</script>", re.DOTALL)
 _LONGEST_SCRIPT = 100_000
 
 
-def run(name: str, values: Mapping[str, Any] | None = None, renderers: str | None = None) -> Any:
+def run(
+    name: str,
+    values: Mapping[str, Any] | None = None,
+    renderers: str | None = None,
+    folder: Path = HERE,
+    last: str | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Any:
     """Execute a notebook in a kernel of its own; an error in a cell is raised.
 
     Args:
         name: of the text, without ".py".
         values: what the parameters are to be instead.
         renderers: plotly's, joined by "+"; None takes what plotly finds fitting.
+        folder: where it runs, and reads and writes files.
+        last: code for a cell at the end.
+        environment: more variables for its kernel.
     """
     notebook = jupytext.read(HERE / f"{name}.py")
     notebook.metadata.kernelspec = {
@@ -46,18 +56,20 @@ def run(name: str, values: Mapping[str, Any] | None = None, renderers: str | Non
             for i, cell in enumerate(notebook.cells)
             if "parameters" in cell.metadata.get("tags", [])
         )
-        source = "\n".join(f"{name} = {value!r}" for name, value in values.items())
+        source = "\n".join(f"{variable} = {value!r}" for variable, value in values.items())
         notebook.cells.insert(place, nbformat.v4.new_code_cell(source))
-    environment = dict(os.environ)
+    if last is not None:
+        notebook.cells.append(nbformat.v4.new_code_cell(last))
+    variables = {**os.environ, **(environment or {})}
     if renderers is not None:
-        environment["PLOTLY_RENDERER"] = renderers
+        variables["PLOTLY_RENDERER"] = renderers
     client = NotebookClient(
         notebook,
         timeout=_SECONDS_A_CELL,
-        resources={"metadata": {"path": str(HERE)}},
+        resources={"metadata": {"path": str(folder)}},
         record_timing=False,
     )
-    return client.execute(env=environment)
+    return client.execute(env=variables)
 
 
 def tidied(notebook: Any) -> Any:

@@ -524,7 +524,7 @@ def composition_curves(
     axis_titles = {
         "kl_to_reference": "KL to the reference (nats)",
         "kl_to_unsteered": "KL to the unsteered model (nats)",
-        "distance": "distance from the reference (residual-stream units)",
+        "distance": "distance (residual-stream units)",
     }
     _style_curve(figure, title, axis_titles[measure], log_y=False)
     figure.update_xaxes(title_text="vectors added up", tickvals=sorted(set(composed["size"])))

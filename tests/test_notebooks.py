@@ -1,0 +1,123 @@
+"""The notebooks run from a clean kernel, show what they should, and are kept as they run."""
+
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jupytext
+import nbformat
+import pytest
+
+from notebooks.build import HERE, NAMES, run, tidied
+
+pytestmark = pytest.mark.heavy
+
+SMALL = {
+    "01_first_vectors": {"N_VECTORS": 4, "MAX_NEW_TOKENS": 4, "SCALES": [0.5, 1.0]},
+    "02_orthogonal_family": {"THETA0": 1, "N_FAMILY": 2, "MAX_NEW_TOKENS": 4},
+    "03_quick_hypothesis_test": {"N_VECTORS": 3, "CHOSEN": 1, "N_FAMILY": 2, "MAX_NEW_TOKENS": 4},
+    "04_exercises": {"MAX_NEW_TOKENS": 4},
+}
+# Figures, tables of ours, and coloured tokens, that each shows at least.
+SHOWN = {
+    "01_first_vectors": (4, 5, 1),
+    "02_orthogonal_family": (5, 4, 0),
+    "03_quick_hypothesis_test": (1, 4, 0),
+    "04_exercises": (0, 2, 0),
+}
+
+
+def outputs(notebook):
+    return [o for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs]
+
+
+def pages(notebook):
+    return [o["data"].get("text/html", "") for o in outputs(notebook) if "data" in o]
+
+
+def counted(notebook):
+    figures = sum("application/vnd.plotly.v1+json" in o.get("data", {}) for o in outputs(notebook))
+    tables = sum("<table>" in page for page in pages(notebook))
+    tokens = sum('<div id="static-circuits-vis' in page for page in pages(notebook))
+    return figures, tables, tokens
+
+
+ANSWERS = {  # wrong, and what the student is told
+    "check_1(torch.randn(d_model))": "Its length is",
+    "check_1([1, 2])": "A tensor is wanted",
+    "check_1(RADIUS * torch.eye(d_model)[0])": "That is an axis",
+    "check_2(1.0)": r"Is it the norm of delta\[0, 0, -1\]",
+    "check_3(tm.melbo(f, 3, RADIUS, steps=1))": "There are 3; four are wanted",
+    "check_3(tm.melbo(f, 4, 1.0, steps=1))": "Their length is 1.0",
+    "check_3(tm.melbo(f, 4, RADIUS, steps=1, orthogonal=False))": "each by itself",
+    "check_4(solution_4[solution_4.scale == 1])": "1 and -1 are wanted",
+    "check_5(tm.analysis.cosine_similarity(solution_3))": "That is of the vectors",
+    "check_5(torch.eye(3))": "4 x 4 is wanted",
+    "check_6(0.25)": "At 0.25 it is not the largest",
+    "check_7(1 / solution_7)": "worse than no vector",
+}
+TRY = """
+for answer in {answers!r}:
+    try:
+        eval(answer)
+        print("ACCEPTED", answer)
+    except AssertionError as error:
+        print("TOLD", error)
+"""
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory):
+    """All of them, two at a time: loading the model keeps one core busy."""
+    # A notebook's kernel inherits this: two kernels on two cores would fight for threads else.
+    environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+    def execute(name):
+        folder = tmp_path_factory.mktemp(name)  # what it writes goes there; what it reads is there
+        (folder / "results").symlink_to(HERE / "results")
+        last = TRY.format(answers=list(ANSWERS)) if name == "04_exercises" else None
+        return run(name, SMALL[name], "plotly_mimetype", folder, last, environment)
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(NAMES, pool.map(execute, NAMES), strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_runs_from_a_clean_kernel(name, executed):
+    shown = counted(executed[name])
+    assert all(found >= least for found, least in zip(shown, SHOWN[name], strict=True))
+    streams = [o for o in outputs(executed[name]) if o.output_type == "stream"]
+    assert not [o.text for o in streams if o.name == "stderr" and "Warning" in o.text]
+
+
+def test_exercises_tell_right_from_wrong(executed):
+    streams = [o for o in outputs(executed["04_exercises"]) if o.output_type == "stream"]
+    said = "".join(o.text for o in streams if o.name == "stdout")
+    assert said.count("Not done yet") == 7
+    assert len(re.findall("^Right", said, re.MULTILINE)) == 7
+    told = re.findall(r"^TOLD .*$|^ACCEPTED .*$", said, re.MULTILINE)
+    assert len(told) == len(ANSWERS)
+    for line, (answer, expected) in zip(told, ANSWERS.items(), strict=True):
+        assert re.search(expected, line), (answer, line)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_kept_is_the_text_as_it_ran(name):
+    text = jupytext.read(HERE / f"{name}.py")
+    kept = nbformat.read(HERE / f"{name}.ipynb", 4)
+    nbformat.validate(kept)
+    assert [cell.source for cell in kept.cells] == [cell.source for cell in text.cells]
+    assert not [o for o in outputs(kept) if o.output_type == "error"]
+    assert all(found >= least for found, least in zip(counted(kept), SHOWN[name], strict=True))
+    # Small, readable where scripts do not run, and free of what says where it was made.
+    path = HERE / f"{name}.ipynb"
+    assert path.stat().st_size < 1_000_000
+    figures = [o for o in outputs(kept) if "application/vnd.plotly.v1+json" in o.get("data", {})]
+    assert all("image/png" in figure["data"] for figure in figures)
+    words = path.read_text(encoding="utf-8")
+    assert not re.search(r"/(home|root|work|tmp|Users)/", words)
+    assert tidied(kept) == kept
+
+
+def test_the_folder_has_no_other_notebooks():
+    assert {path.stem for path in Path(HERE).glob("*.ipynb")} == {*NAMES}
