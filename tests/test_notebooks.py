@@ -1,7 +1,14 @@
 """The notebooks run from a clean kernel, show what they should, and are kept as they run."""
 
+import json
 import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from pathlib import Path
 
 import jupytext
@@ -9,6 +16,7 @@ import nbformat
 import pytest
 
 from notebooks.build import HERE, NAMES, run, tidied
+from tests.test_page_in_browser import driver, wait_for  # noqa: F401
 
 pytestmark = pytest.mark.heavy
 
@@ -121,3 +129,73 @@ def test_what_is_kept_is_the_text_as_it_ran(name):
 
 def test_the_folder_has_no_other_notebooks():
     assert {path.stem for path in Path(HERE).glob("*.ipynb")} == {*NAMES}
+
+
+@pytest.fixture(scope="module")
+def lab(executed, tmp_path_factory):
+    """JupyterLab on the notebooks as they ran, scripts included; gives its address."""
+    folder = tmp_path_factory.mktemp("lab")
+    for name in NAMES:
+        nbformat.write(executed[name], folder / f"{name}.ipynb")
+    with closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # Somebody who ran a notebook trusts it; for one that was not trusted scripts do not run.
+    subprocess.run(
+        [sys.executable, "-m", "jupyter", "trust", *(str(path) for path in folder.glob("*.ipynb"))],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    command = [
+        *(sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}"),
+        *(f"--ServerApp.root_dir={folder}", "--IdentityProvider.token=", "--ip=127.0.0.1"),
+        *(
+            "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+            "--ServerApp.password=",
+        ),
+        *("--LabApp.news_url=None", "--LabApp.extension_manager=readonly"),
+    ]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        address = f"http://127.0.0.1:{port}"
+        for _ in range(120):
+            with suppress(OSError):
+                urllib.request.urlopen(f"{address}/api", timeout=5).close()
+                break
+            time.sleep(0.5)
+        yield address
+        server.terminate()
+
+
+@pytest.mark.browser
+def test_jupyterlab_shows_figures_and_tokens(lab, driver):  # noqa: F811
+    driver.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": 1280, "height": 6000, "deviceScaleFactor": 1, "mobile": False},
+    )
+    for log in ("browser", "performance"):
+        driver.get_log(log)
+    driver.get(f"{lab}/lab/tree/01_first_vectors.ipynb?reset")
+    wait_for(driver, "return document.querySelectorAll('.jp-Notebook .jp-Cell').length > 10")
+    wait_for(driver, "return document.querySelectorAll('.js-plotly-plot .main-svg').length >= 4")
+    token = "[id^=circuits-vis]"
+    wait_for(driver, f"return document.querySelector('{token}')?.innerText.includes('engineer')")
+    # The plain text is there for those for whom the script does not run.
+    assert driver.find_elements("css selector", "[id^=static-circuits-vis]") == []
+    widths = driver.execute_script(
+        "return [...document.querySelectorAll('.js-plotly-plot')].map(plot => "
+        "[plot.getBoundingClientRect().width, plot.closest('.jp-OutputArea').clientWidth])"
+    )
+    assert all(200 < figure <= place for figure, place in widths)
+    errors = [
+        entry["message"]
+        for entry in driver.get_log("browser")
+        # JupyterLab looks for files that need not be there: its workspace, its settings.
+        if entry["level"] == "SEVERE" and f"{lab}/" not in entry["message"]
+    ]
+    assert errors == []
+    events = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
+    asked = {
+        event["params"]["request"]["url"]
+        for event in events
+        if event["method"] == "Network.requestWillBeSent"
+    }
+    assert [url for url in asked if not url.startswith((lab, "data:", "blob:"))] == []

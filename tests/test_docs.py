@@ -1,0 +1,94 @@
+"""The documentation builds without a broken link, and leaves no public name out."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tl_melbo as tm
+
+ROOT = Path(__file__).resolve().parent.parent
+MODULES = {"analysis": tm.analysis, "plots": tm.plots, "report": tm.report}
+
+
+def public(module):
+    names = getattr(module, "__all__", None) or [
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_") and getattr(value, "__module__", "") == module.__name__
+    ]
+    return [name for name in names if callable(getattr(module, name))]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    pytest.importorskip("mkdocs")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-d", str(folder)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def test_every_public_name_is_there(site):
+    main = (site / "reference" / "tl_melbo.html").read_text(encoding="utf-8")
+    for name in {*tm.__all__} - {*MODULES}:
+        assert shown(main, "tl_melbo", name, getattr(tm, name)), name
+    for method in ("from_prompts", "delta", "position_mask", "path"):
+        assert f'id="tl_melbo.ActivationMap.{method}"' in main
+    for method in ("save", "load", "to_repeng_gguf", "push_to_hub", "table"):
+        assert f'id="tl_melbo.SteeringVectors.{method}"' in main
+    for name, module in MODULES.items():
+        page = (site / "reference" / f"{name}.html").read_text(encoding="utf-8")
+        assert len(public(module)) >= 4
+        for member in public(module):
+            assert shown(page, f"tl_melbo.{name}", member, getattr(module, member)), member
+
+
+def shown(page, place, name, member):
+    """By its public name, or, where a module is called so, by the name of its definition."""
+    defined = f"{getattr(member, '__module__', '')}.{name}"
+    return f'id="{place}.{name}"' in page or f'id="{defined}"' in page
+
+
+def test_nothing_is_fetched(site):
+    for page in site.rglob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        fetched = re.findall(
+            r'<(?:script|link|img|iframe)\b[^>]*(?:src|href)="(https?:[^"]*)', text
+        )
+        assert fetched == [], page.name
+
+
+def test_the_table_of_presets_is_true():
+    text = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    rows = {
+        cells[1].strip(' `"'): cells for cells in map(split, text.splitlines()) if len(cells) == 9
+    }
+    for name, preset in tm.PRESETS.items():
+        cells, search = rows[name], preset.search
+        positions = "all" if search["positions"] == slice(None) else "last three"
+        assert float(cells[4]) == search["radius"]
+        assert cells[5].strip() == f"{search['p']}, {search['q']}"
+        assert cells[6].strip() == positions
+        assert (
+            cells[7].strip().removesuffix(" (ours)") == f"{search['n_vectors']}, {search['steps']}"
+        )
+
+
+def split(line):
+    return line.split("|")
+
+
+def test_the_code_runs_as_printed(tiny_llama, tmp_path, monkeypatch):
+    """With a tiny model instead, and settings that fit it."""
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    first = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
+    first = first.replace("source_layer=8, target_layer=16", "source_layer=1, target_layer=4")
+    monkeypatch.setattr(tm, "load_model", lambda: tiny_llama)
+    names = {}
+    exec(compile(first, "index.md", "exec"), names)
+    assert len(names["found"]) == 8
