@@ -28,7 +28,9 @@ class Table(pd.DataFrame):
         left_out = max(0, len(self) - _MOST_ROWS)
         if left_out:
             shown = pd.concat([self.head(_MOST_ROWS // 2), self.tail(_MOST_ROWS // 2)])
-        header = "".join(f"<th>{_text(str(name))}</th>" for name in self.columns)
+        header = "".join(
+            f'<th style="text-align:left">{_text(str(name))}</th>' for name in self.columns
+        )
         rows = [
             f"<tr><th>{_text(str(label))}</th>{''.join(map(_cell, row))}</tr>"
             for label, row in zip(shown.index, shown.itertuples(index=False), strict=True)
