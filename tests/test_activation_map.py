@@ -605,3 +605,29 @@ def test_compiling_under_hooks_is_refused(tiny_llama):
         pytest.raises(ValueError, match="compiled=True"),
     ):
         tm.ActivationMap.from_prompts(tiny_llama, PROMPT, 1, 4, compiled=True)
+
+
+def test_two_maps_of_one_model_leave_it_and_each_other_alone():
+    """Also where one of them fails in the middle of a block."""
+    model = tiny_bridge("llama")
+    first = tm.ActivationMap.from_prompts(model, "Hi there!", 1, 3)
+    second = tm.ActivationMap.from_prompts(model, ["Bye.", "A longer one."], 2, 4)
+    theta = torch.ones(2, 32)
+    expected, before = second.delta(theta), fingerprint(model)
+
+    def fail(*_):
+        raise RuntimeError("in the middle")
+
+    handle = model.blocks[3].register_forward_hook(fail)  # in both maps
+    hooked = fingerprint(model)
+    for f in (first, second):
+        with pytest.raises(RuntimeError, match="in the middle"):
+            f.delta(theta)
+        assert fingerprint(model) == hooked
+    handle.remove()
+    assert fingerprint(model) == before
+    assert torch.equal(second.delta(theta), expected)
+    found = tm.melbo(first, 1, 2.0, steps=2)
+    tm.melbo_ortho(second, torch.ones(32), 1, steps=3)
+    assert fingerprint(model) == before
+    assert torch.equal(tm.melbo(first, 1, 2.0, steps=2).vectors, found.vectors)

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -226,3 +227,15 @@ def test_texts_come_back_from_a_table_as_they_were(tmp_path: Path) -> None:
         cells = [row["completion"] for row in csv.DictReader(file)]
     assert not any(cell.startswith(("=", "+", "-", "@")) for cell in cells)
     pd.testing.assert_frame_equal(runs.load_table(tmp_path / "t.csv", ["size"]), table)
+
+
+def test_paths_in_a_story_decide_nothing(run: Path, tmp_path: Path) -> None:
+    library = tm.SteeringVectors.load(run / "vectors.safetensors")
+    evil = {name: str(tmp_path / "evil") for name in ("path", "folder", "out", "date", "method")}
+    versions = {"../evil": "../../evil"}
+    story = {**library.story, **evil, "versions": versions}
+    replace(library, story=story).save(run / "vectors.safetensors")
+    result = ortho(run, n_vectors=1)
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+    assert names(run / "ortho-1") == FAMILY
