@@ -26,7 +26,7 @@ SOURCE_LAYER, TARGET_LAYER = 8, 16  # for another model: about a quarter and hal
 RADIUS = 12.0  # how long the vectors are; see below
 N_VECTORS = 16
 MAX_NEW_TOKENS = 30
-SCALES = [0.25, 0.5, 0.75, 1.0, 1.5, 2.0]
+SCALES = [0.25, 0.5, 1.0, 2.0, 3.0, 4.0]
 
 # %%
 import pandas as pd
@@ -69,7 +69,8 @@ tm.generate(model, PROMPT, random, **writing)
 f = tm.ActivationMap.from_prompts(
     model, PROMPT, source_layer=SOURCE_LAYER, target_layer=TARGET_LAYER, chat=True
 )
-found = tm.melbo(f, N_VECTORS, RADIUS, progress=True)
+run = tm.Run("runs/first_vectors")  # keeps each vector as it comes: interrupt it, and run it again
+found = run.melbo(f, N_VECTORS, radius=RADIUS, progress=True)
 found
 
 # %%
@@ -111,8 +112,8 @@ px.line(
 #
 # Too short and nothing happens, too long and the text falls apart. Here are six vectors at several
 # multiples of their length: how far the next token's distribution moves (KL, in nats), and how much the
-# text repeats itself. In between, shaded, lies the window where it is changed and does not repeat itself.
-# Whether it makes *sense* there, only reading tells.
+# text repeats itself. Shaded is where, for the median vector, it is changed and does not repeat itself.
+# Whether it makes *sense* there, only reading tells: below, one vector from nothing to gibberish.
 
 # %%
 swept = tm.analysis.scale_sweep(model, PROMPT, found[:6], SCALES, max_new_tokens=MAX_NEW_TOKENS)
@@ -120,15 +121,17 @@ tm.plots.scale_curves(swept)
 
 # %%
 ONE = min(4, len(found) - 1)  # a person, in the embedded model's library; put your own choice here
-swept.loc[swept["vector"] == min(ONE, 5), ["scale", "norm", "kl", "repetition", "completion"]]
+alone = tm.analysis.scale_sweep(model, PROMPT, found[ONE], SCALES, max_new_tokens=MAX_NEW_TOKENS)
+alone[["scale", "norm", "kl", "repetition", "completion"]]
 
 # %% [markdown]
 # ## The other way round
 #
-# A vector has a negative, and it often does something, too: not always the opposite.
+# A vector has a negative. In large models it can do the opposite: the negative of a vector against refusals
+# made one refuse harmless requests. Here most of the negatives do no more than the random vectors did.
 
 # %%
-tm.generate(model, PROMPT, found[:6], scales=[1, -1], max_new_tokens=MAX_NEW_TOKENS)
+tm.generate(model, PROMPT, -found, max_new_tokens=MAX_NEW_TOKENS)
 
 # %% [markdown]
 # ## A library

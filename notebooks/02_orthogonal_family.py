@@ -39,7 +39,8 @@ model = tm.load_model(MODEL)
 f = tm.ActivationMap.from_prompts(
     model, PROMPT, source_layer=SOURCE_LAYER, target_layer=TARGET_LAYER, chat=True
 )
-found = tm.melbo(f, THETA0 + 1, RADIUS, progress=True)
+run = tm.Run("runs/family")  # keeps each vector as it comes; with other settings, another folder
+found = run.melbo(f, THETA0 + 1, radius=RADIUS, progress=True)
 theta0 = found[THETA0]
 tm.generate(model, PROMPT, theta0, max_new_tokens=MAX_NEW_TOKENS)
 
@@ -51,12 +52,11 @@ tm.generate(model, PROMPT, theta0, max_new_tokens=MAX_NEW_TOKENS)
 # $$\min_{\theta_k} \| z(\theta_k) - z(\theta_0) \| \quad \text{with} \quad
 # \theta_k \perp \theta_0, \theta_1, \dots, \theta_{k-1} .$$
 #
-# A `tm.Run` keeps each vector on disk as it is found: interrupt the cell (the square button), run it
+# The `tm.Run` keeps each vector on disk as it is found: interrupt the cell (the square button), run it
 # again, and it goes on where it was.
 
 # %%
-run = tm.Run("runs/family")
-family = run.melbo_ortho(f, theta0, N_FAMILY, progress=True, overwrite=True)
+family = run.melbo_ortho(f, theta0, N_FAMILY, progress=True)
 family.table()
 
 # %%
@@ -105,7 +105,7 @@ tm.plots.kl_curve(
     torch.tensor(own["kl_to_reference"].to_numpy()),
     completions=own["completion"].astype(str).tolist(),
     baselines=baselines,
-    title="KL from θ₀'s next token, by place in the family",
+    title="KL(vector ‖ θ₀) of the next token, by place in the family",
 )
 
 # %% [markdown]
@@ -121,23 +121,25 @@ def share(words: str, first: int, last: int) -> float:
 pd.DataFrame(
     [
         {
-            "vectors": f"{first} to {first + 49}",
+            "vectors": f"{first} to {min(first + 49, len(own) - 1)}",
             "writes 'year-old'": share("year-old", first, first + 49),
             "speaks of 'AI'": share("AI", first, first + 49),
             "mean norm": own.loc[first : first + 49, "norm"].mean(),
         }
-        for first in range(0, len(own) - 49, 50)
+        for first in range(0, len(own), 50)
     ]
 ).round(2)
 
 # %% [markdown]
 # ### The published hypotheses, here
 #
-# * *The curve starts low, turns mixed, ends high.* It does; but the published one ends at jailbreaks
-#   and refusals, and this one where there is no vector at all: the last ones are short and do nothing.
-# * *They are longer than $\theta_0$, and do nothing at its length.* So it is here: 39 to 52 at first,
-#   against 12.
-# * *Vectors that do the same add up.* Hardly:
+# * *The curve starts low, turns mixed, ends high.* Not to be seen here, where low and high are hardly apart;
+#   the texts follow such a course. The published curve ends at jailbreaks and refusals, and these texts
+#   where there is no vector at all: the last ones are short and do nothing.
+# * *They are longer than $\theta_0$, and do nothing at its length.* Longer, yes: 38 to 52 at first, against 12.
+#   At its length the first fifty come a quarter of the way (distance 17 of 23), the later ones none of it.
+# * *Vectors that do the same add up.* In twos and threes their texts are a person's, at the members' own
+#   length. The distance grows with each that is added, and with ten or twenty the person is gone:
 
 # %%
 tm.plots.composition_curves(pd.read_csv("results/composition_4.csv"), "distance")
@@ -170,13 +172,17 @@ tm.analysis.presence(model, family, PERSONAL, IMPERSONAL, layer=SOURCE_LAYER)
 # %% [markdown]
 # ### What if they may not be long?
 #
-# The author asked what a penalty on the norm would do. It makes vectors shorter, and brings them less near.
+# The author asked what a penalty on the norm would do: are there vectors of the original's size? It makes them
+# shorter, at 0.001 with hardly a loss, and from 0.01 on it costs the person's traits:
 
 # %%
-pd.read_csv("results/penalties.csv").drop(columns="completion")
+penalties = pd.read_csv("results/penalties.csv")
+penalties["completion"] = penalties["completion"].str.slice(0, 90)
+penalties.style.hide(axis="index").format(precision=3)
 
 # %%
-short = tm.melbo_ortho(f, theta0, min(2, N_FAMILY), norm_penalty=0.001, progress=True)
+shorter = tm.Run("runs/shorter")
+short = shorter.melbo_ortho(f, theta0, min(2, N_FAMILY), norm_penalty=0.001, progress=True)
 tm.generate(model, PROMPT, short, max_new_tokens=MAX_NEW_TOKENS)[["vector", "completion"]]
 
 # %% [markdown]

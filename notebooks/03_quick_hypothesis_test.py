@@ -30,13 +30,18 @@ N_FAMILY = 3
 MAX_NEW_TOKENS = 30
 
 # %%
+import math
+
 import torch
 
 import tl_melbo as tm
 
 model = tm.load_model(MODEL)
 f = tm.ActivationMap.from_prompts(model, PROMPT, SOURCE_LAYER, TARGET_LAYER, chat=True)
-found = tm.melbo(f, N_VECTORS, RADIUS, progress=True)
+run = tm.Run(
+    "runs/hypothesis"
+)  # keeps each vector as it comes; with other settings, another folder
+found = run.melbo(f, N_VECTORS, radius=RADIUS, progress=True)
 chosen = found[min(CHOSEN, N_VECTORS - 1)]
 tm.generate(model, PROMPT, chosen, scales=[1, -1], max_new_tokens=MAX_NEW_TOKENS)
 
@@ -58,9 +63,7 @@ moved = tm.analysis.transfer(model, chosen, OTHERS, max_new_tokens=MAX_NEW_TOKEN
 moved[["prompt", "kl", "completion", "unsteered_completion"]]
 
 # %% [markdown]
-# **In the embedded model** the poem stays a poem, the recipe a recipe, and two of the questions about
-# oneself had a person's answer before. Where the AI used to show, at "Who made you?", it is gone. Compare
-# with random vectors of the same length before you call a KL large:
+# Compare with random vectors of the same length before you call a KL large:
 
 # %%
 random = tm.SteeringVectors.from_tensor(
@@ -75,6 +78,10 @@ for prompt in OTHERS:
     print(f"{ours:6.3f} | random {theirs.median():.3f}, at most {theirs.max():.3f} | {prompt}")
 
 # %% [markdown]
+# **In the embedded model:** not as supposed. Two questions about oneself have a person's answer without a
+# vector, too; at "Who made you?" the AI is gone, but a film is in its place; the poem stays a poem, and for
+# the recipe the next token moves less than under one of ten random vectors.
+#
 # ## 2. Is the contrastive vector among them?
 #
 # With labels there is a simple way to a vector: the mean residual of texts that show the behaviour, less
@@ -108,7 +115,7 @@ cosines = tm.analysis.cosine_similarity(found, contrastive)[:, 0]
 chance = 1 / model.cfg.d_model**0.5
 print(f"largest |cosine| {cosines.abs().max():.3f} (vector {int(cosines.abs().argmax())}); "
       f"a random direction has about {chance:.3f}, the largest of {len(found)} about "
-      f"{2 * chance:.3f}")  # fmt: skip
+      f"{chance * (2 * math.log(2 * len(found))) ** 0.5:.3f}")  # fmt: skip
 
 # %%
 tm.generate(model, PROMPT, contrastive, chat=True, scales=[1, 2], max_new_tokens=MAX_NEW_TOKENS)
@@ -133,7 +140,7 @@ print(f"largest |cosine| of effects {of_effects.abs().max():.3f} "
 # orthogonal family, summed and averaged, at their own length and at the chosen one's:
 
 # %%
-family = tm.melbo_ortho(f, chosen, N_FAMILY, progress=True)
+family = run.melbo_ortho(f, chosen, N_FAMILY, progress=True)
 together = tm.analysis.composition(
     model, f, family, chosen, sizes=range(1, N_FAMILY + 1), n_random_subsets=0,
     max_new_tokens=MAX_NEW_TOKENS,
@@ -150,8 +157,8 @@ tm.plots.composition_curves(together, "distance")
 float(tm.analysis.effect_distance(f, torch.zeros(1, model.cfg.d_model), chosen))
 
 # %% [markdown]
-# **In the embedded model** each member comes near, at three times the chosen length. Their mean is farther
-# away the more there are, and at the chosen length they get about half of the way. So each reaches the
-# effect in a way of its own.
+# **In the embedded model** each member comes near, at three times the chosen length. At that length their
+# mean is farther away the more there are, though its text is still a person's; at the *chosen* length the
+# mean gets nearer with each member, to about half of the way. So: a little.
 #
 # Whatever you find: read the texts before you trust a number.

@@ -11,8 +11,8 @@
 # %% [markdown]
 # # Exercises
 #
-# Seven short tasks. Replace each `...` by your code and run the cell; the check below it says what is
-# wrong. Hints and solutions are hidden: click on them to see one.
+# Seven short tasks. Replace each `...` by your code and run the cell, then the check below it, which says
+# what is wrong. Hints and solutions are hidden: click on one to see it.
 
 # %% tags=["parameters"]
 MODEL = None  # None is the embedded SmolLM2-135M-Instruct; or a hub id, a folder, a .gguf file
@@ -31,11 +31,13 @@ f = tm.ActivationMap.from_prompts(model, PROMPT, SOURCE_LAYER, TARGET_LAYER, cha
 d_model = f.x.shape[-1]
 
 
-def todo(answer):
-    """Whether a task has not been tried yet."""
+def todo(answer, *needed):
+    """Whether a task cannot be checked yet."""
     if answer is ...:
         print("Not done yet: replace the ... above, and run both cells.")
-    return answer is ...
+    elif any(earlier is ... for earlier in needed):
+        print("This one needs your answers to the tasks before: do those first.")
+    return answer is ... or any(earlier is ... for earlier in needed)
 
 
 # %% [markdown]
@@ -43,7 +45,7 @@ def todo(answer):
 #
 # Make **one** random vector of length `RADIUS` in the residual stream, a tensor of shape `[d_model]`.
 
-# %%
+# %% tags=["answer"]
 random_vector = ...
 
 
@@ -61,7 +63,7 @@ def check_1(vector):
     assert abs(norm - RADIUS) < 1e-3, (
         f"Its length is {norm:.3f}, and should be {RADIUS}: divide, then multiply."
     )
-    assert (vector != 0).sum() > 1, "That is an axis, not a random direction: draw every entry."
+    assert len(vector.unique()) > d_model / 2, "Its entries are hardly random: draw each of them."
     print("Right: a direction drawn from a normal distribution is uniform on the sphere.")
 
 
@@ -72,37 +74,36 @@ check_1(random_vector)
 #
 # `torch.randn(d_model)` has a direction that is uniform on the sphere, but the wrong length.
 # </details>
-
-# %% tags=["solution"] jupyter={"source_hidden": true}
-solution_1 = torch.randn(d_model, generator=torch.Generator().manual_seed(1))
-solution_1 = RADIUS * solution_1 / solution_1.norm()
-check_1(solution_1)
-
-# %% [markdown]
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# random_vector = torch.randn(d_model)
+# random_vector = RADIUS * random_vector / random_vector.norm()
+# ```
+# </details>
+#
 # ## 2. What it does
 #
 # How long is the effect of your vector at the target layer, at the **last** token? One number.
 # `f.delta` takes a matrix of vectors, `[vector, d_model]`, and gives `[vector, prompt, pos, d_model]`.
 
-# %%
+# %% tags=["answer"]
 effect_of_random = ...
 
 
 # %%
 def check_2(size):
-    if todo(size):
+    if todo(size, random_vector):
         return
+    check_1(random_vector)
     with torch.no_grad():
-        delta = f.delta(solution_1[None] if random_vector is ... else random_vector[None])
-    wanted = float(delta[0, 0, -1].norm())
-    size = float(size)
-    everywhere = float(delta.norm())
+        delta = f.delta(random_vector[None])
+    wanted, size, everywhere = float(delta[0, 0, -1].norm()), float(size), float(delta.norm())
     assert abs(size - everywhere) > 1e-3 * everywhere, (
         "That is over all tokens together; take the last alone: [0, 0, -1]."
     )
-    assert abs(size - wanted) < 1e-3 * wanted, (
-        f"It is {wanted:.3f}, not {size:.3f}. Is it the norm of delta[0, 0, -1]?"
-    )
+    assert abs(size - wanted) < 1e-3 * wanted, "Another number. Is it the norm of delta[0, 0, -1]?"
     print(f"Right: {wanted:.1f}, from a vector of length {RADIUS:g}.")
 
 
@@ -113,20 +114,20 @@ check_2(effect_of_random)
 #
 # `theta[None]` makes a matrix of one row from a vector; `.norm()` is the length.
 # </details>
-
-# %% tags=["solution"] jupyter={"source_hidden": true}
-with torch.no_grad():
-    solution_2 = f.delta((solution_1 if random_vector is ... else random_vector)[None])[
-        0, 0, -1
-    ].norm()
-check_2(solution_2)
-
-# %% [markdown]
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# with torch.no_grad():
+#     effect_of_random = f.delta(random_vector[None])[0, 0, -1].norm()
+# ```
+# </details>
+#
 # ## 3. Vectors that do more
 #
-# Find **four** MELBO vectors of length `RADIUS`, orthogonal, with seed 0.
+# Find **four** MELBO vectors of length `RADIUS`, orthogonal to each other.
 
-# %%
+# %% tags=["answer"]
 found = ...
 
 
@@ -135,21 +136,19 @@ def check_3(vectors):
     if todo(vectors):
         return
     assert isinstance(vectors, tm.SteeringVectors), "Take what tm.melbo returns, as it is."
+    assert vectors.story.get("method") == "melbo", "These were not found by tm.melbo."
     assert len(vectors) == 4, f"There are {len(vectors)}; four are wanted."
-    chosen = vectors.story["hyperparameters"]
-    assert chosen["radius"] == RADIUS, (
-        f"Their length is {chosen['radius']}, and should be {RADIUS}."
+    lengths = [round(norm, 3) for norm in vectors.norms.tolist()]
+    assert all(abs(norm - RADIUS) < 1e-3 for norm in lengths), (
+        f"Their lengths are {lengths}, and should be {RADIUS}."
     )
-    assert chosen["orthogonal"], (
-        "These were found each by itself; pass orthogonal=True, or leave it out."
+    cosines = tm.analysis.cosine_similarity(vectors) - torch.eye(4)
+    assert float(cosines.abs().max()) < 1e-4, (
+        "They are not orthogonal; pass orthogonal=True, or leave it out."
     )
-    assert vectors.story["seed"] == 0, "Another seed: leave it out, and it is 0."
     with torch.no_grad():
         last = f.delta(vectors.vectors)[:, 0, -1].norm(dim=-1)
-        random = f.delta(solution_1[None])[0, 0, -1].norm()
-    print(
-        f"Right: they do {', '.join(f'{x:.0f}' for x in last.tolist())}; the random one did {random:.0f}."
-    )
+    print(f"Right: they change the last token by {', '.join(f'{x:.0f}' for x in last.tolist())}.")
 
 
 check_3(found)
@@ -159,23 +158,25 @@ check_3(found)
 #
 # `help(tm.melbo)`: the first three arguments are enough.
 # </details>
-
-# %% tags=["solution"] jupyter={"source_hidden": true}
-solution_3 = tm.melbo(f, 4, RADIUS)
-check_3(solution_3)
-
-# %% [markdown]
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# found = tm.melbo(f, 4, RADIUS)
+# ```
+# </details>
+#
 # ## 4. Read the outputs
 #
 # Let the model write `MAX_NEW_TOKENS` tokens after `PROMPT` under each of the four, at scales 1 **and** −1.
 
-# %%
+# %% tags=["answer"]
 texts = ...
 
 
 # %%
 def check_4(frame):
-    if todo(frame):
+    if todo(frame, found):
         return
     assert "completion" in getattr(frame, "columns", ()), "Take what tm.generate returns, as it is."
     assert set(frame["scale"]) == {1.0, -1.0}, (
@@ -183,6 +184,12 @@ def check_4(frame):
     )
     assert set(frame["vector"]) == {0, 1, 2, 3}, "All four vectors are wanted, once for each scale."
     assert len(frame) == 8, f"{len(frame)} rows; two scales of four vectors are eight."
+    assert set(frame["prompt"]) == {PROMPT}, f"After {PROMPT!r}, please."
+    again = tm.generate(model, PROMPT, found[2], max_new_tokens=MAX_NEW_TOKENS)["completion"][0]
+    theirs = frame.loc[(frame["vector"] == 2) & (frame["scale"] == 1), "completion"].iloc[0]
+    assert theirs == again, (
+        f"Vector 2 of `found` writes something else in {MAX_NEW_TOKENS} tokens of a chat: {again!r}"
+    )
     print("Right. Now read them: which is the most interesting?")
 
 
@@ -193,25 +200,27 @@ check_4(texts)
 #
 # `scales=[1, -1]`; vectors from chat prompts are tried with chat prompts by themselves.
 # </details>
-
-# %% tags=["solution"] jupyter={"source_hidden": true}
-solution_4 = tm.generate(model, PROMPT, solution_3, scales=[1, -1], max_new_tokens=MAX_NEW_TOKENS)
-check_4(solution_4)
-solution_4
-
-# %% [markdown]
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# texts = tm.generate(model, PROMPT, found, scales=[1, -1], max_new_tokens=MAX_NEW_TOKENS)
+# texts
+# ```
+# </details>
+#
 # ## 5. Orthogonal is not different
 #
 # The four vectors are orthogonal. Are their *effects*? Compute the 4 × 4 matrix of cosines between what
 # they do at the last three tokens.
 
-# %%
+# %% tags=["answer"]
 cosines = ...
 
 
 # %%
 def check_5(matrix):
-    if todo(matrix):
+    if todo(matrix, found):
         return
     assert tuple(matrix.shape) == (4, 4), f"Its shape is {tuple(matrix.shape)}; 4 x 4 is wanted."
     off = matrix - torch.eye(4)
@@ -220,10 +229,13 @@ def check_5(matrix):
     )
     assert float(off.abs().max()) > 1e-4, "That is of the vectors. What of f.delta(vectors)?"
     with torch.no_grad():
-        delta = f.delta(solution_3.vectors, positions=slice(-3, None))
-    wanted = tm.analysis.cosine_similarity(delta)
+        wanted = tm.analysis.cosine_similarity(f.delta(found.vectors, positions=slice(-3, None)))
+        everywhere = tm.analysis.cosine_similarity(f.delta(found.vectors))
+    assert not torch.allclose(matrix, everywhere, atol=1e-3), (
+        "That is over all tokens, of which the first drowns all others: positions=slice(-3, None)."
+    )
     assert torch.allclose(matrix, wanted, atol=1e-3), (
-        "These are other cosines: the first token drowns all others unless positions=slice(-3, None)."
+        "Other cosines. Are they of `found`, at the last three tokens?"
     )
     print(f"Right: up to {float(off.abs().max()):.2f}, though the vectors are orthogonal.")
 
@@ -235,36 +247,35 @@ check_5(cosines)
 #
 # `f.delta(found.vectors, positions=slice(-3, None))`, and `tm.analysis.cosine_similarity` takes effects too.
 # </details>
-
-# %% tags=["solution"] jupyter={"source_hidden": true}
-with torch.no_grad():
-    solution_5 = tm.analysis.cosine_similarity(
-        f.delta(solution_3.vectors, positions=slice(-3, None))
-    )
-check_5(solution_5)
-
-# %% [markdown]
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# with torch.no_grad():
+#     effects = f.delta(found.vectors, positions=slice(-3, None))
+# cosines = tm.analysis.cosine_similarity(effects)
+# ```
+# </details>
+#
 # ## 6. How much is too much?
 #
 # For vector 1, at which of the scales 0.25, 0.5, 1, 2 and 4 is the next token's KL to the unsteered model
 # **largest**? Give the scale.
 
-# %%
+# %% tags=["answer"]
 largest_at = ...
 
 
 # %%
 def check_6(scale):
-    if todo(scale):
+    if todo(scale, found):
         return
-    swept = tm.analysis.scale_sweep(
-        model, PROMPT, solution_3[1], [0.25, 0.5, 1, 2, 4], max_new_tokens=1
-    )
+    scales = [0.25, 0.5, 1, 2, 4]
+    swept = tm.analysis.scale_sweep(model, PROMPT, found[1], scales, max_new_tokens=1)
     wanted = float(swept.loc[swept["kl"].idxmax(), "scale"])
+    assert float(scale) in scales, f"{scale} is none of {scales}."
     assert float(scale) == wanted, f"At {scale} it is not the largest; look at the column kl again."
-    print(
-        f"Right: at {wanted:g}. More length is more change, until the text falls apart: read it there."
-    )
+    print(f"Right: at {wanted:g}. Read what it writes there, too.")
 
 
 check_6(largest_at)
@@ -272,53 +283,55 @@ check_6(largest_at)
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# `tm.analysis.scale_sweep` gives a frame with the columns `scale` and `kl`; a frame's `idxmax` helps.
+# `tm.analysis.scale_sweep` gives a frame with the columns `scale` and `kl`; a column's `idxmax` helps.
 # </details>
-
-# %% tags=["solution"] jupyter={"source_hidden": true}
-table = tm.analysis.scale_sweep(
-    model, PROMPT, solution_3[1], [0.25, 0.5, 1, 2, 4], max_new_tokens=MAX_NEW_TOKENS
-)
-solution_6 = table.loc[table["kl"].idxmax(), "scale"]
-check_6(solution_6)
-table[["scale", "kl", "completion"]]
-
-# %% [markdown]
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# swept = tm.analysis.scale_sweep(model, PROMPT, found[1], [0.25, 0.5, 1, 2, 4])
+# largest_at = swept.loc[swept["kl"].idxmax(), "scale"]
+# swept
+# ```
+# </details>
+#
 # ## 7. A follower
 #
-# Find one vector that is orthogonal to vector 3 and does what it does, and say how near it came: its
-# distance, as a share of the distance without any vector.
+# Find a vector that is orthogonal to vector 3 and does what it does: at most a quarter of the distance that
+# no vector at all has.
+
+# %% tags=["answer"]
+follower = ...
+
 
 # %%
-share = ...
-
-
-# %%
-def check_7(value):
-    if todo(value):
+def check_7(vectors):
+    if todo(vectors, found):
         return
-    value = float(value)
-    assert value > 0, "A distance is positive."
-    assert value < 1, (
-        "A share above 1 is worse than no vector at all; did you divide the right way?"
+    assert isinstance(vectors, tm.SteeringVectors), "Take what tm.melbo_ortho returns, as it is."
+    assert len(vectors) == 1, f"There are {len(vectors)}; one is wanted."
+    cosine = float(tm.analysis.cosine_similarity(vectors, found[3]))
+    assert abs(cosine) < 1e-4, f"It is not orthogonal to found[3]: their cosine is {cosine:.2f}."
+    nothing = float(tm.analysis.effect_distance(f, torch.zeros(1, d_model), found[3]))
+    share = float(tm.analysis.effect_distance(f, vectors, found[3])) / nothing
+    assert share < 0.25, (
+        f"It is {share:.0%} of the distance away; more steps, or another seed of the library?"
     )
-    follower = tm.melbo_ortho(f, solution_3[3], 1)
-    nothing = float(tm.analysis.effect_distance(f, torch.zeros(1, d_model), solution_3[3]))
-    wanted = float(follower.columns["distance"][0]) / nothing
-    assert abs(value - wanted) < 0.02, f"{value:.3f}; it should be near {wanted:.3f}."
-    print(f"Right: {wanted:.1%} of the way is left, by a vector orthogonal to the first.")
+    print(f"Right: {share:.1%} of the distance is left, by a vector orthogonal to the first.")
 
 
-check_7(share)
+check_7(follower)
 
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# `tm.melbo_ortho(...).columns["distance"]`, and `tm.analysis.effect_distance` with a row of zeros.
+# `tm.melbo_ortho(f, theta0, n_vectors)`, with a library of one vector as theta0.
 # </details>
-
-# %% tags=["solution"] jupyter={"source_hidden": true}
-follower = tm.melbo_ortho(f, solution_3[3], 1)
-without = tm.analysis.effect_distance(f, torch.zeros(1, d_model), solution_3[3])
-solution_7 = float(follower.columns["distance"][0]) / float(without)
-check_7(solution_7)
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# follower = tm.melbo_ortho(f, found[3], 1)
+# follower.table()
+# ```
+# </details>

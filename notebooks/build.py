@@ -10,6 +10,7 @@ how much work; `run` can put other values after it, as papermill does.
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ _RENDERERS = "plotly_mimetype+png"
 # The scripts of circuitsvis are a megabyte; what is below them shows without.
 _SCRIPT = re.compile(r"<script\b.*?</script>", re.DOTALL)
 _LONGEST_SCRIPT = 100_000
+_SOLUTION = re.compile(r"<summary>Solution</summary>\s*```python\n(.*?)```", re.DOTALL)
 
 
 def run(
@@ -34,6 +36,7 @@ def run(
     renderers: str | None = None,
     folder: Path = HERE,
     last: str | None = None,
+    solved: bool = False,
     environment: Mapping[str, str] | None = None,
 ) -> Any:
     """Execute a notebook in a kernel of its own; an error in a cell is raised.
@@ -44,6 +47,7 @@ def run(
         renderers: plotly's, joined by "+"; None takes what plotly finds fitting.
         folder: where it runs, and reads and writes files.
         last: code for a cell at the end.
+        solved: put the solutions of exercises in the place of what a student is to replace.
         environment: more variables for its kernel.
     """
     notebook = jupytext.read(HERE / f"{name}.py")
@@ -58,6 +62,11 @@ def run(
         )
         source = "\n".join(f"{variable} = {value!r}" for variable, value in values.items())
         notebook.cells.insert(place, nbformat.v4.new_code_cell(source))
+    if solved:
+        solutions = _SOLUTION.findall("\n".join(cell.source for cell in notebook.cells))
+        answers = [cell for cell in notebook.cells if "answer" in cell.metadata.get("tags", [])]
+        for cell, solution in zip(answers, solutions, strict=True):
+            cell.source = solution
     if last is not None:
         notebook.cells.append(nbformat.v4.new_code_cell(last))
     variables = {**os.environ, **(environment or {})}
@@ -97,7 +106,9 @@ def main(names: list[str]) -> None:
     if unknown:
         sys.exit(f"no such notebooks: {unknown}; there are {', '.join(NAMES)}")
     for name in names or NAMES:
-        notebook = tidied(run(name, renderers=_RENDERERS))
+        with tempfile.TemporaryDirectory() as folder:  # what it writes does not stay
+            (Path(folder) / "results").symlink_to(HERE / "results")
+            notebook = tidied(run(name, renderers=_RENDERERS, folder=Path(folder)))
         path = HERE / f"{name}.ipynb"
         nbformat.write(notebook, path)
         print(f"{path.relative_to(Path.cwd())}: {path.stat().st_size // 1000} kB")

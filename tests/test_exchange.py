@@ -1,5 +1,6 @@
 """Vectors for other programs, read back by those programs."""
 
+import html
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 
 import tl_melbo as tm
 from tests.tiny_models import TINY_ARCHITECTURES, tiny_bridge
+from tl_melbo import exchange
 
 PROMPT = "Tell me about yourself."
 
@@ -137,7 +139,10 @@ def hub(tmp_path, monkeypatch):
 
 def test_the_hub_gives_back_what_it_got(found, hub):
     completions = tm.generate(tiny_bridge("llama"), PROMPT, found, max_new_tokens=3)
-    completions.loc[1, "completion"] = "| <script>alert(1)</script>\n![x](http://x.test) `a` \u202e"
+    hostile = (
+        "I'm | <script>alert(1)</script>\n![x](http://x.test) www.x.test a@x.test `a` $b$ \u202e"
+    )
+    completions.loc[1, "completion"] = hostile
     address = found.push_to_hub("me/vectors", completions=completions)
     assert address == "https://hub.test/me/vectors"
     assert sorted(p.name for p in (hub / "me/vectors").iterdir()) == [
@@ -155,11 +160,40 @@ def test_the_hub_gives_back_what_it_got(found, hub):
     assert read.data.base_model is None  # tiny-llama is no repository
     assert 'tm.SteeringVectors.from_hub("me/vectors")' in card
     assert "Tell me about yourself." in card
-    for hostile in ("<script>", "![x]", "\u202e", "`a`"):
-        assert hostile not in card
+    for markup in ("<script>", "![x]", "\u202e", "`a`", "http:", "www.x", "a@x", "$b$"):
+        assert markup not in card
     rows = [line for line in card.splitlines() if line.startswith("| 1 | 1 |")]
     assert len(rows) == 1
     assert rows[0].count("|") == 5
+    # And yet it reads as it was.
+    shown = html.unescape(rows[0].split("|")[4].strip())
+    assert shown == " ".join(hostile.replace("\u202e", "[U+202E]").split())
+
+
+def test_cards_tell_what_is_known(hub):
+    one = tm.SteeringVectors.from_tensor(torch.ones(8), model="/home/somebody/models/mine")
+    card = exchange.model_card("me/one", one.story, one.table(), None)
+    assert "1 direction in the residual stream after a block that is not told: " in card
+    assert "somebody" not in card
+    assert "layer=..." in card
+    other = tm.SteeringVectors.from_tensor(torch.eye(8)[:2], source_layer=3, model="org/name")
+    both = tm.concatenate([other, 2.0 * other])
+    card = exchange.model_card("me/both", both.story, both.table(), None)
+    assert "base_model: org/name" in card
+    assert "part 1" in card
+    assert "without labels" not in card
+    for name in ("/models", "./model", "a/b/c", "mine"):
+        assert "base_model" not in exchange.model_card("me/x", {"model": name}, one.table(), None)
+    assert "base_model: null" not in card
+
+
+def test_completions_are_numbered_as_the_vectors(found):
+    some = found[[2, 0]]
+    frame = tm.generate(tiny_bridge("llama"), PROMPT, some, max_new_tokens=2)
+    card = exchange.model_card("me/some", some.story, some.table(), frame)
+    written = card.partition("## What the model writes")[2].splitlines()
+    numbers = [line.split("|")[1].strip() for line in written if line.startswith("| ")]
+    assert numbers == ["vector", "---", "2", "0"]
 
 
 def test_a_hub_that_cannot_be_reached_is_named():

@@ -31,7 +31,7 @@ SHOWN = {
     "01_first_vectors": (4, 5, 1),
     "02_orthogonal_family": (5, 4, 0),
     "03_quick_hypothesis_test": (1, 4, 0),
-    "04_exercises": (0, 2, 0),
+    "04_exercises": (0, 0, 0),
 }
 
 
@@ -50,20 +50,31 @@ def counted(notebook):
     return figures, tables, tokens
 
 
-ANSWERS = {  # wrong, and what the student is told
+ANSWERS = {  # wrong ones, and what the student is told
     "check_1(torch.randn(d_model))": "Its length is",
     "check_1([1, 2])": "A tensor is wanted",
-    "check_1(RADIUS * torch.eye(d_model)[0])": "That is an axis",
-    "check_2(1.0)": r"Is it the norm of delta\[0, 0, -1\]",
+    "check_1(torch.ones(d_model) * RADIUS / d_model**0.5)": "hardly random",
+    "check_2(1.0)": "Another number. Is it the norm",
+    "check_2(f.delta(random_vector[None]).norm())": "over all tokens together",
     "check_3(tm.melbo(f, 3, RADIUS, steps=1))": "There are 3; four are wanted",
-    "check_3(tm.melbo(f, 4, 1.0, steps=1))": "Their length is 1.0",
-    "check_3(tm.melbo(f, 4, RADIUS, steps=1, orthogonal=False))": "each by itself",
-    "check_4(solution_4[solution_4.scale == 1])": "1 and -1 are wanted",
-    "check_5(tm.analysis.cosine_similarity(solution_3))": "That is of the vectors",
+    "check_3(3 * found)": "Their lengths are",
+    "check_3(tm.melbo(f, 4, RADIUS, steps=9, orthogonal=False))": "not orthogonal",
+    "check_3(tm.SteeringVectors.from_tensor(torch.eye(d_model)[:4]))": "not found by tm.melbo",
+    "check_4(texts[texts.scale == 1])": "1 and -1 are wanted",
+    "check_4(tm.generate(model, 'Hi!', found, scales=[1, -1], max_new_tokens=2))": "After 'Tell",
+    "check_4(texts.assign(completion='x'))": "writes something else",
+    "check_5(tm.analysis.cosine_similarity(found))": "That is of the vectors",
+    "check_5(tm.analysis.cosine_similarity(f.delta(found.vectors)))": "over all tokens",
     "check_5(torch.eye(3))": "4 x 4 is wanted",
     "check_6(0.25)": "At 0.25 it is not the largest",
-    "check_7(1 / solution_7)": "worse than no vector",
+    "check_6(7)": "7 is none of",
+    "check_7(found[0])": "of the distance away",
+    "check_7(found[3])": "not orthogonal to",
 }
+RIGHT = [  # other ways to do it
+    "check_3(0.5 * tm.melbo(f, 4, 2 * RADIUS))",
+    "check_7(tm.melbo_ortho(f, found[3], 1, steps=60))",
+]
 TRY = """
 for answer in {answers!r}:
     try:
@@ -72,6 +83,7 @@ for answer in {answers!r}:
     except AssertionError as error:
         print("TOLD", error)
 """
+SOLVED = "04_exercises, solved"
 
 
 @pytest.fixture(scope="module")
@@ -80,14 +92,16 @@ def executed(tmp_path_factory):
     # A notebook's kernel inherits this: two kernels on two cores would fight for threads else.
     environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
-    def execute(name):
-        folder = tmp_path_factory.mktemp(name)  # what it writes goes there; what it reads is there
+    def execute(title):
+        folder = tmp_path_factory.mktemp("run")  # what it writes goes there; what it reads is there
         (folder / "results").symlink_to(HERE / "results")
-        last = TRY.format(answers=list(ANSWERS)) if name == "04_exercises" else None
-        return run(name, SMALL[name], "plotly_mimetype", folder, last, environment)
+        name, solved = title.partition(",")[0], title == SOLVED
+        last = TRY.format(answers=[*ANSWERS, *RIGHT]) if solved else None
+        return run(name, SMALL[name], "plotly_mimetype", folder, last, solved, environment)
 
+    titles = (*NAMES, SOLVED)
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(NAMES, pool.map(execute, NAMES), strict=True))
+        return dict(zip(titles, pool.map(execute, titles), strict=True))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -98,15 +112,33 @@ def test_it_runs_from_a_clean_kernel(name, executed):
     assert not [o.text for o in streams if o.name == "stderr" and "Warning" in o.text]
 
 
+def said(notebook):
+    return "".join(o.text for o in outputs(notebook) if o.output_type == "stream")
+
+
 def test_exercises_tell_right_from_wrong(executed):
-    streams = [o for o in outputs(executed["04_exercises"]) if o.output_type == "stream"]
-    said = "".join(o.text for o in streams if o.name == "stdout")
-    assert said.count("Not done yet") == 7
-    assert len(re.findall("^Right", said, re.MULTILINE)) == 7
-    told = re.findall(r"^TOLD .*$|^ACCEPTED .*$", said, re.MULTILINE)
-    assert len(told) == len(ANSWERS)
-    for line, (answer, expected) in zip(told, ANSWERS.items(), strict=True):
+    untouched, solved = said(executed["04_exercises"]), said(executed[SOLVED])
+    assert untouched.count("Not done yet") == 7
+    assert "Right" not in untouched
+    before, _, tried = solved.partition("TOLD ")
+    assert len({line for line in before.splitlines() if line.startswith("Right")}) == 7
+    told = re.findall(r"^TOLD .*$|^ACCEPTED .*$", f"TOLD {tried}", re.MULTILINE)
+    assert len(told) == len(ANSWERS) + len(RIGHT)
+    for line, (answer, expected) in zip(told, ANSWERS.items(), strict=False):
         assert re.search(expected, line), (answer, line)
+    for line in told[len(ANSWERS) :]:
+        assert line.startswith("ACCEPTED"), line
+
+
+def test_solutions_are_hidden():
+    """Also where the notebook is only looked at."""
+    kept = nbformat.read(HERE / "04_exercises.ipynb", 4)
+    source = "\n".join(cell.source for cell in kept.cells)
+    assert source.count("<summary>Solution</summary>") == 7
+    shown = re.sub(r"<details>.*?</details>", "", source, flags=re.DOTALL)
+    assert "tm.melbo(" not in shown
+    assert "idxmax" not in shown.replace('swept["kl"].idxmax()', "", 1)  # the check's own
+    assert "Right" not in "".join(str(o) for o in outputs(kept))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -188,8 +220,8 @@ def test_jupyterlab_shows_figures_and_tokens(lab, driver):  # noqa: F811
     errors = [
         entry["message"]
         for entry in driver.get_log("browser")
-        # JupyterLab looks for files that need not be there: its workspace, its settings.
-        if entry["level"] == "SEVERE" and f"{lab}/" not in entry["message"]
+        # JupyterLab itself looks for files that need not be there: its workspace, its settings.
+        if entry["level"] == "SEVERE" and entry.get("source") != "network"
     ]
     assert errors == []
     events = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]

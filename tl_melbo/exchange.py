@@ -1,7 +1,7 @@
 """Vectors for other programs: llama.cpp and repeng, the steering-vectors package, a model hub."""
 
-import html
 import json
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -130,22 +130,32 @@ def model_card(
     """The README of a repository: what the vectors are, how they were found, how to use them."""
     from huggingface_hub import ModelCardData
 
+    # Of a folder, its name: where it lies is nobody's business.
     model = str(story.get("model") or "an unnamed model")
+    model = model if _is_repository(model) else Path(model).name
+    method = story.get("method")
     data = ModelCardData(
         library_name="tl_melbo",
-        tags=["steering-vectors", "transformer-lens", "tl_melbo", str(story.get("method"))],
+        tags=["steering-vectors", "transformer-lens", "tl_melbo", *([method] if method else [])],
         # The hub takes ids for this, and refuses the whole card for anything else.
-        base_model=model if model.count("/") == 1 and " " not in model else None,
+        base_model=model if _is_repository(model) else None,
     )
-    facts = {name: value for name, value in story.items() if name not in ("parts", "categories")}
+    left_out = ("categories", "parts", "model")
+    facts = {"model": model, **{k: v for k, v in story.items() if k not in left_out}}
+    for number, part in enumerate(story.get("parts", [])):
+        facts[f"part {number}"] = {k: v for k, v in part.items() if k not in left_out}
+    found = ", found without labels" if method in ("melbo", "melbo_ortho") else ""
+    layer = story.get("source_layer")
+    place = "after a block that is not told" if layer is None else f"after block {layer}"
     lines = [
         f"---\n{data.to_yaml()}\n---",
         f"# Steering vectors of {_cell(model)}",
-        f"{len(table)} directions in the residual stream after block {story.get('source_layer')}, "
-        "found without labels. Add one while the model writes, and it writes something else. "
+        f"{len(table)} direction{'' if len(table) == 1 else 's'} in the residual stream {place}"
+        f"{found}: added while the model writes, one can make it write something else. "
         "Read what each does before you trust it.",
         f'```python\nimport tl_melbo as tm\n\nfound = tm.SteeringVectors.from_hub("{repo_id}")\n'
-        "with tm.steered(model, found[0]):  # a TransformerLens model\n"
+        f"with tm.steered(model, found[0]{', layer=...' if layer is None else ''}):"
+        "  # a TransformerLens model\n"
         '    print(model.generate("Hello"))\n```',
         "## How they were found",
         _markdown_table(["", ""], [[name, value] for name, value in facts.items()]),
@@ -158,8 +168,10 @@ def model_card(
     if len(table) > _MOST_CARD_ROWS:
         lines.append(f"The first {_MOST_CARD_ROWS} of {len(table)}; the file holds all of them.")
     if completions is not None:
+        # By the numbers that the table above has, which need not begin at 0.
+        numbers = {-1: -1, **dict(enumerate(table["index"].tolist()))}
         rows = [
-            [row["vector"], row["scale"], row["prompt"], row["completion"]]
+            [numbers.get(row["vector"]), row["scale"], row["prompt"], row["completion"]]
             for row in completions.head(_MOST_CARD_ROWS).to_dict("records")
         ]
         lines += [
@@ -176,10 +188,23 @@ def _markdown_table(header: list[str], rows: list[list[Any]]) -> str:
     return "\n".join(lines)
 
 
+def _is_repository(name: str) -> bool:
+    """Whether it can be the id of a model on the hub: user/name."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII) is not None and not (
+        Path(name).exists()
+    )
+
+
 def _cell(value: Any) -> str:
-    """Text for a Markdown table: untrusted, on one line, and nothing in it is markup."""
+    """Text for a Markdown table: untrusted, on one line, and nothing in it is markup or a link."""
     if isinstance(value, float):
         return f"{value:.4g}"
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    text = html.escape(" ".join(printable(text).split()))
-    return "".join(f"&#{ord(c)};" if c in "|*_`[]~\\#!" else c for c in text)
+    text = " ".join(printable(text).split())
+    # A full stop before a letter can make a link of what is around it.
+    text = re.sub(r"\.(?=\w)", "&#46;", re.sub(r"[^\w\s.,'?()-]", _entity, text))
+    return text.replace("_", "&#95;")
+
+
+def _entity(found: re.Match[str]) -> str:
+    return f"&#{ord(found[0])};"

@@ -17,7 +17,8 @@ class Preset:
     """What somebody searched with, and for what.
 
         preset = tm.PRESETS["refusal"]
-        f = tm.ActivationMap.from_prompts(model, prompt, **preset.layers(model.cfg.n_layers))
+        layers = preset.layers(model.cfg.n_layers)
+        f = tm.ActivationMap.from_prompts(model, prompt, chat=True, **layers)
         found = tm.melbo(f, **preset.fast)
 
     Attributes:

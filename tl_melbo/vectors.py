@@ -325,8 +325,8 @@ class SteeringVectors:
     ) -> None:
         """Write one vector as a control vector for llama.cpp and repeng.
 
-        `llama-cli --control-vector FILE` adds it as it is; `--control-vector-scaled FILE 0.5` at
-        half its length.
+        `llama-cli --control-vector FILE` adds it as it is, `--control-vector-scaled FILE:0.5` at
+        half its length (`FILE 0.5` in older versions). In repeng, give `ControlModel` the layer.
 
         Args:
             path: the .gguf file; replaced whole or not at all.
