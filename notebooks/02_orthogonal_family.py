@@ -137,7 +137,7 @@ pd.DataFrame(
 #   the texts follow such a course. The published curve ends at jailbreaks and refusals, and these texts
 #   where there is no vector at all: the last ones are short and do nothing.
 # * *They are longer than $\theta_0$, and do nothing at its length.* Longer, yes: 38 to 52 at first, against 12.
-#   At its length the first fifty come a quarter of the way (distance 17 of 23), the later ones none of it.
+#   At its length the first 250 come a quarter of the way (distance 16 to 17 of 23), the last ones none of it.
 # * *Vectors that do the same add up.* In twos and threes their texts are a person's, at the members' own
 #   length. The distance grows with each that is added, and with ten or twenty the person is gone:
 
@@ -173,7 +173,7 @@ tm.analysis.presence(model, family, PERSONAL, IMPERSONAL, layer=SOURCE_LAYER)
 # ### What if they may not be long?
 #
 # The author asked what a penalty on the norm would do: are there vectors of the original's size? It makes them
-# shorter, at 0.001 with hardly a loss, and from 0.01 on it costs the person's traits:
+# shorter, at 0.001 with hardly a loss; from 0.003 on most texts lose the person's traits:
 
 # %%
 penalties = pd.read_csv("results/penalties.csv")

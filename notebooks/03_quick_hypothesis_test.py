@@ -121,7 +121,7 @@ print(f"largest |cosine| {cosines.abs().max():.3f} (vector {int(cosines.abs().ar
 tm.generate(model, PROMPT, contrastive, chat=True, scales=[1, 2], max_new_tokens=MAX_NEW_TOKENS)
 
 # %% [markdown]
-# It makes a person speak, and in the space of directions it is nearly a stranger to all that were found.
+# Its texts no longer speak of an AI, and in the space of directions it is nearly a stranger to all that were found.
 # In the space of *effects* it need not be:
 
 # %%
@@ -129,10 +129,11 @@ with torch.no_grad():
     effects = f.delta(torch.cat([found.vectors, contrastive.vectors]), positions=slice(-3, None))
 of_effects = tm.analysis.cosine_similarity(effects)[-1, :-1]
 print(f"largest |cosine| of effects {of_effects.abs().max():.3f} "
-      f"(vector {int(of_effects.abs().argmax())})")  # fmt: skip
+      f"(vector {int(of_effects.abs().argmax())}), "
+      f"that with the chosen vector {of_effects[min(CHOSEN, N_VECTORS - 1)]:.3f}")  # fmt: skip
 
 # %% [markdown]
-# **In the embedded model** it is one there, too (about 0.2): two ways to a person that have little in common.
+# **In the embedded model** it is nearly one there, too: no cosine is above 0.2.
 #
 # ## 3. Does averaging work?
 #

@@ -64,6 +64,10 @@ def check_1(vector):
         f"Its length is {norm:.3f}, and should be {RADIUS}: divide, then multiply."
     )
     assert len(vector.unique()) > d_model / 2, "Its entries are hardly random: draw each of them."
+    below = float((vector < 0).float().mean())
+    assert 0.3 < below < 0.7, (
+        f"{below:.0%} of its entries are negative: torch.rand is, torch.randn is not, one-sided."
+    )
     print("Right: a direction drawn from a normal distribution is uniform on the sphere.")
 
 
@@ -96,10 +100,13 @@ effect_of_random = ...
 def check_2(size):
     if todo(size, random_vector):
         return
-    check_1(random_vector)
+    assert torch.as_tensor(size).numel() == 1, (
+        f"{torch.as_tensor(size).numel()} numbers; one is wanted."
+    )
     with torch.no_grad():
         delta = f.delta(random_vector[None])
     wanted, size, everywhere = float(delta[0, 0, -1].norm()), float(size), float(delta.norm())
+    assert size == size, "That is not a number (NaN)."
     assert abs(size - everywhere) > 1e-3 * everywhere, (
         "That is over all tokens together; take the last alone: [0, 0, -1]."
     )
@@ -178,7 +185,8 @@ texts = ...
 def check_4(frame):
     if todo(frame, found):
         return
-    assert "completion" in getattr(frame, "columns", ()), "Take what tm.generate returns, as it is."
+    wanted = {"vector", "scale", "prompt", "completion"}
+    assert wanted <= set(getattr(frame, "columns", ())), "Take what tm.generate returns, as it is."
     assert set(frame["scale"]) == {1.0, -1.0}, (
         f"Scales {sorted(set(frame['scale']))}; 1 and -1 are wanted."
     )
@@ -188,7 +196,8 @@ def check_4(frame):
     again = tm.generate(model, PROMPT, found[2], max_new_tokens=MAX_NEW_TOKENS)["completion"][0]
     theirs = frame.loc[(frame["vector"] == 2) & (frame["scale"] == 1), "completion"].iloc[0]
     assert theirs == again, (
-        f"Vector 2 of `found` writes something else in {MAX_NEW_TOKENS} tokens of a chat: {again!r}"
+        f"Under vector 2 of `found` the model writes {again!r}. Did you give max_new_tokens=MAX_NEW_TOKENS, "
+        "and leave `chat` out?"
     )
     print("Right. Now read them: which is the most interesting?")
 
@@ -222,6 +231,7 @@ cosines = ...
 def check_5(matrix):
     if todo(matrix, found):
         return
+    matrix = torch.as_tensor(matrix)
     assert tuple(matrix.shape) == (4, 4), f"Its shape is {tuple(matrix.shape)}; 4 x 4 is wanted."
     off = matrix - torch.eye(4)
     assert float(matrix.diagonal().min()) > 0.999, (
@@ -273,7 +283,8 @@ def check_6(scale):
     scales = [0.25, 0.5, 1, 2, 4]
     swept = tm.analysis.scale_sweep(model, PROMPT, found[1], scales, max_new_tokens=1)
     wanted = float(swept.loc[swept["kl"].idxmax(), "scale"])
-    assert float(scale) in scales, f"{scale} is none of {scales}."
+    assert getattr(scale, "ndim", 0) == 0, "One number is wanted: the column `scale` of that row."
+    assert float(scale) in scales, f"{scale} is none of {scales}. Is it the row? Take its scale."
     assert float(scale) == wanted, f"At {scale} it is not the largest; look at the column kl again."
     print(f"Right: at {wanted:g}. Read what it writes there, too.")
 
@@ -297,8 +308,8 @@ check_6(largest_at)
 #
 # ## 7. A follower
 #
-# Find a vector that is orthogonal to vector 3 and does what it does: at most a quarter of the distance that
-# no vector at all has.
+# Find a vector that is orthogonal to vector 3 and does what it does: its `tm.analysis.effect_distance` from
+# vector 3 is to be below a quarter of that of no vector, a row of zeros.
 
 # %% tags=["answer"]
 follower = ...
@@ -315,7 +326,7 @@ def check_7(vectors):
     nothing = float(tm.analysis.effect_distance(f, torch.zeros(1, d_model), found[3]))
     share = float(tm.analysis.effect_distance(f, vectors, found[3])) / nothing
     assert share < 0.25, (
-        f"It is {share:.0%} of the distance away; more steps, or another seed of the library?"
+        f"Its distance is {share:.0%} of that of no vector. Does it follow found[3], with enough steps?"
     )
     print(f"Right: {share:.1%} of the distance is left, by a vector orthogonal to the first.")
 

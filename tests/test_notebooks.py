@@ -54,6 +54,8 @@ ANSWERS = {  # wrong ones, and what the student is told
     "check_1(torch.randn(d_model))": "Its length is",
     "check_1([1, 2])": "A tensor is wanted",
     "check_1(torch.ones(d_model) * RADIUS / d_model**0.5)": "hardly random",
+    "check_1(RADIUS * random_vector.abs() / random_vector.norm())": "are negative",
+    "check_2(f.delta(random_vector[None]).norm(dim=-1))": "one is wanted",
     "check_2(1.0)": "Another number. Is it the norm",
     "check_2(f.delta(random_vector[None]).norm())": "over all tokens together",
     "check_3(tm.melbo(f, 3, RADIUS, steps=1))": "There are 3; four are wanted",
@@ -62,18 +64,21 @@ ANSWERS = {  # wrong ones, and what the student is told
     "check_3(tm.SteeringVectors.from_tensor(torch.eye(d_model)[:4]))": "not found by tm.melbo",
     "check_4(texts[texts.scale == 1])": "1 and -1 are wanted",
     "check_4(tm.generate(model, 'Hi!', found, scales=[1, -1], max_new_tokens=2))": "After 'Tell",
-    "check_4(texts.assign(completion='x'))": "writes something else",
+    "check_4(texts.assign(completion='x'))": "Did you give max_new_tokens",
+    "check_4(texts[['completion']])": "as it is",
     "check_5(tm.analysis.cosine_similarity(found))": "That is of the vectors",
     "check_5(tm.analysis.cosine_similarity(f.delta(found.vectors)))": "over all tokens",
     "check_5(torch.eye(3))": "4 x 4 is wanted",
     "check_6(0.25)": "At 0.25 it is not the largest",
     "check_6(7)": "7 is none of",
-    "check_7(found[0])": "of the distance away",
+    "check_6(texts.iloc[0])": "One number is wanted",
+    "check_7(found[0])": "of that of no vector",
     "check_7(found[3])": "not orthogonal to",
 }
 RIGHT = [  # other ways to do it
     "check_3(0.5 * tm.melbo(f, 4, 2 * RADIUS))",
     "check_7(tm.melbo_ortho(f, found[3], 1, steps=60))",
+    "check_5(cosines.numpy())",
 ]
 TRY = """
 for answer in {answers!r}:
