@@ -11,12 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from pathlib import Path
 
-import jupytext
-import nbformat
 import pytest
 
-from notebooks.build import HERE, NAMES, run, tidied
-from tests.test_page_in_browser import driver, wait_for  # noqa: F401
+# Installed where the notebooks run: with the newest TransformerLens, once is enough.
+jupytext = pytest.importorskip("jupytext")
+nbformat = pytest.importorskip("nbformat")
+
+from notebooks.build import HERE, NAMES, run, tidied  # noqa: E402
+from tests.test_page_in_browser import driver, wait_for  # noqa: E402, F401
 
 pytestmark = pytest.mark.heavy
 
