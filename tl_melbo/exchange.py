@@ -2,7 +2,6 @@
 
 import json
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,19 +69,14 @@ def as_steering_vector(theta: Vector, layer: int) -> "SteeringVector":
     return SteeringVector(layer_activations={layer: theta.clone()}, layer_type="decoder_block")
 
 
-def upload(
-    files: Mapping[str, Path], card: str, repo_id: str, private: bool, token: str | None
-) -> str:
-    """Put files and a card into a repository of the Hugging Face hub; gives its address."""
+def upload(folder: str, card: str, repo_id: str, private: bool, token: str | None) -> str:
+    """Put a folder, with a card, into a repository of the Hugging Face hub; gives its address."""
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
-    with tempfile.TemporaryDirectory() as folder:
-        for name, source in files.items():
-            (Path(folder) / name).write_bytes(source.read_bytes())
-        (Path(folder) / "README.md").write_text(card, encoding="utf-8", newline="\n")
-        address = api.create_repo(repo_id, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Steering vectors")
+    (Path(folder) / "README.md").write_text(card, encoding="utf-8", newline="\n")
+    address = api.create_repo(repo_id, private=private, exist_ok=True)
+    api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Steering vectors")
     return str(address)
 
 

@@ -45,6 +45,11 @@ def complement(vectors: Theta, basis: Basis) -> Theta:
     return vectors
 
 
+def extended(basis: Tensor, vector: Tensor) -> Tensor:
+    """An orthonormal basis with one more direction: what of the vector is orthogonal to it."""
+    return torch.cat([basis, normalise(complement(vector.double()[None], basis))])
+
+
 @shape_checked
 def random_sphere(
     n_vectors: int, d_model: int, radius: float = 1.0, *, generator: torch.Generator

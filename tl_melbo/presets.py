@@ -67,12 +67,19 @@ def _search(**settings: Any) -> Mapping[str, Any]:
     return MappingProxyType({"orthogonal": True, **settings})
 
 
-_ORIGINAL = "Mack & Turner 2024, original code"
+def _original(about: str, model: str, search: Mapping[str, Any]) -> Preset:
+    """One of the original code, which has the same layers for all."""
+    return Preset(
+        about, model, search, source_layer=7, target_from_end=9,
+        source="Mack & Turner 2024, original code",
+    )  # fmt: skip
+
+
 _EVERYWHERE, _LAST_THREE = slice(None), slice(-3, None)
 
 PRESETS: Mapping[str, Preset] = MappingProxyType(
     {
-        "chain-of-thought": Preset(
+        "chain-of-thought": _original(
             about="Step-by-step reasoning in a base model: one of the vectors lifted two-step "
             "arithmetic from 11% to 63%.",
             model="Qwen-1.8B (base)",
@@ -80,11 +87,8 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
                 n_vectors=32, radius=1.0, p=4, q=4, positions=_EVERYWHERE, optimiser="adamw",
                 steps=300,
             ),
-            source_layer=7,
-            target_from_end=9,
-            source=_ORIGINAL,
         ),
-        "refusal": Preset(
+        "refusal": _original(
             about="Answers to what a chat model refuses; the negative of such a vector makes it "
             "refuse harmless requests.",
             model="Qwen-14B-Chat",
@@ -92,11 +96,8 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
                 n_vectors=32, radius=4.0, p=2, q=1, positions=_EVERYWHERE, optimiser="adamw",
                 steps=600,
             ),
-            source_layer=7,
-            target_from_end=9,
-            source=_ORIGINAL,
         ),
-        "backdoor": Preset(
+        "backdoor": _original(
             about="Behaviour planted behind a trigger, brought out by prompts without it: 2 to 3 "
             "of 100 vectors did.",
             model="Qwen-1.8B, fine-tuned",
@@ -104,9 +105,6 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
                 n_vectors=100, radius=4.0, p=2, q=1, positions=_LAST_THREE, optimiser="adamw",
                 steps=1200,
             ),
-            source_layer=7,
-            target_from_end=9,
-            source=_ORIGINAL,
         ),
         "embedded": Preset(
             about="The demo's: personas, leaked prompts, stories in SmolLM2-135M-Instruct.",

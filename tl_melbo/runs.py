@@ -133,8 +133,8 @@ def load_completions(
         )
     if vectors is None:
         return table
-    settings = load_settings(folder)
-    same = settings.get("texts_of", digest(vectors)) == digest(vectors)
+    settings, own = load_settings(folder), digest(vectors)
+    same = settings.get("texts_of", own) == own
     same &= settings.get("max_new_tokens") in (None, max_new_tokens)
     same &= sorted(set(table["vector"])) == list(range(-1, len(vectors)))
     return table if same else None

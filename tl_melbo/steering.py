@@ -139,8 +139,8 @@ def next_token_log_probs(
     """
     check_model(model)
     check_batch_size(batch_size)
-    tokens = to_tokens(model, prompt, as_chat(vectors, chat))
     if vectors is None:
+        tokens = to_tokens(model, prompt, as_chat(None, chat))
         with torch.no_grad(), frozen(*whole_model(model)):
             log_probs = model(tokens)[:, -1].float().log_softmax(-1).cpu()
         if log_probs.isnan().any():
@@ -280,6 +280,8 @@ def generate(
             frame = pd.DataFrame(labels, columns=["vector", "scale"])
             frames.append(frame.assign(prompt=text, completion=completions))
     frame = Table(pd.concat(frames, ignore_index=True))
+    if not any(not_finite):
+        return frame
     names = [
         f"{vector} at scale {scale:g} after {quoted(text)}"
         for vector, scale, text in zip(

@@ -403,9 +403,8 @@ class SteeringVectors:
             )
         card = exchange.model_card(repo_id, self.story, self.table(), completions)
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / exchange.HUB_FILE
-            self.save(path)
-            return exchange.upload({exchange.HUB_FILE: path}, card, repo_id, private, token)
+            self.save(Path(folder) / exchange.HUB_FILE)
+            return exchange.upload(folder, card, repo_id, private, token)
 
     @classmethod
     @shape_checked
@@ -446,7 +445,7 @@ class SteeringVectors:
         return layer
 
     def __repr__(self) -> str:
-        return f"SteeringVectors({printable(self._summary())})"
+        return f"SteeringVectors({self._summary()})"
 
     def _summary(self) -> str:
         count = f"{len(self)} vector{'' if len(self) == 1 else 's'}"
@@ -464,13 +463,13 @@ class SteeringVectors:
             target = story.get("target_layer")
             arrow = "" if target is None else f" -> {target}"
             parts.append(f"layer {story['source_layer']}{arrow}")
-        return ", ".join(parts)
+        return printable(", ".join(parts))
 
     def _repr_html_(self) -> str:
         story = html.escape(printable(json.dumps(dict(self.story), indent=2, ensure_ascii=False)))
         table = self.table()._repr_html_()
         return (
-            f"<p><b>SteeringVectors</b>: {html.escape(printable(self._summary()))}</p>{table}"
+            f"<p><b>SteeringVectors</b>: {html.escape(self._summary())}</p>{table}"
             f"<details><summary>Story</summary><pre>{story}</pre></details>"
         )
 

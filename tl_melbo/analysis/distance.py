@@ -48,10 +48,11 @@ def effect_distance(
         lambda batch: f.delta(batch).sum(2) / counts, theta.to(f.x.device), f.vectors_at_once(False)
     )
     means = torch.cat(means)
-    what = f"the residual stream of {place(f.story())}"
-    if not means[0].isfinite().all():
-        raise FloatingPointError(f"reference: {what} is not finite under it; use a shorter one")
     distances = (means[1:] - means[:1]).flatten(1).norm(dim=-1).float().cpu()
     bad = ~distances.isfinite()
-    warn_of_rows(bad.tolist(), what, "their distances are NaN")
+    if bad.any():
+        what = f"the residual stream of {place(f.story())}"
+        if not means[0].isfinite().all():
+            raise FloatingPointError(f"reference: {what} is not finite under it; use a shorter one")
+        warn_of_rows(bad.tolist(), what, "their distances are NaN")
     return distances.masked_fill(bad, torch.nan)

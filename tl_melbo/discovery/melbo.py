@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from tl_melbo.discovery.protocol import EffectMap, effect_at, own_arithmetic
 from tl_melbo.finite import place, told, warn_user
-from tl_melbo.geometry import complement, normalise, random_sphere, tangent
+from tl_melbo.geometry import complement, extended, normalise, random_sphere, tangent
 from tl_melbo.memory import map_batches
 from tl_melbo.shapes import Delta, Theta, shape_checked
 from tl_melbo.vectors import SteeringVectors, make_story, pad_histories
@@ -471,12 +471,12 @@ class _Search:
                 yield first, self.climb(self, group, basis, first, on_step)
             return
         for vector in self.earlier:
-            basis = _extended(basis, vector)
+            basis = extended(basis, vector)
         for k in range(self.first, last):
             result = self.climb(self, starts[k : k + 1], basis, k, on_step)
             if result.objective.isfinite().all():
                 # The float32 vector that is handed out is what the next ones are orthogonal to.
-                basis = _extended(basis, result.theta[0])
+                basis = extended(basis, result.theta[0])
             yield k, result
 
     def value_and_gradient(self, unit: Tensor) -> tuple[Tensor, Tensor]:
@@ -509,10 +509,6 @@ def _nearly_orthogonal(vectors: Theta) -> bool:
     units = vectors.double() / vectors.double().norm(dim=-1, keepdim=True)
     cosines = units @ units.T - torch.eye(len(units), dtype=torch.float64)
     return bool((cosines.abs() <= _LARGEST_COSINE).all())
-
-
-def _extended(basis: Tensor, vector: Tensor) -> Tensor:
-    return torch.cat([basis, normalise(complement(vector.double()[None], basis))])
 
 
 def _ascent(

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from tl_melbo.discovery.protocol import EffectMap, own_arithmetic
 from tl_melbo.finite import place, warn_user
-from tl_melbo.geometry import complement, normalise
+from tl_melbo.geometry import complement, extended, normalise
 from tl_melbo.memory import map_batches
 from tl_melbo.shapes import Theta, shape_checked
 from tl_melbo.vectors import SteeringVectors, make_story, pad_histories
@@ -281,7 +281,7 @@ def _family(
     # In float64: after hundreds of float32 projections the cosines would show.
     basis = normalise(problem.theta0[None])
     for vector in earlier:
-        basis = _extended(basis, vector)
+        basis = extended(basis, vector)
     for k in range(len(earlier), len(earlier) + n_vectors):
         for _ in range(_TRIES):
             result = search.find(k, basis)
@@ -299,7 +299,7 @@ def _family(
         if not long_enough:
             return
         # The float32 vector that is handed out is what the next ones are orthogonal to.
-        basis = _extended(basis, theta)
+        basis = extended(basis, theta)
         columns = {
             "index": torch.tensor([k]),
             "distance": torch.tensor([result.distance], dtype=torch.float32),
@@ -308,10 +308,6 @@ def _family(
         }
         history = torch.tensor([result.history], dtype=torch.float32)
         yield SteeringVectors(theta[None], story, columns, history)
-
-
-def _extended(basis: Tensor, vector: Tensor) -> Tensor:
-    return torch.cat([basis, normalise(complement(vector.double()[None], basis))])
 
 
 @dataclass(frozen=True)
