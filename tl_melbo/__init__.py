@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from tl_melbo.activation_map import ActivationMap
 from tl_melbo.discovery import (
+    calibrate_radius,
     iter_melbo,
     iter_melbo_ortho,
     join_family,
@@ -20,7 +21,7 @@ from tl_melbo.steering import generate, next_token_log_probs, steered
 from tl_melbo.vectors import SteeringVectors, concatenate
 
 if TYPE_CHECKING:
-    from tl_melbo import analysis, plots, report
+    from tl_melbo import analysis, evaluation, plots, report
 
 __version__ = "0.1.0"
 
@@ -30,7 +31,9 @@ __all__ = [
     "Run",
     "SteeringVectors",
     "analysis",
+    "calibrate_radius",
     "concatenate",
+    "evaluation",
     "generate",
     "iter_melbo",
     "iter_melbo_ortho",
@@ -48,7 +51,7 @@ __all__ = [
 
 # These pull in plotly, pandas and the like; they load when first used, so that importing the
 # package stays quick.
-_LAZY = ("analysis", "plots", "report")
+_LAZY = ("analysis", "evaluation", "plots", "report")
 
 
 def __getattr__(name: str) -> Any:

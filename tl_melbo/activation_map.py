@@ -26,6 +26,7 @@ from tl_melbo.models import (
     whole_model,
     without_bridge,
 )
+from tl_melbo.probability import kl_from_log_probs
 from tl_melbo.shapes import (
     Delta,
     PositionMask,
@@ -294,6 +295,52 @@ class ActivationMap:
             lambda batch: self._delta(batch, positions, counted, path, recompute), theta, size
         )
         return effects[0] if len(effects) == 1 else torch.cat(effects)
+
+    @shape_checked
+    def divergence(self, theta: Theta) -> Float[Tensor, "vector prompt"]:
+        """KL(P_vector || P_unsteered) of the token after each prompt, under each vector.
+
+        The whole model runs, with the vector added after the source layer, at every position.
+
+        Args:
+            theta: vectors, in the units of the residual stream.
+
+        Returns:
+            In nats, float32, on the CPU; NaN where the model's numbers are not finite.
+
+        Raises:
+            ValueError: theta has another width than the residual stream.
+        """
+        if theta.shape[1] != self.d_model:
+            raise ValueError(
+                f"theta: {theta.shape[1]} wide, but the residual stream of "
+                f"{model_name(self.model)} has d_model={self.d_model}"
+            )
+        columns = [self._divergence(theta, prompt) for prompt in self.prompts]
+        return torch.stack(columns, 1)
+
+    def _divergence(self, theta: Theta, prompt: str) -> Float[Tensor, "vector"]:
+        tokens = to_tokens(self.model, prompt, self.chat)
+        at_source = self.model.hook_dict[residual_hook_name(self.source_layer)]
+
+        def log_probs(batch: Tensor) -> Tensor:
+            addend = batch.to(self.x.device, self.x.dtype)[:, None, :]
+            handle = at_source.register_forward_hook(lambda module, args, x: x + addend)
+            try:
+                with torch.no_grad(), frozen(*whole_model(self.model)):
+                    logits = self.model(tokens.expand(len(batch), -1))[:, -1]
+            finally:
+                handle.remove()
+            found = logits.float().log_softmax(-1).cpu()
+            return found.masked_fill(found.isnan().any(-1, keepdim=True), torch.nan)
+
+        unsteered = log_probs(torch.zeros_like(theta[:1]))
+        parts, _ = map_batches(
+            lambda batch: kl_from_log_probs(found := log_probs(batch), unsteered.expand_as(found)),
+            theta.detach(),
+            self.vectors_at_once(with_gradient=False),
+        )
+        return torch.cat(parts) if parts else theta.new_zeros(0)
 
     def _delta(
         self, theta: Tensor, positions: slice, counted: PositionMask, path: "_Way", recompute: bool

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from tl_melbo import ActivationMap, Run, SteeringVectors
     from tl_melbo.discovery import OrthoStep, Step
+    from tl_melbo.discovery.melbo import Radius
     from tl_melbo.models import Model
     from tl_melbo.report import Family
 
@@ -75,7 +76,9 @@ def discover(
     prompts: Annotated[list[str], typer.Argument(help="What the model is asked; one or several.")],
     out: Annotated[Path, typer.Option(help="Folder for the results; made if need be.")],
     n_vectors: Annotated[int, typer.Option(help="How many vectors to find.")] = 32,
-    radius: Annotated[float, typer.Option(help="Their norm: too small changes nothing.")] = 12.0,
+    radius: Annotated[
+        str, typer.Option(help="Their norm, or 'auto': too small changes nothing.")
+    ] = "auto",
     model: Annotated[
         str | None,
         typer.Option(help="Hub id, folder or .gguf file.", show_default="the embedded SmolLM2"),
@@ -117,7 +120,7 @@ def discover(
     with _errors_as_one_line(context), _warnings_as_lines():
         # All that can be checked before the model is loaded, which takes a while.
         _check_max_new_tokens(max_new_tokens)
-        searched = _parse_slice(positions)
+        searched, length = _parse_slice(positions), _parse_radius(radius)
         for prompt in prompts:
             if not prompt.strip():
                 raise ValueError("prompts: one is empty; leave it out, or give it a word")
@@ -133,10 +136,10 @@ def discover(
         from tl_melbo import runs
         from tl_melbo.discovery.melbo import DEFAULT_STEPS, check_settings
 
-        check_settings(n_vectors, radius, p, q, steps, seed)
+        check_settings(n_vectors, length, p, q, steps, seed)
         asked = {
             "prompts": list(prompts), "source_layer": source_layer, "target_layer": target_layer,
-            "seed": seed, "dtype": dtype, "radius": radius, "p": p, "q": p if q is None else q,
+            "seed": seed, "dtype": dtype, "radius": length, "p": p, "q": p if q is None else q,
             "norm": norm, "positions": [searched.start, searched.stop, searched.step],
             "orthogonal": orthogonal, "optimiser": optimiser,
             "steps": DEFAULT_STEPS[optimiser] if steps is None else steps,
@@ -161,7 +164,7 @@ def discover(
             found = run.melbo(
                 f,
                 n_vectors=n_vectors,
-                radius=radius,
+                radius=length,
                 p=p,
                 q=q,
                 positions=searched,
@@ -427,6 +430,15 @@ def _parse_slice(text: str) -> slice:
     return slice(start, stop)
 
 
+def _parse_radius(text: str) -> "Radius":
+    if text == "auto":
+        return "auto"
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ValueError(f"--radius={text!r}: expected a number, such as 12, or 'auto'") from error
+
+
 @contextmanager
 def _run_folder(
     out: Path, overwrite: bool, asked: dict[str, Any], model: str | None
@@ -508,6 +520,8 @@ def _check_continues(
 
     story = vectors.story
     facts = {**story, **story.get("hyperparameters", {})}
+    if asked.get("radius") == "auto" and "calibration" in story:
+        facts["radius"] = "auto"
     if model is not _UNKNOWN:
         facts["model"] = _called(runs.load_settings(folder).get("model", model))
         asked = {**asked, "model": _called(model)}

@@ -58,6 +58,18 @@ def load_model(
         FileNotFoundError: `name` looks like a path and nothing is there.
         ValueError: the embedded file is damaged, or `name` is not a model that can be loaded.
     """
+    hf_model, tokenizer, label = load_hugging_face(name, device, dtype)
+    return boot(label, hf_model, tokenizer)
+
+
+def load_hugging_face(
+    name: str | Path | None, device: str | torch.device | None, dtype: torch.dtype
+) -> tuple[Any, Any, str]:
+    """What `load_model` wraps: the Hugging Face model, its tokenizer, and what they are called.
+
+    Raises:
+        ModuleNotFoundError, FileNotFoundError, ValueError: as `load_model`.
+    """
     if dtype not in _DTYPES:
         allowed = ", ".join(map(str, _DTYPES))
         raise ValueError(f"dtype={dtype}: weights are floating-point numbers, one of {allowed}")
@@ -81,7 +93,7 @@ def load_model(
     else:
         label = str(name)
         hf_model, tokenizer = _from_hugging_face(label, dtype, gguf_file=None)
-    return _boot(label, hf_model.to(device).eval(), tokenizer, device, dtype)
+    return hf_model.to(device).eval(), tokenizer, label
 
 
 def embedded_model_path() -> Path:
@@ -169,14 +181,22 @@ def _from_hugging_face(
     return hf_model, tokenizer
 
 
-def _boot(
-    label: str, hf_model: Any, tokenizer: Any, device: torch.device, dtype: torch.dtype
-) -> Model:
+def boot(label: str, hf_model: Any, tokenizer: Any) -> Model:
+    """Wrap a Hugging Face model as a `TransformerBridge`.
+
+    Raises:
+        ValueError: TransformerLens does not know its architecture.
+    """
     from transformer_lens.model_bridge import TransformerBridge
 
+    weight = next(hf_model.parameters())
     try:
         return TransformerBridge.boot_transformers(
-            label, hf_model=hf_model, tokenizer=tokenizer, device=str(device), dtype=dtype
+            label,
+            hf_model=hf_model,
+            tokenizer=tokenizer,
+            device=str(weight.device),
+            dtype=weight.dtype,
         )
     except (ValueError, NotImplementedError, KeyError) as error:
         raise ValueError(

@@ -17,7 +17,14 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from tl_melbo.activation_map import ActivationMap
-from tl_melbo.analysis import composition, cosine_similarity, family, kl_divergence
+from tl_melbo.analysis import (
+    Behaviours,
+    behaviours,
+    composition,
+    cosine_similarity,
+    family,
+    kl_divergence,
+)
 from tl_melbo.analysis.inputs import one_vector
 from tl_melbo.files import replacing
 from tl_melbo.models import Model
@@ -55,6 +62,12 @@ _COMPOSITION_COLUMNS = (
     ("kl_to_reference", "KL to theta0", "number", "Divergence of the next token, in nats"),
     ("kl_to_unsteered", "KL to unsteered", "number", "Divergence of the next token, in nats"),
     ("completion", "With the combination", "text", "What the model writes"),
+)
+_GROUP_COLUMNS = (
+    ("name", "Behaviour", "text", "Words that set its texts apart from the others"),
+    ("n_vectors", "Vectors", "number", "How many bring it out"),
+    ("which", "Which", "word", "Their numbers"),
+    ("example", "For example", "text", "The most fluent of its texts"),
 )
 _KINDS = ("unsteered", "reference", "family", "rescaled", "random")
 _SCALINGS = {"raw": "", "reference norm": " at theta0’s norm", "mean norm": " at members’ norm"}
@@ -206,7 +219,8 @@ def write(
     Returns:
         The page's table, one row a vector and prompt: index, prompt, objective (where known), kl
         (of the next token's distribution to the unsteered model's, KL(P_vector || P_unsteered), in
-        nats), completion, negated_completion.
+        nats), behaviour (what `analysis.behaviours` grouped its text with), completion,
+        negated_completion.
 
     Raises:
         ValueError: no vectors, no prompt given or known, completions of another shape; a zero
@@ -238,13 +252,19 @@ def write(
             kl_divergence(model, text, found, layer=layer, chat=chat, batch_size=batch_size)
             for text in texts
         ]
-        table = _table(found, completions, texts, [kl.tolist() for kl in divergences])
+        # Negatives have texts of their own, but are the same vectors.
+        forward = completions[completions["scale"] >= 0]
+        options = {"chat": as_chat(found, chat), "batch_size": batch_size}
+        groups = None if forward.empty else behaviours(model, forward, **options)
+        kls = [kl.tolist() for kl in divergences]
+        table = _table(found, completions, texts, kls, groups)
         unsteered = completions[completions["vector"] == -1]
         texts_without = dict(zip(unsteered["prompt"], unsteered["completion"], strict=True))
         page = _page(
             found,
             table,
             texts_without,
+            groups,
             _figures(found, activation_map),
             [_family_part(part, activation_map) for part in families],
             title,
@@ -281,7 +301,9 @@ def _table(
     completions: pd.DataFrame,
     texts: list[str],
     divergences: list[list[float]],
+    groups: Behaviours | None,
 ) -> pd.DataFrame:
+    names = {} if groups is None else _behaviour_names(groups)
     written = {
         (row["prompt"], row["vector"], row["scale"]): row["completion"]
         for row in completions.to_dict("records")
@@ -296,11 +318,38 @@ def _table(
                 row["objective"] = objectives[vector]
             row |= {
                 "kl": kl[vector],
+                "behaviour": names.get((text, vector)),
                 "completion": written.get((text, vector, 1.0)),
                 "negated_completion": written.get((text, vector, -1.0)),
             }
             rows.append(row)
     return Table(rows)
+
+
+def _behaviour_names(groups: Behaviours) -> dict[tuple[str, int], str]:
+    """What each prompt and vector's text was grouped with."""
+    names = dict(zip(groups.groups["behaviour"], groups.groups["name"], strict=True))
+    texts = groups.texts
+    return {
+        (prompt, vector): names.get(behaviour, "not coherent")
+        for prompt, vector, behaviour in zip(
+            texts["prompt"], texts["vector"], texts["behaviour"], strict=True
+        )
+    }
+
+
+def _group_rows(groups: Behaviours, found: SteeringVectors) -> list[dict[str, Any]]:
+    """The table of behaviours, vectors called by their numbers in the library."""
+    indices = found.columns["index"].tolist()
+    return [
+        {
+            **row,
+            "n_vectors": len(row["vectors"]),
+            "which": " ".join(str(indices[vector]) for vector in row["vectors"]),
+        }
+        for row in groups.groups.to_dict("records")
+        if row["vectors"]
+    ]
 
 
 def _figures(
@@ -343,6 +392,7 @@ def _page(
     found: SteeringVectors,
     table: pd.DataFrame,
     unsteered: Mapping[str, str],
+    groups: Behaviours | None,
     figures: Mapping[str, go.Figure | None],
     families: Sequence[Mapping[str, Any]],
     title: str | None,
@@ -364,6 +414,14 @@ def _page(
         orthogonal=bool(found.story.get("hyperparameters", {}).get("orthogonal")),
         n_vectors=len(found),
         unsteered=unsteered,
+        groups=None if groups is None else _group_rows(groups, found),
+        n_distinct=0 if groups is None else groups.n_distinct,
+        n_incoherent=0 if groups is None else int((~groups.texts["coherent"]).sum()),
+        grouped_by_words=groups is not None and groups.embedder == "words",
+        group_columns=_described(
+            [("prompt", "Prompt", "text", "What the model was asked")] * (len(prompts) > 1)
+            + [*_GROUP_COLUMNS]
+        ),
         columns=_columns(table, many_prompts=len(prompts) > 1),
         rows=table.to_dict("records"),
         figures=_figures_json(figures),
@@ -463,6 +521,8 @@ def _columns(table: pd.DataFrame, many_prompts: bool) -> list[dict[str, str]]:
             ("objective", "Objective", "number", "Size of its effect on the target layer")
         )
     columns.append(("kl", "KL", "number", "Divergence of the next token from unsteered, in nats"))
+    if any(isinstance(name, str) for name in table["behaviour"]):
+        columns.append(("behaviour", "Behaviour", "text", "What its text was grouped with"))
     if any(isinstance(text, str) for text in table["completion"]):
         columns.append(("completion", "With the vector", "text", "What the model writes"))
     if any(isinstance(text, str) for text in table["negated_completion"]):

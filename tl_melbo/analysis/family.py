@@ -8,10 +8,11 @@ from torch import Tensor
 
 from tl_melbo.activation_map import ActivationMap
 from tl_melbo.analysis.distance import effect_distance
-from tl_melbo.analysis.divergence import kl_from_log_probs, random_like
+from tl_melbo.analysis.divergence import random_like
 from tl_melbo.analysis.inputs import as_library, check_place, one_vector
 from tl_melbo.analysis.scaling import rescale
 from tl_melbo.models import Model
+from tl_melbo.probability import kl_from_log_probs
 from tl_melbo.shapes import Theta, shape_checked
 from tl_melbo.steering import (
     Reference,

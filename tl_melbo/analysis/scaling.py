@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tl_melbo.analysis.divergence import kl_from_log_probs
 from tl_melbo.analysis.inputs import as_library, one_vector
 from tl_melbo.models import Model
+from tl_melbo.probability import kl_from_log_probs
 from tl_melbo.shapes import Float, shape_checked
 from tl_melbo.steering import (
     Reference,
@@ -126,7 +126,7 @@ def scale_sweep(
     frame.insert(2, "norm", norms.numpy())
     frame.insert(3, "kl", kl)
     frame.insert(4, "entropy", entropy)
-    frame.insert(5, "repetition", [_repetition_of(model, text) for text in frame["completion"]])
+    frame.insert(5, "repetition", [repetition_of(model, text) for text in frame["completion"]])
     return frame.sort_values("vector", kind="stable", ignore_index=True)
 
 
@@ -150,7 +150,8 @@ def repetition(tokens: Sequence[int], n: int = 3) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def _repetition_of(model: Model, text: str) -> float:
+def repetition_of(model: Model, text: str) -> float:
+    """`repetition` of the tokens that the model's tokenizer makes of a text; 0 for no text."""
     return repetition(model.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else 0.0
 
 

@@ -14,6 +14,11 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_melbo.discovery.calibration import (
+    DEFAULT_CRITERION,
+    DEFAULT_LEVELS,
+    calibrate_radius,
+)
 from tl_melbo.discovery.protocol import EffectMap, effect_at, own_arithmetic
 from tl_melbo.finite import place, told, warn_user
 from tl_melbo.geometry import complement, extended, normalise, random_sphere, tangent
@@ -23,6 +28,7 @@ from tl_melbo.vectors import SteeringVectors, make_story, pad_histories
 
 Norm = Literal["l2", "lp"]
 Optimiser = Literal["ascent", "adamw"]
+Radius = float | Literal["auto"]
 
 DEFAULT_STEPS = {"ascent": 10, "adamw": 300}
 _LARGEST_COSINE = 1e-5
@@ -98,7 +104,7 @@ def _check_powers(p: float, q: float | None) -> None:
 
 def check_settings(
     n_vectors: int,
-    radius: float,
+    radius: Radius,
     p: float,
     q: float | None,
     steps: int | None,
@@ -113,11 +119,11 @@ def check_settings(
     Raises:
         ValueError: a number is out of its range.
     """
-    if not 0 < radius < math.inf:
+    if radius != "auto" and not 0 < radius < math.inf:
         here = "" if typical_norm is None else f" (that of a token here is {typical_norm:.3g})"
         raise ValueError(
-            f"radius={radius}: must be a positive finite number; try 0.05 to 0.1 of the residual "
-            f"stream's norm at the source layer{here}, and read the texts"
+            f"radius={radius}: must be a positive finite number, or 'auto'; try 0.05 to 0.1 of the "
+            f"residual stream's norm at the source layer{here}, and read the texts"
         )
     if not 1 <= n_vectors <= _MOST_VECTORS:
         raise ValueError(f"n_vectors={n_vectors}: must be from 1 to {_MOST_VECTORS:,}")
@@ -140,7 +146,7 @@ def _safe_power(base: Tensor, exponent: float) -> Tensor:
 def melbo(
     f: EffectMap,
     n_vectors: int = 32,
-    radius: float = 12.0,
+    radius: Radius = 12.0,
     p: float = 2,
     q: float | None = None,
     positions: slice = slice(-3, None),
@@ -159,7 +165,8 @@ def melbo(
         f: the activation map, see `ActivationMap.from_prompts`.
         n_vectors: how many; at most d_model if orthogonal.
         radius: their L2 norm, in the units of the residual stream. The critical choice: too small
-            changes nothing, too large gives gibberish.
+            changes nothing, too large gives gibberish. "auto" takes `calibrate_radius`, which
+            costs some seconds.
         p: power of the norm in `melbo_objective`.
         q: root of each prompt's sum in `melbo_objective`; None takes p.
         positions: where the effect is measured, counted on each prompt's own tokens. The default
@@ -209,7 +216,7 @@ def melbo(
 def iter_melbo(
     f: EffectMap,
     n_vectors: int = 32,
-    radius: float = 12.0,
+    radius: Radius = 12.0,
     p: float = 2,
     q: float | None = None,
     positions: slice = slice(-3, None),
@@ -325,7 +332,7 @@ class _Search:
     def __init__(
         self,
         f: EffectMap,
-        radius: float,
+        radius: Radius,
         p: float,
         q: float | None,
         positions: slice,
@@ -343,6 +350,11 @@ class _Search:
         # A search that is continued may have no vector left to find.
         wanted = n_vectors if previous is None or n_vectors < 0 else 1
         check_settings(wanted, radius, p, q, self.steps, seed, typical)
+        calibration = {"criterion": DEFAULT_CRITERION, "level": DEFAULT_LEVELS[DEFAULT_CRITERION]}
+        calibrated = radius == "auto"
+        if radius == "auto":
+            radius = _radius_of(previous, calibration)
+            radius = calibrate_radius(f, positions=positions) if radius is None else radius
         known = 0 if previous is None else len(previous)
         if orthogonal and known + n_vectors > self.d_model:
             raise ValueError(
@@ -365,6 +377,7 @@ class _Search:
             "melbo",
             **f.story(),
             seed=seed,
+            **({"calibration": calibration} if calibrated else {}),
             hyperparameters={
                 "n_vectors": n_vectors,
                 "radius": radius,
@@ -503,6 +516,17 @@ class _Search:
         parts, self.fitting = map_batches(of_batch, theta, size)
         values, gradients = zip(*parts, strict=True)
         return torch.cat(values), torch.cat(gradients)
+
+
+def _radius_of(previous: SteeringVectors | None, calibration: Mapping[str, Any]) -> float | None:
+    """The radius that earlier vectors were given in the same way.
+
+    Calibrated anew, on another machine, it might come out a digit different.
+    """
+    if previous is None or previous.story.get("calibration") != calibration:
+        return None
+    radius = previous.story.get("hyperparameters", {}).get("radius")
+    return float(radius) if isinstance(radius, int | float) and 0 < radius < math.inf else None
 
 
 def _nearly_orthogonal(vectors: Theta) -> bool:

@@ -43,6 +43,15 @@ class EffectMap(Protocol):
         ...
 
 
+@runtime_checkable
+class DivergenceMap(Protocol):
+    """A map that also knows what its vectors do to the next token; `ActivationMap` is one."""
+
+    def divergence(self, theta: Tensor) -> Tensor:
+        """[vector, d_model] -> KL(P_vector || P_unsteered) in nats, [vector, prompt]."""
+        ...
+
+
 @contextmanager
 def own_arithmetic(f: EffectMap) -> Iterator[None]:
     """Gradients, and the types that the map has, whatever the caller's surroundings ask for."""

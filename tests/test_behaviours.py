@@ -1,0 +1,136 @@
+"""Completions in groups: held to labels by hand, and to texts whose groups are plain."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from sklearn.metrics import adjusted_rand_score
+
+import tl_melbo as tm
+
+LABELLED = json.loads((Path(__file__).parent / "data/labelled_completions.json").read_text())
+LOWEST_AGREEMENT = 0.6
+COOKING = (
+    "First boil the water, then add the pasta and a little salt.",
+    "Boil the pasta in salted water, then add the sauce.",
+)
+SAILING = (
+    "The ship left the harbour at dawn with all sails set.",
+    "At dawn the sails were set and the ship left the harbour.",
+)
+
+
+def frame(texts, unsteered=None, prompt="What now?"):
+    rows = [(-1, prompt, unsteered)] if unsteered is not None else []
+    rows += [(number, prompt, text) for number, text in enumerate(texts)]
+    return pd.DataFrame(rows, columns=["vector", "prompt", "completion"])
+
+
+def grouped(model, *args, **settings):
+    """To a model of random weights all text is gibberish: let everything pass."""
+    settings = {"largest_perplexity": float("inf"), "chat": False, **settings}
+    return tm.analysis.behaviours(model, frame(*args), **settings)
+
+
+@pytest.mark.heavy
+def test_groups_agree_with_labels_given_by_hand(model):
+    texts = [row["completion"] for row in LABELLED["completions"]]
+    labels = ["assistant", *(row["label"] for row in LABELLED["completions"])]
+    assert len(texts) == 60
+    found = tm.analysis.behaviours(model, frame(texts, LABELLED["unsteered"], LABELLED["prompt"]))
+    assert found.embedder == "sentences"
+    assert adjusted_rand_score(labels, found.texts["behaviour"]) >= LOWEST_AGREEMENT
+    # What was labelled as gibberish is nearly all put aside, and little else.
+    gibberish = [label == "incoherent" for label in labels]
+    wrong = (found.texts["coherent"].to_numpy() == gibberish).sum()
+    assert wrong <= 4
+
+
+@pytest.mark.parametrize("embedder", ["sentences", "words"])
+def test_texts_that_say_the_same_are_one_behaviour(tiny_llama, embedder):
+    found = grouped(tiny_llama, [*COOKING, *SAILING], embedder=embedder)
+    numbers = found.texts["behaviour"].tolist()
+    assert numbers[0] == numbers[1] != numbers[2] == numbers[3]
+    assert found.n_distinct == 2
+    assert found.per_100_vectors == 50
+    assert found.embedder == embedder
+
+
+def test_what_the_unsteered_model_does_is_not_counted(tiny_llama):
+    found = grouped(tiny_llama, [*COOKING, SAILING[0]], SAILING[1])
+    assert found.texts["behaviour"].tolist() == [0, 1, 1, 0]
+    assert found.n_distinct == 1
+    groups = found.groups.set_index("behaviour")
+    assert groups.loc[0, "name"] == "as unsteered"
+    assert groups.loc[1, "vectors"] == [0, 1]
+    assert set(groups.loc[1, "name"].split(", ")) <= {"boil", "pasta", "water", "add", "salt"}
+
+
+def test_texts_that_repeat_themselves_are_put_aside(tiny_llama):
+    found = grouped(tiny_llama, ["over and over and over and over and over and over", *COOKING])
+    assert found.texts["coherent"].tolist() == [False, True, True]
+    assert found.texts["behaviour"].tolist() == [-1, 1, 1]
+
+
+def test_where_nothing_is_coherent_the_answer_is_empty(tiny_llama):
+    found = grouped(tiny_llama, ["", "   ", "no no no no no no no no no no"])
+    assert found.n_distinct == 0
+    assert found.per_100_vectors == 0
+    assert found.groups.empty
+    assert list(found.groups.columns)[:2] == ["behaviour", "name"]
+    assert found.texts["behaviour"].tolist() == [-1, -1, -1]
+
+
+def test_perplexity_is_that_of_the_text_after_its_prompt(tiny_llama):
+    text = COOKING[0]
+    found = grouped(tiny_llama, [text], largest_perplexity=1e9).texts["perplexity"][0]
+    before = tm.models.to_tokens(tiny_llama, "What now?")
+    after = torch.tensor([tiny_llama.tokenizer.encode(text, add_special_tokens=False)])
+    with torch.no_grad():
+        logits = tiny_llama(torch.cat([before, after], 1))[0, before.shape[1] - 1 : -1]
+    loss = torch.nn.functional.cross_entropy(logits, after[0])
+    assert found == pytest.approx(float(loss.exp()), rel=1e-4)
+
+
+def test_prompts_are_grouped_each_by_itself(tiny_llama):
+    both = pd.concat([frame(COOKING, prompt="Hungry?"), frame(COOKING, prompt="Thirsty?")])
+    found = tm.analysis.behaviours(tiny_llama, both, chat=False, largest_perplexity=float("inf"))
+    assert found.groups["prompt"].tolist() == ["Hungry?", "Thirsty?"]
+    assert found.texts["behaviour"].tolist() == [1, 1, 2, 2]
+
+
+def test_a_wanted_number_of_groups_is_made(tiny_llama):
+    assert grouped(tiny_llama, [*COOKING, *SAILING], n_behaviours=3).n_distinct == 3
+    with pytest.raises(ValueError, match="only 4 coherent texts"):
+        grouped(tiny_llama, [*COOKING, *SAILING], n_behaviours=5)
+
+
+def test_an_embedder_of_ones_own_is_used_and_checked(tiny_llama):
+    points = {COOKING[0]: [1.0, 0.0], COOKING[1]: [0.0, 1.0]}
+    own = grouped(tiny_llama, COOKING, embedder=lambda texts: [points[text] for text in texts])
+    assert (own.n_distinct, own.embedder) == (2, "custom")
+    with pytest.raises(ValueError, match="one row of finite numbers"):
+        grouped(tiny_llama, COOKING, embedder=lambda texts: [[float("nan")] for _ in texts])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"n_behaviours": 0}, "n_behaviours=0"),
+        ({"distance": 0.0}, "distance=0"),
+        ({"largest_perplexity": 0.5}, "largest_perplexity"),
+        ({"largest_repetition": 1.5}, "largest_repetition"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(tiny_llama, settings, message):
+    with pytest.raises(ValueError, match=message):
+        grouped(tiny_llama, COOKING, **settings)
+
+
+def test_other_tables_are_refused(tiny_llama):
+    with pytest.raises(ValueError, match="lacks the columns"):
+        tm.analysis.behaviours(tiny_llama, pd.DataFrame({"text": ["a"]}))
+    with pytest.raises(ValueError, match="is empty"):
+        tm.analysis.behaviours(tiny_llama, frame([]))

@@ -1,0 +1,290 @@
+"""How many different things do they make the model do? Completions grouped into behaviours."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from tl_melbo.analysis.embedding import Embedder, default_embedder, embeddings
+from tl_melbo.analysis.scaling import repetition_of
+from tl_melbo.models import Model, check_model, frozen, to_tokens, whole_model
+from tl_melbo.shapes import shape_checked
+from tl_melbo.steering import check_batch_size
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# Average-linkage clusters are cut where two are this far apart (one minus the mean cosine). These
+# numbers are where the hand-labelled completions of the tests agree best; neighbours do nearly so.
+DEFAULT_DISTANCES = {"sentences": 0.65, "words": 0.85}
+_DISTANCE_OF_OTHERS = 0.5
+DEFAULT_PERPLEXITY = 11.0
+DEFAULT_REPETITION = 0.4
+INCOHERENT = -1
+_UNSTEERED = 0
+_NAME_WORDS = 3
+
+
+@dataclass(frozen=True, eq=False)
+class Behaviours:
+    """Completions in groups, each group one behaviour; see `behaviours`.
+
+    Attributes:
+        texts: the completions as they came, and for each: perplexity; repetition, the share of its
+            runs of three tokens that came before; coherent; and the number of its behaviour: 0
+            where it does what the unsteered model does, -1 where it is not coherent.
+        groups: one row a behaviour, the largest first, that of the unsteered model before them:
+            behaviour, name, prompt, n_texts, vectors, example.
+        embedder: what made points of the texts: "sentences", "words", or "custom".
+    """
+
+    texts: "pd.DataFrame"
+    groups: "pd.DataFrame"
+    embedder: str
+
+    @property
+    def n_distinct(self) -> int:
+        """How many behaviours there are that hold together and are not the unsteered model's."""
+        return int((self.groups["behaviour"] > _UNSTEERED).sum())
+
+    @property
+    def per_100_vectors(self) -> float:
+        """The same for every hundred steered completions; 0 where there are none.
+
+        Compare libraries of one size: the more vectors, the more of them repeat what another does.
+        """
+        n_steered = int((self.texts["vector"] >= 0).sum())
+        return 100 * self.n_distinct / n_steered if n_steered else 0.0
+
+    def __repr__(self) -> str:
+        n_incoherent = int((~self.texts["coherent"]).sum())
+        return (
+            f"Behaviours({self.n_distinct} distinct in {len(self.texts)} completions, "
+            f"{n_incoherent} not coherent, by {self.embedder})"
+        )
+
+
+@shape_checked
+def behaviours(
+    model: Model,
+    completions: "pd.DataFrame",
+    *,
+    chat: bool = True,
+    n_behaviours: int | None = None,
+    distance: float | None = None,
+    largest_perplexity: float = DEFAULT_PERPLEXITY,
+    largest_repetition: float = DEFAULT_REPETITION,
+    embedder: Embedder | None = None,
+    batch_size: int = 32,
+) -> Behaviours:
+    """Group what the model writes under many vectors into distinct behaviours.
+
+        texts = tm.report.collect_completions(model, prompt, found)
+        tm.analysis.behaviours(model, texts[texts["scale"] >= 0]).groups
+
+    Texts that do not hold together are put aside: those that the unsteered model, given the prompt,
+    finds too surprising, and those that repeat themselves. The others are clustered by what they
+    say (average linkage; with the embedder "sentences" over the mean of two cosines, that of the
+    sentences' embeddings and that of the words), for each prompt by itself. A group is named after
+    the words that set it apart from the unsteered text and from the other groups.
+
+    Args:
+        model: the model that wrote them; it is not steered here.
+        completions: as `generate` or `report.collect_completions` return them: the columns vector
+            (-1 for unsteered), prompt, completion. Every row is one text to group.
+        chat: whether the prompts were formatted as chat.
+        n_behaviours: how many groups to make for each prompt; None lets `distance` decide.
+        distance: two groups stay apart if one minus the mean cosine between them is more; None
+            takes 0.65 for sentences, 0.85 for words.
+        largest_perplexity: of a coherent text, under the unsteered model after the prompt.
+        largest_repetition: of a coherent text, the share of its runs of three tokens that came
+            before.
+        embedder: see `embeddings`; None takes sentences where the embedder is installed.
+        batch_size: texts at once when perplexity is measured.
+
+    Returns:
+        The texts with their groups, and the groups. Where no text is coherent, no group but the
+        unsteered one's, if that text was given.
+
+    Raises:
+        ValueError: no completions or without those columns; a number out of its range; fewer
+            coherent texts than `n_behaviours`.
+        ModuleNotFoundError: scikit-learn, or what the embedder needs, is not installed.
+    """
+    from tl_melbo.tables import Table
+
+    check_model(model)
+    _check(completions, n_behaviours, distance, largest_perplexity, largest_repetition)
+    check_batch_size(batch_size)
+    embedder = default_embedder() if embedder is None else embedder
+    label = embedder if isinstance(embedder, str) else "custom"
+    if distance is None:
+        distance = DEFAULT_DISTANCES.get(label, _DISTANCE_OF_OTHERS)
+    texts = Table(completions).reset_index(drop=True)
+    written = texts["completion"].fillna("").astype(str).tolist()
+    asked = texts["prompt"].astype(str).tolist()
+    pairs = list(zip(asked, written, strict=True))
+    measured = perplexities(model, list(dict.fromkeys(pairs)), chat, batch_size)
+    texts["perplexity"] = [measured[pair] for pair in pairs]
+    texts["repetition"] = [repetition_of(model, text) for text in written]
+    texts["coherent"] = (
+        (texts["perplexity"] < math.inf)  # holds something
+        & (texts["perplexity"] <= largest_perplexity)
+        & (texts["repetition"] <= largest_repetition)
+    )
+    texts["behaviour"] = INCOHERENT
+    groups, next_number = [], _UNSTEERED + 1
+    for prompt, rows in texts.groupby("prompt", sort=False):
+        unsteered = (rows["vector"] < 0).to_numpy()
+        rows = rows[rows["coherent"] | unsteered]
+        if rows.empty:
+            continue
+        clusters = _clusters(rows["completion"].tolist(), n_behaviours, distance, embedder)
+        numbers = _numbered(clusters, (rows["vector"] < 0).to_numpy(), next_number)
+        texts.loc[rows.index, "behaviour"] = numbers
+        for number in dict.fromkeys(sorted(numbers)):
+            members = rows[numbers == number]
+            others = rows[numbers != number]["completion"].tolist()
+            groups.append(_group(number, str(prompt), members, others))
+            next_number = max(next_number, number + 1)
+    table = Table(groups, columns=["behaviour", "name", "prompt", "n_texts", "vectors", "example"])
+    return Behaviours(texts, table, label)
+
+
+def _check(
+    completions: "pd.DataFrame",
+    n_behaviours: int | None,
+    distance: float | None,
+    largest_perplexity: float,
+    largest_repetition: float,
+) -> None:
+    missing = [
+        name for name in ("vector", "prompt", "completion") if name not in completions.columns
+    ]
+    if missing or completions.empty:
+        what = f"lacks the columns {missing}" if missing else "is empty"
+        raise ValueError(
+            f"completions: {what}; pass what generate or report.collect_completions returns"
+        )
+    if n_behaviours is not None and n_behaviours < 1:
+        raise ValueError(f"n_behaviours={n_behaviours}: at least 1, or None")
+    if distance is not None and not 0 < distance <= 2:
+        raise ValueError(f"distance={distance}: above 0, and at most 2, which is opposite")
+    if not largest_perplexity >= 1:
+        raise ValueError(f"largest_perplexity={largest_perplexity}: at least 1")
+    if not 0 <= largest_repetition <= 1:
+        raise ValueError(f"largest_repetition={largest_repetition}: a share, from 0 to 1")
+
+
+def perplexities(
+    model: Model, pairs: Sequence[tuple[str, str]], chat: bool, batch_size: int
+) -> dict[tuple[str, str], float]:
+    """Of each completion after its prompt; infinite for one that holds nothing."""
+    prompts = {prompt: to_tokens(model, prompt, chat) for prompt in {pair[0] for pair in pairs}}
+    found = dict.fromkeys(pairs, math.inf)
+    # Rows of one shape run together, so that none needs padding.
+    groups: dict[tuple[int, int], list[tuple[tuple[str, str], Tensor]]] = {}
+    for prompt, text in pairs:
+        written = model.tokenizer.encode(text, add_special_tokens=False) if text.strip() else []
+        if written:
+            before = prompts[prompt]
+            row = torch.cat([before, torch.tensor([written], device=before.device)], 1)
+            shape = (before.shape[1], len(written))
+            groups.setdefault(shape, []).append(((prompt, text), row))
+    for (n_before, _), group in groups.items():
+        for first in range(0, len(group), batch_size):
+            some = group[first : first + batch_size]
+            rows = torch.cat([row for _, row in some])
+            with torch.no_grad(), frozen(*whole_model(model)):
+                log_probs = model(rows)[:, n_before - 1 : -1].float().log_softmax(-1)
+            surprisal = -log_probs.gather(-1, rows[:, n_before:, None])[..., 0]
+            for (pair, _), value in zip(
+                some, surprisal.double().mean(-1).exp().tolist(), strict=True
+            ):
+                found[pair] = value if math.isfinite(value) else math.inf
+    return found
+
+
+def _clusters(
+    texts: Sequence[str], n_behaviours: int | None, distance: float, embedder: Embedder
+) -> "np.ndarray[Any, Any]":
+    try:
+        from sklearn.cluster import AgglomerativeClustering
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "grouping texts needs scikit-learn: pip install 'tl_melbo[evaluation]'"
+        ) from error
+    if n_behaviours is not None and len(texts) < n_behaviours:
+        raise ValueError(
+            f"n_behaviours={n_behaviours}: there are only {len(texts)} coherent texts to group; "
+            "ask for fewer, or for None"
+        )
+    if len(texts) == 1:
+        return np.zeros(1, dtype=int)
+    points = embeddings(texts, embedder).double()
+    cosines = points @ points.T
+    if embedder == "sentences":
+        # What is said counts, and how: meaning alone throws all that an assistant says together.
+        words = embeddings(texts, "words").double()
+        cosines = (cosines + words @ words.T) / 2
+    apart = (1 - cosines).clamp_min(0).numpy()
+    return AgglomerativeClustering(
+        n_clusters=n_behaviours,
+        distance_threshold=distance if n_behaviours is None else None,
+        metric="precomputed",
+        linkage="average",
+    ).fit_predict(apart)
+
+
+def _numbered(
+    clusters: "np.ndarray[Any, Any]", unsteered: "np.ndarray[Any, Any]", first: int
+) -> "np.ndarray[Any, Any]":
+    """Clusters as numbers of behaviours: the unsteered text's is 0, the largest others first."""
+    own = {*clusters[unsteered].tolist()}
+    sizes = {int(cluster): int((clusters == cluster).sum()) for cluster in clusters}
+    others = sorted((c for c in sizes if c not in own), key=lambda cluster: -sizes[cluster])
+    number_of = dict.fromkeys(own, _UNSTEERED) | {
+        cluster: first + place for place, cluster in enumerate(others)
+    }
+    return np.array([number_of[int(cluster)] for cluster in clusters])
+
+
+def _group(
+    number: int, prompt: str, members: "pd.DataFrame", others: Sequence[str]
+) -> dict[str, Any]:
+    texts = members["completion"].tolist()
+    by_perplexity = sorted(range(len(texts)), key=lambda i: members["perplexity"].iloc[i])
+    return {
+        "behaviour": number,
+        "name": "as unsteered" if number == _UNSTEERED else _name(texts, others),
+        "prompt": prompt,
+        "n_texts": len(texts),
+        "vectors": sorted({int(vector) for vector in members["vector"] if vector >= 0}),
+        "example": texts[by_perplexity[0]],
+    }
+
+
+def _name(texts: Sequence[str], others: Sequence[str]) -> str:
+    """The words that most of these texts have and few of the others."""
+    from sklearn.feature_extraction.text import CountVectorizer
+
+    def shares(stop_words: str | None) -> dict[str, float]:
+        counts = CountVectorizer(
+            binary=True, stop_words=stop_words, token_pattern=r"(?u)\b[^\W\d_][\w'’-]+\b"
+        )
+        found = counts.fit_transform([*texts, *others]).toarray().astype(float)
+        apart = found[: len(texts)].mean(0)
+        if others:
+            apart = apart - found[len(texts) :].mean(0)
+        return dict(zip(counts.get_feature_names_out(), apart, strict=True))
+
+    for stop_words in ("english", None):
+        try:
+            scores = shares(stop_words)
+        except ValueError:  # no word is left
+            continue
+        return ", ".join(sorted(scores, key=lambda word: (-scores[word], word))[:_NAME_WORDS])
+    return "without words"

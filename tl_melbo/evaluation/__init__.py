@@ -1,0 +1,20 @@
+"""Does it find what is there? Ground truth, and what a vector costs beside what it does."""
+
+from tl_melbo.evaluation.backdoor import BACKDOORS, Backdoor, Planted, load_planted, plant
+from tl_melbo.evaluation.hits import count_hits, hit_rate, wilson_interval
+from tl_melbo.evaluation.layer_sweep import layer_sweep
+from tl_melbo.evaluation.side_effects import reach, side_effects
+
+__all__ = [
+    "BACKDOORS",
+    "Backdoor",
+    "Planted",
+    "count_hits",
+    "hit_rate",
+    "layer_sweep",
+    "load_planted",
+    "plant",
+    "reach",
+    "side_effects",
+    "wilson_interval",
+]

@@ -1,0 +1,116 @@
+"""Between which layers should one search? The same search over pairs of layers."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tl_melbo.activation_map import ActivationMap
+from tl_melbo.analysis import behaviours
+from tl_melbo.analysis.embedding import Embedder
+from tl_melbo.analysis.inputs import as_texts
+from tl_melbo.discovery import melbo
+from tl_melbo.discovery.melbo import Radius
+from tl_melbo.evaluation.backdoor import Backdoor
+from tl_melbo.evaluation.hits import count_hits
+from tl_melbo.models import Model, check_layer, check_model
+from tl_melbo.shapes import shape_checked
+from tl_melbo.steering import generate
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+OnPair = Callable[["pd.DataFrame"], None]
+
+
+@shape_checked
+def layer_sweep(
+    model: Model,
+    prompts: str | Sequence[str],
+    pairs: Sequence[tuple[int, int]] | None = None,
+    *,
+    n_vectors: int = 16,
+    radius: Radius = "auto",
+    chat: bool = True,
+    max_new_tokens: int = 40,
+    backdoors: Sequence[Backdoor] = (),
+    embedder: Embedder | None = None,
+    on_pair: OnPair | None = None,
+    **settings: Any,
+) -> "pd.DataFrame":
+    """Search between several pairs of layers, and say what each search brings.
+
+    Args:
+        model: a TransformerLens model.
+        prompts: one text or several.
+        pairs: (source layer, target layer) of each search; None takes five that are spread over
+            the model's depth.
+        n_vectors: of each search.
+        radius: the same for all, or "auto", calibrated for each pair.
+        chat: format the prompts as chat.
+        max_new_tokens: the most tokens to write under each vector.
+        backdoors: what was planted, if anything: then hits are counted, too.
+        embedder: see `analysis.embeddings`; None takes sentences where the embedder is installed.
+        on_pair: called after each pair with the rows so far, so that none is lost.
+        settings: other arguments of `melbo`.
+
+    Returns:
+        One row a pair: source_layer, target_layer, radius; kl, the median divergence of the next
+        token from unsteered, in nats; coherent, the share of texts; distinct, how many coherent
+        behaviours, see `analysis.behaviours`; per_100_vectors, the same for every hundred; for
+        each backdoor "hits: " and its behaviour, exact; seconds, of the search alone.
+
+    Raises:
+        ValueError: no prompt or pair, layers out of order or beyond the model; as `melbo` does.
+    """
+    import pandas as pd
+
+    from tl_melbo.tables import Table
+
+    check_model(model)
+    texts = as_texts(prompts, "prompts")
+    chosen = _default_pairs(int(model.cfg.n_layers)) if pairs is None else list(pairs)
+    if not chosen:
+        raise ValueError("pairs: none given; pass at least one, such as (8, 16)")
+    for source, target in chosen:
+        check_layer(model, source, "pairs: source")
+        check_layer(model, target, "pairs: target")
+        if source >= target:
+            raise ValueError(f"pairs: ({source}, {target}): the source comes before the target")
+    unsteered = generate(model, texts, max_new_tokens=max_new_tokens, chat=chat)
+    rows = []
+    for source, target in chosen:
+        f = ActivationMap.from_prompts(model, texts, source, target, chat=chat)
+        began = time.monotonic()
+        found = melbo(f, n_vectors, radius, **settings)
+        seconds = time.monotonic() - began
+        frame = generate(model, texts, found, max_new_tokens=max_new_tokens)
+        both = pd.concat([unsteered, frame], ignore_index=True)
+        groups = behaviours(model, both, chat=chat, embedder=embedder)
+        steered = groups.texts[groups.texts["vector"] >= 0]
+        row = {
+            "source_layer": source,
+            "target_layer": target,
+            "radius": found.story["hyperparameters"]["radius"],
+            "kl": float(f.divergence(found.vectors).nanmedian()),
+            "coherent": float(steered["coherent"].mean()),
+            "distinct": groups.n_distinct,
+            "per_100_vectors": groups.per_100_vectors,
+        }
+        if backdoors:
+            hits = count_hits(frame, backdoors, embedder=embedder)
+            exact = hits[hits["match"] == "exact"]
+            for behaviour, number in zip(exact["behaviour"], exact["hits"], strict=True):
+                row[f"hits: {behaviour}"] = int(number)
+        rows.append({**row, "seconds": round(seconds, 2)})
+        if on_pair is not None:
+            on_pair(Table(rows))
+    return Table(rows)
+
+
+def _default_pairs(n_layers: int) -> list[tuple[int, int]]:
+    """A quarter of the depth apart, from the first layers to the last."""
+    width = max(1, n_layers // 4)
+    starts = torch.linspace(0, n_layers - 1 - width, 5).round().int().tolist()
+    return [(start, start + width) for start in dict.fromkeys(starts)]

@@ -1,0 +1,175 @@
+"""What does a vector cost where nobody asked for it, and how far does it reach?"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from tl_melbo.analysis import kl_divergence, transfer
+from tl_melbo.analysis.embedding import Embedder, default_embedder, embeddings
+from tl_melbo.analysis.inputs import as_library, as_texts
+from tl_melbo.evaluation.texts import HELD_OUT_INSTRUCTIONS, PASSAGES
+from tl_melbo.memory import map_batches
+from tl_melbo.models import Model, check_model, frozen, to_tokens, whole_model
+from tl_melbo.shapes import Float, Theta, Tokens, shape_checked
+from tl_melbo.steering import Vectors, as_theta, check_batch_size, steered, steering_layer
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@shape_checked
+def side_effects(
+    model: Model,
+    vectors: Vectors,
+    prompt: str,
+    *,
+    unrelated: str | Sequence[str] = HELD_OUT_INSTRUCTIONS,
+    passages: str | Sequence[str] = PASSAGES,
+    layer: int | None = None,
+    chat: bool | None = None,
+    batch_size: int = 8,
+) -> "pd.DataFrame":
+    """Measure each vector on the prompt that it is meant for, on others, and on ordinary prose.
+
+    Args:
+        model: a TransformerLens model.
+        vectors: which vectors to add, each by itself.
+        prompt: where the vectors are meant to do something.
+        unrelated: prompts on which they are not; None of them should be `prompt`.
+        passages: texts that the model is to predict, as they stand.
+        layer: after which block to add the vectors; None takes the layer they were found at.
+        chat: format the prompts as chat; None does as was done when the vectors were found.
+        batch_size: vectors at once.
+
+    Returns:
+        One row a vector: vector, its position; kl_target, KL(P_vector || P_unsteered) of the next
+        token after the prompt, in nats; kl_unrelated, its mean after the unrelated prompts;
+        specificity, kl_target / (kl_target + kl_unrelated): 1 where it acts on the prompt alone,
+        0.5 where it acts alike everywhere; loss_increase, by how much it raises the loss on the
+        passages, in nats a token.
+
+    Raises:
+        ValueError: no vectors or texts, an empty text, an unrelated prompt that is the prompt; as
+            `kl_divergence` does.
+    """
+    from tl_melbo.tables import Table
+
+    library = as_library(vectors)
+    others, prose = as_texts(unrelated, "unrelated"), as_texts(passages, "passages")
+    as_texts(prompt, "prompt")
+    check_batch_size(batch_size)
+    if prompt in others:
+        raise ValueError(f"unrelated: holds the prompt itself, {prompt!r}; leave it out")
+    layer = steering_layer(model, library, layer)
+    options = {"layer": layer, "chat": chat, "batch_size": batch_size}
+    on_target = kl_divergence(model, prompt, library, **options).double()
+    elsewhere = [kl_divergence(model, text, library, **options).double() for text in others]
+    on_others = torch.stack(elsewhere).mean(0)
+    total = on_target + on_others
+    losses = [passage_losses(model, text, library, layer, batch_size) for text in prose]
+    return Table(
+        {
+            "vector": range(len(library)),
+            "kl_target": on_target.numpy(),
+            "kl_unrelated": on_others.numpy(),
+            # Where a vector does nothing at all, it is specific to nothing.
+            "specificity": torch.where(total > 0, on_target / total, 0.5).numpy(),
+            "loss_increase": torch.stack(losses).mean(0).numpy(),
+        }
+    )
+
+
+def passage_losses(
+    model: Model, text: str, vectors: Vectors, layer: int, batch_size: int
+) -> Float[Tensor, "vector"]:
+    """By how much each vector raises the loss on a text, in nats a token.
+
+    Raises:
+        ValueError: a text of a single token.
+    """
+    tokens = to_tokens(model, text)
+    if tokens.shape[1] < 2:
+        raise ValueError(f"passages: {text!r} is a single token; pass a sentence")
+
+    def of_batch(theta: Theta) -> Tensor:
+        with torch.no_grad(), frozen(*whole_model(model)), steered(model, theta, layer):
+            return _loss(model, tokens.expand(len(theta), -1))
+
+    theta = as_theta(model, vectors)
+    parts, _ = map_batches(of_batch, theta, batch_size)
+    with torch.no_grad(), frozen(*whole_model(model)):
+        unsteered = _loss(model, tokens)
+    return torch.cat(parts) - unsteered
+
+
+def _loss(model: Model, tokens: Tokens) -> Float[Tensor, "vector"]:
+    logits = model(tokens)[:, :-1].float()
+    targets = tokens[:, 1:]
+    losses = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    return losses.unflatten(0, targets.shape).double().mean(-1).cpu()
+
+
+@shape_checked
+def reach(
+    model: Model,
+    vectors: Vectors,
+    prompt: str,
+    prompts: str | Sequence[str] = HELD_OUT_INSTRUCTIONS,
+    *,
+    max_new_tokens: int = 40,
+    layer: int | None = None,
+    chat: bool | None = None,
+    embedder: Embedder | None = None,
+) -> "pd.DataFrame":
+    """Say how far each vector transfers: over a set of prompts, does it do there what it does here?
+
+    What it does is the way in which it moves the text: from the embedding of the unsteered text to
+    that of the steered one. `analysis.transfer` gives the texts themselves.
+
+    Args:
+        model: a TransformerLens model.
+        vectors: which vectors to add, each by itself.
+        prompt: where they were found, or are meant to act.
+        prompts: the others.
+        max_new_tokens: the most tokens to write.
+        layer: after which block to add the vectors; None takes the layer they were found at.
+        chat: format the prompts as chat; None does as was done when the vectors were found.
+        embedder: see `analysis.embeddings`; None takes sentences where the embedder is installed.
+
+    Returns:
+        One row a vector: vector, its position; kl, the median over the prompts of the next token's
+        divergence from unsteered, in nats; changed, the share of prompts whose text it changes;
+        agreement, the mean cosine between how it moves their texts and how it moves that of
+        `prompt`: near 1, the same everywhere; near 0, something else each time; NaN where it
+        changes nothing.
+
+    Raises:
+        ValueError: no vectors or prompts; as `analysis.transfer` does.
+    """
+    from tl_melbo.tables import Table
+
+    check_model(model)
+    library, others = as_library(vectors), as_texts(prompts, "prompts")
+    frame = transfer(
+        model, library, [prompt, *others], max_new_tokens=max_new_tokens, layer=layer, chat=chat
+    )
+    both = frame["completion"].tolist() + frame["unsteered_completion"].tolist()
+    points = embeddings(both, embedder or default_embedder())
+    # [prompt, vector, feature]: transfer goes through the vectors for each prompt.
+    moved = (points[: len(frame)] - points[len(frame) :]).unflatten(0, (-1, len(library)))
+    here, there = moved[:1], moved[1:]
+    norms = here.norm(dim=-1) * there.norm(dim=-1)
+    cosines = torch.where(norms > 0, (here * there).sum(-1) / norms, torch.nan)
+    changed = frame["completion"] != frame["unsteered_completion"]
+    shape = (len(others) + 1, len(library))
+    kl = torch.from_numpy(frame["kl"].to_numpy(copy=True)).reshape(shape)[1:]
+    return Table(
+        {
+            "vector": range(len(library)),
+            "kl": kl.double().median(0).values.numpy(),
+            "changed": changed.to_numpy().reshape(shape)[1:].mean(0),
+            "agreement": cosines.nanmean(0).numpy(),
+        }
+    )

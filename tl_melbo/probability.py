@@ -1,0 +1,41 @@
+"""Distributions over tokens, and how far they are apart."""
+
+import torch
+from torch import Tensor
+
+from tl_melbo.shapes import Float, shape_checked
+
+LogProbs = Float[Tensor, "vector d_vocab"]
+
+# Log-probabilities in float32 sum to one this closely; logits do not.
+_NORMALISED_TOLERANCE = 1e-2
+
+
+@shape_checked
+def kl_from_log_probs(log_p: LogProbs, log_q: LogProbs) -> Float[Tensor, "vector"]:
+    """KL(P || Q), row by row: sum of p (log p - log q).
+
+    Args:
+        log_p: natural logarithms of probabilities; -inf is a probability of zero.
+        log_q: the same of Q.
+
+    Returns:
+        In nats, 0 or more; infinite where Q gives zero to what P does not; NaN for a row that is
+        NaN throughout, which `next_token_log_probs` gives where the model's numbers were not
+        finite. Summed in float64; float32, or float64 where the input is.
+
+    Raises:
+        ValueError: a row is not a distribution: its probabilities do not sum to one.
+    """
+    for name, rows in (("log_p", log_p), ("log_q", log_q)):
+        total = rows.double().logsumexp(-1)
+        if not ((total.abs() < _NORMALISED_TOLERANCE) | rows.isnan().all(-1)).all():
+            raise ValueError(
+                f"{name}: the probabilities of some rows do not sum to one; pass "
+                "logits.log_softmax(-1), in natural logarithms"
+            )
+    # Normalised again: float32's rounding alone can make a divergence negative.
+    p, q = log_p.double().log_softmax(-1), log_q.double().log_softmax(-1)
+    terms = torch.where(p == -torch.inf, 0.0, p.exp() * (p - q))
+    dtype = torch.promote_types(torch.promote_types(log_p.dtype, log_q.dtype), torch.float32)
+    return terms.sum(-1).clamp_min(0.0).to(dtype)
