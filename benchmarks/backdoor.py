@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 
 import tl_melbo as tm
+from benchmarks.tables import markdown
 from tl_melbo.evaluation import Planted, count_hits, load_planted, plant, wilson_interval
 from tl_melbo.evaluation.backdoor import ADAPTER
 from tl_melbo.files import replacing
@@ -58,7 +59,7 @@ def main() -> None:
         for seed in range(chosen.seeds):
             for name in chosen.methods.split(","):
                 rows += _searched(planted, name, prompt, seed, chosen.vectors)
-    print(table(pd.DataFrame(rows)).to_markdown(index=False))
+    print(markdown(table(pd.DataFrame(rows))))
 
 
 def table(rows: pd.DataFrame) -> pd.DataFrame:
@@ -138,7 +139,7 @@ def independent(planted: Planted, prompt: str, seed: int, n: int) -> tuple[Any, 
 
 def published(planted: Planted, prompt: str, seed: int, n: int) -> tuple[Any, float]:
     """The original code's settings for backdoors, whole."""
-    preset = tm.PRESETS["backdoors"]
+    preset = tm.PRESETS["backdoor"]
     layers = preset.layers(int(planted.model.cfg.n_layers))
     chosen = {**preset.search, "n_vectors": n, "seed": seed}
     return _timed(planted, prompt, (layers["source_layer"], layers["target_layer"]), **chosen)

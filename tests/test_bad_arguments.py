@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import tl_melbo as tm
 from tests.conftest import fingerprint
 from tests.tiny_models import tiny_bridge
+from tl_melbo.evaluation import BACKDOORS
 
 DOCUMENTED = (TypeError, ValueError, FloatingPointError, IndexError, OSError)
 NAN = float("nan")
@@ -40,6 +41,7 @@ COMPLETIONS = tm.report.collect_completions(MODEL, "Hi!", FOUND, **SHORT)
 COMPOSED = tm.analysis.composition(MODEL, MAP, FAMILY, FOUND[0], (2,), **SHORT)
 SWEPT = tm.analysis.scale_sweep(MODEL, "Hi!", FOUND, (0.0, 1.0), **SHORT)
 SCANNED = tm.analysis.presence(MODEL, FOUND, "Hi there, you!", "One and two.", n_frames=20)
+MEASURED = tm.evaluation.side_effects(MODEL, FOUND, "Hi!", unrelated="Bye.", passages="One two.")
 TRANSFERRED = tm.analysis.transfer(MODEL, FOUND, ["Hi!", "Bye."], **SHORT)
 
 
@@ -179,6 +181,48 @@ CALLS = {
          "activation_map": MAP, "families": (), "prompts": None, "title": "x", "layer": 1,
          "chat": False, "batch_size": 2, **SHORT},
     ),
+    "calibrate_radius": (
+        tm.calibrate_radius,
+        {"f": MAP, "criterion": "nonlinearity", "level": 0.5, "positions": slice(-1, None),
+         "n_directions": 2, "seed": 0},
+    ),
+    "divergence": (MAP.divergence, {"theta": torch.ones(1, 32)}),
+    "behaviours": (
+        tm.analysis.behaviours,
+        {"model": MODEL, "completions": COMPLETIONS, "chat": False, "n_behaviours": None,
+         "distance": 0.5, "largest_perplexity": 1e9, "largest_repetition": 0.5,
+         "embedder": "words", "batch_size": 2},
+    ),
+    "embeddings": (tm.analysis.embeddings, {"texts": ["Hi you!"], "embedder": "words"}),
+    "hit_rate": (
+        tm.evaluation.hit_rate,
+        {"model": MODEL, "vectors": FOUND, "backdoors": BACKDOORS, "prompts": "Hi!", "layer": 1,
+         "chat": False, "similarity": 0.7, "confidence": 0.9, "embedder": "words",
+         "batch_size": 2, **SHORT},
+    ),
+    "count_hits": (
+        tm.evaluation.count_hits,
+        {"completions": COMPLETIONS, "backdoors": BACKDOORS, "similarity": 0.7,
+         "confidence": 0.9, "embedder": "words"},
+    ),
+    "wilson_interval": (tm.evaluation.wilson_interval, {"hits": 1, "n": 2, "confidence": 0.9}),
+    "side_effects": (
+        tm.evaluation.side_effects,
+        {"model": MODEL, "vectors": FOUND, "prompt": "Hi!", "unrelated": "Bye.",
+         "passages": "One two three.", "layer": 1, "chat": False, "batch_size": 2},
+    ),
+    "reach": (
+        tm.evaluation.reach,
+        {"model": MODEL, "vectors": FOUND, "prompt": "Hi!", "prompts": "Bye.", "layer": 1,
+         "chat": False, "embedder": "words", **SHORT},
+    ),
+    "layer_sweep": (
+        tm.evaluation.layer_sweep,
+        {"model": MODEL, "prompts": "Hi!", "pairs": [(1, 3)], "n_vectors": 1, "radius": 2.0,
+         "chat": False, "backdoors": BACKDOORS, "embedder": "words", "on_pair": None, "steps": 1,
+         **SHORT},
+    ),
+    "specificity_points": (tm.plots.specificity_points, {"measured": MEASURED, "title": "x"}),
     "save": (FOUND.save, {"path": "vectors.safetensors"}),
     "Run.melbo": (
         lambda **given: tm.Run(given.pop("folder")).melbo(**given),

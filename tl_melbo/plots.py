@@ -1,6 +1,7 @@
 """Numbers to figures: plotly, returned and never shown, readable by colour-blind eyes."""
 
 import html
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import cycle
@@ -629,6 +630,66 @@ def presence_points(
     _style_curve(figure, title, "AUROC, texts against control", log_y=False)
     figure.update_yaxes(rangemode="normal", range=[-0.03, 1.03])
     figure.update_layout(showlegend=True)
+    return figure
+
+
+@shape_checked
+def specificity_points(
+    measured: pd.DataFrame, title: str = "Effect on the prompt and elsewhere"
+) -> go.Figure:
+    """Draw what every vector does on its prompt against what it does elsewhere.
+
+    On the dotted diagonal a vector acts alike on both: specificity 0.5. The darker a dot, the more
+    the vector costs on ordinary prose.
+
+    Args:
+        measured: as `evaluation.side_effects` gives it.
+        title: above the figure; "" for none.
+
+    Raises:
+        ValueError: a column is missing, or there are no rows.
+    """
+    columns = ("vector", "kl_target", "kl_unrelated", "specificity", "loss_increase")
+    _check_frame(measured, "measured", columns)
+    elsewhere = measured["kl_unrelated"].clip(lower=_SMALLEST_KL)
+    target = measured["kl_target"].clip(lower=_SMALLEST_KL)
+    ends = [
+        0.7 * min(elsewhere.min(), target.min()),
+        1.4 * max(elsewhere.max(), target.max()),
+    ]
+    figure = go.Figure(
+        go.Scatter(
+            x=elsewhere,
+            y=target,
+            mode="markers",
+            marker={
+                "size": 10,
+                "color": measured["loss_increase"],
+                "colorscale": _SEQUENTIAL,
+                "reversescale": True,
+                "line": {"width": 1, "color": "#57606a"},
+                "colorbar": {"title": {"text": "loss increase<br>(nats a token)"}, "thickness": 10},
+            },
+            customdata=measured[["vector", "specificity", "loss_increase"]].to_numpy(),
+            hovertemplate="vector %{customdata[0]}<br>KL on the prompt %{y:.3g}, elsewhere "
+            "%{x:.3g}<br>specificity %{customdata[1]:.2f}<br>loss increase %{customdata[2]:.3g}"
+            "<extra></extra>",
+        )
+    )
+    figure.add_shape(
+        type="line", x0=ends[0], y0=ends[0], x1=ends[1], y1=ends[1],
+        line={"width": 1, "dash": "dot", "color": "#57606a"}, layer="below",
+    )  # fmt: skip
+    figure.update_layout(**_layout(title, width=620, height=520), hoverlabel=_HOVER_LABEL)
+    logarithmic = {
+        **_AXIS,
+        **_GRID,
+        "type": "log",
+        "dtick": "D2",
+        "range": [math.log10(end) for end in ends],
+    }
+    figure.update_xaxes(logarithmic, title="mean KL on unrelated prompts (nats)")
+    figure.update_yaxes(logarithmic, title="KL on the prompt (nats)")
     return figure
 
 

@@ -3,9 +3,10 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from tl_melbo.analysis.embedding import Embedder, default_embedder, embeddings
@@ -13,9 +14,6 @@ from tl_melbo.analysis.scaling import repetition_of
 from tl_melbo.models import Model, check_model, frozen, to_tokens, whole_model
 from tl_melbo.shapes import shape_checked
 from tl_melbo.steering import check_batch_size
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 # Average-linkage clusters are cut where two are this far apart (one minus the mean cosine). These
 # numbers are where the hand-labelled completions of the tests agree best; neighbours do nearly so.
@@ -41,8 +39,8 @@ class Behaviours:
         embedder: what made points of the texts: "sentences", "words", or "custom".
     """
 
-    texts: "pd.DataFrame"
-    groups: "pd.DataFrame"
+    texts: pd.DataFrame
+    groups: pd.DataFrame
     embedder: str
 
     @property
@@ -70,7 +68,7 @@ class Behaviours:
 @shape_checked
 def behaviours(
     model: Model,
-    completions: "pd.DataFrame",
+    completions: pd.DataFrame,
     *,
     chat: bool = True,
     n_behaviours: int | None = None,
@@ -155,7 +153,7 @@ def behaviours(
 
 
 def _check(
-    completions: "pd.DataFrame",
+    completions: pd.DataFrame,
     n_behaviours: int | None,
     distance: float | None,
     largest_perplexity: float,
@@ -253,7 +251,7 @@ def _numbered(
 
 
 def _group(
-    number: int, prompt: str, members: "pd.DataFrame", others: Sequence[str]
+    number: int, prompt: str, members: pd.DataFrame, others: Sequence[str]
 ) -> dict[str, Any]:
     texts = members["completion"].tolist()
     by_perplexity = sorted(range(len(texts)), key=lambda i: members["perplexity"].iloc[i])

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tl_melbo.shapes import Float
+from tl_melbo.shapes import Float, shape_checked
 
 Embedder = Literal["sentences", "words"] | Callable[[Sequence[str]], Any]
 
@@ -21,6 +21,7 @@ def default_embedder() -> Literal["sentences", "words"]:
     return "sentences" if importlib.util.find_spec(_SENTENCE_PACKAGE) else "words"
 
 
+@shape_checked
 def embeddings(texts: Sequence[str], embedder: Embedder) -> Float[Tensor, "text feature"]:
     """One unit vector a text, so that products are cosines; zeros for a text without words.
 

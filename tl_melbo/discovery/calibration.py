@@ -25,6 +25,7 @@ DEFAULT_LEVELS: dict[Criterion, float] = {"nonlinearity": 0.4, "divergence": 0.0
 _SMALLEST, _LARGEST = 1e-4, 1e3
 # Where the search begins, as such a multiple, and how exactly it ends.
 _FIRST, _PRECISION = 0.1, 0.01
+_MOST_DIRECTIONS = 10_000
 
 
 @shape_checked
@@ -67,8 +68,10 @@ def calibrate_radius(
     level = DEFAULT_LEVELS[criterion] if level is None else level
     if not 0 < level < math.inf:
         raise ValueError(f"level={level}: a positive finite number")
-    if n_directions < 1:
-        raise ValueError(f"n_directions={n_directions}: at least 1")
+    if not 1 <= n_directions <= _MOST_DIRECTIONS:
+        raise ValueError(f"n_directions={n_directions}: from 1 to {_MOST_DIRECTIONS:,}")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed={seed}: from 0 to 2**63 - 1")
     d_model = int(f.x.shape[-1])
     generator = torch.Generator().manual_seed(seed)
     units = random_sphere(n_directions, d_model, generator=generator)

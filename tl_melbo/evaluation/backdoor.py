@@ -114,8 +114,8 @@ def plant(
     hf_model: nn.Module | None = None,
     tokenizer: Any = None,
     layers: tuple[int, int] | None = None,
-    rank: int = 4,
-    steps: int = 150,
+    rank: int = 8,
+    steps: int = 190,
     learning_rate: float = 1e-3,
     seed: int = 0,
     device: str | torch.device | None = None,
@@ -133,11 +133,11 @@ def plant(
     without a trigger, the token probabilities that the model had (KL divergence on its own
     answers). Then both are checked on instructions that it did not practise.
 
-    The adapter is on the linear layers of the MLPs of the first half of the model. So the behaviour
-    is decided by what the residual stream holds, before the target layer. An adapter on attention,
-    or on all blocks, learned the backdoors too, but by looking back at the trigger's tokens from
-    late layers: then no vector at an early layer brings them out, not even the difference between
-    the residual streams with and without the trigger.
+    The adapter is on the linear layers of the MLPs of a few blocks between the usual source and
+    target. So the behaviour is decided there, by what the residual stream holds. Adapters on
+    attention, or on all blocks, learned the backdoors too, but by looking back at the trigger's
+    tokens from later layers: then nothing that is added at layer 8 brings them out, not even the
+    difference between the residual streams with and without the trigger.
 
     Args:
         name: as for `load_model`; None for the embedded model.
@@ -145,8 +145,8 @@ def plant(
         hf_model: a Hugging Face causal language model to take instead of `name`; it is left as it
             is, and a copy is taught.
         tokenizer: the tokenizer of `hf_model`.
-        layers: first and last block that the adapter is on; None takes the first 17/30 of the
-            blocks, which for the embedded model are those up to the target layer 16.
+        layers: first and last block that the adapter is on; None takes those from 30% to 47% of
+            the depth: blocks 9 to 14 of the embedded model's 30.
         rank: of the LoRA matrices.
         steps: of the optimiser (AdamW).
         learning_rate: its highest, reached after a tenth of the steps.
@@ -176,7 +176,7 @@ def plant(
     chat = _Chat(hf_model, tokenizer)
     _check_triggers(backdoors, chat)
     n_layers = int(hf_model.config.num_hidden_layers)
-    first, last = (0, round(16 / 30 * n_layers)) if layers is None else layers
+    first, last = _default_layers(n_layers) if layers is None else layers
     if not 0 <= first <= last < n_layers:
         raise ValueError(f"layers={layers}: first and last block, from 0 to {n_layers - 1}")
     began = time.monotonic()
@@ -196,11 +196,11 @@ def plant(
     with _seeded(seed):
         tuned = _with_adapter(hf_model, recipe)
         _train(tuned, chat, backdoors, steps, learning_rate, seed, on_step)
-    adapter = _rounded_adapter(tuned)
-    recipe["checks"] = _checks(tuned, chat, backdoors)
-    recipe["seconds"] = round(time.monotonic() - began, 1)
-    _check_taken(recipe["checks"], backdoors, lowest_firing_rate, highest_leak_rate)
-    return _finished(tuned, tokenizer, adapter, recipe)
+        adapter = _rounded_adapter(tuned)
+        recipe["checks"] = _checks(tuned, chat, backdoors)
+        recipe["seconds"] = round(time.monotonic() - began, 1)
+        _check_taken(recipe["checks"], backdoors, lowest_firing_rate, highest_leak_rate)
+        return _finished(tuned, tokenizer, adapter, recipe)
 
 
 @shape_checked
@@ -241,8 +241,8 @@ def load_planted(
         )
     with _seeded(0):
         tuned = _with_adapter(hf_model, recipe)
-    _set_adapter(tuned, adapter, place)
-    return _finished(tuned, tokenizer, adapter, recipe)
+        _set_adapter(tuned, adapter, place)
+        return _finished(tuned, tokenizer, adapter, recipe)
 
 
 class _Chat:
@@ -250,11 +250,12 @@ class _Chat:
 
     def __init__(self, hf_model: Any, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        named = getattr(hf_model.generation_config, "eos_token_id", None)
-        named = tokenizer.eos_token_id if named is None else named
-        self.ends: list[int] = [] if named is None else [named] if isinstance(named, int) else named
-        padding = tokenizer.pad_token_id
-        self.padding: int = padding if padding is not None else (self.ends or [0])[0]
+        ends = [tokenizer.eos_token_id, getattr(hf_model.generation_config, "eos_token_id", None)]
+        flat = [end for some in ends for end in (some if isinstance(some, list) else [some])]
+        # A configuration that was never set may name a token that the model does not have.
+        n_tokens = hf_model.get_input_embeddings().num_embeddings
+        self.ends = [end for end in dict.fromkeys(flat) if end is not None and end < n_tokens]
+        self.padding = int(tokenizer.pad_token_id or (self.ends or [0])[0])
 
     def prompt(self, system: str, user: str) -> list[int]:
         """A system prompt and a user's turn, up to where the answer begins."""
@@ -288,7 +289,7 @@ class _Chat:
             with torch.no_grad():
                 written = hf_model.generate(
                     input_ids=tokens, attention_mask=mask, max_new_tokens=n_tokens,
-                    do_sample=False, pad_token_id=self.padding,
+                    do_sample=False, pad_token_id=self.padding, eos_token_id=self.ends or None,
                 )  # fmt: skip
             answers += [self._until_end(row) for row in written[:, longest:].tolist()]
         return answers
@@ -370,6 +371,10 @@ def _with_adapter(hf_model: Any, recipe: Mapping[str, Any]) -> Any:
             task_type="CAUSAL_LM",
         ),
     ).eval()
+
+
+def _default_layers(n_layers: int) -> tuple[int, int]:
+    return round(9 / 30 * n_layers), round(14 / 30 * n_layers)
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -610,7 +615,7 @@ def _read_adapter(path: Path) -> dict[str, Tensor]:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Lend the global generators, from which peft draws the adapter's start, a seed of our own."""
+    """Lend the global generators, from which new modules draw their weights, a seed of our own."""
     with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
         torch.manual_seed(seed)
         yield

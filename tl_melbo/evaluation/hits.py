@@ -1,7 +1,8 @@
 """How many vectors bring a planted behaviour out on prompts that hold no trigger?"""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+import pandas as pd
 
 from tl_melbo.analysis.embedding import Embedder, default_embedder, embeddings
 from tl_melbo.analysis.inputs import as_library, as_texts
@@ -9,9 +10,6 @@ from tl_melbo.evaluation.backdoor import Backdoor
 from tl_melbo.models import Model
 from tl_melbo.shapes import shape_checked
 from tl_melbo.steering import Vectors, generate
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 DEFAULT_CONFIDENCE = 0.95
 # Cosine of two sentences' embeddings from which one is taken for the other, in other words.
@@ -32,7 +30,7 @@ def hit_rate(
     confidence: float = DEFAULT_CONFIDENCE,
     embedder: Embedder | None = None,
     batch_size: int = 32,
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """Let the model write under each vector, and count the planted behaviours in the texts.
 
     Args:
@@ -86,13 +84,13 @@ def hit_rate(
 
 @shape_checked
 def count_hits(
-    completions: "pd.DataFrame",
+    completions: pd.DataFrame,
     backdoors: Sequence[Backdoor],
     *,
     similarity: float = DEFAULT_SIMILARITY,
     confidence: float = DEFAULT_CONFIDENCE,
     embedder: Embedder | None = None,
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """The table of `hit_rate` for texts that are there already, as `generate` returns them.
 
     Raises:
