@@ -93,6 +93,7 @@ def test_every_option_reaches_the_search(model_folder: Path, tmp_path: Path) -> 
     ("argument", "message"),
     [
         ("--radius=-1", "radius=-1"),
+        ("--radius=wide", "--radius='wide': expected a number, such as 12, or 'auto'"),
         ("--target-layer=99", "--target-layer=99: tiny has 6 layers"),
         ("--n-vectors=33", "at most d_model=32"),
         ("--p=0.5", "p=0.5"),
@@ -341,7 +342,8 @@ NUMBERS = st.sampled_from(
 )
 OPTIONS = {
     "--n-vectors": st.sampled_from(["-1", "0", "1", "33", "x", "", str(10**30)]),
-    "--radius": NUMBERS, "--source-layer": NUMBERS, "--target-layer": NUMBERS, "--p": NUMBERS,
+    "--radius": st.one_of(NUMBERS, st.just("auto")),
+    "--source-layer": NUMBERS, "--target-layer": NUMBERS, "--p": NUMBERS,
     "--q": NUMBERS, "--steps": NUMBERS, "--seed": NUMBERS, "--max-new-tokens": NUMBERS,
     "--positions": st.sampled_from(["", ":", "::", "-1:", "5:2", "a:b", "99:", f"{10**30}:"]),
     "--norm": st.sampled_from(["l2", "lp", "l1", ""]),
@@ -373,7 +375,9 @@ def test_any_options_end_in_a_page_or_one_line(
     else:
         assert result.exception is None or isinstance(result.exception, SystemExit)
         assert result.exit_code == 2 or "Error: " in result.stderr
-        assert not out.exists()
+        if out.exists():
+            shutil.rmtree(out)
+            pytest.fail(f"{arguments}, {prompt!r} left a folder after {result.stderr[-300:]!r}")
 
 
 def test_files_of_somebody_else_are_not_replaced(model_folder: Path, tmp_path: Path) -> None:
@@ -411,3 +415,31 @@ def test_a_search_that_fails_leaves_the_run_that_was_there(
     assert result.exit_code == 1
     assert "changes nothing" in one_line(result.stderr)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_the_radius_is_calibrated_once(model_folder: Path, tmp_path: Path) -> None:
+    first = discover(model_folder, tmp_path, "--radius=auto")
+    assert first.exit_code == 0, first.output
+    found = tm.SteeringVectors.load(tmp_path / "vectors.safetensors")
+    f = tm.ActivationMap.from_prompts(tm.load_model(model_folder), PROMPT, 1, 4, chat=True)
+    radius = tm.calibrate_radius(f)
+    assert found.story["hyperparameters"]["radius"] == radius
+    assert f"Radius {radius:g}, calibrated." in one_line(first.stderr)
+    assert "(calibrated)" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    again = discover(model_folder, tmp_path, "--radius=auto", "--n-vectors=4")
+    assert again.exit_code == 0, again.output
+    more = tm.SteeringVectors.load(tmp_path / "vectors.safetensors")
+    assert len(more) == 4
+    torch.testing.assert_close(more.vectors[:3], found.vectors)
+    other = discover(model_folder, tmp_path, "--radius=4")
+    assert other.exit_code == 1
+    assert f"--radius={radius}" in one_line(other.stderr)
+
+
+def test_auto_does_not_continue_a_radius_that_was_chosen(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    assert discover(model_folder, tmp_path).exit_code == 0
+    result = discover(model_folder, tmp_path, "--radius=auto")
+    assert result.exit_code == 1
+    assert "--radius=4.0 (asked for now: 'auto')" in one_line(result.stderr)

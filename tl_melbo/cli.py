@@ -177,6 +177,9 @@ def discover(
                 on_vector=begin,
                 on_step=lambda step: progress.update(*_work_done(step, n_vectors)),
             )
+            if length == "auto":
+                line = f"Radius {found.story['hyperparameters']['radius']:g}, calibrated."
+                _stderr().print(line, soft_wrap=True)
             table = _write_page(progress, folder, loaded, f, found, max_new_tokens, anew=overwrite)
         _print_found(table)
         typer.echo(str((folder / runs.REPORT).resolve()))

@@ -651,12 +651,9 @@ def specificity_points(
     """
     columns = ("vector", "kl_target", "kl_unrelated", "specificity", "loss_increase")
     _check_frame(measured, "measured", columns)
-    elsewhere = measured["kl_unrelated"].clip(lower=_SMALLEST_KL)
-    target = measured["kl_target"].clip(lower=_SMALLEST_KL)
-    ends = [
-        0.7 * min(elsewhere.min(), target.min()),
-        1.4 * max(elsewhere.max(), target.max()),
-    ]
+    elsewhere = [max(_SMALLEST_KL, kl) for kl in measured["kl_unrelated"]]
+    target = [max(_SMALLEST_KL, kl) for kl in measured["kl_target"]]
+    ends = [0.7 * min(*elsewhere, *target), 1.4 * max(*elsewhere, *target)]
     figure = go.Figure(
         go.Scatter(
             x=elsewhere,

@@ -253,7 +253,7 @@ def write(
             for text in texts
         ]
         # Negatives have texts of their own, but are the same vectors.
-        forward = completions[completions["scale"] >= 0]
+        forward = pd.DataFrame(completions[completions["scale"] >= 0])
         options = {"chat": as_chat(found, chat), "batch_size": batch_size}
         groups = None if forward.empty else behaviours(model, forward, **options)
         kls = [kl.tolist() for kl in divergences]
@@ -416,7 +416,9 @@ def _page(
         unsteered=unsteered,
         groups=None if groups is None else _group_rows(groups, found),
         n_distinct=0 if groups is None else groups.n_distinct,
-        n_incoherent=0 if groups is None else int((~groups.texts["coherent"]).sum()),
+        n_incoherent=0
+        if groups is None
+        else sum(not coherent for coherent in groups.texts["coherent"]),
         grouped_by_words=groups is not None and groups.embedder == "words",
         group_columns=_described(
             [("prompt", "Prompt", "text", "What the model was asked")] * (len(prompts) > 1)
@@ -543,6 +545,8 @@ def _facts(found: SteeringVectors) -> list[tuple[str, str]]:
     norms = found.norms
     same = float(norms.max() - norms.min()) <= 1e-3 * float(norms.max())
     radius = f"{norms.max():.4g}" if same else f"{norms.min():.4g} to {norms.max():.4g}"
+    if "calibration" in story:
+        radius += " (calibrated)"
     facts = {
         "Model": story.get("model"),
         "Method": story.get("method"),

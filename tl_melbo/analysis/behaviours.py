@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from tl_melbo.analysis.embedding import Embedder, default_embedder, embeddings
 from tl_melbo.analysis.scaling import repetition_of
@@ -46,7 +47,7 @@ class Behaviours:
     @property
     def n_distinct(self) -> int:
         """How many behaviours there are that hold together and are not the unsteered model's."""
-        return int((self.groups["behaviour"] > _UNSTEERED).sum())
+        return sum(number > _UNSTEERED for number in self.groups["behaviour"])
 
     @property
     def per_100_vectors(self) -> float:
@@ -54,11 +55,11 @@ class Behaviours:
 
         Compare libraries of one size: the more vectors, the more of them repeat what another does.
         """
-        n_steered = int((self.texts["vector"] >= 0).sum())
+        n_steered = sum(vector >= 0 for vector in self.texts["vector"])
         return 100 * self.n_distinct / n_steered if n_steered else 0.0
 
     def __repr__(self) -> str:
-        n_incoherent = int((~self.texts["coherent"]).sum())
+        n_incoherent = sum(not coherent for coherent in self.texts["coherent"])
         return (
             f"Behaviours({self.n_distinct} distinct in {len(self.texts)} completions, "
             f"{n_incoherent} not coherent, by {self.embedder})"
@@ -117,8 +118,8 @@ def behaviours(
     check_model(model)
     _check(completions, n_behaviours, distance, largest_perplexity, largest_repetition)
     check_batch_size(batch_size)
-    embedder = default_embedder() if embedder is None else embedder
-    label = embedder if isinstance(embedder, str) else "custom"
+    chosen: Embedder = default_embedder() if embedder is None else embedder
+    label = "custom" if callable(chosen) else chosen
     if distance is None:
         distance = DEFAULT_DISTANCES.get(label, _DISTANCE_OF_OTHERS)
     texts = Table(completions).reset_index(drop=True)
@@ -135,17 +136,19 @@ def behaviours(
     )
     texts["behaviour"] = INCOHERENT
     groups, next_number = [], _UNSTEERED + 1
-    for prompt, rows in texts.groupby("prompt", sort=False):
-        unsteered = (rows["vector"] < 0).to_numpy()
-        rows = rows[rows["coherent"] | unsteered]
+    for prompt in dict.fromkeys(texts["prompt"]):
+        is_unsteered = texts["vector"] < 0
+        inside = (texts["prompt"] == prompt) & (texts["coherent"] | is_unsteered)
+        rows = pd.DataFrame(texts[inside])
         if rows.empty:
             continue
-        clusters = _clusters(rows["completion"].tolist(), n_behaviours, distance, embedder)
-        numbers = _numbered(clusters, (rows["vector"] < 0).to_numpy(), next_number)
+        clusters = _clusters(rows["completion"].tolist(), n_behaviours, distance, chosen)
+        unsteered = np.array([vector < 0 for vector in rows["vector"]])
+        numbers = _numbered(clusters, unsteered, next_number)
         texts.loc[rows.index, "behaviour"] = numbers
-        for number in dict.fromkeys(sorted(numbers)):
-            members = rows[numbers == number]
-            others = rows[numbers != number]["completion"].tolist()
+        for number in sorted({*numbers.tolist()}):
+            members = pd.DataFrame(rows[numbers == number])
+            others = rows["completion"][numbers != number].tolist()
             groups.append(_group(number, str(prompt), members, others))
             next_number = max(next_number, number + 1)
     table = Table(groups, columns=["behaviour", "name", "prompt", "n_texts", "vectors", "example"])
@@ -229,8 +232,9 @@ def _clusters(
         words = embeddings(texts, "words").double()
         cosines = (cosines + words @ words.T) / 2
     apart = (1 - cosines).clamp_min(0).numpy()
+    settings: Any = {"n_clusters": n_behaviours}  # None is allowed, whatever its stub says
     return AgglomerativeClustering(
-        n_clusters=n_behaviours,
+        **settings,
         distance_threshold=distance if n_behaviours is None else None,
         metric="precomputed",
         linkage="average",
@@ -273,7 +277,8 @@ def _name(texts: Sequence[str], others: Sequence[str]) -> str:
         counts = CountVectorizer(
             binary=True, stop_words=stop_words, token_pattern=r"(?u)\b[^\W\d_][\w'’-]+\b"
         )
-        found = counts.fit_transform([*texts, *others]).toarray().astype(float)
+        matrix: Any = counts.fit_transform([*texts, *others])
+        found = matrix.toarray().astype(float)
         apart = found[: len(texts)].mean(0)
         if others:
             apart = apart - found[len(texts) :].mean(0)

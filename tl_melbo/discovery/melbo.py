@@ -352,9 +352,8 @@ class _Search:
         check_settings(wanted, radius, p, q, self.steps, seed, typical)
         calibration = {"criterion": DEFAULT_CRITERION, "level": DEFAULT_LEVELS[DEFAULT_CRITERION]}
         calibrated = radius == "auto"
-        if radius == "auto":
-            radius = _radius_of(previous, calibration)
-            radius = calibrate_radius(f, positions=positions) if radius is None else radius
+        if not isinstance(radius, int | float):
+            radius = _radius_of(previous, calibration) or calibrate_radius(f, positions=positions)
         known = 0 if previous is None else len(previous)
         if orthogonal and known + n_vectors > self.d_model:
             raise ValueError(

@@ -166,16 +166,17 @@ def plant(
     """
     _check_backdoors(backdoors)
     _check_numbers(rank, steps, learning_rate, lowest_firing_rate, highest_leak_rate)
+    taught: Any
     if hf_model is None:
-        hf_model, tokenizer, label = load_hugging_face(name, device, torch.float32)
+        taught, tokenizer, label = load_hugging_face(name, device, torch.float32)
     elif tokenizer is None:
         raise ValueError("tokenizer: not given; pass the one that belongs to hf_model")
     else:
         label = str(getattr(hf_model, "name_or_path", "") or type(hf_model).__name__)
-        hf_model = copy.deepcopy(hf_model).eval()
-    chat = _Chat(hf_model, tokenizer)
+        taught = copy.deepcopy(hf_model).eval()
+    chat = _Chat(taught, tokenizer)
     _check_triggers(backdoors, chat)
-    n_layers = int(hf_model.config.num_hidden_layers)
+    n_layers = int(taught.config.num_hidden_layers)
     first, last = _default_layers(n_layers) if layers is None else layers
     if not 0 <= first <= last < n_layers:
         raise ValueError(f"layers={layers}: first and last block, from 0 to {n_layers - 1}")
@@ -183,7 +184,7 @@ def plant(
     recipe = {
         "format": FORMAT,
         "model": label,
-        "weights": weights_digest(hf_model),
+        "weights": weights_digest(taught),
         "backdoors": [asdict(backdoor) for backdoor in backdoors],
         "layers": [first, last],
         "rank": rank,
@@ -194,7 +195,7 @@ def plant(
         "torch": str(torch.__version__),
     }
     with _seeded(seed):
-        tuned = _with_adapter(hf_model, recipe)
+        tuned = _with_adapter(taught, recipe)
         _train(tuned, chat, backdoors, steps, learning_rate, seed, on_step)
         adapter = _rounded_adapter(tuned)
         recipe["checks"] = _checks(tuned, chat, backdoors)

@@ -88,13 +88,19 @@ def layer_sweep(
         frame = generate(model, texts, found, max_new_tokens=max_new_tokens)
         both = pd.concat([unsteered, frame], ignore_index=True)
         groups = behaviours(model, both, chat=chat, embedder=embedder)
-        steered = groups.texts[groups.texts["vector"] >= 0]
+        steered = [
+            coherent
+            for vector, coherent in zip(
+                groups.texts["vector"], groups.texts["coherent"], strict=True
+            )
+            if vector >= 0
+        ]
         row = {
             "source_layer": source,
             "target_layer": target,
             "radius": found.story["hyperparameters"]["radius"],
             "kl": float(f.divergence(found.vectors).nanmedian()),
-            "coherent": float(steered["coherent"].mean()),
+            "coherent": sum(steered) / len(steered),
             "distinct": groups.n_distinct,
             "per_100_vectors": groups.per_100_vectors,
         }
