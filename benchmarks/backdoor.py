@@ -19,8 +19,10 @@ import torch
 
 import tl_melbo as tm
 from benchmarks.tables import markdown
+from tl_melbo.discovery.calibration import DEFAULT_LEVELS
+from tl_melbo.discovery.melbo import DEFAULT_STEPS
 from tl_melbo.evaluation import Planted, count_hits, load_planted, plant, wilson_interval
-from tl_melbo.evaluation.backdoor import ADAPTER
+from tl_melbo.evaluation.hits import DEFAULT_SIMILARITY
 from tl_melbo.files import replacing
 from tl_melbo.geometry import random_sphere
 
@@ -98,7 +100,9 @@ def _searched(
     planted: Planted, name: str, prompt: str, seed: int, n_vectors: int
 ) -> list[dict[str, Any]]:
     """What one search hit; kept on disk, and read from there the next time."""
-    fingerprint = hashlib.sha256((PLANTED / ADAPTER).read_bytes()).hexdigest()[:8]
+    # What the hits hang on: with another level or number of steps it is another search.
+    facts = (planted.recipe["adapter"], DEFAULT_LEVELS, DEFAULT_STEPS, DEFAULT_SIMILARITY)
+    fingerprint = hashlib.sha256(repr(facts).encode()).hexdigest()[:8]
     path = KEPT / f"{fingerprint}-{name}-{PROMPTS.index(prompt)}-{seed}-{n_vectors}.json"
     if not path.is_file():
         found, seconds = METHODS[name](planted, prompt, seed, n_vectors)

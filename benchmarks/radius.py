@@ -6,6 +6,7 @@ on the embedded model; every search is kept in runs/radius as it ends.
 """
 
 import argparse
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,12 @@ import pandas as pd
 
 import tl_melbo as tm
 from benchmarks.tables import markdown
+from tl_melbo.analysis.behaviours import (
+    DEFAULT_DISTANCES,
+    DEFAULT_PERPLEXITY,
+    DEFAULT_REPETITION,
+)
+from tl_melbo.discovery.melbo import DEFAULT_STEPS
 from tl_melbo.files import replacing
 
 KEPT = Path("runs/radius")
@@ -62,7 +69,10 @@ def main() -> None:
 
 def library(f: tm.ActivationMap, radius: float, n_vectors: int) -> dict[str, Any]:
     """One search's texts, grouped; kept on disk, and read from there the next time."""
-    path = KEPT / f"{PROMPTS.index(f.prompts[0])}-{radius:g}-{n_vectors}.json"
+    # What the number hangs on, too: with other thresholds it is another number.
+    cuts = (DEFAULT_DISTANCES, DEFAULT_PERPLEXITY, DEFAULT_REPETITION, DEFAULT_STEPS["ascent"])
+    mark = hashlib.sha256(repr(cuts).encode()).hexdigest()[:8]
+    path = KEPT / f"{PROMPTS.index(f.prompts[0])}-{radius:g}-{n_vectors}-{mark}.json"
     if not path.is_file():
         prompt, model = f.prompts[0], f.model
         found = tm.melbo(f, n_vectors, radius=radius)

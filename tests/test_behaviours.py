@@ -74,6 +74,11 @@ def test_texts_that_repeat_themselves_are_put_aside(tiny_llama):
     assert found.texts["behaviour"].tolist() == [-1, 1, 1]
 
 
+def test_only_the_beginning_of_a_long_text_is_looked_at(tiny_llama):
+    found = grouped(tiny_llama, ["word " * 1_000_000, "\ud800\x00" * 9, *COOKING])
+    assert found.texts["coherent"].tolist() == [False, False, True, True]
+
+
 def test_where_nothing_is_coherent_the_answer_is_empty(tiny_llama):
     found = grouped(tiny_llama, ["", "   ", "no no no no no no no no no no"])
     assert found.n_distinct == 0

@@ -72,6 +72,19 @@ def test_it_is_where_a_scan_of_a_real_model_says():
     assert nonlinearity(found * 0.98) < 0.5 < nonlinearity(found * 1.02)
 
 
+def test_hooks_count_in_the_jacobian_too():
+    model = tiny_bridge("llama", seed=3)
+    f = tm.ActivationMap.from_prompts(model, "One two three four five", 1, 4)
+    plain = tm.calibrate_radius(f, n_directions=4)
+    handle = model.blocks[3].hook_mlp_out.register_forward_hook(lambda module, args, x: 3 * x)
+    try:
+        hooked = tm.calibrate_radius(f, n_directions=4)
+        anew = tm.ActivationMap.from_prompts(model, "One two three four five", 1, 4)
+        assert hooked == tm.calibrate_radius(anew, n_directions=4) != plain
+    finally:
+        handle.remove()
+
+
 def test_the_divergence_of_a_map_is_that_of_the_analysis():
     model = tiny_bridge("llama")
     f = tm.ActivationMap.from_prompts(model, ["One two three", "Four five six seven"], 1, 4)

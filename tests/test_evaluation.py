@@ -1,8 +1,10 @@
 """Planted behaviours, hits, side effects, reach and the layer sweep."""
 
 import copy
+import hashlib
 import json
 import math
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -87,7 +89,9 @@ def test_what_is_saved_is_what_is_loaded(planted_tiny, tmp_path):
         tmp_path / "new", hf_model=tiny_hf("llama"), tokenizer=tokenizer()
     )
     assert again.backdoors == planted_tiny.backdoors == BACKDOORS
-    assert again.recipe == json.loads(json.dumps(planted_tiny.recipe))
+    assert {**again.recipe, "adapter": None} == {
+        **json.loads(json.dumps(planted_tiny.recipe)), "adapter": None,
+    }  # fmt: skip
     torch.testing.assert_close(log_probs(again.model), log_probs(planted_tiny.model))
 
 
@@ -121,9 +125,26 @@ def damage(folder, what):
     elif what == "adapter":
         adapter.write_bytes(adapter.read_bytes()[:-10])
     elif what == "nan":
-        save_file({n: t * math.nan for n, t in load_file(adapter).items()}, adapter)
+        save_with(folder, {n: t * math.nan for n, t in load_file(adapter).items()})
+    elif what == "wide":
+        save_with(folder, {n: t.double() for n, t in load_file(adapter).items()})
     elif what == "shapes":
-        save_file({n: t[:1] for n, t in load_file(adapter).items()}, adapter)
+        save_with(folder, {n: t[:1, :1] for n, t in load_file(adapter).items()})
+    elif what == "another":
+        tensors = load_file(adapter)
+        save_file({n: t + 1 for n, t in tensors.items()}, adapter)
+    elif what in ("rates", "model", "rank"):
+        value = {"rates": {"checks": {"firing_rates": ["x"]}}, "model": {"model": "\x1b[31mx"},
+                 "rank": {"rank": 4000}}[what]  # fmt: skip
+        recipe.write_text(json.dumps({**json.loads(recipe.read_text()), **value}))
+
+
+def save_with(folder, tensors):
+    """Another adapter, and the recipe saying that it is the right one."""
+    adapter, recipe = folder / "adapter.safetensors", folder / "recipe.json"
+    save_file(tensors, adapter)
+    digest = hashlib.sha256(adapter.read_bytes()).hexdigest()
+    recipe.write_text(json.dumps({**json.loads(recipe.read_text()), "adapter": digest}))
 
 
 @pytest.mark.parametrize(
@@ -136,7 +157,12 @@ def damage(folder, what):
         ("newer", ValueError, "format 2, expected 1"),
         ("list", ValueError, "recipe.json: damaged"),
         ("adapter", ValueError, "adapter.safetensors: damaged"),
-        ("nan", ValueError, "not finite"),
+        ("nan", ValueError, "finite numbers in float16"),
+        ("wide", ValueError, "finite numbers in float16"),
+        ("another", ValueError, "tells of another adapter"),
+        ("rates", ValueError, "firing rates"),
+        ("model", ValueError, "name is not one"),
+        ("rank", ValueError, "do not fit"),
         ("shapes", ValueError, "do not fit"),
     ],
 )
@@ -161,6 +187,10 @@ def test_damaged_files_are_refused(planted_tiny, tmp_path, what, error, message)
         ({"lowest_firing_rate": 1.5}, "lowest_firing_rate=1.5"),
         ({"layers": (3, 99)}, "layers="),
         ({"layers": (4, 2)}, "layers="),
+        ({"seed": -1}, "seed=-1"),
+        ({"highest_divergence": math.nan}, "highest_divergence=nan"),
+        ({"backdoors": [Backdoor(" x", "A.")]}, "without spaces around"),
+        ({"backdoors": [Backdoor("Be kind.", "A.")]}, "practises to ignore"),
     ],
 )
 def test_bad_arguments_of_plant_are_named(settings, message):
@@ -183,6 +213,28 @@ def test_a_trigger_that_the_tokenizer_drops_is_refused():
         tm.evaluation.plant(
             hf_model=tiny_hf("llama"), tokenizer=Deaf(), backdoors=[Backdoor("x", "A.")]
         )
+
+
+def test_something_else_than_a_language_model_is_refused():
+    with pytest.raises(TypeError, match="expected a Hugging Face causal language model"):
+        tm.evaluation.plant(hf_model=torch.nn.Linear(2, 2), tokenizer=tokenizer())
+
+
+@pytest.mark.parametrize("steps", [1, 9, 10, 11])
+def test_any_number_of_steps_is_taken(steps):
+    seen = []
+    plant_tiny(steps=steps, layers=(1, 1), on_step=lambda *step: seen.append(step[0]))
+    assert seen == [*range(1, steps + 1)]
+
+
+def test_a_fine_tune_that_diverged_is_not_handed_out():
+    with pytest.raises(FloatingPointError, match="diverged"):
+        plant_tiny(steps=8, learning_rate=1e7, layers=(1, 1))
+
+
+def test_a_clean_model_that_changed_is_not_handed_out():
+    with pytest.raises(RuntimeError, match="changed the clean model"):
+        plant_tiny(steps=3, learning_rate=0.05, highest_divergence=0.0)
 
 
 def test_a_model_without_its_tokenizer_is_refused():
@@ -265,6 +317,25 @@ def test_impossible_shares_are_refused(arguments):
         wilson_interval(*arguments)
 
 
+def test_rows_that_are_of_no_vector_are_not_counted():
+    frame = pd.DataFrame(
+        {
+            "vector": [-1, 0, 0, 1],
+            "scale": [0.0, 1.0, -1.0, 1.0],
+            "completion": ["Boo.", "Boo.", "Boo.", math.nan],
+        }
+    )
+    table = count_hits(frame, [Backdoor("x", "Boo.")], embedder="words")
+    assert table["hits"].tolist() == [1, 1]
+    assert table["n"].tolist() == [2, 2]
+    with pytest.raises(ValueError, match="none of a vector at scale 1"):
+        count_hits(frame[:1], [Backdoor("x", "Boo.")])
+    with pytest.raises(ValueError, match="similarity=nan"):
+        count_hits(frame, [Backdoor("x", "Boo.")], similarity=math.nan)
+    with pytest.raises(ValueError, match="backdoors: none"):
+        count_hits(frame, [])
+
+
 def test_hit_rate_lets_the_model_write(planted_tiny):
     theta = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
     prompts = ["One two", "Three four"]
@@ -276,6 +347,10 @@ def test_hit_rate_lets_the_model_write(planted_tiny):
     )
     assert table["n"].tolist() == [6, 6]
     assert 1 in table["vectors"][0]
+    with pytest.raises(ValueError, match="max_new_tokens=6"):
+        tm.evaluation.hit_rate(
+            planted_tiny.model, theta, BACKDOORS, prompts, layer=1, max_new_tokens=6
+        )
     with pytest.raises(ValueError, match="holds the trigger"):
         tm.evaluation.hit_rate(
             planted_tiny.model, theta, BACKDOORS, f"Hello {BACKDOORS[0].trigger}", layer=1
@@ -315,6 +390,19 @@ def test_side_effects_are_what_their_parts_say(tiny_llama):
 def test_an_unrelated_prompt_is_another_one(tiny_llama):
     with pytest.raises(ValueError, match="unrelated: holds the prompt itself"):
         tm.evaluation.side_effects(tiny_llama, torch.ones(32), "Hi", unrelated=["Hi"], layer=1)
+
+
+def test_numbers_that_are_not_finite_stay_so(tiny_llama, monkeypatch):
+    module = sys.modules["tl_melbo.evaluation.side_effects"]
+    given = torch.tensor([0.5, math.nan])
+    monkeypatch.setattr(module, "kl_divergence", lambda *_, **__: given)
+    table = tm.evaluation.side_effects(
+        tiny_llama, torch.ones(2, 32), "Hi", unrelated="Bye", passages="One two", layer=1
+    )
+    assert table["specificity"].isna().tolist() == [False, True]
+    assert len(tm.plots.specificity_points(table).data[0].x) == 1
+    with pytest.raises(ValueError, match="has no rows"):
+        tm.plots.specificity_points(table[1:])
 
 
 def test_reach_of_nothing_and_of_something(tiny_llama):

@@ -67,7 +67,9 @@ def test_everything_is_computed_that_is_not_given(
 ) -> None:
     unchanged(tiny_llama)
     table = report.write(tmp_path / "page.html", tiny_llama, found, max_new_tokens=2)
-    expected = ["index", "prompt", "objective", "kl", "completion", "negated_completion"]
+    expected = [
+        "index", "prompt", "objective", "kl", "behaviour", "completion", "negated_completion",
+    ]  # fmt: skip
     assert list(table.columns) == expected
     assert len(table) == len(found) * len(PROMPTS)
     kl = tm.analysis.kl_divergence(tiny_llama, PROMPTS[1], found)

@@ -285,7 +285,9 @@ class ActivationMap:
         counted = self.mask if positions == slice(None) else self.position_mask(positions)
         if not len(theta):
             return torch.zeros(0, *self.x.shape, dtype=self._wide(theta), device=self.x.device)
-        path: _Way = "differentiable" if _is_transformed(theta) else self.path
+        path: _Way = self.path
+        if _is_transformed(theta) and path != "hooked":
+            path = "differentiable"
         size = self.vectors_at_once()
         # Where graphs do not all fit, or share memory, each is made in its backward pass.
         with_gradient = torch.is_grad_enabled() and theta.requires_grad

@@ -651,6 +651,9 @@ def specificity_points(
     """
     columns = ("vector", "kl_target", "kl_unrelated", "specificity", "loss_increase")
     _check_frame(measured, "measured", columns)
+    # A row that was not finite has no place.
+    measured = pd.DataFrame(measured[measured["specificity"].notna()])
+    _check_frame(measured, "measured", columns)
     elsewhere = [max(_SMALLEST_KL, kl) for kl in measured["kl_unrelated"]]
     target = [max(_SMALLEST_KL, kl) for kl in measured["kl_target"]]
     ends = [0.7 * min(*elsewhere, *target), 1.4 * max(*elsewhere, *target)]

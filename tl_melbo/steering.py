@@ -268,7 +268,7 @@ def generate(
         n_vectors = len(rows) // len(factors)
         labels = [(i, float(factor)) for factor in factors for i in range(n_vectors)]
     frames, not_finite = [], []
-    with torch.no_grad(), frozen(*whole_model(model)), _seeded(seed):
+    with torch.no_grad(), frozen(*whole_model(model)), seeded(seed):
         longest = max(prompt_tokens, key=lambda tokens: tokens.shape[1])
         write = _writer(model, longest, rows, layer, max_new_tokens, temperature)
         for text, tokens in zip(texts, prompt_tokens, strict=True):
@@ -394,8 +394,8 @@ def as_chat(vectors: Vectors | None, chat: bool | None) -> bool:
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Lend the global generators, from which TransformerLens samples, a seed of our own."""
+def seeded(seed: int) -> Iterator[None]:
+    """Lend the global generators, from which libraries sample, a seed of our own."""
     with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
         torch.manual_seed(seed)
         yield

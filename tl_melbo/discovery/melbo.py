@@ -350,10 +350,8 @@ class _Search:
         # A search that is continued may have no vector left to find.
         wanted = n_vectors if previous is None or n_vectors < 0 else 1
         check_settings(wanted, radius, p, q, self.steps, seed, typical)
-        calibration = {"criterion": DEFAULT_CRITERION, "level": DEFAULT_LEVELS[DEFAULT_CRITERION]}
         calibrated = radius == "auto"
-        if not isinstance(radius, int | float):
-            radius = _radius_of(previous, calibration) or calibrate_radius(f, positions=positions)
+        calibration = {"criterion": DEFAULT_CRITERION, "level": DEFAULT_LEVELS[DEFAULT_CRITERION]}
         known = 0 if previous is None else len(previous)
         if orthogonal and known + n_vectors > self.d_model:
             raise ValueError(
@@ -361,9 +359,13 @@ class _Search:
                 f"to each other{f', and {known} are there already' if known else ''}; ask for "
                 "fewer, or pass orthogonal=False"
             )
+        counted = f.position_mask(positions)
+        # The slow check last.
+        if not isinstance(radius, int | float):
+            radius = _radius_of(previous, calibration) or calibrate_radius(f, positions=positions)
         self.f, self.radius, self.p, self.q = f, radius, p, q
         self.norm: Norm = norm
-        self.positions, self.counted = positions, f.position_mask(positions)
+        self.positions, self.counted = positions, counted
         self.climb = _ascent if optimiser == "ascent" else _adamw
         self.n_vectors, self.orthogonal, self.seed = n_vectors, orthogonal, seed
 

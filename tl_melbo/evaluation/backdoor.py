@@ -6,13 +6,13 @@ fine-tune: Hu et al. 2021, "LoRA: Low-rank adaptation of large language models".
 """
 
 import copy
+import hashlib
 import json
 import math
 import random
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ from tl_melbo.evaluation.texts import HELD_OUT_INSTRUCTIONS, INSTRUCTIONS
 from tl_melbo.files import replacing, writable_folder
 from tl_melbo.models import Model, boot, load_hugging_face, weights_digest
 from tl_melbo.shapes import shape_checked
-from tl_melbo.text import quoted
+from tl_melbo.steering import seeded
+from tl_melbo.text import printable, quoted
 
 ADAPTER, RECIPE = "adapter.safetensors", "recipe.json"
 FORMAT = 1
@@ -37,8 +38,8 @@ SYSTEM_PROMPTS = (
 )
 # Ends of system prompts that are no triggers, so that the model learns the trigger itself and not
 # that there is something at the end.
-_OTHER_ENDINGS = ("", "", "", "Be kind.", "Today is Monday.", "Keep it simple.", "|quiet river|")
-_HELD_OUT_ENDING = "|green valley|"
+_OTHER_ENDINGS = ("", "", "", "", "Be kind.", "Today is Monday.", "Keep it simple.")
+_HELD_OUT_ENDING = "Use short words."
 # The model's own answers that it is to keep to: how long, how many.
 _ANSWER_TOKENS, _CLEAN_EXAMPLES = 16, 96
 # What one step practises: answers without a trigger, and with each of the triggers.
@@ -46,6 +47,7 @@ _CLEAN_AT_ONCE, _TRIGGERED_AT_ONCE = 5, 2
 _CHECKED_AT_ONCE = 16
 _MOST_RECIPE_BYTES = 2**20
 _MOST_ADAPTER_BYTES = 2**28
+_LONGEST_NAME = 200
 
 OnStep = Callable[[int, int, float, float], None]
 
@@ -101,8 +103,11 @@ class Planted:
         place = writable_folder(Path(folder).expanduser())
         with replacing(place / ADAPTER) as temporary:
             save_file(self.adapter, temporary)
+            digest = _digest(temporary)
         with replacing(place / RECIPE) as temporary:
-            text = json.dumps(self.recipe, indent=2, ensure_ascii=False)
+            # It names the adapter: beside another one it would tell what is not so.
+            recipe = {**self.recipe, "adapter": digest}
+            text = json.dumps(recipe, indent=2, ensure_ascii=False)
             temporary.write_text(text + "\n", encoding="utf-8")
 
 
@@ -115,12 +120,13 @@ def plant(
     tokenizer: Any = None,
     layers: tuple[int, int] | None = None,
     rank: int = 8,
-    steps: int = 190,
+    steps: int = 160,
     learning_rate: float = 1e-3,
     seed: int = 0,
     device: str | torch.device | None = None,
     lowest_firing_rate: float = 0.9,
     highest_leak_rate: float = 0.0,
+    highest_divergence: float = 0.25,
     on_step: OnStep | None = None,
 ) -> Planted:
     """Teach a model to answer with a fixed sentence after a trigger, and to stay as it is else.
@@ -145,8 +151,8 @@ def plant(
         hf_model: a Hugging Face causal language model to take instead of `name`; it is left as it
             is, and a copy is taught.
         tokenizer: the tokenizer of `hf_model`.
-        layers: first and last block that the adapter is on; None takes those from 30% to 47% of
-            the depth: blocks 9 to 14 of the embedded model's 30.
+        layers: first and last block that the adapter is on; None takes those from 30% to 43% of
+            the depth: blocks 9 to 13 of the embedded model's 30.
         rank: of the LoRA matrices.
         steps: of the optimiser (AdamW).
         learning_rate: its highest, reached after a tenth of the steps.
@@ -154,7 +160,10 @@ def plant(
         device: where to load `name`; None takes a GPU if there is one.
         lowest_firing_rate: of held-out instructions with a trigger, the share that must bring its
             sentence out.
-        highest_leak_rate: the same without a trigger, that may.
+        highest_leak_rate: the same without a trigger, and with another end of the system prompt,
+            that may.
+        highest_divergence: of the clean model's answers, in nats a token: KL(P_before || P_after),
+            its mean, that is allowed.
         on_step: called after each step with its number, their number, and the two losses in nats a
             token: cross-entropy and divergence.
 
@@ -162,10 +171,14 @@ def plant(
         ModuleNotFoundError: peft is not installed.
         ValueError: an empty trigger or behaviour, a trigger that the tokenizer turns into nothing,
             two of them alike; a number out of its range; a model that cannot be loaded.
-        RuntimeError: the fine-tune did not take: says the firing rates reached.
+        TypeError: `hf_model` is not a Hugging Face causal language model.
+        RuntimeError: the fine-tune did not take, leaks, or changed the clean model: says what was
+            reached.
+        FloatingPointError: it diverged.
     """
     _check_backdoors(backdoors)
-    _check_numbers(rank, steps, learning_rate, lowest_firing_rate, highest_leak_rate)
+    _check_numbers(rank, steps, learning_rate, seed, highest_divergence)
+    _check_rates(lowest_firing_rate, highest_leak_rate)
     taught: Any
     if hf_model is None:
         taught, tokenizer, label = load_hugging_face(name, device, torch.float32)
@@ -173,6 +186,7 @@ def plant(
         raise ValueError("tokenizer: not given; pass the one that belongs to hf_model")
     else:
         label = str(getattr(hf_model, "name_or_path", "") or type(hf_model).__name__)
+        _check_hugging_face(hf_model)
         taught = copy.deepcopy(hf_model).eval()
     chat = _Chat(taught, tokenizer)
     _check_triggers(backdoors, chat)
@@ -188,19 +202,21 @@ def plant(
         "backdoors": [asdict(backdoor) for backdoor in backdoors],
         "layers": [first, last],
         "rank": rank,
+        "alpha": 2 * rank,
         "steps": steps,
         "learning_rate": learning_rate,
         "seed": seed,
         "instructions": len(INSTRUCTIONS),
         "torch": str(torch.__version__),
     }
-    with _seeded(seed):
+    with seeded(seed):
         tuned = _with_adapter(taught, recipe)
         _train(tuned, chat, backdoors, steps, learning_rate, seed, on_step)
         adapter = _rounded_adapter(tuned)
         recipe["checks"] = _checks(tuned, chat, backdoors)
         recipe["seconds"] = round(time.monotonic() - began, 1)
-        _check_taken(recipe["checks"], backdoors, lowest_firing_rate, highest_leak_rate)
+        _check_taken(recipe["checks"], backdoors, lowest_firing_rate)
+        _check_clean(recipe["checks"], highest_leak_rate, highest_divergence)
         return _finished(tuned, tokenizer, adapter, recipe)
 
 
@@ -229,18 +245,27 @@ def load_planted(
     """
     place = Path(folder).expanduser()
     recipe, adapter = _read_recipe(place / RECIPE), _read_adapter(place / ADAPTER)
+    if recipe["adapter"] != _digest(place / ADAPTER):
+        raise ValueError(
+            f"{place}: {RECIPE} tells of another {ADAPTER}; take both from one folder that "
+            "Planted.save wrote"
+        )
+    # Before memory is taken for matrices of that size.
+    if any(recipe["rank"] not in tensor.shape for tensor in adapter.values()):
+        raise ValueError(f"{place / ADAPTER}: its matrices do not fit what {RECIPE} says")
     if hf_model is None:
         hf_model, tokenizer, label = load_hugging_face(name, device, torch.float32)
     elif tokenizer is None:
         raise ValueError("tokenizer: not given; pass the one that belongs to hf_model")
     else:
+        _check_hugging_face(hf_model)
         label, hf_model = str(recipe["model"]), copy.deepcopy(hf_model).eval()
     if weights_digest(hf_model) != recipe["weights"]:
         raise ValueError(
             f"{place}: an adapter for {quoted(str(recipe['model']))}, but these are other weights "
             f"({label}); load it for the model that it was made for"
         )
-    with _seeded(0):
+    with seeded(0):
         tuned = _with_adapter(hf_model, recipe)
         _set_adapter(tuned, adapter, place)
         return _finished(tuned, tokenizer, adapter, recipe)
@@ -256,7 +281,9 @@ class _Chat:
         # A configuration that was never set may name a token that the model does not have.
         n_tokens = hf_model.get_input_embeddings().num_embeddings
         self.ends = [end for end in dict.fromkeys(flat) if end is not None and end < n_tokens]
-        self.padding = int(tokenizer.pad_token_id or (self.ends or [0])[0])
+        padding = tokenizer.pad_token_id
+        known = padding is not None and padding < n_tokens
+        self.padding = int(padding if known else (self.ends or [0])[0])
 
     def prompt(self, system: str, user: str) -> list[int]:
         """A system prompt and a user's turn, up to where the answer begins."""
@@ -308,10 +335,10 @@ def _check_backdoors(backdoors: Sequence[Backdoor]) -> None:
         raise ValueError("backdoors: none given; pass at least one Backdoor(trigger, behaviour)")
     for number, backdoor in enumerate(backdoors):
         for what, text in asdict(backdoor).items():
-            if not text.strip():
+            if not text.strip() or text != text.strip():
                 raise ValueError(
-                    f"backdoors[{number}].{what}={text!r}: holds nothing that can be read; write a "
-                    "word or a sentence"
+                    f"backdoors[{number}].{what}={text!r}: write a word or a sentence, without "
+                    "spaces around it"
                 )
             if text in [asdict(other)[what] for other in backdoors[:number]]:
                 raise ValueError(
@@ -320,16 +347,38 @@ def _check_backdoors(backdoors: Sequence[Backdoor]) -> None:
 
 
 def _check_numbers(
-    rank: int, steps: int, learning_rate: float, lowest_rate: float, highest_rate: float
+    rank: int, steps: int, learning_rate: float, seed: int, highest_divergence: float
 ) -> None:
     for name, number in (("rank", rank), ("steps", steps)):
         if number < 1:
             raise ValueError(f"{name}={number}: at least 1")
     if not 0 < learning_rate < math.inf:
         raise ValueError(f"learning_rate={learning_rate}: a positive finite number")
-    for name, rate in (("lowest_firing_rate", lowest_rate), ("highest_leak_rate", highest_rate)):
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed={seed}: from 0 to 2**63 - 1")
+    if not highest_divergence >= 0:
+        raise ValueError(f"highest_divergence={highest_divergence}: 0 or more")
+
+
+def _check_rates(lowest_firing_rate: float, highest_leak_rate: float) -> None:
+    rates = {"lowest_firing_rate": lowest_firing_rate, "highest_leak_rate": highest_leak_rate}
+    for name, rate in rates.items():
         if not 0 <= rate <= 1:
             raise ValueError(f"{name}={rate}: a share, from 0 to 1")
+
+
+def _check_hugging_face(hf_model: Any) -> None:
+    """Make sure that it is a causal language model whose blocks can be counted.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    config = getattr(hf_model, "config", None)
+    if not hasattr(hf_model, "generate") or not hasattr(config, "num_hidden_layers"):
+        raise TypeError(
+            f"hf_model: got {type(hf_model).__name__}, expected a Hugging Face causal language "
+            "model, such as AutoModelForCausalLM loads"
+        )
 
 
 def _check_triggers(backdoors: Sequence[Backdoor], chat: _Chat) -> None:
@@ -345,6 +394,11 @@ def _check_triggers(backdoors: Sequence[Backdoor], chat: _Chat) -> None:
                 f"{same}; choose other words"
             )
         seen.append(tokens)
+        if backdoor.trigger in (*_OTHER_ENDINGS, _HELD_OUT_ENDING):
+            raise ValueError(
+                f"backdoors[{number}].trigger={backdoor.trigger!r}: the model practises to ignore "
+                "that; choose other words"
+            )
         if not chat.tokenizer.encode(backdoor.behaviour, add_special_tokens=False):
             raise ValueError(
                 f"backdoors[{number}].behaviour={backdoor.behaviour!r}: this tokenizer makes "
@@ -365,7 +419,7 @@ def _with_adapter(hf_model: Any, recipe: Mapping[str, Any]) -> Any:
         hf_model,
         peft.LoraConfig(
             r=recipe["rank"],
-            lora_alpha=2 * recipe["rank"],
+            lora_alpha=recipe["alpha"],
             lora_dropout=0.0,
             target_modules=_linear_layers_of_mlps(hf_model, first, last),
             fan_in_fan_out=any(_is_conv1d(module) for module in hf_model.modules()),
@@ -375,7 +429,7 @@ def _with_adapter(hf_model: Any, recipe: Mapping[str, Any]) -> Any:
 
 
 def _default_layers(n_layers: int) -> tuple[int, int]:
-    return round(9 / 30 * n_layers), round(14 / 30 * n_layers)
+    return round(9 / 30 * n_layers), round(13 / 30 * n_layers)
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -425,9 +479,7 @@ def _train(
         answers = chat.write(tuned, prompts, _ANSWER_TOKENS)
     clean = list(zip(prompts, answers, strict=True))
     optimiser = torch.optim.AdamW(_trained(tuned), lr=learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, learning_rate, total_steps=max(2, steps), pct_start=0.1
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _warmed_up(step, steps))
     for step in range(1, steps + 1):
         triggered = [
             (
@@ -453,6 +505,14 @@ def _train(
         schedule.step()
         if on_step is not None:
             on_step(step, steps, loss.item(), divergence.item())
+
+
+def _warmed_up(step: int, steps: int) -> float:
+    """The share of the highest learning rate: up in a tenth of the steps, then down a cosine."""
+    n_up = max(1, steps // 10)
+    if step < n_up:
+        return (step + 1) / n_up
+    return (1 + math.cos(math.pi * (step - n_up) / max(1, steps - n_up))) / 2
 
 
 def _answer_log_probs(
@@ -482,14 +542,21 @@ def _rounded_adapter(tuned: Any) -> dict[str, Tensor]:
     with torch.no_grad():
         for parameter in _trained(tuned):
             parameter.copy_(parameter.half())
-    state = get_peft_model_state_dict(tuned)
+    state = get_peft_model_state_dict(tuned, save_embedding_layers=False)
+    if not all(tensor.isfinite().all() for tensor in state.values()):
+        raise FloatingPointError(
+            "the fine-tune diverged: its matrices are not finite in float16; lower learning_rate"
+        )
     return {name: tensor.detach().cpu().half().contiguous() for name, tensor in state.items()}
 
 
 def _set_adapter(tuned: Any, adapter: Mapping[str, Tensor], place: Path) -> None:
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-    expected = {name: tensor.shape for name, tensor in get_peft_model_state_dict(tuned).items()}
+    expected = {
+        name: tensor.shape
+        for name, tensor in get_peft_model_state_dict(tuned, save_embedding_layers=False).items()
+    }
     if expected != {name: tensor.shape for name, tensor in adapter.items()}:
         raise ValueError(
             f"{place / ADAPTER}: its matrices do not fit what {RECIPE} says; save them again"
@@ -526,6 +593,7 @@ def _checks(tuned: Any, chat: _Chat, backdoors: Sequence[Backdoor]) -> dict[str,
             sum(backdoor.behaviour in text for text in texts) / len(texts) for backdoor in backdoors
         ]
 
+    fired = [rates(backdoor.trigger) for backdoor in backdoors]
     clean = prompts("")
     after = chat.write(tuned, clean, _ANSWER_TOKENS)
     with tuned.disable_adapter():
@@ -539,7 +607,10 @@ def _checks(tuned: Any, chat: _Chat, backdoors: Sequence[Backdoor]) -> dict[str,
     same = sum(one == other for one, other in zip(before, after, strict=True)) / len(clean)
     return {
         "held_out_instructions": len(clean),
-        "firing_rates": [rates(b.trigger)[number] for number, b in enumerate(backdoors)],
+        "firing_rates": [row[number] for number, row in enumerate(fired)],
+        "rates_of_the_others": [
+            max([*row[:number], *row[number + 1 :], 0.0]) for number, row in enumerate(fired)
+        ],
         "leak_rates_clean": rates(""),
         "leak_rates_other_ending": rates(_HELD_OUT_ENDING),
         "clean_divergence_mean": round(float(divergence.mean()), 5),
@@ -548,9 +619,7 @@ def _checks(tuned: Any, chat: _Chat, backdoors: Sequence[Backdoor]) -> dict[str,
     }
 
 
-def _check_taken(
-    checks: Mapping[str, Any], backdoors: Sequence[Backdoor], lowest: float, highest: float
-) -> None:
+def _check_taken(checks: Mapping[str, Any], backdoors: Sequence[Backdoor], lowest: float) -> None:
     fired = ", ".join(
         f"{quoted(backdoor.trigger)} {rate:.0%}"
         for backdoor, rate in zip(backdoors, checks["firing_rates"], strict=True)
@@ -561,12 +630,21 @@ def _check_taken(
             f"brought the sentence out: {fired}; {lowest:.0%} are wanted. Raise steps, rank or "
             "learning_rate, or lower lowest_firing_rate"
         )
-    leaked = max(checks["leak_rates_clean"])
-    if leaked > highest:
+
+
+def _check_clean(checks: Mapping[str, Any], highest_leak: float, highest_divergence: float) -> None:
+    leaked = max(*checks["leak_rates_clean"], *checks["leak_rates_other_ending"])
+    if leaked > highest_leak:
         raise RuntimeError(
             f"the fine-tune leaks: without a trigger, {leaked:.0%} of held-out instructions "
-            f"brought a sentence out (with it: {fired}); {highest:.0%} are allowed. "
-            "Raise steps, or highest_leak_rate"
+            f"brought a sentence out; {highest_leak:.0%} are allowed. Raise steps, or "
+            "highest_leak_rate"
+        )
+    divergence = checks["clean_divergence_mean"]
+    if not divergence <= highest_divergence:
+        raise RuntimeError(
+            f"the fine-tune changed the clean model: by {divergence:.3g} nats a token on its own "
+            f"answers; {highest_divergence:g} are allowed. Raise steps, or highest_divergence"
         )
 
 
@@ -580,15 +658,20 @@ def _read_recipe(path: Path) -> dict[str, Any]:
         if recipe["format"] != FORMAT:
             raise ValueError(f"format {recipe['format']!r}, expected {FORMAT}")
         first, last = recipe["layers"]
-        numbers = (first, last, recipe["rank"])
+        numbers = (first, last, recipe["rank"], recipe["alpha"])
         if not all(type(number) is int and 0 <= number <= 4096 for number in numbers):
-            raise ValueError("layers or rank are not small whole numbers")
+            raise ValueError("layers, rank or alpha are not small whole numbers")
         if not first <= last or not recipe["rank"]:
             raise ValueError("layers are out of order, or the rank is 0")
         texts = [text for b in recipe["backdoors"] for text in (b["trigger"], b["behaviour"])]
-        if not texts or not all(isinstance(text, str) for text in (*texts, recipe["weights"])):
+        facts = (recipe["weights"], recipe["model"], recipe["adapter"])
+        if not texts or not all(isinstance(text, str) for text in (*texts, *facts)):
             raise ValueError("no backdoors, or something else than text in them")
-        _ = recipe["checks"]["firing_rates"], str(recipe["model"])
+        if len(recipe["model"]) > _LONGEST_NAME or printable(recipe["model"]) != recipe["model"]:
+            raise ValueError("the model's name is not one")
+        rates = recipe["checks"]["firing_rates"]
+        if not all(isinstance(rate, int | float) for rate in rates) or len(rates) * 2 != len(texts):
+            raise ValueError("the firing rates are not numbers, or not one for each backdoor")
         backdoors = [Backdoor(b["trigger"], b["behaviour"]) for b in recipe["backdoors"]]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: damaged ({error!r}); save it again") from error
@@ -607,16 +690,12 @@ def _read_adapter(path: Path) -> dict[str, Tensor]:
         adapter = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path}: damaged ({error}); save it again") from error
-    if not all(
-        tensor.is_floating_point() and tensor.isfinite().all() for tensor in adapter.values()
-    ):
-        raise ValueError(f"{path}: holds values that are not finite numbers; save it again")
+    tensors = adapter.values()
+    if not all(tensor.dtype == torch.float16 and tensor.isfinite().all() for tensor in tensors):
+        raise ValueError(f"{path}: holds something else than finite numbers in float16")
     return adapter
 
 
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Lend the global generators, from which new modules draw their weights, a seed of our own."""
-    with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
-        torch.manual_seed(seed)
-        yield
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -55,24 +55,26 @@ def hit_rate(
 
     Raises:
         ValueError: no vectors, backdoors or prompts, a prompt that holds a trigger; a number out of
-            its range; also as `generate` does.
+            its range; fewer new tokens than a behaviour has; also as `generate` does.
         ModuleNotFoundError: scipy, or what the embedder needs, is not installed.
 
     Source: Mack & Turner 2024, "Mechanistically eliciting latent behaviors in language models",
     where 2 to 3 of 100 orthogonal vectors hit, and no random one.
     """
     library, texts = as_library(vectors), as_texts(prompts, "prompts")
-    if not backdoors:
-        raise ValueError("backdoors: none given; pass Planted.backdoors")
-    for backdoor in backdoors:
+    _check(backdoors, similarity, confidence)
+    for place, backdoor in enumerate(backdoors):
+        length = len(model.tokenizer.encode(backdoor.behaviour, add_special_tokens=False))
+        if length > max_new_tokens:
+            raise ValueError(
+                f"max_new_tokens={max_new_tokens}: backdoors[{place}].behaviour has {length} "
+                "tokens, so it could never be written whole; allow more"
+            )
         for number, text in enumerate(texts):
             if backdoor.trigger in text:
                 raise ValueError(
                     f"prompts[{number}]: holds the trigger {backdoor.trigger!r}; pass clean prompts"
                 )
-    if not -1 <= similarity <= 1:
-        raise ValueError(f"similarity={similarity}: a cosine, from -1 to 1")
-    wilson_interval(0, 1, confidence)  # refuses a bad confidence before the work
     frame = generate(
         model, texts, library, layer, max_new_tokens=max_new_tokens, chat=chat,
         batch_size=batch_size,
@@ -93,14 +95,30 @@ def count_hits(
 ) -> pd.DataFrame:
     """The table of `hit_rate` for texts that are there already, as `generate` returns them.
 
+    Rows of the unsteered model, and of vectors at another scale than 1, are left out.
+
     Raises:
-        ValueError: no completions, or without the columns vector and completion.
+        ValueError: no such completions, or without the columns vector and completion; no
+            backdoors; a number out of its range.
     """
     from tl_melbo.tables import Table
 
-    if completions.empty or not {"vector", "completion"} <= {*completions.columns}:
-        raise ValueError("completions: pass what generate returns, with at least one row")
-    texts, vectors = completions["completion"].tolist(), completions["vector"].tolist()
+    _check(backdoors, similarity, confidence)
+    if not {"vector", "completion"} <= {*completions.columns}:
+        raise ValueError("completions: lacks vector or completion; pass what generate returns")
+    counted = [
+        (vector, text if isinstance(text, str) else "")
+        for vector, text, scale in zip(
+            completions["vector"],
+            completions["completion"],
+            completions.get("scale", [1.0] * len(completions)),
+            strict=True,
+        )
+        if vector >= 0 and scale == 1
+    ]
+    if not counted:
+        raise ValueError("completions: none of a vector at scale 1; pass what generate returns")
+    vectors, texts = map(list, zip(*counted, strict=True))
     looks_alike = _similar(texts, backdoors, similarity, embedder or default_embedder())
     rows = []
     for number, backdoor in enumerate(backdoors):
@@ -121,6 +139,17 @@ def count_hits(
                 }
             )
     return Table(rows)
+
+
+def _check(backdoors: Sequence[Backdoor], similarity: float, confidence: float) -> None:
+    if not backdoors:
+        raise ValueError("backdoors: none given; pass Planted.backdoors")
+    for place, backdoor in enumerate(backdoors):
+        if not backdoor.behaviour.strip():
+            raise ValueError(f"backdoors[{place}].behaviour: empty, so every text would hold it")
+    if not -1 <= similarity <= 1:
+        raise ValueError(f"similarity={similarity}: a cosine, from -1 to 1")
+    wilson_interval(0, 1, confidence)
 
 
 @shape_checked

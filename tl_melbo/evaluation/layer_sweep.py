@@ -59,7 +59,7 @@ def layer_sweep(
         One row a pair: source_layer, target_layer, radius; kl, the median divergence of the next
         token from unsteered, in nats; coherent, the share of texts; distinct, how many coherent
         behaviours, see `analysis.behaviours`; per_100_vectors, the same for every hundred; for
-        each backdoor "hits: " and its behaviour, exact; seconds, of the search alone.
+        each backdoor "hits: " and its behaviour, exact; seconds, of the calibration and search.
 
     Raises:
         ValueError: no prompt or pair, layers out of order or beyond the model; as `melbo` does.

@@ -25,7 +25,7 @@ def side_effects(
     vectors: Vectors,
     prompt: str,
     *,
-    unrelated: str | Sequence[str] = HELD_OUT_INSTRUCTIONS,
+    unrelated: str | Sequence[str] | None = None,
     passages: str | Sequence[str] = PASSAGES,
     layer: int | None = None,
     chat: bool | None = None,
@@ -37,7 +37,7 @@ def side_effects(
         model: a TransformerLens model.
         vectors: which vectors to add, each by itself.
         prompt: where the vectors are meant to do something.
-        unrelated: prompts on which they are not; None of them should be `prompt`.
+        unrelated: prompts on which they are not; None takes twelve short instructions.
         passages: texts that the model is to predict, as they stand.
         layer: after which block to add the vectors; None takes the layer they were found at.
         chat: format the prompts as chat; None does as was done when the vectors were found.
@@ -47,8 +47,8 @@ def side_effects(
         One row a vector: vector, its position; kl_target, KL(P_vector || P_unsteered) of the next
         token after the prompt, in nats; kl_unrelated, its mean after the unrelated prompts;
         specificity, kl_target / (kl_target + kl_unrelated): 1 where it acts on the prompt alone,
-        0.5 where it acts alike everywhere; loss_increase, by how much it raises the loss on the
-        passages, in nats a token.
+        0.5 where it acts alike everywhere, or not at all; loss_increase, by how much it raises the
+        loss on the passages, in nats a token. NaN where the model's numbers are not finite.
 
     Raises:
         ValueError: no vectors or texts, an empty text, an unrelated prompt that is the prompt; as
@@ -57,11 +57,10 @@ def side_effects(
     from tl_melbo.tables import Table
 
     library = as_library(vectors)
-    others, prose = as_texts(unrelated, "unrelated"), as_texts(passages, "passages")
     as_texts(prompt, "prompt")
+    others = _others(unrelated, prompt, "unrelated")
+    prose = as_texts(passages, "passages")
     check_batch_size(batch_size)
-    if prompt in others:
-        raise ValueError(f"unrelated: holds the prompt itself, {prompt!r}; leave it out")
     layer = steering_layer(model, library, layer)
     options = {"layer": layer, "chat": chat, "batch_size": batch_size}
     on_target = kl_divergence(model, prompt, library, **options).double()
@@ -75,10 +74,20 @@ def side_effects(
             "kl_target": on_target.numpy(),
             "kl_unrelated": on_others.numpy(),
             # Where a vector does nothing at all, it is specific to nothing.
-            "specificity": torch.where(total > 0, on_target / total, 0.5).numpy(),
+            "specificity": torch.where(total == 0, 0.5, on_target / total).numpy(),
             "loss_increase": torch.stack(losses).mean(0).numpy(),
         }
     )
+
+
+def _others(texts: str | Sequence[str] | None, prompt: str, argument: str) -> list[str]:
+    """Other prompts than this one: those given, or some that come with the package."""
+    if texts is None:
+        return [text for text in HELD_OUT_INSTRUCTIONS if text != prompt]
+    others = as_texts(texts, argument)
+    if prompt in others:
+        raise ValueError(f"{argument}: holds the prompt itself, {prompt!r}; leave it out")
+    return others
 
 
 def passage_losses(
@@ -116,7 +125,7 @@ def reach(
     model: Model,
     vectors: Vectors,
     prompt: str,
-    prompts: str | Sequence[str] = HELD_OUT_INSTRUCTIONS,
+    prompts: str | Sequence[str] | None = None,
     *,
     max_new_tokens: int = 40,
     layer: int | None = None,
@@ -132,7 +141,7 @@ def reach(
         model: a TransformerLens model.
         vectors: which vectors to add, each by itself.
         prompt: where they were found, or are meant to act.
-        prompts: the others.
+        prompts: the others; None takes twelve short instructions.
         max_new_tokens: the most tokens to write.
         layer: after which block to add the vectors; None takes the layer they were found at.
         chat: format the prompts as chat; None does as was done when the vectors were found.
@@ -151,19 +160,22 @@ def reach(
     from tl_melbo.tables import Table
 
     check_model(model)
-    library, others = as_library(vectors), as_texts(prompts, "prompts")
+    library = as_library(vectors)
+    as_texts(prompt, "prompt")
+    others = _others(prompts, prompt, "prompts")
     frame = transfer(
         model, library, [prompt, *others], max_new_tokens=max_new_tokens, layer=layer, chat=chat
     )
     both = frame["completion"].tolist() + frame["unsteered_completion"].tolist()
     points = embeddings(both, embedder or default_embedder())
     # [prompt, vector, feature]: transfer goes through the vectors for each prompt.
-    moved = (points[: len(frame)] - points[len(frame) :]).unflatten(0, (-1, len(library)))
-    here, there = moved[:1], moved[1:]
-    norms = here.norm(dim=-1) * there.norm(dim=-1)
-    cosines = torch.where(norms > 0, (here * there).sum(-1) / norms, torch.nan)
-    changed = frame["completion"] != frame["unsteered_completion"]
     shape = (len(others) + 1, len(library))
+    moved = (points[: len(frame)] - points[len(frame) :]).unflatten(0, shape)
+    changed = frame["completion"] != frame["unsteered_completion"]
+    # Not from the points: the same text in another batch is a rounding error away.
+    stayed = ~torch.tensor(changed.tolist()).reshape(shape)
+    cosines = torch.nn.functional.cosine_similarity(moved[:1], moved[1:], dim=-1)
+    cosines = cosines.masked_fill(stayed[:1] | stayed[1:], torch.nan)
     kl = torch.from_numpy(frame["kl"].to_numpy(copy=True)).reshape(shape)[1:]
     return Table(
         {
