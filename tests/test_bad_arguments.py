@@ -198,7 +198,7 @@ CALLS = {
         tm.evaluation.hit_rate,
         {"model": MODEL, "vectors": FOUND, "backdoors": BACKDOORS, "prompts": "Hi!", "layer": 1,
          "chat": False, "similarity": 0.7, "confidence": 0.9, "embedder": "words",
-         "batch_size": 2, **SHORT},
+         "batch_size": 2, "max_new_tokens": 16},
     ),
     "count_hits": (
         tm.evaluation.count_hits,

@@ -281,9 +281,8 @@ class _Chat:
         # A configuration that was never set may name a token that the model does not have.
         n_tokens = hf_model.get_input_embeddings().num_embeddings
         self.ends = [end for end in dict.fromkeys(flat) if end is not None and end < n_tokens]
-        padding = tokenizer.pad_token_id
-        known = padding is not None and padding < n_tokens
-        self.padding = int(padding if known else (self.ends or [0])[0])
+        ids: list[Any] = [tokenizer.pad_token_id, *self.ends, 0]
+        self.padding = next(int(token) for token in ids if token is not None and token < n_tokens)
 
     def prompt(self, system: str, user: str) -> list[int]:
         """A system prompt and a user's turn, up to where the answer begins."""

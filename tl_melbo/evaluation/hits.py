@@ -106,12 +106,13 @@ def count_hits(
     _check(backdoors, similarity, confidence)
     if not {"vector", "completion"} <= {*completions.columns}:
         raise ValueError("completions: lacks vector or completion; pass what generate returns")
+    scales = completions["scale"] if "scale" in completions.columns else [1.0] * len(completions)
     counted = [
         (vector, text if isinstance(text, str) else "")
         for vector, text, scale in zip(
             completions["vector"],
             completions["completion"],
-            completions.get("scale", [1.0] * len(completions)),
+            scales,
             strict=True,
         )
         if vector >= 0 and scale == 1
