@@ -274,11 +274,7 @@ class ActivationMap:
             ValueError: theta has another width than the residual stream, or holds values that are
                 not finite; the positions pick nothing in some prompt.
         """
-        if theta.shape[1] != self.d_model:
-            raise ValueError(
-                f"theta: {theta.shape[1]} wide, but the residual stream of "
-                f"{model_name(self.model)} has d_model={self.d_model}"
-            )
+        self._check_width(theta)
         bad = (~theta.isfinite().all(-1)).nonzero().flatten().tolist()
         if bad:
             raise ValueError(f"theta: vectors {bad} hold values that are not finite")
@@ -313,13 +309,16 @@ class ActivationMap:
         Raises:
             ValueError: theta has another width than the residual stream.
         """
+        self._check_width(theta)
+        columns = [self._divergence(theta, prompt) for prompt in self.prompts]
+        return torch.stack(columns, 1)
+
+    def _check_width(self, theta: Theta) -> None:
         if theta.shape[1] != self.d_model:
             raise ValueError(
                 f"theta: {theta.shape[1]} wide, but the residual stream of "
                 f"{model_name(self.model)} has d_model={self.d_model}"
             )
-        columns = [self._divergence(theta, prompt) for prompt in self.prompts]
-        return torch.stack(columns, 1)
 
     def _divergence(self, theta: Theta, prompt: str) -> Float[Tensor, "vector"]:
         tokens = to_tokens(self.model, prompt, self.chat)
