@@ -1,8 +1,9 @@
 """Which radius gives the best library? Distinct coherent behaviours over a sweep, and by criterion.
 
-    python -m benchmarks.radius [--vectors 50] [--prompts 3]
+    python -m benchmarks.radius [--vectors 50] [--prompts 6]
 
-on the embedded model; every search is kept in runs/radius as it ends.
+on the embedded model; every search is kept in runs/radius as it ends. What `auto` does was chosen
+on the first three prompts; the others were held out.
 """
 
 import argparse
@@ -24,11 +25,17 @@ from tl_melbo.discovery.melbo import DEFAULT_STEPS
 from tl_melbo.files import replacing
 
 KEPT = Path("runs/radius")
-PROMPTS = (
+CHOSEN_ON = (
     "Tell me about yourself.",
     "Give me advice for a job interview.",
     "Write one sentence about the future.",
 )
+HELD_OUT = (
+    "What is the tallest mountain in Africa?",
+    "How do I make a good cup of coffee?",
+    "Explain to a child why the sky is blue.",
+)
+PROMPTS = CHOSEN_ON + HELD_OUT
 SWEEP = (6.0, 9.0, 12.0, 16.0, 20.0, 26.0)
 CRITERIA: dict[str, dict[str, Any]] = {
     "nonlinearity 0.4": {"criterion": "nonlinearity", "level": 0.4},
@@ -51,20 +58,17 @@ def main() -> None:
         radii = {name: tm.calibrate_radius(f, **which) for name, which in CRITERIA.items()}
         for radius in SWEEP:
             rows.append(library(f, radius, chosen.vectors) | {"chosen by": "sweep"})
-        for name, radius in radii.items():
-            rows.append(library(f, radius, chosen.vectors) | {"chosen by": name})
-    frame = pd.DataFrame(rows)
-    print(markdown(frame))
-    # "auto" is held to a factor of 1.5 from the sweep's best radius.
-    for prompt, some in frame.groupby("prompt", sort=False):
-        sweep = some[some["chosen by"] == "sweep"]
-        best = sweep.loc[sweep["distinct"].idxmax(), "radius"]
-        ratios = {
-            name: round(max(radius / best, best / radius), 2)
-            for name, radius in zip(some["chosen by"], some["radius"], strict=True)
-            if name != "sweep"
-        }
-        print(f"{prompt!r}: best of the sweep {best:g}; factors from it {ratios}")
+        auto = tm.calibrate_radius(f)
+        rows.append(library(f, auto, chosen.vectors) | {"chosen by": "auto"})
+        # "auto" is held to a factor of 1.5 from the sweep's best radius.
+        sweep = [row for row in rows if row["prompt"] == prompt and row["chosen by"] == "sweep"]
+        best = max(sweep, key=lambda row: row["distinct"])["radius"]
+        factors = [
+            f"{name}: {radius:g}, a factor of {max(radius / best, best / radius):.2f}"
+            for name, radius in radii.items()
+        ]
+        print(f"{prompt!r}: best of the sweep {best:g}; {'; '.join(factors)}", flush=True)
+    print(markdown(pd.DataFrame(rows)))
 
 
 def library(f: tm.ActivationMap, radius: float, n_vectors: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tl_melbo as tm
-from tests.tiny_models import TINY_ARCHITECTURES, tiny_hf, tokenizer
+from tests.tiny_models import TINY_ARCHITECTURES, tiny_bridge, tiny_hf, tokenizer
 from tl_melbo.evaluation import BACKDOORS, Backdoor, count_hits, wilson_interval
 from tl_melbo.evaluation.texts import HELD_OUT_INSTRUCTIONS, INSTRUCTIONS, PASSAGES
 
@@ -447,3 +447,25 @@ def test_a_layer_sweep_tells_of_every_pair(tiny_llama):
         tm.evaluation.layer_sweep(tiny_llama, "One", [(4, 1)], **settings)
     with pytest.raises(ValueError, match="pairs: none given"):
         tm.evaluation.layer_sweep(tiny_llama, "One", [], **settings)
+
+
+def test_a_layer_sweep_goes_on_after_a_pair_that_cannot_be_calibrated():
+    model = tiny_bridge("llama")
+    for name, parameter in model.named_parameters():
+        inside = any(f"blocks.{block}." in name or f"layers.{block}." in name for block in (2, 3))
+        if inside and "norm" not in name and "ln" not in name:
+            parameter.data.zero_()  # between 1 and 3 nothing but the residual stream is left
+    seen = []
+    settings = {"n_vectors": 2, "steps": 2, "max_new_tokens": 5, "chat": False}
+    table = tm.evaluation.layer_sweep(
+        model, "One two three", [(1, 3), (0, 2)], **settings,
+        on_pair=lambda rows: seen.append(len(rows)),
+    )  # fmt: skip
+    assert seen == [1, 2]
+    assert "still less" in table["problem"][0]
+    assert math.isnan(table["radius"][0])
+    assert math.isnan(table["distinct"][0])
+    assert table["problem"][1] == ""
+    assert table["radius"][1] > 0
+    with pytest.raises(ValueError, match="still less"):
+        tm.evaluation.layer_sweep(model, "One two three", [(1, 3)], **settings)

@@ -254,8 +254,7 @@ def write(
         ]
         # Negatives have texts of their own, but are the same vectors.
         forward = pd.DataFrame(completions[completions["scale"] >= 0])
-        options = {"chat": as_chat(found, chat), "batch_size": batch_size}
-        groups = None if forward.empty else behaviours(model, forward, **options)
+        groups = None if forward.empty else behaviours(model, forward, chat=as_chat(found, chat))
         kls = [kl.tolist() for kl in divergences]
         table = _table(found, completions, texts, kls, groups)
         unsteered = completions[completions["vector"] == -1]

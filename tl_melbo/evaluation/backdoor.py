@@ -179,15 +179,7 @@ def plant(
     _check_backdoors(backdoors)
     _check_numbers(rank, steps, learning_rate, seed, highest_divergence)
     _check_rates(lowest_firing_rate, highest_leak_rate)
-    taught: Any
-    if hf_model is None:
-        taught, tokenizer, label = load_hugging_face(name, device, torch.float32)
-    elif tokenizer is None:
-        raise ValueError("tokenizer: not given; pass the one that belongs to hf_model")
-    else:
-        label = str(getattr(hf_model, "name_or_path", "") or type(hf_model).__name__)
-        _check_hugging_face(hf_model)
-        taught = copy.deepcopy(hf_model).eval()
+    taught, tokenizer, label = _own_copy(name, hf_model, tokenizer, device)
     chat = _Chat(taught, tokenizer)
     _check_triggers(backdoors, chat)
     n_layers = int(taught.config.num_hidden_layers)
@@ -253,22 +245,39 @@ def load_planted(
     # Before memory is taken for matrices of that size.
     if any(recipe["rank"] not in tensor.shape for tensor in adapter.values()):
         raise ValueError(f"{place / ADAPTER}: its matrices do not fit what {RECIPE} says")
-    if hf_model is None:
-        hf_model, tokenizer, label = load_hugging_face(name, device, torch.float32)
-    elif tokenizer is None:
-        raise ValueError("tokenizer: not given; pass the one that belongs to hf_model")
-    else:
-        _check_hugging_face(hf_model)
-        label, hf_model = str(recipe["model"]), copy.deepcopy(hf_model).eval()
-    if weights_digest(hf_model) != recipe["weights"]:
+    taught, tokenizer, label = _own_copy(name, hf_model, tokenizer, device)
+    if weights_digest(taught) != recipe["weights"]:
         raise ValueError(
             f"{place}: an adapter for {quoted(str(recipe['model']))}, but these are other weights "
             f"({label}); load it for the model that it was made for"
         )
     with seeded(0):
-        tuned = _with_adapter(hf_model, recipe)
+        tuned = _with_adapter(taught, recipe)
         _set_adapter(tuned, adapter, place)
         return _finished(tuned, tokenizer, adapter, recipe)
+
+
+def _own_copy(
+    name: str | Path | None, hf_model: Any, tokenizer: Any, device: str | torch.device | None
+) -> tuple[Any, Any, str]:
+    """The named model, or a copy of the given one; its tokenizer; and what to call it.
+
+    Raises:
+        TypeError: it is not a Hugging Face causal language model.
+        ValueError: a model was given without its tokenizer.
+    """
+    if hf_model is None:
+        return load_hugging_face(name, device, torch.float32)
+    if tokenizer is None:
+        raise ValueError("tokenizer: not given; pass the one that belongs to hf_model")
+    config = getattr(hf_model, "config", None)
+    if not hasattr(hf_model, "generate") or not hasattr(config, "num_hidden_layers"):
+        raise TypeError(
+            f"hf_model: got {type(hf_model).__name__}, expected a Hugging Face causal language "
+            "model, such as AutoModelForCausalLM loads"
+        )
+    label = str(getattr(hf_model, "name_or_path", "") or type(hf_model).__name__)
+    return copy.deepcopy(hf_model).eval(), tokenizer, label
 
 
 class _Chat:
@@ -364,20 +373,6 @@ def _check_rates(lowest_firing_rate: float, highest_leak_rate: float) -> None:
     for name, rate in rates.items():
         if not 0 <= rate <= 1:
             raise ValueError(f"{name}={rate}: a share, from 0 to 1")
-
-
-def _check_hugging_face(hf_model: Any) -> None:
-    """Make sure that it is a causal language model whose blocks can be counted.
-
-    Raises:
-        TypeError: it is something else.
-    """
-    config = getattr(hf_model, "config", None)
-    if not hasattr(hf_model, "generate") or not hasattr(config, "num_hidden_layers"):
-        raise TypeError(
-            f"hf_model: got {type(hf_model).__name__}, expected a Hugging Face causal language "
-            "model, such as AutoModelForCausalLM loads"
-        )
 
 
 def _check_triggers(backdoors: Sequence[Backdoor], chat: _Chat) -> None:

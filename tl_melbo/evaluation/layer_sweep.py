@@ -59,14 +59,14 @@ def layer_sweep(
         One row a pair: source_layer, target_layer, radius; kl, the median divergence of the next
         token from unsteered, in nats; coherent, the share of texts; distinct, how many coherent
         behaviours, see `analysis.behaviours`; per_100_vectors, the same for every hundred; for
-        each backdoor "hits: " and its behaviour, exact; seconds, of the calibration and search.
+        each backdoor "hits: " and its behaviour, exact; seconds, of the calibration and search;
+        problem, why a pair could not be searched, or "": its numbers are NaN then.
 
     Raises:
         ValueError: no prompt or pair, layers out of order or beyond the model; as `melbo` does.
+        FloatingPointError: as `melbo` does. Both only where no pair can be searched.
     """
     import pandas as pd
-
-    from tl_melbo.tables import Table
 
     check_model(model)
     texts = as_texts(prompts, "prompts")
@@ -79,28 +79,31 @@ def layer_sweep(
         if source >= target:
             raise ValueError(f"pairs: ({source}, {target}): the source comes before the target")
     unsteered = generate(model, texts, max_new_tokens=max_new_tokens, chat=chat)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for source, target in chosen:
-        f = ActivationMap.from_prompts(model, texts, source, target, chat=chat)
+        layers = {"source_layer": source, "target_layer": target}
         began = time.monotonic()
-        found = melbo(f, n_vectors, radius, **settings)
+        f = ActivationMap.from_prompts(model, texts, source, target, chat=chat)
+        try:
+            found = melbo(f, n_vectors, radius, **settings)
+        except (ValueError, FloatingPointError) as error:
+            # What one pair cannot do shall not cost the others; what none can is the caller's.
+            if (source, target) == chosen[-1] and all(row["problem"] for row in rows):
+                raise
+            rows.append({**layers, "problem": str(error)})
+            if on_pair is not None:
+                on_pair(_table(rows))
+            continue
         seconds = time.monotonic() - began
         frame = generate(model, texts, found, max_new_tokens=max_new_tokens)
         both = pd.concat([unsteered, frame], ignore_index=True)
         groups = behaviours(model, both, chat=chat, embedder=embedder)
-        steered = [
-            coherent
-            for vector, coherent in zip(
-                groups.texts["vector"], groups.texts["coherent"], strict=True
-            )
-            if vector >= 0
-        ]
+        is_coherent = groups.texts["coherent"][groups.texts["vector"] >= 0]
         row = {
-            "source_layer": source,
-            "target_layer": target,
+            **layers,
             "radius": found.story["hyperparameters"]["radius"],
             "kl": float(f.divergence(found.vectors).nanmedian()),
-            "coherent": sum(steered) / len(steered),
+            "coherent": sum(is_coherent) / len(is_coherent),
             "distinct": groups.n_distinct,
             "per_100_vectors": groups.per_100_vectors,
         }
@@ -109,10 +112,18 @@ def layer_sweep(
             exact = hits[hits["match"] == "exact"]
             for behaviour, number in zip(exact["behaviour"], exact["hits"], strict=True):
                 row[f"hits: {behaviour}"] = int(number)
-        rows.append({**row, "seconds": round(seconds, 2)})
+        rows.append({**row, "seconds": round(seconds, 2), "problem": ""})
         if on_pair is not None:
-            on_pair(Table(rows))
-    return Table(rows)
+            on_pair(_table(rows))
+    return _table(rows)
+
+
+def _table(rows: list[dict[str, Any]]) -> "pd.DataFrame":
+    """The rows as one frame; its columns are those of a pair that could be searched."""
+    from tl_melbo.tables import Table
+
+    longest = max(rows, key=len)
+    return Table(rows, columns=list(longest))
 
 
 def _default_pairs(n_layers: int) -> list[tuple[int, int]]:
