@@ -178,8 +178,8 @@ CALLS = {
     "write": (
         tm.report.write,
         {"path": "page.html", "model": MODEL, "found": FOUND, "completions": COMPLETIONS,
-         "activation_map": MAP, "families": (), "prompts": None, "title": "x", "layer": 1,
-         "chat": False, "batch_size": 2, **SHORT},
+         "activation_map": MAP, "families": (), "side_effects": MEASURED, "prompts": None,
+         "title": "x", "layer": 1, "chat": False, "batch_size": 2, **SHORT},
     ),
     "calibrate_radius": (
         tm.calibrate_radius,
@@ -208,8 +208,8 @@ CALLS = {
     "wilson_interval": (tm.evaluation.wilson_interval, {"hits": 1, "n": 2, "confidence": 0.9}),
     "side_effects": (
         tm.evaluation.side_effects,
-        {"model": MODEL, "vectors": FOUND, "prompt": "Hi!", "unrelated": "Bye.",
-         "passages": "One two three.", "layer": 1, "chat": False, "batch_size": 2},
+        {"model": MODEL, "vectors": FOUND, "prompts": "Hi!", "unrelated": "Bye.",
+         "passages": "One two three.", "layer": 1, "chat": False, "batch_size": 2, "on_text": None},
     ),
     "reach": (
         tm.evaluation.reach,

@@ -271,6 +271,39 @@ def test_an_interrupted_search_goes_on(
     assert (out / "completions.csv").stat().st_mtime_ns != written
 
 
+def test_side_effects_are_measured_once_and_belong_to_their_vectors(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    table, page = tmp_path / "side_effects.csv", tmp_path / "report.html"
+    assert discover(model_folder, tmp_path, "--side-effects").exit_code == 0
+    assert len(pd.read_csv(table)) == 3
+    assert "What do they cost elsewhere?" in page.read_text()
+    assert "Specificity" in page.read_text()
+    written = table.stat().st_mtime_ns
+    # They stay on the page, and are not measured again.
+    assert discover(model_folder, tmp_path).exit_code == 0
+    assert table.stat().st_mtime_ns == written
+    assert "What do they cost elsewhere?" in page.read_text()
+    # More vectors: those are measured, too.
+    assert discover(model_folder, tmp_path, "--n-vectors=4").exit_code == 0
+    assert len(pd.read_csv(table)) == 4
+    # Others: what is known of the old ones goes with them.
+    assert discover(model_folder, tmp_path, "--seed=1", "--overwrite").exit_code == 0
+    assert not table.exists()
+    assert "What do they cost elsewhere?" not in page.read_text()
+    assert discover(model_folder, tmp_path, "--seed=1").exit_code == 0
+    assert not table.exists()
+
+
+def test_a_damaged_table_of_side_effects_is_named(model_folder: Path, tmp_path: Path) -> None:
+    assert discover(model_folder, tmp_path, "--side-effects").exit_code == 0
+    (tmp_path / "side_effects.csv").write_text('"vector","specificity"\n0,much\n')
+    result = discover(model_folder, tmp_path)
+    assert result.exit_code == 1
+    assert "side_effects.csv" in one_line(result.stderr)
+    assert "damaged" in one_line(result.stderr)
+
+
 def test_csv_cells_are_no_formulas(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -387,9 +387,25 @@ def test_side_effects_are_what_their_parts_say(tiny_llama):
     assert table["loss_increase"][3] == pytest.approx(0, abs=1e-6)
 
 
+def test_effects_on_several_prompts_are_their_mean(tiny_llama):
+    theta = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
+    told, prompts = [], ["Say one", "Two"]
+    settings = {"unrelated": "Bye", "passages": "One two", "layer": 1}
+    both = tm.evaluation.side_effects(
+        tiny_llama, theta, prompts, **settings,
+        on_text=lambda done, texts: told.append((done, texts)),
+    )  # fmt: skip
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    each = [tm.evaluation.side_effects(tiny_llama, theta, text, **settings) for text in prompts]
+    mean = (each[0]["kl_target"] + each[1]["kl_target"]) / 2
+    assert both["kl_target"].to_numpy() == pytest.approx(mean.to_numpy(), rel=1e-5)
+
+
 def test_an_unrelated_prompt_is_another_one(tiny_llama):
     with pytest.raises(ValueError, match="unrelated: holds the prompt itself"):
         tm.evaluation.side_effects(tiny_llama, torch.ones(32), "Hi", unrelated=["Hi"], layer=1)
+    with pytest.raises(ValueError, match="unrelated: those that come with the package"):
+        tm.evaluation.side_effects(tiny_llama, torch.ones(32), HELD_OUT_INSTRUCTIONS, layer=1)
 
 
 def test_numbers_that_are_not_finite_stay_so(tiny_llama, monkeypatch):

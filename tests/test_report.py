@@ -207,6 +207,35 @@ def test_other_completions_are_refused(
         report.write(tmp_path / "page.html", tiny_llama, found, completions=completions)
 
 
+def test_side_effects_get_columns_and_a_figure(
+    tiny_llama: torch.nn.Module,
+    found: tm.SteeringVectors,
+    completions: pd.DataFrame,
+    tmp_path: Path,
+) -> None:
+    measured = tm.evaluation.side_effects(
+        tiny_llama, found, PROMPTS, unrelated="Bye.", passages="One two three."
+    )
+    path = tmp_path / "page.html"
+    table = report.write(
+        path, tiny_llama, found, completions=completions, side_effects=measured
+    )  # fmt: skip
+    assert table["specificity"].tolist() == 2 * measured["specificity"].tolist()
+    assert table["loss_increase"].tolist() == 2 * measured["loss_increase"].tolist()
+    assert "What do they cost elsewhere?" in path.read_text(encoding="utf-8")
+    # Where no number is finite there is nothing to draw, and the table says so.
+    lost = measured.assign(specificity=float("nan"))
+    report.write(path, tiny_llama, found, completions=completions, side_effects=lost)
+    assert "What do they cost elsewhere?" not in path.read_text(encoding="utf-8")
+    for wrong, message in (
+        (measured.drop(columns="specificity"), "lacks the columns"),
+        (measured[:2], "2 rows that are not those of vectors 0 to 4"),
+    ):
+        with pytest.raises(ValueError, match=f"side_effects: {message}"):
+            report.write(tmp_path / "p.html", tiny_llama, found, side_effects=wrong)
+    assert not (tmp_path / "p.html").exists()
+
+
 def test_bad_places_and_libraries_are_refused(
     tiny_llama: torch.nn.Module,
     found: tm.SteeringVectors,

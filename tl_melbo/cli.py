@@ -110,6 +110,9 @@ def discover(
     dtype: Annotated[
         Literal["float32", "float64", "bfloat16", "float16"], typer.Option(help="Of the weights.")
     ] = "float32",
+    side_effects: Annotated[
+        bool, typer.Option("--side-effects", help="Measure them on other prompts and prose, too.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier run in --out.")] = False,
 ) -> None:
     """Find vectors that change the model most, let it write under each, and make a page of it.
@@ -180,6 +183,16 @@ def discover(
             if length == "auto":
                 line = f"Radius {found.story['hyperparameters']['radius']:g}, calibrated."
                 _stderr().print(line, soft_wrap=True)
+            if overwrite and not side_effects:
+                runs.drop_side_effects(folder)  # of the earlier vectors
+            # What was measured once is measured of the vectors that came since, too.
+            measured_before = "side_effects_of" in runs.load_settings(folder)
+            if (side_effects or measured_before) and runs.load_side_effects(folder, found) is None:
+                progress.start("Measuring side effects")
+                measured = tm.evaluation.side_effects(
+                    loaded, found, list(dict.fromkeys(prompts)), on_text=progress.update
+                )
+                runs.save_side_effects(folder, found, measured)
             table = _write_page(progress, folder, loaded, f, found, max_new_tokens, anew=overwrite)
         _print_found(table)
         typer.echo(str((folder / runs.REPORT).resolve()))
@@ -397,6 +410,7 @@ def _write_page(
         completions=completions,
         activation_map=f,
         families=runs.load_families(folder, library),
+        side_effects=runs.load_side_effects(folder, library),
     )
 
 
@@ -501,7 +515,7 @@ def _check_is_ours(folder: Path) -> None:
     """Refuse to write over files that no run left."""
     from tl_melbo import runs
 
-    names = (runs.COMPLETIONS, runs.REPORT, runs.SETTINGS)
+    names = (runs.COMPLETIONS, runs.REPORT, runs.SETTINGS, runs.SIDE_EFFECTS)
     theirs = [name for name in names if (folder / name).exists()]
     if theirs and not (folder / runs.VECTORS).is_file():
         raise ValueError(

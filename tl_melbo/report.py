@@ -35,6 +35,7 @@ from tl_melbo.plots import (
     kl_curve,
     norm_curve,
     objective_history,
+    specificity_points,
 )
 from tl_melbo.shapes import Delta, shape_checked
 from tl_melbo.steering import as_chat, generate
@@ -69,6 +70,7 @@ _GROUP_COLUMNS = (
     ("which", "Which", "word", "Their numbers"),
     ("example", "For example", "text", "The most fluent of its texts"),
 )
+_SIDE_EFFECTS = ("kl_unrelated", "specificity", "loss_increase")
 _KINDS = ("unsteered", "reference", "family", "rescaled", "random")
 _SCALINGS = {"raw": "", "reference norm": " at theta0’s norm", "mean norm": " at members’ norm"}
 # The first token's residual is far longer than the others' and would decide every cosine.
@@ -189,6 +191,7 @@ def write(
     completions: pd.DataFrame | None = None,
     activation_map: ActivationMap | None = None,
     families: Sequence[Family] = (),
+    side_effects: pd.DataFrame | None = None,
     prompts: str | Sequence[str] | None = None,
     max_new_tokens: int = 50,
     title: str | None = None,
@@ -209,6 +212,7 @@ def write(
             of effects.
         families: MELBO-ortho families of some of the vectors, from `collect_family`; each gets
             a part of the page.
+        side_effects: what `evaluation.side_effects` gives for these vectors; None leaves them out.
         prompts: what to complete; None takes those of `completions`, or those of the story.
         max_new_tokens: the most tokens of each completion.
         title: the page's heading; None takes the prompt.
@@ -219,12 +223,12 @@ def write(
     Returns:
         The page's table, one row a vector and prompt: index, prompt, objective (where known), kl
         (of the next token's distribution to the unsteered model's, KL(P_vector || P_unsteered), in
-        nats), behaviour (what `analysis.behaviours` grouped its text with), completion,
-        negated_completion.
+        nats), specificity and loss_increase (where side effects are given), behaviour (what
+        `analysis.behaviours` grouped its text with), completion, negated_completion.
 
     Raises:
-        ValueError: no vectors, no prompt given or known, completions of another shape; a zero
-            vector; also as `generate` and `kl_divergence` do.
+        ValueError: no vectors, no prompt given or known, completions or side effects of another
+            shape; a zero vector; also as `generate` and `kl_divergence` do.
         FileNotFoundError: the folder does not exist.
         PermissionError: the folder cannot be written to.
     """
@@ -235,6 +239,8 @@ def write(
         texts = list(dict.fromkeys(completions["prompt"]))
     else:
         texts = _prompts(found, prompts)
+    if side_effects is not None:
+        _check_side_effects(side_effects, found)
     cosine_similarity(found)  # refuses vectors of no length now, not after the texts are written
     # Opened before the work: a folder that cannot be written to shows at once.
     with replacing(path) as temporary:
@@ -256,7 +262,7 @@ def write(
         forward = pd.DataFrame(completions[completions["scale"] >= 0])
         groups = None if forward.empty else behaviours(model, forward, chat=as_chat(found, chat))
         kls = [kl.tolist() for kl in divergences]
-        table = _table(found, completions, texts, kls, groups)
+        table = _table(found, completions, texts, kls, groups, side_effects)
         unsteered = completions[completions["vector"] == -1]
         texts_without = dict(zip(unsteered["prompt"], unsteered["completion"], strict=True))
         page = _page(
@@ -264,7 +270,7 @@ def write(
             table,
             texts_without,
             groups,
-            _figures(found, activation_map),
+            _figures(found, activation_map, side_effects),
             [_family_part(part, activation_map) for part in families],
             title,
         )
@@ -295,12 +301,26 @@ def _check_completions(completions: pd.DataFrame, found: SteeringVectors) -> Non
         )
 
 
+def _check_side_effects(side_effects: pd.DataFrame, found: SteeringVectors) -> None:
+    missing = [name for name in ("vector", *_SIDE_EFFECTS) if name not in side_effects.columns]
+    if missing:
+        raise ValueError(
+            f"side_effects: lacks the columns {missing}; pass what evaluation.side_effects returns"
+        )
+    if [*side_effects["vector"]] != [*range(len(found))]:
+        raise ValueError(
+            f"side_effects: {len(side_effects)} rows that are not those of vectors 0 to "
+            f"{len(found) - 1}, in order; measure the vectors of found"
+        )
+
+
 def _table(
     found: SteeringVectors,
     completions: pd.DataFrame,
     texts: list[str],
     divergences: list[list[float]],
     groups: Behaviours | None,
+    side_effects: pd.DataFrame | None,
 ) -> pd.DataFrame:
     names = {} if groups is None else _behaviour_names(groups)
     written = {
@@ -315,8 +335,11 @@ def _table(
             row = {"index": index, "prompt": text}
             if objectives is not None:
                 row["objective"] = objectives[vector]
+            row["kl"] = kl[vector]
+            if side_effects is not None:
+                for name in ("specificity", "loss_increase"):
+                    row[name] = float(side_effects[name].iloc[vector])
             row |= {
-                "kl": kl[vector],
                 "behaviour": names.get((text, vector)),
                 "completion": written.get((text, vector, 1.0)),
                 "negated_completion": written.get((text, vector, -1.0)),
@@ -352,7 +375,9 @@ def _group_rows(groups: Behaviours, found: SteeringVectors) -> list[dict[str, An
 
 
 def _figures(
-    found: SteeringVectors, activation_map: ActivationMap | None
+    found: SteeringVectors,
+    activation_map: ActivationMap | None,
+    side_effects: pd.DataFrame | None,
 ) -> dict[str, go.Figure | None]:
     labels = found.columns["index"].tolist()
     labels = None if labels == list(range(len(found))) else labels
@@ -362,10 +387,16 @@ def _figures(
         # A vector without any effect points nowhere: then there is nothing to compare.
         if (delta.flatten(1).norm(dim=-1) > 0).all():
             effects = cosine_heatmap(cosine_similarity(delta), "", labels=labels)
+    # Of rows without a finite number nothing can be drawn.
+    specificity = None
+    if side_effects is not None and any(side_effects["specificity"].notna()):
+        numbers = found.columns["index"].tolist()
+        specificity = specificity_points(side_effects.assign(vector=numbers), "")
     has_history = found.history is not None and found.history.numel() > 0
     return {
         "vectors": cosine_heatmap(cosine_similarity(found), "", labels=labels),
         "effects": effects,
+        "specificity": specificity,
         "history": objective_history(found, "") if has_history else None,
     }
 
@@ -522,6 +553,11 @@ def _columns(table: pd.DataFrame, many_prompts: bool) -> list[dict[str, str]]:
             ("objective", "Objective", "number", "Size of its effect on the target layer")
         )
     columns.append(("kl", "KL", "number", "Divergence of the next token from unsteered, in nats"))
+    if "specificity" in table.columns:
+        columns += [
+            ("specificity", "Specificity", "number", "1: acts on the prompt alone; 0.5: anywhere"),
+            ("loss_increase", "Loss", "number", "What it costs on prose, in nats a token"),
+        ]
     if any(isinstance(name, str) for name in table["behaviour"]):
         columns.append(("behaviour", "Behaviour", "text", "What its text was grouped with"))
     if any(isinstance(text, str) for text in table["completion"]):

@@ -17,6 +17,7 @@ from tl_melbo.vectors import SteeringVectors
 
 COMPLETIONS, REPORT, SETTINGS = "completions.csv", "report.html", "settings.json"
 TABLE, COMPOSITION = "family.csv", "composition.csv"
+SIDE_EFFECTS = "side_effects.csv"
 _TEXTS = ("prompt", "completion")
 # Columns whose empty cells are texts, not missing numbers.
 _WORDS = (*_TEXTS, "kind", "members", "subset", "combination", "scaling")
@@ -138,6 +139,39 @@ def load_completions(
     same &= settings.get("max_new_tokens") in (None, max_new_tokens)
     same &= sorted(set(table["vector"])) == list(range(-1, len(vectors)))
     return table if same else None
+
+
+def save_side_effects(folder: Path, vectors: SteeringVectors, table: pd.DataFrame) -> None:
+    """Keep what the vectors cost elsewhere, and of which vectors that was measured."""
+    save_table(folder / SIDE_EFFECTS, table)
+    save_settings(folder, {**load_settings(folder), "side_effects_of": digest(vectors)})
+
+
+def drop_side_effects(folder: Path) -> None:
+    """Forget what vectors cost that are no longer there."""
+    settings = load_settings(folder)
+    if settings.pop("side_effects_of", None) is not None:
+        (folder / SIDE_EFFECTS).unlink(missing_ok=True)
+        save_settings(folder, settings)
+
+
+def load_side_effects(folder: Path, vectors: SteeringVectors) -> pd.DataFrame | None:
+    """What a folder's vectors cost elsewhere, if that was measured of these vectors.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = folder / SIDE_EFFECTS
+    if not path.is_file() or load_settings(folder).get("side_effects_of") != digest(vectors):
+        return None
+    columns = ("vector", "kl_target", "kl_unrelated", "specificity", "loss_increase")
+    table = load_table(path, columns)
+    if [*table["vector"]] != [*range(len(vectors))]:
+        raise ValueError(
+            f"{path}: not a table that tl-melbo wrote, or damaged; delete it, and run the command "
+            "again"
+        )
+    return table
 
 
 def load_families(folder: Path, library: SteeringVectors) -> list[Family]:

@@ -1,6 +1,6 @@
 """What does a vector cost where nobody asked for it, and how far does it reach?"""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,56 +18,73 @@ from tl_melbo.steering import Vectors, as_theta, check_batch_size, steered, stee
 if TYPE_CHECKING:
     import pandas as pd
 
+OnText = Callable[[int, int], None]
+
 
 @shape_checked
 def side_effects(
     model: Model,
     vectors: Vectors,
-    prompt: str,
+    prompts: str | Sequence[str],
     *,
     unrelated: str | Sequence[str] | None = None,
     passages: str | Sequence[str] = PASSAGES,
     layer: int | None = None,
     chat: bool | None = None,
     batch_size: int = 8,
+    on_text: OnText | None = None,
 ) -> "pd.DataFrame":
     """Measure each vector on the prompt that it is meant for, on others, and on ordinary prose.
 
     Args:
         model: a TransformerLens model.
         vectors: which vectors to add, each by itself.
-        prompt: where the vectors are meant to do something.
+        prompts: where the vectors are meant to do something: one text or several.
         unrelated: prompts on which they are not; None takes twelve short instructions.
         passages: texts that the model is to predict, as they stand.
         layer: after which block to add the vectors; None takes the layer they were found at.
         chat: format the prompts as chat; None does as was done when the vectors were found.
         batch_size: vectors at once.
+        on_text: called with the texts done, and the texts in all, after each.
 
     Returns:
         One row a vector: vector, its position; kl_target, KL(P_vector || P_unsteered) of the next
-        token after the prompt, in nats; kl_unrelated, its mean after the unrelated prompts;
-        specificity, kl_target / (kl_target + kl_unrelated): 1 where it acts on the prompt alone,
-        0.5 where it acts alike everywhere, or not at all; loss_increase, by how much it raises the
-        loss on the passages, in nats a token. NaN where the model's numbers are not finite.
+        token after the prompt, in nats, the mean over the prompts; kl_unrelated, the same after
+        the unrelated ones; specificity, kl_target / (kl_target + kl_unrelated): 1 where it acts on
+        the prompts alone, 0.5 where it acts alike everywhere, or not at all; loss_increase, by how
+        much it raises the loss on the passages, in nats a token. NaN where the model's numbers are
+        not finite.
 
     Raises:
-        ValueError: no vectors or texts, an empty text, an unrelated prompt that is the prompt; as
-            `kl_divergence` does.
+        ValueError: no vectors or texts, an empty text, an unrelated prompt that is one of the
+            prompts; as `kl_divergence` does.
     """
     from tl_melbo.tables import Table
 
     library = as_library(vectors)
-    as_texts(prompt, "prompt")
-    others = _others(unrelated, prompt, "unrelated")
+    meant = as_texts(prompts, "prompts")
+    others = _others(unrelated, meant, "unrelated")
     prose = as_texts(passages, "passages")
     check_batch_size(batch_size)
     layer = steering_layer(model, library, layer)
-    options = {"layer": layer, "chat": chat, "batch_size": batch_size}
-    on_target = kl_divergence(model, prompt, library, **options).double()
-    elsewhere = [kl_divergence(model, text, library, **options).double() for text in others]
-    on_others = torch.stack(elsewhere).mean(0)
+    n_texts, n_done = len(meant) + len(others) + len(prose), 0
+
+    def mean(measure: Callable[[str], Tensor], texts: Sequence[str]) -> Tensor:
+        nonlocal n_done
+        measured = []
+        for text in texts:
+            measured.append(measure(text).double())
+            n_done += 1
+            if on_text is not None:
+                on_text(n_done, n_texts)
+        return torch.stack(measured).mean(0)
+
+    def divergence(text: str) -> Tensor:
+        return kl_divergence(model, text, library, layer=layer, chat=chat, batch_size=batch_size)
+
+    on_target, on_others = mean(divergence, meant), mean(divergence, others)
+    losses = mean(lambda text: passage_losses(model, text, library, layer, batch_size), prose)
     total = on_target + on_others
-    losses = [passage_losses(model, text, library, layer, batch_size) for text in prose]
     return Table(
         {
             "vector": range(len(library)),
@@ -75,18 +92,25 @@ def side_effects(
             "kl_unrelated": on_others.numpy(),
             # Where a vector does nothing at all, it is specific to nothing.
             "specificity": torch.where(total == 0, 0.5, on_target / total).numpy(),
-            "loss_increase": torch.stack(losses).mean(0).numpy(),
+            "loss_increase": losses.numpy(),
         }
     )
 
 
-def _others(texts: str | Sequence[str] | None, prompt: str, argument: str) -> list[str]:
-    """Other prompts than this one: those given, or some that come with the package."""
+def _others(texts: str | Sequence[str] | None, prompts: Sequence[str], argument: str) -> list[str]:
+    """Other prompts than these: those given, or some that come with the package."""
     if texts is None:
-        return [text for text in HELD_OUT_INSTRUCTIONS if text != prompt]
+        left = [text for text in HELD_OUT_INSTRUCTIONS if text not in prompts]
+        if not left:
+            raise ValueError(
+                f"{argument}: those that come with the package are all among the prompts; pass "
+                "others"
+            )
+        return left
     others = as_texts(texts, argument)
-    if prompt in others:
-        raise ValueError(f"{argument}: holds the prompt itself, {prompt!r}; leave it out")
+    for prompt in prompts:
+        if prompt in others:
+            raise ValueError(f"{argument}: holds the prompt itself, {prompt!r}; leave it out")
     return others
 
 
@@ -162,7 +186,7 @@ def reach(
     check_model(model)
     library = as_library(vectors)
     as_texts(prompt, "prompt")
-    others = _others(prompts, prompt, "prompts")
+    others = _others(prompts, [prompt], "prompts")
     frame = transfer(
         model, library, [prompt, *others], max_new_tokens=max_new_tokens, layer=layer, chat=chat
     )
