@@ -36,7 +36,7 @@ HELD_OUT = (
     "Explain to a child why the sky is blue.",
 )
 PROMPTS = CHOSEN_ON + HELD_OUT
-SWEEP = (6.0, 9.0, 12.0, 16.0, 20.0, 26.0)
+SWEEP = (9.0, 12.0, 16.0, 20.0, 26.0)
 CRITERIA: dict[str, dict[str, Any]] = {
     "nonlinearity 0.4": {"criterion": "nonlinearity", "level": 0.4},
     "nonlinearity 0.5": {"criterion": "nonlinearity", "level": 0.5},

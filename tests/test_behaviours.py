@@ -139,3 +139,30 @@ def test_other_tables_are_refused(tiny_llama):
         tm.analysis.behaviours(tiny_llama, pd.DataFrame({"text": ["a"]}))
     with pytest.raises(ValueError, match="is empty"):
         tm.analysis.behaviours(tiny_llama, frame([]))
+
+
+def test_a_sweep_of_radii_around_auto_is_counted_on_a_random_model(tiny_llama):
+    # What it writes is noise, of which nothing is coherent; with every text let through, the
+    # groups are there, and longer vectors move more texts away from the unsteered one.
+    f = tm.ActivationMap.from_prompts(tiny_llama, "One two three four", 1, 4)
+    auto = tm.calibrate_radius(f)
+    changed = []
+    for factor in (1e-4, 0.5, 1, 2):
+        found = tm.melbo(f, 6, radius=factor * auto, steps=3)
+        texts = pd.concat(
+            [
+                tm.generate(tiny_llama, f.prompts, max_new_tokens=8),
+                tm.generate(tiny_llama, f.prompts, found, max_new_tokens=8),
+            ],
+            ignore_index=True,
+        )
+        strict = tm.analysis.behaviours(tiny_llama, texts, chat=False)
+        assert (strict.n_distinct, strict.per_100_vectors) == (0, 0.0)
+        every = tm.analysis.behaviours(
+            tiny_llama, texts, chat=False, largest_perplexity=float("inf"), largest_repetition=1
+        )
+        numbers = every.texts["behaviour"]
+        assert set(numbers) == set(range(every.n_distinct + 1))
+        assert every.groups["n_texts"].sum() == 7
+        changed.append(sum(numbers > 0))
+    assert changed[0] == 0 < changed[2]
