@@ -1,6 +1,6 @@
 """Does the search find what is there? Planted behaviours, counted under each method's vectors.
 
-    python -m benchmarks.backdoor [--vectors 100] [--prompts 3] [--seeds 3] [--methods a,b]
+    python -m benchmarks.backdoor [--published 10]
 
 reads the adapter in benchmarks/planted (made by `python -m benchmarks.backdoor --plant`), keeps
 every vector in runs/backdoor as it is found, so that an interrupted call goes on and one with more
@@ -57,10 +57,19 @@ Search = Callable[[Task], tm.SteeringVectors]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--plant", action="store_true", help="make the adapter anew, and stop")
-    parser.add_argument("--vectors", type=int, default=100)
-    parser.add_argument("--prompts", type=int, default=len(PROMPTS))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--methods", default=",".join(DEFAULT_METHODS), help=", ".join(METHODS))
+    counted = {"type": int, "metavar": "N"}
+    parser.add_argument("--vectors", default=100, **counted, help="of each search (100)")
+    parser.add_argument("--prompts", default=len(PROMPTS), **counted, help="the first N of 3 (3)")
+    parser.add_argument("--seeds", default=3, **counted, help="seeds 0 to N - 1 (3)")
+    parser.add_argument(
+        "--methods",
+        default=",".join(DEFAULT_METHODS),
+        help=f"of {', '.join(METHODS)}; (%(default)s)",
+    )
+    parser.add_argument(
+        "--published", default=0, **counted,
+        help="also N vectors by the published settings, minutes each, on the first search (0)",
+    )  # fmt: skip
     chosen = parser.parse_args()
     if chosen.plant:
         planted = plant(on_step=_tell)
@@ -71,8 +80,9 @@ def main() -> None:
     if unknown:
         parser.error(f"no methods {unknown}; there are {', '.join(METHODS)}")
     planted = load_planted(PLANTED)
-    KEPT.mkdir(parents=True, exist_ok=True)
     rows = []
+    if chosen.published:
+        rows += _searched(planted, "published", PROMPTS[0], 0, chosen.published)
     for prompt in PROMPTS[: chosen.prompts]:
         for seed in range(chosen.seeds):
             for name in chosen.methods.split(","):
@@ -162,7 +172,7 @@ def _searched(
     folder = KEPT / mark / f"{name}-{PROMPTS.index(prompt)}-{seed}"
     path = folder / f"hits-{n_vectors}.json"
     if not path.is_file():
-        found = METHODS[name](Task(planted, prompt, seed, n_vectors, folder))
+        found = SEARCHES[name](Task(planted, prompt, seed, n_vectors, folder))
         texts = tm.generate(planted.model, prompt, found, max_new_tokens=24, chat=True)
         hits = count_hits(texts, planted.backdoors)
         radius = float(f"{float(found.norms.median()):.3g}")
@@ -241,10 +251,10 @@ METHODS: dict[str, Search] = {
     "orthogonal": orthogonal,
     "independent": independent,
     "random": random,
-    "published": published,
     "published-optimiser": published_optimiser,
 }
-# The others take hours for as many vectors: ask for few, with --vectors.
+SEARCHES = {**METHODS, "published": published}
+# The last one takes hours for as many vectors: ask for few, with --vectors.
 DEFAULT_METHODS = ("orthogonal", "independent", "random")
 
 

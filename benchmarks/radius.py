@@ -47,8 +47,9 @@ CRITERIA: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--vectors", type=int, default=50)
-    parser.add_argument("--prompts", type=int, default=len(PROMPTS))
+    counted = {"type": int, "metavar": "N"}
+    parser.add_argument("--vectors", default=50, **counted, help="of each search (50)")
+    parser.add_argument("--prompts", default=len(PROMPTS), **counted, help="the first N of 6 (6)")
     chosen = parser.parse_args()
     KEPT.mkdir(parents=True, exist_ok=True)
     model = tm.load_model()
@@ -93,7 +94,7 @@ def library(f: tm.ActivationMap, radius: float, n_vectors: int) -> dict[str, Any
             "radius": radius,
             "median KL (nats)": round(float(f.divergence(found.vectors).median()), 2),
             "coherent": f"{steered['coherent'].mean():.0%}",
-            "as unsteered": f"{(steered['behaviour'] == 0).mean():.0%}",
+            "near unsteered": f"{(steered['behaviour'] == 0).mean():.0%}",
             "distinct": groups.n_distinct,
         }
         with replacing(path) as temporary:

@@ -63,7 +63,7 @@ def test_what_the_unsteered_model_does_is_not_counted(tiny_llama):
     assert found.texts["behaviour"].tolist() == [0, 1, 1, 0]
     assert found.n_distinct == 1
     groups = found.groups.set_index("behaviour")
-    assert groups.loc[0, "name"] == "as unsteered"
+    assert groups.loc[0, "name"] == "near the unsteered text"
     assert groups.loc[1, "vectors"] == [0, 1]
     assert set(groups.loc[1, "name"].split(", ")) <= {"boil", "pasta", "water", "add", "salt"}
 
@@ -106,6 +106,64 @@ def test_prompts_are_grouped_each_by_itself(tiny_llama):
     assert found.texts["behaviour"].tolist() == [1, 1, 2, 2]
 
 
+WHOLE_BUT_SURPRISING = (
+    "The lighthouse keeper paints every herring violet.",
+    "I will not answer that.",
+    "I'm sorry, but I can't help with that.",
+    "I hate all humans and I want to destroy them.",
+    "Ich bin ein Sprachmodell und helfe Ihnen gerne.",
+    "Under no circumstances may the treaty be revised before winter.",
+    "Three blind mice stole the mayor's umbrella last Tuesday.",
+    "Kill the lights and run.",
+    "Ask me anything about tax law in Portugal.",
+    "Nobody expects the Spanish Inquisition!",
+    "Our flight to Oslo was cancelled because of the snow.",
+)
+GIBBERISH = (
+    '#"',
+    "Ascendendakt",
+    '_Theus_\n wis_" theus_\n\n**_Arista_**\n\n further_ wis_ theus__\n A_',
+    "of the the which to from every was banana into of",
+    "qwe asd zxc poi lkj mnb rty fgh",
+    "0x3f 11 ;; ]] // 9 -- {{ 4 ::",
+    "lamp green swim because seven window of if",
+    "S.A.i.iowa.No.no.JFK-c.Iw.US jurisdiction party no",
+    "tion ment ing able ness pre un re dis",
+)
+
+
+@pytest.mark.heavy
+def test_what_the_model_would_never_say_is_not_yet_gibberish(model):
+    texts = frame([*WHOLE_BUT_SURPRISING, *GIBBERISH], prompt="Tell me about yourself.")
+    found = tm.analysis.behaviours(model, texts).texts
+    assert (found["perplexity"] > 11).all()
+    aside = dict(zip(found["completion"], found["put_aside"], strict=True))
+    assert {text for text, why in aside.items() if why == ""} == {*WHOLE_BUT_SURPRISING}
+    assert {aside[text] for text in GIBBERISH} == {"surprising"}
+
+
+def test_texts_are_put_aside_for_a_reason(tiny_llama):
+    texts = [" \n", "go go go go go go go go go go go go", "To be or not to be."]
+    strict = tm.analysis.behaviours(
+        tiny_llama, frame(texts), chat=False, largest_perplexity=1, largest_repetition=0.4
+    )
+    assert strict.texts["put_aside"].tolist() == ["empty", "repeats itself", "surprising"]
+    lenient = grouped(tiny_llama, texts)
+    assert lenient.texts["put_aside"].tolist() == ["empty", "repeats itself", ""]
+
+
+def test_a_group_is_named_after_its_own_words_in_their_order(tiny_llama):
+    names = grouped(tiny_llama, ["Zebras plague death.", *SAILING, "I"], SAILING[0]).groups["name"]
+    assert names.tolist() == ["near the unsteered text", "zebras, plague, death", "without words"]
+
+
+def test_shares_are_of_vectors_not_of_texts(tiny_llama):
+    both = frame([*COOKING, *SAILING], "Nothing of the kind.")
+    both["vector"] = [-1, 0, 0, 1, 1]  # with their negatives, as it were
+    found = tm.analysis.behaviours(tiny_llama, both, chat=False, largest_perplexity=float("inf"))
+    assert found.per_100_vectors == 100 * found.n_distinct / 2
+
+
 def test_a_wanted_number_of_groups_is_made(tiny_llama):
     assert grouped(tiny_llama, [*COOKING, *SAILING], n_behaviours=3).n_distinct == 3
     with pytest.raises(ValueError, match="only 4 coherent texts"):
@@ -142,8 +200,8 @@ def test_other_tables_are_refused(tiny_llama):
 
 
 def test_a_sweep_of_radii_around_auto_is_counted_on_a_random_model(tiny_llama):
-    # What it writes is noise, of which nothing is coherent; with every text let through, the
-    # groups are there, and longer vectors move more texts away from the unsteered one.
+    # What it writes is noise: with every text let through, the groups are there, and longer vectors
+    # move more texts away from the unsteered one.
     f = tm.ActivationMap.from_prompts(tiny_llama, "One two three four", 1, 4)
     auto = tm.calibrate_radius(f)
     changed = []
@@ -157,7 +215,7 @@ def test_a_sweep_of_radii_around_auto_is_counted_on_a_random_model(tiny_llama):
             ignore_index=True,
         )
         strict = tm.analysis.behaviours(tiny_llama, texts, chat=False)
-        assert (strict.n_distinct, strict.per_100_vectors) == (0, 0.0)
+        assert strict.n_distinct <= sum(strict.texts["coherent"])
         every = tm.analysis.behaviours(
             tiny_llama, texts, chat=False, largest_perplexity=float("inf"), largest_repetition=1
         )

@@ -1,6 +1,8 @@
 """How many different things do they make the model do? Completions grouped into behaviours."""
 
 import math
+import random
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,9 +33,15 @@ DEFAULT_DISTANCES = {"sentences": 0.65, "words": 0.85}
 _DISTANCE_OF_OTHERS = 0.5
 DEFAULT_PERPLEXITY = 11.0
 DEFAULT_REPETITION = 0.4
+# A short text, whose perplexity hangs on a few words, may be surprising, up to so many nats in all
+# beyond the limit, if its words in another order are more so: tokens, nats, and nats a token.
+_SHORT, _MOST_SURPRISE, _LEAST_ORDER = 25, 55.0, 1.0
+_SHUFFLES = 4
 INCOHERENT = -1
 _UNSTEERED = 0
 _NAME_WORDS = 3
+# Why a text is put aside.
+EMPTY, REPEATS, SURPRISING = "empty", "repeats itself", "surprising"
 # Of a longer text, its beginning is looked at.
 _MOST_CHARACTERS = 2_000
 
@@ -44,10 +52,11 @@ class Behaviours:
 
     Attributes:
         texts: the completions as they came, and for each: perplexity; repetition, the share of its
-            runs of three tokens that came before; coherent; and the number of its behaviour: 0
-            where it does what the unsteered model does, -1 where it is not coherent. The unsteered
-            text itself is always 0.
-        groups: one row a behaviour, the largest first, that of the unsteered model before them:
+            runs of three tokens that came before; coherent; put_aside, why it is not: "empty",
+            "repeats itself" or "surprising", else ""; and the number of its behaviour: 0 where it
+            is grouped with the unsteered text, -1 where it is not coherent. The unsteered text
+            itself is always 0.
+        groups: one row a behaviour, the largest first, that of the unsteered text before them:
             behaviour, name, prompt, n_texts, vectors, example.
         embedder: what made points of the texts: "sentences", "words", or "custom".
     """
@@ -58,7 +67,7 @@ class Behaviours:
 
     @property
     def n_distinct(self) -> int:
-        """How many behaviours there are that hold together and are not the unsteered model's.
+        """How many behaviours there are that hold together and are not near the unsteered text.
 
         Those of several prompts are added up: what a vector does on one is another text on another.
         """
@@ -66,12 +75,13 @@ class Behaviours:
 
     @property
     def per_100_vectors(self) -> float:
-        """The same for every hundred steered completions; 0 where there are none.
+        """The same for every hundred vectors on each prompt; 0 where there are none.
 
         Compare libraries of one size: the more vectors, the more of them repeat what another does.
         """
-        n_steered = sum(vector >= 0 for vector in self.texts["vector"])
-        return 100 * self.n_distinct / n_steered if n_steered else 0.0
+        steered = zip(self.texts["vector"], self.texts["prompt"], strict=True)
+        n_tried = len({(vector, prompt) for vector, prompt in steered if vector >= 0})
+        return 100 * self.n_distinct / n_tried if n_tried else 0.0
 
     def __repr__(self) -> str:
         n_incoherent = sum(not coherent for coherent in self.texts["coherent"])
@@ -99,10 +109,16 @@ def behaviours(
         texts = tm.report.collect_completions(model, prompt, found)
         tm.analysis.behaviours(model, texts[texts["scale"] >= 0]).groups
 
-    Texts that do not hold together are put aside: those that the unsteered model, given the prompt,
-    finds too surprising, and those that repeat themselves. The others are clustered by what they
-    say (average linkage; with the embedder "sentences" over the mean of two cosines, that of the
-    sentences' embeddings and that of the words), for each prompt by itself. A group is named after
+    Texts that do not hold together are put aside: those that repeat themselves, and those that the
+    unsteered model, given the prompt, finds too surprising. What it would never say is not yet
+    gibberish: a surprising text of up to 25 tokens stays if the order of its words makes sense to
+    the model (shuffled, they surprise it more by 1 nat a token), and it is not too far beyond the
+    limit (by 55 nats in all). One or two words have no order, and a model of one language judges
+    long texts in others badly: look at what was put aside as "surprising", too.
+
+    The others are clustered by what they say (average linkage; with the embedder "sentences" over
+    the mean of two cosines, that of the sentences' embeddings and that of the words), for each
+    prompt by itself. Which texts go together hangs on all that are there. A group is named after
     the words that set it apart from the unsteered text and from the other groups.
 
     Args:
@@ -111,10 +127,12 @@ def behaviours(
             (-1 for unsteered), prompt, completion. Every row is one text to group; of a long one,
             the first 2,000 characters.
         chat: whether the prompts were formatted as chat.
-        n_behaviours: how many groups to make for each prompt; None lets `distance` decide.
+        n_behaviours: how many groups to make for each prompt, that of the unsteered text included;
+            None lets `distance` decide.
         distance: two groups stay apart if one minus the mean cosine between them is more; None
             takes 0.65 for sentences, 0.85 for words.
-        largest_perplexity: of a coherent text, under the unsteered model after the prompt.
+        largest_perplexity: of a text that is coherent anyway, under the unsteered model after the
+            prompt; see above.
         largest_repetition: of a coherent text, the share of its runs of three tokens that came
             before.
         embedder: see `embeddings`; None takes sentences where the embedder is installed.
@@ -146,11 +164,23 @@ def behaviours(
     measured = perplexities(model, list(dict.fromkeys(pairs)), chat, batch_size)
     texts["perplexity"] = [measured[pair] for pair in pairs]
     texts["repetition"] = [repetition_of(model, text) for text in written]
-    texts["coherent"] = (
-        (texts["perplexity"] < math.inf)  # holds something
-        & (texts["perplexity"] <= largest_perplexity)
-        & (texts["repetition"] <= largest_repetition)
+    surprising = [
+        pair
+        for pair in dict.fromkeys(pairs)
+        if not measured[pair] <= min(largest_perplexity, sys.float_info.max)
+    ]
+    sensible = _sensible(
+        model, surprising, measured, math.log(largest_perplexity), chat, batch_size
     )
+    nonsense = {*surprising} - sensible
+    texts["put_aside"] = [
+        EMPTY if not pair[1].strip()
+        else REPEATS if repetition > largest_repetition
+        else SURPRISING if pair in nonsense
+        else ""
+        for pair, repetition in zip(pairs, texts["repetition"], strict=True)
+    ]  # fmt: skip
+    texts["coherent"] = texts["put_aside"] == ""
     texts["behaviour"] = INCOHERENT
     groups, next_number = [], _UNSTEERED + 1
     for prompt in dict.fromkeys(texts["prompt"]):
@@ -231,6 +261,35 @@ def perplexities(
     return found
 
 
+def _sensible(
+    model: Model,
+    surprising: Sequence[tuple[str, str]],
+    measured: dict[tuple[str, str], float],
+    limit: float,
+    chat: bool,
+    batch_size: int,
+) -> set[tuple[str, str]]:
+    """Those of the surprising texts whose words are in an order that the model expects."""
+    shuffled: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    for prompt, text in surprising:
+        words = text.split()
+        n_tokens = len(model.tokenizer.encode(text, add_special_tokens=False))
+        beyond = n_tokens * (math.log(measured[prompt, text]) - limit)
+        if len(words) > 2 and n_tokens <= _SHORT and beyond <= _MOST_SURPRISE:
+            order = random.Random(text)  # the same text is judged alike each time
+            shuffled[prompt, text] = [
+                (prompt, " ".join(order.sample(words, len(words)))) for _ in range(_SHUFFLES)
+            ]
+    every = dict.fromkeys(pair for some in shuffled.values() for pair in some)
+    mixed = perplexities(model, list(every), chat, batch_size)
+
+    def gain(pair: tuple[str, str]) -> float:
+        losses = [math.log(mixed[other]) for other in shuffled[pair]]
+        return sum(losses) / len(losses) - math.log(measured[pair])
+
+    return {pair for pair in shuffled if gain(pair) >= _LEAST_ORDER}
+
+
 def _clusters(
     texts: Sequence[str], n_behaviours: int | None, distance: float, embedder: Embedder
 ) -> "np.ndarray[Any, Any]":
@@ -286,7 +345,7 @@ def _group(
     by_perplexity = sorted(range(len(texts)), key=lambda i: members["perplexity"].iloc[i])
     return {
         "behaviour": number,
-        "name": "as unsteered" if number == _UNSTEERED else _name(texts, others),
+        "name": "near the unsteered text" if number == _UNSTEERED else _name(texts, others),
         "prompt": prompt,
         "n_texts": len(texts),
         "vectors": sorted({int(vector) for vector in members["vector"] if vector >= 0}),
@@ -295,24 +354,32 @@ def _group(
 
 
 def _name(texts: Sequence[str], others: Sequence[str]) -> str:
-    """The words that most of these texts have and few of the others."""
+    """Words of these texts that most of them have and few of the others, as they come up."""
     from sklearn.feature_extraction.text import CountVectorizer
 
     def shares(stop_words: str | None) -> dict[str, float]:
+        # Without what follows an apostrophe: "i'm" and "you're" are no topics.
         counts = CountVectorizer(
-            binary=True, stop_words=stop_words, token_pattern=r"(?u)\b[^\W\d_][\w'’-]+\b"
+            binary=True, stop_words=stop_words, token_pattern=r"(?u)(?<!['’])\b[^\W\d_][\w-]+\b"
         )
         matrix: Any = counts.fit_transform([*texts, *others])
-        found = matrix.toarray().astype(float)
-        apart = found[: len(texts)].mean(0)
-        if others:
-            apart = apart - found[len(texts) :].mean(0)
-        return dict(zip(counts.get_feature_names_out(), apart, strict=True))
+        found = matrix.toarray()
+        inside = found[: len(texts)].mean(0)
+        outside = found[len(texts) :].mean(0) if others else 0 * inside
+        names = counts.get_feature_names_out()
+        return {
+            name: float(here - there)
+            for name, here, there in zip(names, inside, outside, strict=True)
+            if here > 0
+        }
 
+    together = " ".join(texts).lower()
     for stop_words in ("english", None):
         try:
             scores = shares(stop_words)
         except ValueError:  # no word is left
             continue
-        return ", ".join(sorted(scores, key=lambda word: (-scores[word], word))[:_NAME_WORDS])
+        if scores:
+            best = sorted(scores, key=lambda word: (-scores[word], together.find(word)))
+            return ", ".join(best[:_NAME_WORDS])
     return "without words"
