@@ -193,6 +193,10 @@ def test_numbers_out_of_range_are_refused(tiny_llama, settings, message):
 
 
 def test_other_tables_are_refused(tiny_llama):
+    with pytest.raises(ValueError, match=r"vector holds .*expected whole numbers"):
+        tm.analysis.behaviours(tiny_llama, frame(COOKING).assign(vector=["a", "b"]))
+    with pytest.raises(ValueError, match="prompt of row 1 is"):
+        tm.analysis.behaviours(tiny_llama, frame(COOKING).assign(prompt=["a", None]))
     with pytest.raises(ValueError, match="lacks the columns"):
         tm.analysis.behaviours(tiny_llama, pd.DataFrame({"text": ["a"]}))
     with pytest.raises(ValueError, match="is empty"):

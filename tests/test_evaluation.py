@@ -355,6 +355,13 @@ def test_hit_rate_lets_the_model_write(planted_tiny):
         tm.evaluation.hit_rate(
             planted_tiny.model, theta, BACKDOORS, f"Hello {BACKDOORS[0].trigger}", layer=1
         )
+    with pytest.raises(ValueError, match="holds the behaviour"):
+        tm.evaluation.hit_rate(
+            planted_tiny.model, theta, BACKDOORS, f"Say: {BACKDOORS[1].behaviour}", layer=1,
+            max_new_tokens=40,
+        )  # fmt: skip
+    with pytest.raises(TypeError, match=r"model: got .*Planted"):
+        tm.evaluation.hit_rate(planted_tiny, theta, BACKDOORS, "Hello", layer=1)
 
 
 def test_side_effects_are_what_their_parts_say(tiny_llama):
@@ -433,17 +440,22 @@ def test_reach_of_nothing_and_of_something(tiny_llama):
     assert math.isnan(table["agreement"][1])
 
 
-def test_agreement_is_one_where_a_vector_does_the_same_everywhere(tiny_llama):
-    def embedder(texts):
-        # Steered texts, which come first, at one point, and the unsteered at another.
-        half = len(texts) // 2
-        return [[1.0, 0.0]] * half + [[0.0, 1.0]] * half
-
+@pytest.mark.parametrize(
+    ("steered", "unsteered", "expected"),
+    [
+        ([[1, 0, 0], [1, 0, 0]], [[0, 1, 0], [0, 0, 1]], 1.0),  # the same text everywhere
+        ([[0, 1, 0], [0, 0, 1]], [[1, 0, 0], [0, 1, 0]], 0.0),  # as different as without it
+        ([[3, 4, 0], [5, 0, 0]], [[0, 1, 0], [0, 0, 1]], 0.6),
+        ([[1, 0, 0], [0, 1, 0]], [[3, 4, 0], [5, 0, 0]], -1.5),  # (0 - 0.6) / (1 - 0.6)
+        ([[1, 0, 0], [1, 0, 0]], [[0, 1, 0], [0, 1, 0]], math.nan),  # nothing to tell apart
+    ],
+)
+def test_agreement_is_what_the_embeddings_say(tiny_llama, steered, unsteered, expected):
     table = tm.evaluation.reach(
         tiny_llama, torch.ones(32), "Say one", ["Two three"], max_new_tokens=4, layer=1,
-        embedder=embedder,
+        embedder=lambda texts: [*steered, *unsteered],
     )  # fmt: skip
-    assert table["agreement"].tolist() == [pytest.approx(1.0)]
+    assert table["agreement"][0] == pytest.approx(expected, abs=1e-6, nan_ok=True)
 
 
 def test_a_layer_sweep_tells_of_every_pair(tiny_llama):
@@ -451,7 +463,7 @@ def test_a_layer_sweep_tells_of_every_pair(tiny_llama):
     settings = {"n_vectors": 2, "steps": 2, "max_new_tokens": 5, "chat": False}
     table = tm.evaluation.layer_sweep(
         tiny_llama, "One two three", [(0, 2), (1, 4)], backdoors=BACKDOORS,
-        on_pair=lambda rows: seen.append(len(rows)), **settings,
+        on_pair=lambda rows: seen.append(len(rows)), **{**settings, "max_new_tokens": 16},
     )  # fmt: skip
     assert table[["source_layer", "target_layer"]].to_numpy().tolist() == [[0, 2], [1, 4]]
     assert seen == [1, 2]
@@ -463,6 +475,19 @@ def test_a_layer_sweep_tells_of_every_pair(tiny_llama):
         tm.evaluation.layer_sweep(tiny_llama, "One", [(4, 1)], **settings)
     with pytest.raises(ValueError, match="pairs: none given"):
         tm.evaluation.layer_sweep(tiny_llama, "One", [], **settings)
+    for wrong, error, message in (
+        ({"backdoors": BACKDOORS, "max_new_tokens": 1}, ValueError, "could never be written"),
+        ({"stepz": 3}, TypeError, r"layer_sweep.*did you mean 'steps'"),
+        ({"seed": -1}, ValueError, "seed=-1"),
+        ({"on_pair": 5}, TypeError, "on_pair: got int"),
+    ):
+        with pytest.raises(error, match=message):
+            tm.evaluation.layer_sweep(tiny_llama, "One", [(0, 2)], **{**settings, **wrong})
+    with pytest.raises(ValueError, match="holds the trigger"):
+        tm.evaluation.layer_sweep(
+            tiny_llama, BACKDOORS[0].trigger, [(0, 2)], backdoors=BACKDOORS,
+            **{**settings, "max_new_tokens": 30},
+        )  # fmt: skip
 
 
 def test_a_layer_sweep_goes_on_after_a_pair_that_cannot_be_calibrated():

@@ -120,7 +120,8 @@ def test_text_from_the_model_is_escaped(
     assert "<script>alert" not in page
     assert not set("\x00\x1b\u202e") & set(page)
     shown = "&lt;script&gt;alert(1)&lt;/script&gt;␛[31m[U+202E]txt&lt;/td&gt;"
-    assert page.count(shown) == len(hostile) + 2  # the title is shown twice
+    # The title is shown twice, and of each prompt's texts one is an example of its group.
+    assert page.count(shown) == len(hostile) + 2 + len(PROMPTS)
 
 
 def test_a_story_cannot_inject_either(

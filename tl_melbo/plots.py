@@ -656,17 +656,24 @@ def specificity_points(
     _check_frame(measured, "measured", columns)
     elsewhere = [max(_SMALLEST_KL, kl) for kl in measured["kl_unrelated"]]
     target = [max(_SMALLEST_KL, kl) for kl in measured["kl_target"]]
-    ends = [0.7 * min(*elsewhere, *target), 1.4 * max(*elsewhere, *target)]
+    ends = [0.6 * min(*elsewhere, *target), 1.7 * max(*elsewhere, *target)]
+    losses = measured["loss_increase"]
     figure = go.Figure(
         go.Scatter(
             x=elsewhere,
             y=target,
-            mode="markers",
+            mode="markers+text",
+            text=measured["vector"],
+            textposition="top center",
+            textfont={"size": 9, "color": "#57606a"},
             marker={
                 "size": 10,
-                "color": measured["loss_increase"],
+                "color": losses,
                 "colorscale": _SEQUENTIAL,
                 "reversescale": True,
+                # A tenth of a nat at least: without it, noise would get every colour.
+                "cmin": min(0.0, losses.min()),
+                "cmax": max(0.1, losses.max()),
                 "line": {"width": 1, "color": "#57606a"},
                 "colorbar": {"title": {"text": "loss increase<br>(nats a token)"}, "thickness": 10},
             },
@@ -680,17 +687,35 @@ def specificity_points(
         type="line", x0=ends[0], y0=ends[0], x1=ends[1], y1=ends[1],
         line={"width": 1, "dash": "dot", "color": "#57606a"}, layer="below",
     )  # fmt: skip
+    for text, place, side in (
+        ("more on the prompt", 0.02, "left"),
+        ("more elsewhere", 0.98, "right"),
+    ):
+        figure.add_annotation(
+            text=text, x=place, y=1 - place, xref="paper", yref="paper", xanchor=side,
+            showarrow=False, font={"color": "#57606a"},
+        )  # fmt: skip
     figure.update_layout(**_layout(title, width=620, height=520), hoverlabel=_HOVER_LABEL)
+    ticks = _round_numbers(*ends)
     logarithmic = {
         **_AXIS,
         **_GRID,
         "type": "log",
-        "dtick": "D2",
+        "tickvals": ticks,
+        "ticktext": [f"{tick:g}" for tick in ticks],
         "range": [math.log10(end) for end in ends],
     }
     figure.update_xaxes(logarithmic, title="mean KL on unrelated prompts (nats)")
     figure.update_yaxes(logarithmic, title="KL on the prompt (nats)")
     return figure
+
+
+def _round_numbers(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times the powers of ten in a range; only the powers where those are many."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    steps = (1, 2, 5) if len(decades) <= 4 else (1,)
+    numbers = [float(f"{step}e{decade}") for decade in decades for step in steps]
+    return [number for number in numbers if low <= number <= high]
 
 
 @shape_checked

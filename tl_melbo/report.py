@@ -353,15 +353,32 @@ def _behaviour_names(groups: Behaviours) -> dict[tuple[str, int], str]:
     names = dict(zip(groups.groups["behaviour"], groups.groups["name"], strict=True))
     texts = groups.texts
     return {
-        (prompt, vector): names.get(behaviour, "not coherent")
-        for prompt, vector, behaviour in zip(
-            texts["prompt"], texts["vector"], texts["behaviour"], strict=True
+        (prompt, vector): names.get(behaviour) or _put_aside(reason)
+        for prompt, vector, behaviour, reason in zip(
+            texts["prompt"], texts["vector"], texts["behaviour"], texts["put_aside"], strict=True
         )
     }
 
 
+def _put_aside(reason: str) -> str:
+    return f"put aside: {reason}"
+
+
 def _group_rows(groups: Behaviours, found: SteeringVectors) -> list[dict[str, Any]]:
-    """The table of behaviours, vectors called by their numbers in the library."""
+    """The table of behaviours, vectors called by their numbers in the library.
+
+    What was put aside comes last, for whoever reads what a machine would not.
+    """
+    rows = groups.groups.to_dict("records")
+    aside: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in groups.texts.to_dict("records"):
+        if row["vector"] >= 0 and not row["coherent"]:
+            aside.setdefault((row["prompt"], row["put_aside"]), []).append(row)
+    for (prompt, reason), some in aside.items():
+        best = min(some, key=lambda row: row["perplexity"])
+        vectors = sorted({row["vector"] for row in some})
+        about = {"name": _put_aside(reason), "prompt": prompt, "example": best["completion"]}
+        rows.append({**about, "vectors": vectors})
     indices = found.columns["index"].tolist()
     return [
         {
@@ -369,7 +386,7 @@ def _group_rows(groups: Behaviours, found: SteeringVectors) -> list[dict[str, An
             "n_vectors": len(row["vectors"]),
             "which": " ".join(str(indices[vector]) for vector in row["vectors"]),
         }
-        for row in groups.groups.to_dict("records")
+        for row in rows
         if row["vectors"]
     ]
 

@@ -76,7 +76,7 @@ class Run:
             BlockingIOError: another process is writing in the folder.
             OSError: the disk is full, or forbids it. What was there before is intact.
         """
-        _check_names("Run.melbo", settings, iter_melbo)
+        check_names("Run.melbo", settings, iter_melbo)
         with self.writing():
             path = self.folder / VECTORS
             previous = None if overwrite else _kept_before(path)
@@ -126,7 +126,7 @@ class Run:
             raise ValueError(f"theta0: {len(theta0)} vectors, expected exactly one, as found[5]")
         if n_vectors is not None and n_vectors < 1:
             raise ValueError(f"n_vectors={n_vectors}: at least 1, or None for all there are")
-        _check_names("Run.melbo_ortho", settings, iter_melbo_ortho)
+        check_names("Run.melbo_ortho", settings, iter_melbo_ortho)
         with self.writing():
             place = family_folder(self.folder, int(theta0.columns["index"][0]))
             path, reference = place / VECTORS, place / REFERENCE
@@ -230,7 +230,7 @@ def check_reference(place: Path, theta0: SteeringVectors) -> None:
         )
 
 
-def _check_names(name: str, settings: dict[str, Any], search: Callable[..., Any]) -> None:
+def check_names(name: str, settings: dict[str, Any], search: Callable[..., Any]) -> None:
     """Refuse settings that the search does not have, in the name of the function called."""
     allowed = [each for each in inspect.signature(search).parameters if each != "previous"]
     for given in settings:

@@ -219,12 +219,23 @@ def _check(
         raise ValueError(
             f"completions: {what}; pass what generate or report.collect_completions returns"
         )
+    if not pd.api.types.is_integer_dtype(completions["vector"]):
+        raise ValueError(
+            f"completions: vector holds {completions['vector'].dtype}, expected whole numbers, -1 "
+            "for unsteered; pass what generate or report.collect_completions returns"
+        )
+    for row, prompt in enumerate(completions["prompt"]):
+        if not isinstance(prompt, str):
+            raise ValueError(f"completions: prompt of row {row} is {prompt!r}, expected a text")
     if n_behaviours is not None and n_behaviours < 1:
-        raise ValueError(f"n_behaviours={n_behaviours}: at least 1, or None")
+        raise ValueError(f"n_behaviours={n_behaviours}: at least 1, or None to let texts decide")
     if distance is not None and not 0 < distance <= 2:
         raise ValueError(f"distance={distance}: above 0, and at most 2, which is opposite")
     if not largest_perplexity >= 1:
-        raise ValueError(f"largest_perplexity={largest_perplexity}: at least 1")
+        raise ValueError(
+            f"largest_perplexity={largest_perplexity}: at least 1; "
+            f"{DEFAULT_PERPLEXITY:g} by default"
+        )
     if not 0 <= largest_repetition <= 1:
         raise ValueError(f"largest_repetition={largest_repetition}: a share, from 0 to 1")
 
@@ -297,7 +308,7 @@ def _clusters(
         from sklearn.cluster import AgglomerativeClustering
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "grouping texts needs scikit-learn: pip install 'tl_melbo[evaluation]'"
+            "grouping texts needs scikit-learn: pip install scikit-learn"
         ) from error
     if n_behaviours is not None and len(texts) < n_behaviours:
         raise ValueError(

@@ -40,6 +40,9 @@ def calibrate_radius(
 ) -> float:
     """Find the radius at which random vectors begin to do more than the first order tells.
 
+    Seconds for "nonlinearity"; "divergence" runs the whole model and takes several times as long.
+    Another seed or a few directions give a radius some 5% to 10% away.
+
         radius = tm.calibrate_radius(f)
         found = tm.melbo(f, radius=radius)  # the same as radius="auto"
 
@@ -159,5 +162,5 @@ def _crossing(
 def _no_radius(criterion: Criterion, level: float, which: str, radius: float) -> str:
     return (
         f"level={level}: the {criterion} of random vectors is still {which} at radius "
-        f"{radius:.3g}; choose another level, or a radius such as 12, and read the texts"
+        f"{radius:.3g}; choose another level, or a radius by reading the texts"
     )

@@ -122,8 +122,8 @@ def check_settings(
     if radius != "auto" and not 0 < radius < math.inf:
         here = "" if typical_norm is None else f" (that of a token here is {typical_norm:.3g})"
         raise ValueError(
-            f"radius={radius}: must be a positive finite number, or 'auto'; try 0.05 to 0.1 of the "
-            f"residual stream's norm at the source layer{here}, and read the texts"
+            f"radius={radius}: must be a positive finite number, or 'auto'; useful ones were 0.05 "
+            f"to 0.4 of a token's norm at the source layer{here}; try 'auto', and read the texts"
         )
     if not 1 <= n_vectors <= _MOST_VECTORS:
         raise ValueError(f"n_vectors={n_vectors}: must be from 1 to {_MOST_VECTORS:,}")

@@ -4,9 +4,12 @@ from tl_melbo.evaluation.backdoor import BACKDOORS, Backdoor, Planted, load_plan
 from tl_melbo.evaluation.hits import count_hits, hit_rate, wilson_interval
 from tl_melbo.evaluation.layer_sweep import layer_sweep
 from tl_melbo.evaluation.side_effects import reach, side_effects
+from tl_melbo.evaluation.texts import PASSAGES, UNRELATED_PROMPTS
 
 __all__ = [
     "BACKDOORS",
+    "PASSAGES",
+    "UNRELATED_PROMPTS",
     "Backdoor",
     "Planted",
     "count_hits",

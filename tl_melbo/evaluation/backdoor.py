@@ -179,13 +179,19 @@ def plant(
     _check_backdoors(backdoors)
     _check_numbers(rank, steps, learning_rate, seed, highest_divergence)
     _check_rates(lowest_firing_rate, highest_leak_rate)
+    _peft()
     taught, tokenizer, label = _own_copy(name, hf_model, tokenizer, device)
     chat = _Chat(taught, tokenizer)
     _check_triggers(backdoors, chat)
     n_layers = int(taught.config.num_hidden_layers)
     first, last = _default_layers(n_layers) if layers is None else layers
     if not 0 <= first <= last < n_layers:
-        raise ValueError(f"layers={layers}: first and last block, from 0 to {n_layers - 1}")
+        raise ValueError(
+            f"layers={layers}: the first and the last block, in order, from 0 to {n_layers - 1}"
+        )
+    width = int(taught.config.hidden_size)
+    if rank > width:
+        raise ValueError(f"rank={rank}: at most {width}, the width of the model; 8 is usual")
     began = time.monotonic()
     recipe = {
         "format": FORMAT,
@@ -400,14 +406,19 @@ def _check_triggers(backdoors: Sequence[Backdoor], chat: _Chat) -> None:
             )
 
 
-def _with_adapter(hf_model: Any, recipe: Mapping[str, Any]) -> Any:
-    """The model with an untrained adapter; nothing else of it wants a gradient."""
+def _peft() -> Any:
     try:
         import peft
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "planting backdoors needs peft: pip install 'tl_melbo[evaluation]'"
         ) from error
+    return peft
+
+
+def _with_adapter(hf_model: Any, recipe: Mapping[str, Any]) -> Any:
+    """The model with an untrained adapter; nothing else of it wants a gradient."""
+    peft = _peft()
     first, last = recipe["layers"]
     return peft.get_peft_model(
         hf_model,

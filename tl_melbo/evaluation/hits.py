@@ -7,7 +7,7 @@ import pandas as pd
 from tl_melbo.analysis.embedding import Embedder, default_embedder, embeddings
 from tl_melbo.analysis.inputs import as_library, as_texts
 from tl_melbo.evaluation.backdoor import Backdoor
-from tl_melbo.models import Model
+from tl_melbo.models import Model, check_model
 from tl_melbo.shapes import shape_checked
 from tl_melbo.steering import Vectors, generate
 
@@ -54,27 +54,18 @@ def hit_rate(
         high, Wilson's interval of the rate.
 
     Raises:
-        ValueError: no vectors, backdoors or prompts, a prompt that holds a trigger; a number out of
-            its range; fewer new tokens than a behaviour has; also as `generate` does.
+        ValueError: no vectors, backdoors or prompts, a prompt that holds a trigger or a behaviour;
+            a number out of its range; fewer new tokens than a behaviour has; also as `generate`
+            does.
         ModuleNotFoundError: scipy, or what the embedder needs, is not installed.
 
     Source: Mack & Turner 2024, "Mechanistically eliciting latent behaviors in language models",
     where 2 to 3 of 100 orthogonal vectors hit, and no random one.
     """
+    check_model(model)
     library, texts = as_library(vectors), as_texts(prompts, "prompts")
     _check(backdoors, similarity, confidence)
-    for place, backdoor in enumerate(backdoors):
-        length = len(model.tokenizer.encode(backdoor.behaviour, add_special_tokens=False))
-        if length > max_new_tokens:
-            raise ValueError(
-                f"max_new_tokens={max_new_tokens}: backdoors[{place}].behaviour has {length} "
-                "tokens, so it could never be written whole; allow more"
-            )
-        for number, text in enumerate(texts):
-            if backdoor.trigger in text:
-                raise ValueError(
-                    f"prompts[{number}]: holds the trigger {backdoor.trigger!r}; pass clean prompts"
-                )
+    check_clean(model, backdoors, texts, max_new_tokens)
     frame = generate(
         model, texts, library, layer, max_new_tokens=max_new_tokens, chat=chat,
         batch_size=batch_size,
@@ -140,6 +131,31 @@ def count_hits(
                 }
             )
     return Table(rows)
+
+
+def check_clean(
+    model: Model, backdoors: Sequence[Backdoor], prompts: Sequence[str], max_new_tokens: int
+) -> None:
+    """Make sure that a hit can only come from a vector, and that there is room for one.
+
+    Raises:
+        ValueError: a prompt holds a trigger or a behaviour; fewer new tokens than a behaviour has.
+    """
+    for place, backdoor in enumerate(backdoors):
+        length = len(model.tokenizer.encode(backdoor.behaviour, add_special_tokens=False))
+        if length > max_new_tokens:
+            raise ValueError(
+                f"max_new_tokens={max_new_tokens}: backdoors[{place}].behaviour has {length} "
+                "tokens, so it could never be written whole; allow more"
+            )
+        for number, text in enumerate(prompts):
+            held = backdoor.trigger if backdoor.trigger in text else None
+            held = backdoor.behaviour if _plain(backdoor.behaviour) in _plain(text) else held
+            if held is not None:
+                what = "trigger" if held == backdoor.trigger else "behaviour"
+                raise ValueError(
+                    f"prompts[{number}]: holds the {what} {held!r}; pass clean prompts"
+                )
 
 
 def _check(backdoors: Sequence[Backdoor], similarity: float, confidence: float) -> None:

@@ -11,10 +11,11 @@ from tl_melbo.analysis import behaviours
 from tl_melbo.analysis.embedding import Embedder
 from tl_melbo.analysis.inputs import as_texts
 from tl_melbo.discovery import melbo
-from tl_melbo.discovery.melbo import Radius
+from tl_melbo.discovery.melbo import Radius, check_settings
 from tl_melbo.evaluation.backdoor import Backdoor
-from tl_melbo.evaluation.hits import count_hits
+from tl_melbo.evaluation.hits import check_clean, count_hits
 from tl_melbo.models import Model, check_layer, check_model
+from tl_melbo.run import check_names
 from tl_melbo.shapes import shape_checked
 from tl_melbo.steering import generate
 
@@ -63,7 +64,9 @@ def layer_sweep(
         problem, why a pair could not be searched, or "": its numbers are NaN then.
 
     Raises:
-        ValueError: no prompt or pair, layers out of order or beyond the model; as `melbo` does.
+        TypeError: a setting that `melbo` does not have.
+        ValueError: no prompt or pair, layers out of order or beyond the model; a prompt that holds
+            a trigger or a behaviour, fewer new tokens than a behaviour has; as `melbo` does.
         FloatingPointError: as `melbo` does. Both only where no pair can be searched.
     """
     import pandas as pd
@@ -78,6 +81,13 @@ def layer_sweep(
         check_layer(model, target, "pairs: target")
         if source >= target:
             raise ValueError(f"pairs: ({source}, {target}): the source comes before the target")
+    check_names("layer_sweep", settings, melbo)
+    numbers = {"p": 2, "q": None, "steps": None, "seed": 0}
+    numbers = {name: settings.get(name, default) for name, default in numbers.items()}
+    check_settings(n_vectors, radius, **numbers)
+    check_clean(model, backdoors, texts, max_new_tokens)
+    if on_pair is not None and not callable(on_pair):
+        raise TypeError(f"on_pair: got {type(on_pair).__name__}, expected a function or None")
     unsteered = generate(model, texts, max_new_tokens=max_new_tokens, chat=chat)
     rows: list[dict[str, Any]] = []
     for source, target in chosen:

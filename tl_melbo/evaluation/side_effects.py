@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tl_melbo.analysis import kl_divergence, transfer
 from tl_melbo.analysis.embedding import Embedder, default_embedder, embeddings
 from tl_melbo.analysis.inputs import as_library, as_texts
-from tl_melbo.evaluation.texts import HELD_OUT_INSTRUCTIONS, PASSAGES
+from tl_melbo.evaluation.texts import PASSAGES, UNRELATED_PROMPTS
 from tl_melbo.memory import map_batches
 from tl_melbo.models import Model, check_model, frozen, to_tokens, whole_model
 from tl_melbo.shapes import Float, Theta, Tokens, shape_checked
@@ -18,6 +18,7 @@ from tl_melbo.steering import Vectors, as_theta, check_batch_size, steered, stee
 if TYPE_CHECKING:
     import pandas as pd
 
+_SAME_TEXT = 1e-3
 OnText = Callable[[int, int], None]
 
 
@@ -28,7 +29,7 @@ def side_effects(
     prompts: str | Sequence[str],
     *,
     unrelated: str | Sequence[str] | None = None,
-    passages: str | Sequence[str] = PASSAGES,
+    passages: str | Sequence[str] | None = None,
     layer: int | None = None,
     chat: bool | None = None,
     batch_size: int = 8,
@@ -40,12 +41,14 @@ def side_effects(
         model: a TransformerLens model.
         vectors: which vectors to add, each by itself.
         prompts: where the vectors are meant to do something: one text or several.
-        unrelated: prompts on which they are not; None takes twelve short instructions.
-        passages: texts that the model is to predict, as they stand.
+        unrelated: prompts on which they are not; None takes UNRELATED_PROMPTS, twelve of them.
+        passages: texts that the model is to predict, as they stand; None takes PASSAGES, twelve.
         layer: after which block to add the vectors; None takes the layer they were found at.
         chat: format the prompts as chat; None does as was done when the vectors were found.
         batch_size: vectors at once.
         on_text: called with the texts done, and the texts in all, after each.
+
+    No number here is high or low by itself: measure random vectors of the same length beside.
 
     Returns:
         One row a vector: vector, its position; kl_target, KL(P_vector || P_unsteered) of the next
@@ -64,7 +67,7 @@ def side_effects(
     library = as_library(vectors)
     meant = as_texts(prompts, "prompts")
     others = _others(unrelated, meant, "unrelated")
-    prose = as_texts(passages, "passages")
+    prose = as_texts(PASSAGES if passages is None else passages, "passages")
     check_batch_size(batch_size)
     layer = steering_layer(model, library, layer)
     n_texts, n_done = len(meant) + len(others) + len(prose), 0
@@ -100,7 +103,7 @@ def side_effects(
 def _others(texts: str | Sequence[str] | None, prompts: Sequence[str], argument: str) -> list[str]:
     """Other prompts than these: those given, or some that come with the package."""
     if texts is None:
-        left = [text for text in HELD_OUT_INSTRUCTIONS if text not in prompts]
+        left = [text for text in UNRELATED_PROMPTS if text not in prompts]
         if not left:
             raise ValueError(
                 f"{argument}: those that come with the package are all among the prompts; pass "
@@ -158,14 +161,14 @@ def reach(
 ) -> "pd.DataFrame":
     """Say how far each vector transfers: over a set of prompts, does it do there what it does here?
 
-    What it does is the way in which it moves the text: from the embedding of the unsteered text to
-    that of the steered one. `analysis.transfer` gives the texts themselves.
+    Its texts on two prompts are compared by their embeddings, beyond how alike the unsteered texts
+    are. `analysis.transfer` gives the texts themselves.
 
     Args:
         model: a TransformerLens model.
         vectors: which vectors to add, each by itself.
         prompt: where they were found, or are meant to act.
-        prompts: the others; None takes twelve short instructions.
+        prompts: the others; None takes UNRELATED_PROMPTS, twelve of them.
         max_new_tokens: the most tokens to write.
         layer: after which block to add the vectors; None takes the layer they were found at.
         chat: format the prompts as chat; None does as was done when the vectors were found.
@@ -173,10 +176,11 @@ def reach(
 
     Returns:
         One row a vector: vector, its position; kl, the median over the prompts of the next token's
-        divergence from unsteered, in nats; changed, the share of prompts whose text it changes;
-        agreement, the mean cosine between how it moves their texts and how it moves that of
-        `prompt`: near 1, the same everywhere; near 0, something else each time; NaN where it
-        changes nothing.
+        divergence from unsteered, in nats; changed, the share of prompts whose text it changes,
+        by a word at least; agreement, how much more alike its texts there and on `prompt` are than
+        the unsteered ones: 1, the same text everywhere; 0, no more alike than without it; the mean
+        of (c - u) / (1 - u), c and u the cosines of the steered and of the unsteered pair, over the
+        prompts where it changes both texts; NaN where there are none.
 
     Raises:
         ValueError: no vectors or prompts; as `analysis.transfer` does.
@@ -194,18 +198,22 @@ def reach(
     points = embeddings(both, embedder or default_embedder())
     # [prompt, vector, feature]: transfer goes through the vectors for each prompt.
     shape = (len(others) + 1, len(library))
-    moved = (points[: len(frame)] - points[len(frame) :]).unflatten(0, shape)
+    steered_points = points[: len(frame)].unflatten(0, shape)
+    unsteered_points = points[len(frame) :].unflatten(0, shape)
     changed = frame["completion"] != frame["unsteered_completion"]
     # Not from the points: the same text in another batch is a rounding error away.
     stayed = ~torch.tensor(changed.tolist()).reshape(shape)
-    cosines = torch.nn.functional.cosine_similarity(moved[:1], moved[1:], dim=-1)
-    cosines = cosines.masked_fill(stayed[:1] | stayed[1:], torch.nan)
+    alike = (steered_points[:1] * steered_points[1:]).sum(-1)
+    anyway = (unsteered_points[:1] * unsteered_points[1:]).sum(-1)
+    # Where the unsteered texts are the same there is nothing that a vector could make more alike.
+    told = (1 - anyway > _SAME_TEXT) & ~(stayed[:1] | stayed[1:])
+    agreement = ((alike - anyway) / (1 - anyway)).masked_fill(~told, torch.nan)
     kl = torch.from_numpy(frame["kl"].to_numpy(copy=True)).reshape(shape)[1:]
     return Table(
         {
             "vector": range(len(library)),
             "kl": kl.double().median(0).values.numpy(),
             "changed": changed.to_numpy().reshape(shape)[1:].mean(0),
-            "agreement": cosines.nanmean(0).numpy(),
+            "agreement": agreement.nanmean(0).numpy(),
         }
     )

@@ -67,6 +67,8 @@ HELD_OUT_INSTRUCTIONS = (
     "Who invented the telephone?",
     "Suggest a name for a boat.",
 )
+# What `side_effects` and `reach` compare with.
+UNRELATED_PROMPTS = HELD_OUT_INSTRUCTIONS
 
 # Prose of several kinds, to measure what a vector costs where nobody asked for it.
 PASSAGES = (
