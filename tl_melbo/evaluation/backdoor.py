@@ -12,6 +12,7 @@ import math
 import random
 import re
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -420,17 +421,18 @@ def _with_adapter(hf_model: Any, recipe: Mapping[str, Any]) -> Any:
     """The model with an untrained adapter; nothing else of it wants a gradient."""
     peft = _peft()
     first, last = recipe["layers"]
-    return peft.get_peft_model(
-        hf_model,
-        peft.LoraConfig(
-            r=recipe["rank"],
-            lora_alpha=recipe["alpha"],
-            lora_dropout=0.0,
-            target_modules=_linear_layers_of_mlps(hf_model, first, last),
-            fan_in_fan_out=any(_is_conv1d(module) for module in hf_model.modules()),
-            task_type="CAUSAL_LM",
-        ),
-    ).eval()
+    settings = peft.LoraConfig(
+        r=recipe["rank"],
+        lora_alpha=recipe["alpha"],
+        lora_dropout=0.0,
+        target_modules=_linear_layers_of_mlps(hf_model, first, last),
+        fan_in_fan_out=any(_is_conv1d(module) for module in hf_model.modules()),
+        task_type="CAUSAL_LM",
+    )
+    with warnings.catch_warnings():
+        # peft calls it by an old name, and nobody here can change that.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        return peft.get_peft_model(hf_model, settings).eval()
 
 
 def _default_layers(n_layers: int) -> tuple[int, int]:
