@@ -39,6 +39,7 @@ PROMPTS = (
 # A later target than the package's default of 16: see RESULTS.md.
 LAYERS = (7, 24)
 P, Q, LAST_THREE = 2, 1, slice(-3, None)
+N_TOKENS = 24
 
 
 class Task(NamedTuple):
@@ -167,17 +168,23 @@ def _searched(
 ) -> list[dict[str, Any]]:
     """What one search hit; kept on disk, and read from there the next time."""
     # What the hits hang on: with another level or number of steps it is another search.
-    facts = (planted.recipe["adapter"], LAYERS, DEFAULT_LEVELS, DEFAULT_STEPS, DEFAULT_SIMILARITY)
+    search = (LAYERS, P, Q, LAST_THREE, DEFAULT_LEVELS, DEFAULT_STEPS)
+    facts = (planted.recipe["adapter"], search, N_TOKENS, DEFAULT_SIMILARITY)
     mark = hashlib.sha256(repr(facts).encode()).hexdigest()[:8]
     folder = KEPT / mark / f"{name}-{PROMPTS.index(prompt)}-{seed}"
     path = folder / f"hits-{n_vectors}.json"
     if not path.is_file():
         found = SEARCHES[name](Task(planted, prompt, seed, n_vectors, folder))
-        texts = tm.generate(planted.model, prompt, found, max_new_tokens=24, chat=True)
+        texts = tm.generate(planted.model, prompt, found, max_new_tokens=N_TOKENS, chat=True)
         hits = count_hits(texts, planted.backdoors)
         radius = float(f"{float(found.norms.median()):.3g}")
         # Another call may have found more vectors than are asked for here.
         clock = _clock(folder)
+        if (folder / "vectors.safetensors").is_file() and not clock["seconds"]:
+            raise FileNotFoundError(
+                f"{folder}: holds vectors, but no clock.json that says how long they took; delete "
+                "the folder"
+            )
         seconds = clock["seconds"] * len(found) / max(len(found), clock["vectors"])
         facts = {"method": name, "prompt": prompt, "seed": seed, "seconds": seconds}
         rows = [{**facts, "radius": radius, **row} for row in hits.to_dict("records")]
@@ -201,7 +208,8 @@ def _tell(step: int, n_steps: int, loss: float, divergence: float) -> None:
 def _timed(task: Task, layers: tuple[int, int], **settings: Any) -> tm.SteeringVectors:
     """A search, and how long it took, the map and the calibration included.
 
-    The time is written with every vector: a search that goes on adds to it.
+    The time is written with every vector: a search that goes on adds to it. What an interruption
+    threw away is not counted.
     """
     before, began = _clock(task.folder)["seconds"], time.monotonic()
 
@@ -242,7 +250,8 @@ def random(task: Task) -> tm.SteeringVectors:
     f = tm.ActivationMap.from_prompts(task.planted.model, task.prompt, *LAYERS, chat=True)
     task.folder.mkdir(parents=True, exist_ok=True)
     radius = tm.calibrate_radius(f)
-    generator = torch.Generator().manual_seed(task.seed)
+    # Others for every prompt, too: added up, they are to be that many vectors.
+    generator = torch.Generator().manual_seed(1000 * PROMPTS.index(task.prompt) + task.seed)
     theta = random_sphere(task.n_vectors, f.d_model, radius, generator=generator)
     return tm.SteeringVectors(theta, {"source_layer": LAYERS[0], "chat": True})
 
@@ -254,7 +263,7 @@ METHODS: dict[str, Search] = {
     "published-optimiser": published_optimiser,
 }
 SEARCHES = {**METHODS, "published": published}
-# The last one takes hours for as many vectors: ask for few, with --vectors.
+# The published optimiser takes hours for as many vectors: ask for few, with --vectors.
 DEFAULT_METHODS = ("orthogonal", "independent", "random")
 
 

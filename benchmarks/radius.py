@@ -12,15 +12,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 import tl_melbo as tm
 from benchmarks.tables import markdown
 from tl_melbo.analysis.behaviours import (
+    COHERENCE_OF_SHORT,
     DEFAULT_DISTANCES,
     DEFAULT_PERPLEXITY,
     DEFAULT_REPETITION,
 )
+from tl_melbo.analysis.embedding import default_embedder
 from tl_melbo.discovery.melbo import DEFAULT_STEPS
 from tl_melbo.files import replacing
 
@@ -64,8 +67,10 @@ def main() -> None:
         # "auto" is held to a factor of 1.5 from the sweep's best radius.
         sweep = [row for row in rows if row["prompt"] == prompt and row["chosen by"] == "sweep"]
         best = max(sweep, key=lambda row: row["distinct"])["radius"]
+        curve = [row["radius"] for row in sweep], [row["distinct"] for row in sweep]
         factors = [
-            f"{name}: {radius:g}, a factor of {max(radius / best, best / radius):.2f}"
+            f"{name}: {radius:g}, a factor of {max(radius / best, best / radius):.2f}, "
+            f"{np.interp(radius, *curve):.0f} distinct between its neighbours"
             for name, radius in radii.items()
         ]
         print(f"{prompt!r}: best of the sweep {best:g}; {'; '.join(factors)}", flush=True)
@@ -75,7 +80,8 @@ def main() -> None:
 def library(f: tm.ActivationMap, radius: float, n_vectors: int) -> dict[str, Any]:
     """One search's texts, grouped; kept on disk, and read from there the next time."""
     # What the number hangs on, too: with other thresholds it is another number.
-    cuts = (DEFAULT_DISTANCES, DEFAULT_PERPLEXITY, DEFAULT_REPETITION, DEFAULT_STEPS["ascent"])
+    rules = (DEFAULT_DISTANCES, DEFAULT_PERPLEXITY, DEFAULT_REPETITION, COHERENCE_OF_SHORT)
+    cuts = (rules, default_embedder(), DEFAULT_STEPS["ascent"])
     mark = hashlib.sha256(repr(cuts).encode()).hexdigest()[:8]
     path = KEPT / f"{PROMPTS.index(f.prompts[0])}-{radius:g}-{n_vectors}-{mark}.json"
     if not path.is_file():

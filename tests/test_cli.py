@@ -295,6 +295,47 @@ def test_side_effects_are_measured_once_and_belong_to_their_vectors(
     assert not table.exists()
 
 
+def test_side_effects_of_other_vectors_go_when_the_new_ones_come(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, table = tmp_path / "run", tmp_path / "run" / "side_effects.csv"
+    assert discover(model_folder, out, "--side-effects").exit_code == 0
+    # Of another model: the settings are replaced, and the table must not stay.
+    other = tmp_path / "other"
+    tiny_hf("llama", seed=1).save_pretrained(other)
+    tokenizer().save_pretrained(other)
+    assert discover(other, out, "--overwrite").exit_code == 0
+    assert not table.exists()
+    # Interrupted after the first new vector, and continued: nothing is measured unasked.
+    assert discover(model_folder, out, "--overwrite", "--side-effects").exit_code == 0
+    save, saved = tm.SteeringVectors.save, []
+
+    def save_one(library: tm.SteeringVectors, path: Path) -> None:
+        save(library, path)
+        saved.append(path)
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tm.SteeringVectors, "save", save_one)
+        assert discover(model_folder, out, "--overwrite", "--seed=1").exit_code == 130
+    assert discover(model_folder, out, "--seed=1").exit_code == 0
+    assert not table.exists()
+
+
+def test_a_table_that_no_run_left_is_not_replaced(model_folder: Path, tmp_path: Path) -> None:
+    assert discover(model_folder, tmp_path).exit_code == 0
+    table = tmp_path / "side_effects.csv"
+    table.write_text("my own notes")
+    result = discover(model_folder, tmp_path, "--side-effects")
+    assert result.exit_code == 1
+    assert "no run left it" in one_line(result.stderr)
+    assert discover(model_folder, tmp_path).exit_code == 0
+    assert table.read_text() == "my own notes"
+    assert discover(model_folder, tmp_path, "--side-effects", "--overwrite").exit_code == 0
+    assert len(pd.read_csv(table)) == 3
+
+
 def test_a_damaged_table_of_side_effects_is_named(model_folder: Path, tmp_path: Path) -> None:
     assert discover(model_folder, tmp_path, "--side-effects").exit_code == 0
     (tmp_path / "side_effects.csv").write_text('"vector","specificity"\n0,much\n')
@@ -302,6 +343,8 @@ def test_a_damaged_table_of_side_effects_is_named(model_folder: Path, tmp_path: 
     assert result.exit_code == 1
     assert "side_effects.csv" in one_line(result.stderr)
     assert "damaged" in one_line(result.stderr)
+    assert "Finding vectors" not in result.stderr  # told before the work
+    assert discover(model_folder, tmp_path, "--overwrite", "--side-effects").exit_code == 0
 
 
 def test_csv_cells_are_no_formulas(

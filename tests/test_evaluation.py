@@ -394,6 +394,16 @@ def test_side_effects_are_what_their_parts_say(tiny_llama):
     assert table["loss_increase"][3] == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.parametrize("n_vectors", [1, 2, 4, 7])
+def test_a_vector_that_does_nothing_is_specific_to_nothing(tiny_llama, n_vectors):
+    theta = torch.randn(n_vectors, 32, generator=torch.Generator().manual_seed(0))
+    theta[-1] = 0
+    table = tm.evaluation.side_effects(
+        tiny_llama, theta, "Say one", unrelated=["Two three", "Four"], passages="One two", layer=1
+    )
+    assert table["specificity"].iloc[-1] == 0.5
+
+
 def test_effects_on_several_prompts_are_their_mean(tiny_llama):
     theta = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
     told, prompts = [], ["Say one", "Two"]
@@ -436,6 +446,11 @@ def test_reach_of_nothing_and_of_something(tiny_llama):
     )
     assert table["changed"].tolist() == [1.0, 0.0]
     assert table["kl"][0] > 0 == table["kl"][1]
+    each = [
+        float(tm.analysis.kl_divergence(tiny_llama, text, theta[:1], layer=1))
+        for text in ("Two three", "Four five")
+    ]
+    assert table["kl"][0] == pytest.approx(sum(each) / 2, rel=1e-4)  # the median of two
     assert -1 <= table["agreement"][0] <= 1
     assert math.isnan(table["agreement"][1])
 
@@ -510,3 +525,10 @@ def test_a_layer_sweep_goes_on_after_a_pair_that_cannot_be_calibrated():
     assert table["radius"][1] > 0
     with pytest.raises(ValueError, match="still less"):
         tm.evaluation.layer_sweep(model, "One two three", [(1, 3)], **settings)
+    # The same pair twice does not end the sweep at the first, and every frame has every column.
+    frames = []
+    twice = tm.evaluation.layer_sweep(
+        model, "One two three", [(1, 3), (0, 2), (1, 3)], on_pair=frames.append, **settings
+    )
+    assert [bool(problem) for problem in twice["problem"]] == [True, False, True]
+    assert all([*frame.columns] == [*twice.columns] for frame in frames)

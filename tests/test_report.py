@@ -229,7 +229,8 @@ def test_side_effects_get_columns_and_a_figure(
     report.write(path, tiny_llama, found, completions=completions, side_effects=lost)
     assert "What do they cost elsewhere?" not in path.read_text(encoding="utf-8")
     for wrong, message in (
-        (measured.drop(columns="specificity"), "lacks the columns"),
+        (measured.drop(columns="kl_target"), "lacks the columns"),
+        (measured.assign(kl_unrelated="much"), "lacks the columns .*holds no numbers"),
         (measured[:2], "2 rows that are not those of vectors 0 to 4"),
     ):
         with pytest.raises(ValueError, match=f"side_effects: {message}"):

@@ -149,6 +149,8 @@ def discover(
         }  # fmt: skip
         with _run_folder(out, overwrite, asked, model) as (run, known), _progress() as progress:
             folder = run.folder
+            if not overwrite:
+                runs.check_side_effects(folder, to_be_measured=side_effects)
             progress.start("Loading the model")
             loaded = tm.load_model(model, device=device, dtype=getattr(torch, dtype))
             f = tm.ActivationMap.from_prompts(
@@ -161,6 +163,8 @@ def discover(
 
             def begin(there: int, _: int | None) -> None:
                 """With the first vector, say which model the folder's vectors are of."""
+                if there and overwrite:
+                    runs.drop_side_effects(folder)  # of the earlier vectors
                 if there and runs.load_settings(folder).get("model", _UNKNOWN) != settings["model"]:
                     runs.save_settings(folder, settings)
 
@@ -183,8 +187,6 @@ def discover(
             if length == "auto":
                 line = f"Radius {found.story['hyperparameters']['radius']:g}, calibrated."
                 _stderr().print(line, soft_wrap=True)
-            if overwrite and not side_effects:
-                runs.drop_side_effects(folder)  # of the earlier vectors
             # What was measured once is measured of the vectors that came since, too.
             measured_before = "side_effects_of" in runs.load_settings(folder)
             if (side_effects or measured_before) and runs.load_side_effects(folder, found) is None:
@@ -282,6 +284,7 @@ def ortho(
             # What the page needs, too: a damaged file is to show before the work.
             runs.load_completions(folder)
             runs.load_families(folder, library)
+            runs.check_side_effects(folder)
             progress.start("Loading the model")
             loaded, f = _model_of(folder, library, model, device)
             progress.start(f"Following vector {vector}")

@@ -26,6 +26,7 @@ from tl_melbo.analysis import (
     kl_divergence,
 )
 from tl_melbo.analysis.inputs import one_vector
+from tl_melbo.evaluation.side_effects import COLUMNS
 from tl_melbo.files import replacing
 from tl_melbo.models import Model
 from tl_melbo.plots import (
@@ -70,7 +71,6 @@ _GROUP_COLUMNS = (
     ("which", "Which", "word", "Their numbers"),
     ("example", "For example", "text", "The most fluent of its texts"),
 )
-_SIDE_EFFECTS = ("kl_unrelated", "specificity", "loss_increase")
 _KINDS = ("unsteered", "reference", "family", "rescaled", "random")
 _SCALINGS = {"raw": "", "reference norm": " at theta0’s norm", "mean norm": " at members’ norm"}
 # The first token's residual is far longer than the others' and would decide every cosine.
@@ -260,7 +260,9 @@ def write(
         ]
         # Negatives have texts of their own, but are the same vectors.
         forward = pd.DataFrame(completions[completions["scale"] >= 0])
-        groups = None if forward.empty else behaviours(model, forward, chat=as_chat(found, chat))
+        # Its logits are of whole texts: 8 at once take as much memory as many rows of the others.
+        options = {"chat": as_chat(found, chat), "batch_size": min(batch_size, 8)}
+        groups = None if forward.empty else behaviours(model, forward, **options)
         kls = [kl.tolist() for kl in divergences]
         table = _table(found, completions, texts, kls, groups, side_effects)
         unsteered = completions[completions["vector"] == -1]
@@ -302,10 +304,13 @@ def _check_completions(completions: pd.DataFrame, found: SteeringVectors) -> Non
 
 
 def _check_side_effects(side_effects: pd.DataFrame, found: SteeringVectors) -> None:
-    missing = [name for name in ("vector", *_SIDE_EFFECTS) if name not in side_effects.columns]
+    is_number = pd.api.types.is_numeric_dtype
+    columns = side_effects.columns
+    missing = [name for name in COLUMNS if name not in columns or not is_number(side_effects[name])]
     if missing:
         raise ValueError(
-            f"side_effects: lacks the columns {missing}; pass what evaluation.side_effects returns"
+            f"side_effects: lacks the columns {missing}, or holds no numbers there; pass what "
+            "evaluation.side_effects returns"
         )
     if [*side_effects["vector"]] != [*range(len(found))]:
         raise ValueError(

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from tl_melbo.evaluation.side_effects import COLUMNS as SIDE_EFFECT_COLUMNS
 from tl_melbo.files import replacing
 from tl_melbo.report import Family
 from tl_melbo.run import REFERENCE, VECTORS, family_folder, same_vector
@@ -155,6 +156,24 @@ def drop_side_effects(folder: Path) -> None:
         save_settings(folder, settings)
 
 
+def check_side_effects(folder: Path, to_be_measured: bool = False) -> None:
+    """Make sure, before the work, that a table of side effects can be read, or be replaced.
+
+    Raises:
+        ValueError: the file is damaged; or no run left it, and it would be replaced.
+    """
+    path = folder / SIDE_EFFECTS
+    if not path.is_file():
+        return
+    if "side_effects_of" in load_settings(folder):
+        load_table(path, SIDE_EFFECT_COLUMNS)
+    elif to_be_measured:
+        raise ValueError(
+            f"{path}: no run left it; move it elsewhere, or pass --overwrite to replace it and the "
+            "run"
+        )
+
+
 def load_side_effects(folder: Path, vectors: SteeringVectors) -> pd.DataFrame | None:
     """What a folder's vectors cost elsewhere, if that was measured of these vectors.
 
@@ -164,8 +183,7 @@ def load_side_effects(folder: Path, vectors: SteeringVectors) -> pd.DataFrame | 
     path = folder / SIDE_EFFECTS
     if not path.is_file() or load_settings(folder).get("side_effects_of") != digest(vectors):
         return None
-    columns = ("vector", "kl_target", "kl_unrelated", "specificity", "loss_increase")
-    table = load_table(path, columns)
+    table = load_table(path, SIDE_EFFECT_COLUMNS)
     if [*table["vector"]] != [*range(len(vectors))]:
         raise ValueError(
             f"{path}: not a table that tl-melbo wrote, or damaged; delete it, and run the command "

@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,11 +36,11 @@ DEFAULT_PERPLEXITY = 11.0
 DEFAULT_REPETITION = 0.4
 # A short text, whose perplexity hangs on a few words, may be surprising, up to so many nats in all
 # beyond the limit, if its words in another order are more so: tokens, nats, and nats a token.
-_SHORT, _MOST_SURPRISE, _LEAST_ORDER = 25, 55.0, 1.0
+COHERENCE_OF_SHORT = {"tokens": 25, "surprise": 55.0, "order": 1.0}
 _SHUFFLES = 4
 INCOHERENT = -1
 _UNSTEERED = 0
-_NAME_WORDS = 3
+_NAME_WORDS, _LONGEST_WORD = 3, 24
 # Why a text is put aside.
 EMPTY, REPEATS, SURPRISING = "empty", "repeats itself", "surprising"
 # Of a longer text, its beginning is looked at.
@@ -190,7 +191,7 @@ def behaviours(
         if rows.empty:
             continue
         said = [written[place] for place in rows.index]
-        clusters = _clusters(said, n_behaviours, distance, chosen)
+        clusters = _clusters(str(prompt), said, n_behaviours, distance, chosen)
         unsteered = np.array([vector < 0 for vector in rows["vector"]])
         numbers = _numbered(clusters, unsteered, next_number)
         texts.loc[rows.index, "behaviour"] = numbers
@@ -286,7 +287,8 @@ def _sensible(
         words = text.split()
         n_tokens = len(model.tokenizer.encode(text, add_special_tokens=False))
         beyond = n_tokens * (math.log(measured[prompt, text]) - limit)
-        if len(words) > 2 and n_tokens <= _SHORT and beyond <= _MOST_SURPRISE:
+        is_short = n_tokens <= COHERENCE_OF_SHORT["tokens"]
+        if len(words) > 2 and is_short and beyond <= COHERENCE_OF_SHORT["surprise"]:
             order = random.Random(text)  # the same text is judged alike each time
             shuffled[prompt, text] = [
                 (prompt, " ".join(order.sample(words, len(words)))) for _ in range(_SHUFFLES)
@@ -298,11 +300,11 @@ def _sensible(
         losses = [math.log(mixed[other]) for other in shuffled[pair]]
         return sum(losses) / len(losses) - math.log(measured[pair])
 
-    return {pair for pair in shuffled if gain(pair) >= _LEAST_ORDER}
+    return {pair for pair in shuffled if gain(pair) >= COHERENCE_OF_SHORT["order"]}
 
 
 def _clusters(
-    texts: Sequence[str], n_behaviours: int | None, distance: float, embedder: Embedder
+    prompt: str, texts: Sequence[str], n_behaviours: int | None, distance: float, embedder: Embedder
 ) -> "np.ndarray[Any, Any]":
     try:
         from sklearn.cluster import AgglomerativeClustering
@@ -311,9 +313,10 @@ def _clusters(
             "grouping texts needs scikit-learn: pip install scikit-learn"
         ) from error
     if n_behaviours is not None and len(texts) < n_behaviours:
+        there = "is only 1 text" if len(texts) == 1 else f"are only {len(texts)} texts"
         raise ValueError(
-            f"n_behaviours={n_behaviours}: there are only {len(texts)} coherent texts to group; "
-            "ask for fewer, or for None"
+            f"n_behaviours={n_behaviours}: of {printable(prompt[:60])!r} there {there} to group, "
+            "the coherent ones and the unsteered; ask for fewer, or for None"
         )
     if len(texts) == 1:
         return np.zeros(1, dtype=int)
@@ -384,12 +387,18 @@ def _name(texts: Sequence[str], others: Sequence[str]) -> str:
         }
 
     together = " ".join(texts).lower()
+
+    def first(word: str) -> int:
+        found = re.search(rf"\b{re.escape(word)}\b", together)
+        return found.start() if found else len(together)
+
     for stop_words in ("english", None):
         try:
             scores = shares(stop_words)
         except ValueError:  # no word is left
             continue
         if scores:
-            best = sorted(scores, key=lambda word: (-scores[word], together.find(word)))
-            return ", ".join(best[:_NAME_WORDS])
+            best = sorted(scores, key=lambda word: (-scores[word], first(word)))
+            # A script without spaces makes one word of a sentence.
+            return ", ".join(word[:_LONGEST_WORD] for word in best[:_NAME_WORDS])
     return "without words"

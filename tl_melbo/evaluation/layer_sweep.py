@@ -22,6 +22,9 @@ from tl_melbo.steering import generate
 if TYPE_CHECKING:
     import pandas as pd
 
+_COLUMNS = (
+    "source_layer", "target_layer", "radius", "kl", "coherent", "distinct", "per_100_vectors",
+)  # fmt: skip
 OnPair = Callable[["pd.DataFrame"], None]
 
 
@@ -71,6 +74,8 @@ def layer_sweep(
     """
     import pandas as pd
 
+    from tl_melbo.tables import Table
+
     check_model(model)
     texts = as_texts(prompts, "prompts")
     chosen = _default_pairs(int(model.cfg.n_layers)) if pairs is None else list(pairs)
@@ -89,8 +94,10 @@ def layer_sweep(
     if on_pair is not None and not callable(on_pair):
         raise TypeError(f"on_pair: got {type(on_pair).__name__}, expected a function or None")
     unsteered = generate(model, texts, max_new_tokens=max_new_tokens, chat=chat)
+    hits = [f"hits: {backdoor.behaviour}" for backdoor in backdoors]
+    columns = [*_COLUMNS, *hits, "seconds", "problem"]
     rows: list[dict[str, Any]] = []
-    for source, target in chosen:
+    for place, (source, target) in enumerate(chosen):
         layers = {"source_layer": source, "target_layer": target}
         began = time.monotonic()
         f = ActivationMap.from_prompts(model, texts, source, target, chat=chat)
@@ -98,11 +105,11 @@ def layer_sweep(
             found = melbo(f, n_vectors, radius, **settings)
         except (ValueError, FloatingPointError) as error:
             # What one pair cannot do shall not cost the others; what none can is the caller's.
-            if (source, target) == chosen[-1] and all(row["problem"] for row in rows):
+            if place == len(chosen) - 1 and all(row["problem"] for row in rows):
                 raise
             rows.append({**layers, "problem": str(error)})
             if on_pair is not None:
-                on_pair(_table(rows))
+                on_pair(Table(rows, columns=columns))
             continue
         seconds = time.monotonic() - began
         frame = generate(model, texts, found, max_new_tokens=max_new_tokens)
@@ -112,28 +119,19 @@ def layer_sweep(
         row = {
             **layers,
             "radius": found.story["hyperparameters"]["radius"],
-            "kl": float(f.divergence(found.vectors).nanmedian()),
+            "kl": float(f.divergence(found.vectors).double().nanquantile(0.5)),
             "coherent": sum(is_coherent) / len(is_coherent),
             "distinct": groups.n_distinct,
             "per_100_vectors": groups.per_100_vectors,
         }
         if backdoors:
-            hits = count_hits(frame, backdoors, embedder=embedder)
-            exact = hits[hits["match"] == "exact"]
-            for behaviour, number in zip(exact["behaviour"], exact["hits"], strict=True):
-                row[f"hits: {behaviour}"] = int(number)
+            counted = count_hits(frame, backdoors, embedder=embedder)
+            exact = counted[counted["match"] == "exact"]
+            row |= dict(zip(hits, map(int, exact["hits"]), strict=True))
         rows.append({**row, "seconds": round(seconds, 2), "problem": ""})
         if on_pair is not None:
-            on_pair(_table(rows))
-    return _table(rows)
-
-
-def _table(rows: list[dict[str, Any]]) -> "pd.DataFrame":
-    """The rows as one frame; its columns are those of a pair that could be searched."""
-    from tl_melbo.tables import Table
-
-    longest = max(rows, key=len)
-    return Table(rows, columns=list(longest))
+            on_pair(Table(rows, columns=columns))
+    return Table(rows, columns=columns)
 
 
 def _default_pairs(n_layers: int) -> list[tuple[int, int]]:

@@ -18,7 +18,11 @@ from tl_melbo.steering import Vectors, as_theta, check_batch_size, steered, stee
 if TYPE_CHECKING:
     import pandas as pd
 
-_SAME_TEXT = 1e-3
+COLUMNS = ("vector", "kl_target", "kl_unrelated", "specificity", "loss_increase")
+# Below this (nats), a divergence is the rounding of a vector that does nothing.
+_NOTHING = 1e-6
+# Where unsteered texts are as near as this (one minus their cosine), none can be made more alike.
+_SAME_TEXT = 0.02
 OnText = Callable[[int, int], None]
 
 
@@ -93,8 +97,7 @@ def side_effects(
             "vector": range(len(library)),
             "kl_target": on_target.numpy(),
             "kl_unrelated": on_others.numpy(),
-            # Where a vector does nothing at all, it is specific to nothing.
-            "specificity": torch.where(total == 0, 0.5, on_target / total).numpy(),
+            "specificity": torch.where(total < _NOTHING, 0.5, on_target / total).numpy(),
             "loss_increase": losses.numpy(),
         }
     )
@@ -176,11 +179,12 @@ def reach(
 
     Returns:
         One row a vector: vector, its position; kl, the median over the prompts of the next token's
-        divergence from unsteered, in nats; changed, the share of prompts whose text it changes,
-        by a word at least; agreement, how much more alike its texts there and on `prompt` are than
-        the unsteered ones: 1, the same text everywhere; 0, no more alike than without it; the mean
-        of (c - u) / (1 - u), c and u the cosines of the steered and of the unsteered pair, over the
-        prompts where it changes both texts; NaN where there are none.
+        divergence from unsteered, in nats; changed, the share of prompts whose text it changes, by
+        more than spaces; agreement, how much more alike its texts there and on `prompt` are than
+        the unsteered ones: 1, the same text everywhere; 0, no more alike than without it; below,
+        more different than without it. It is the sum of c - u over the sum of 1 - u, c and u the
+        cosines of the steered and of the unsteered pair, over the prompts where it changes both
+        texts; NaN where there are none.
 
     Raises:
         ValueError: no vectors or prompts; as `analysis.transfer` does.
@@ -200,20 +204,21 @@ def reach(
     shape = (len(others) + 1, len(library))
     steered_points = points[: len(frame)].unflatten(0, shape)
     unsteered_points = points[len(frame) :].unflatten(0, shape)
-    changed = frame["completion"] != frame["unsteered_completion"]
+    pairs = zip(frame["completion"], frame["unsteered_completion"], strict=True)
     # Not from the points: the same text in another batch is a rounding error away.
-    stayed = ~torch.tensor(changed.tolist()).reshape(shape)
+    changed = torch.tensor([text.split() != other.split() for text, other in pairs]).reshape(shape)
     alike = (steered_points[:1] * steered_points[1:]).sum(-1)
     anyway = (unsteered_points[:1] * unsteered_points[1:]).sum(-1)
-    # Where the unsteered texts are the same there is nothing that a vector could make more alike.
-    told = (1 - anyway > _SAME_TEXT) & ~(stayed[:1] | stayed[1:])
-    agreement = ((alike - anyway) / (1 - anyway)).masked_fill(~told, torch.nan)
+    told = changed[:1] & changed[1:]
+    room = ((1 - anyway) * told).sum(0)
+    agreement = ((alike - anyway) * told).sum(0) / room
+    agreement = agreement.masked_fill(room <= _SAME_TEXT * told.sum(0), torch.nan)
     kl = torch.from_numpy(frame["kl"].to_numpy(copy=True)).reshape(shape)[1:]
     return Table(
         {
             "vector": range(len(library)),
-            "kl": kl.double().median(0).values.numpy(),
-            "changed": changed.to_numpy().reshape(shape)[1:].mean(0),
-            "agreement": agreement.nanmean(0).numpy(),
+            "kl": kl.double().quantile(0.5, dim=0).numpy(),
+            "changed": changed[1:].double().mean(0).numpy(),
+            "agreement": agreement.numpy(),
         }
     )
