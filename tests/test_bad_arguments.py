@@ -220,7 +220,7 @@ CALLS = {
         tm.evaluation.layer_sweep,
         {"model": MODEL, "prompts": "Hi!", "pairs": [(1, 3)], "n_vectors": 1, "radius": 2.0,
          "chat": False, "backdoors": BACKDOORS, "embedder": "words", "on_pair": None, "steps": 1,
-         **SHORT},
+         "max_new_tokens": 16},
     ),
     "specificity_points": (tm.plots.specificity_points, {"measured": MEASURED, "title": "x"}),
     "save": (FOUND.save, {"path": "vectors.safetensors"}),

@@ -106,10 +106,11 @@ def test_the_code_about_trust_runs_as_printed(tiny_llama, tmp_path, monkeypatch,
     first, second = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     first = first.replace("source_layer=8, target_layer=16", "source_layer=1, target_layer=4")
     monkeypatch.setattr(tm, "load_model", lambda: tiny_llama)
-    exec(compile(first.replace("layer=8", "layer=1"), "trust.md", "exec"), {})
+    names = {}
+    exec(compile(first.replace("layer=8", "layer=1"), "trust.md", "exec"), names)
     assert "specificity" in capsys.readouterr().out
     planted = SimpleNamespace(model=tiny_llama, backdoors=tm.evaluation.BACKDOORS)
     monkeypatch.setattr(tm.evaluation, "load_planted", lambda folder: planted)
     second = second.replace("source_layer=7, target_layer=24", "source_layer=1, target_layer=4")
-    exec(compile(second.replace("n_vectors=100", "n_vectors=2"), "trust.md", "exec"), {})
+    exec(compile(second.replace("n_vectors=100", "n_vectors=2"), "trust.md", "exec"), names)
     assert "exact" in capsys.readouterr().out

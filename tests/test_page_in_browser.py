@@ -153,7 +153,7 @@ def test_the_tables_of_a_family_work_too(opened: Any) -> None:
 
 
 def test_search_filters(opened: Any) -> None:
-    search = opened.find_element("css selector", "div.dt-search input")
+    search = opened.find_element("css selector", "#vectors_wrapper .dt-search input")
     search.send_keys("second line")
     assert shown_vectors(opened) == [4]
     search.clear()
