@@ -77,9 +77,13 @@ def page(tiny_llama: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory) 
     for table in (family.table, family.composition):
         table["completion"] = [HOSTILE[i % len(HOSTILE)] for i in range(len(table))]
     path = tmp_path_factory.mktemp("page with spaces & more") / "report #1.html"
-    report.write(
-        path, tiny_llama, found, completions=completions, activation_map=f, families=[family]
+    measured = tm.evaluation.side_effects(
+        tiny_llama, found, PROMPT, unrelated="Good bye.", passages="One two three."
     )
+    report.write(
+        path, tiny_llama, found, completions=completions, activation_map=f, families=[family],
+        side_effects=measured,
+    )  # fmt: skip
     return path
 
 
@@ -92,7 +96,7 @@ def opened(request: pytest.FixtureRequest, driver: Any, page: Path) -> Any:
         driver.get_log(log)  # what earlier pages left there
     driver.get(page.as_uri())
     wait_for(driver, "return document.querySelector('div.dt-search input') !== null")
-    wait_for(driver, "return document.querySelectorAll('.plot .main-svg').length >= 9")
+    wait_for(driver, "return document.querySelectorAll('.plot .main-svg').length >= 10")
     return driver
 
 
