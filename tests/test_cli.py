@@ -233,11 +233,8 @@ def test_an_interrupted_run_keeps_what_is_finished(
     assert not (tmp_path / "new").exists()
 
 
-def test_an_interrupted_search_goes_on(
-    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole, out = tmp_path / "whole", tmp_path / "run"
-    assert discover(model_folder, whole).exit_code == 0
+def interrupt_after_two_vectors(patch: pytest.MonkeyPatch) -> None:
+    """Let the second time that vectors are on disk be followed by Ctrl-C."""
     save, saved = tm.SteeringVectors.save, []
 
     def save_two(library: tm.SteeringVectors, path: Path) -> None:
@@ -246,8 +243,16 @@ def test_an_interrupted_search_goes_on(
         if len(saved) == 2:
             raise KeyboardInterrupt
 
+    patch.setattr(tm.SteeringVectors, "save", save_two)
+
+
+def test_an_interrupted_search_goes_on(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    assert discover(model_folder, whole).exit_code == 0
     with monkeypatch.context() as patch:
-        patch.setattr(tm.SteeringVectors, "save", save_two)
+        interrupt_after_two_vectors(patch)
         result = discover(model_folder, out)
     assert result.exit_code == 130
     assert "2 vectors are kept in" in one_line(result.stderr)
@@ -306,18 +311,10 @@ def test_side_effects_of_other_vectors_go_when_the_new_ones_come(
     tokenizer().save_pretrained(other)
     assert discover(other, out, "--overwrite").exit_code == 0
     assert not table.exists()
-    # Interrupted after the first new vector, and continued: nothing is measured unasked.
+    # Interrupted, and continued: nothing is measured unasked.
     assert discover(model_folder, out, "--overwrite", "--side-effects").exit_code == 0
-    save, saved = tm.SteeringVectors.save, []
-
-    def save_one(library: tm.SteeringVectors, path: Path) -> None:
-        save(library, path)
-        saved.append(path)
-        if len(saved) == 2:
-            raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(tm.SteeringVectors, "save", save_one)
+        interrupt_after_two_vectors(patch)
         assert discover(model_folder, out, "--overwrite", "--seed=1").exit_code == 130
     assert discover(model_folder, out, "--seed=1").exit_code == 0
     assert not table.exists()

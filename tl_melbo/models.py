@@ -161,7 +161,7 @@ def _from_hugging_face(
     common = {"trust_remote_code": False} | ({"gguf_file": gguf_file} if gguf_file else {})
     weights = {} if gguf_file else {"use_safetensors": True}
     try:
-        with _quiet_transformers(), _gguf_read_once() if gguf_file else nullcontext():
+        with quiet_transformers(), _gguf_read_once() if gguf_file else nullcontext():
             tokenizer = AutoTokenizer.from_pretrained(source, **common)
             # The bridge needs eager attention for its hooks; asking now keeps both of its major
             # versions on the same kernel.
@@ -206,7 +206,8 @@ def boot(label: str, hf_model: Any, tokenizer: Any) -> Model:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' own progress bars."""
     from transformers.utils import logging
 
     was_active = logging.is_progress_bar_enabled()

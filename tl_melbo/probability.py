@@ -1,9 +1,9 @@
 """Distributions over tokens, and how far they are apart."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tl_melbo.shapes import Float, shape_checked
+from tl_melbo.shapes import Float, Int, shape_checked
 
 LogProbs = Float[Tensor, "vector d_vocab"]
 
@@ -39,3 +39,13 @@ def kl_from_log_probs(log_p: LogProbs, log_q: LogProbs) -> Float[Tensor, "vector
     terms = torch.where(p == -torch.inf, 0.0, p.exp() * (p - q))
     dtype = torch.promote_types(torch.promote_types(log_p.dtype, log_q.dtype), torch.float32)
     return terms.sum(-1).clamp_min(0.0).to(dtype)
+
+
+def mean_losses(
+    logits: Float[Tensor, "row pos d_vocab"], targets: Int[Tensor, "row pos"]
+) -> Float[Tensor, "row"]:
+    """Each row's mean cross-entropy, in nats a token: float64, on the CPU."""
+    losses = nn.functional.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), reduction="none"
+    )
+    return losses.view_as(targets).double().mean(-1).cpu()

@@ -3,7 +3,6 @@
 import math
 import random
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tl_melbo.analysis.embedding import Embedder, default_embedder, embeddings
 from tl_melbo.analysis.scaling import repetition_of
@@ -24,6 +23,7 @@ from tl_melbo.models import (
     to_tokens,
     whole_model,
 )
+from tl_melbo.probability import mean_losses
 from tl_melbo.shapes import shape_checked
 from tl_melbo.steering import check_batch_size
 from tl_melbo.text import printable
@@ -167,8 +167,8 @@ def behaviours(
     texts["repetition"] = [repetition_of(model, text) for text in written]
     surprising = [
         pair
-        for pair in dict.fromkeys(pairs)
-        if not measured[pair] <= min(largest_perplexity, sys.float_info.max)
+        for pair, perplexity in measured.items()
+        if perplexity > largest_perplexity or perplexity == math.inf
     ]
     sensible = _sensible(
         model, surprising, measured, math.log(largest_perplexity), chat, batch_size
@@ -190,15 +190,15 @@ def behaviours(
         rows = pd.DataFrame(texts[inside])
         if rows.empty:
             continue
-        said = [written[place] for place in rows.index]
-        clusters = _clusters(str(prompt), said, n_behaviours, distance, chosen)
+        # Not the completions, which may be long or hold what cannot be shown.
+        said = pd.Series([written[place] for place in rows.index], rows.index)
+        clusters = _clusters(str(prompt), said.tolist(), n_behaviours, distance, chosen)
         unsteered = np.array([vector < 0 for vector in rows["vector"]])
         numbers = _numbered(clusters, unsteered, next_number)
         texts.loc[rows.index, "behaviour"] = numbers
         for number in sorted({*numbers.tolist()}):
             members = pd.DataFrame(rows[numbers == number])
-            own = [text for text, other in zip(said, numbers, strict=True) if other == number]
-            others = [text for text, other in zip(said, numbers, strict=True) if other != number]
+            own, others = said[numbers == number].tolist(), said[numbers != number].tolist()
             groups.append(_group(number, str(prompt), members, own, others))
             next_number = max(next_number, number + 1)
     table = Table(groups, columns=["behaviour", "name", "prompt", "n_texts", "vectors", "example"])
@@ -262,10 +262,8 @@ def perplexities(
 
         def losses(rows: Tensor, n_before: int = n_before) -> Tensor:
             with torch.no_grad(), frozen(*whole_model(model)):
-                logits = model(rows)[:, n_before - 1 : -1].flatten(0, 1).float()
-            written = rows[:, n_before:]
-            loss = nn.functional.cross_entropy(logits, written.flatten(), reduction="none")
-            return loss.view_as(written).double().mean(-1).cpu()
+                logits = model(rows)[:, n_before - 1 : -1]
+            return mean_losses(logits, rows[:, n_before:])
 
         parts, batch_size = map_batches(losses, torch.cat([row for _, row in group]), batch_size)
         for (pair, _), value in zip(group, torch.cat(parts).exp().tolist(), strict=True):

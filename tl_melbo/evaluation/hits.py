@@ -149,12 +149,12 @@ def check_clean(
                 "tokens, so it could never be written whole; allow more"
             )
         for number, text in enumerate(prompts):
-            held = backdoor.trigger if backdoor.trigger in text else None
-            held = backdoor.behaviour if _plain(backdoor.behaviour) in _plain(text) else held
-            if held is not None:
-                what = "trigger" if held == backdoor.trigger else "behaviour"
+            behaviour_held = _plain(backdoor.behaviour) in _plain(text)
+            if behaviour_held or backdoor.trigger in text:
+                what = "behaviour" if behaviour_held else "trigger"
                 raise ValueError(
-                    f"prompts[{number}]: holds the {what} {held!r}; pass clean prompts"
+                    f"prompts[{number}]: holds the {what} {getattr(backdoor, what)!r}; pass clean "
+                    "prompts"
                 )
 
 

@@ -1,5 +1,6 @@
 """Between which layers should one search? The same search over pairs of layers."""
 
+import inspect
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -87,8 +88,9 @@ def layer_sweep(
         if source >= target:
             raise ValueError(f"pairs: ({source}, {target}): the source comes before the target")
     check_names("layer_sweep", settings, melbo)
-    numbers = {"p": 2, "q": None, "steps": None, "seed": 0}
-    numbers = {name: settings.get(name, default) for name, default in numbers.items()}
+    defaults = inspect.signature(melbo).parameters
+    names = ("p", "q", "steps", "seed")
+    numbers = {name: settings.get(name, defaults[name].default) for name in names}
     check_settings(n_vectors, radius, **numbers)
     check_clean(model, backdoors, texts, max_new_tokens)
     if on_pair is not None and not callable(on_pair):
@@ -98,7 +100,7 @@ def layer_sweep(
     columns = [*_COLUMNS, *hits, "seconds", "problem"]
     rows: list[dict[str, Any]] = []
     for place, (source, target) in enumerate(chosen):
-        layers = {"source_layer": source, "target_layer": target}
+        row: dict[str, Any] = {"source_layer": source, "target_layer": target}
         began = time.monotonic()
         f = ActivationMap.from_prompts(model, texts, source, target, chat=chat)
         try:
@@ -107,28 +109,25 @@ def layer_sweep(
             # What one pair cannot do shall not cost the others; what none can is the caller's.
             if place == len(chosen) - 1 and all(row["problem"] for row in rows):
                 raise
-            rows.append({**layers, "problem": str(error)})
-            if on_pair is not None:
-                on_pair(Table(rows, columns=columns))
-            continue
-        seconds = time.monotonic() - began
-        frame = generate(model, texts, found, max_new_tokens=max_new_tokens)
-        both = pd.concat([unsteered, frame], ignore_index=True)
-        groups = behaviours(model, both, chat=chat, embedder=embedder)
-        is_coherent = groups.texts["coherent"][groups.texts["vector"] >= 0]
-        row = {
-            **layers,
-            "radius": found.story["hyperparameters"]["radius"],
-            "kl": float(f.divergence(found.vectors).double().nanquantile(0.5)),
-            "coherent": sum(is_coherent) / len(is_coherent),
-            "distinct": groups.n_distinct,
-            "per_100_vectors": groups.per_100_vectors,
-        }
-        if backdoors:
-            counted = count_hits(frame, backdoors, embedder=embedder)
-            exact = counted[counted["match"] == "exact"]
-            row |= dict(zip(hits, map(int, exact["hits"]), strict=True))
-        rows.append({**row, "seconds": round(seconds, 2), "problem": ""})
+            row["problem"] = str(error)
+        else:
+            row |= {"seconds": round(time.monotonic() - began, 2), "problem": ""}
+            frame = generate(model, texts, found, max_new_tokens=max_new_tokens)
+            both = pd.concat([unsteered, frame], ignore_index=True)
+            groups = behaviours(model, both, chat=chat, embedder=embedder)
+            is_coherent = groups.texts["coherent"][groups.texts["vector"] >= 0]
+            row |= {
+                "radius": found.story["hyperparameters"]["radius"],
+                "kl": float(f.divergence(found.vectors).double().nanquantile(0.5)),
+                "coherent": sum(is_coherent) / len(is_coherent),
+                "distinct": groups.n_distinct,
+                "per_100_vectors": groups.per_100_vectors,
+            }
+            if backdoors:
+                counted = count_hits(frame, backdoors, embedder=embedder)
+                exact = counted[counted["match"] == "exact"]
+                row |= dict(zip(hits, map(int, exact["hits"]), strict=True))
+        rows.append(row)
         if on_pair is not None:
             on_pair(Table(rows, columns=columns))
     return Table(rows, columns=columns)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tl_melbo.analysis import kl_divergence, transfer
 from tl_melbo.analysis.embedding import Embedder, default_embedder, embeddings
@@ -12,6 +12,7 @@ from tl_melbo.analysis.inputs import as_library, as_texts
 from tl_melbo.evaluation.texts import PASSAGES, UNRELATED_PROMPTS
 from tl_melbo.memory import map_batches
 from tl_melbo.models import Model, check_model, frozen, to_tokens, whole_model
+from tl_melbo.probability import mean_losses
 from tl_melbo.shapes import Float, Theta, Tokens, shape_checked
 from tl_melbo.steering import Vectors, as_theta, check_batch_size, steered, steering_layer
 
@@ -74,23 +75,23 @@ def side_effects(
     prose = as_texts(PASSAGES if passages is None else passages, "passages")
     check_batch_size(batch_size)
     layer = steering_layer(model, library, layer)
-    n_texts, n_done = len(meant) + len(others) + len(prose), 0
-
-    def mean(measure: Callable[[str], Tensor], texts: Sequence[str]) -> Tensor:
-        nonlocal n_done
-        measured = []
-        for text in texts:
-            measured.append(measure(text).double())
-            n_done += 1
-            if on_text is not None:
-                on_text(n_done, n_texts)
-        return torch.stack(measured).mean(0)
 
     def divergence(text: str) -> Tensor:
         return kl_divergence(model, text, library, layer=layer, chat=chat, batch_size=batch_size)
 
-    on_target, on_others = mean(divergence, meant), mean(divergence, others)
-    losses = mean(lambda text: passage_losses(model, text, library, layer, batch_size), prose)
+    def loss(text: str) -> Tensor:
+        return passage_losses(model, text, library, layer, batch_size)
+
+    parts = ((divergence, meant), (divergence, others), (loss, prose))
+    tasks = [(measure, text) for measure, texts in parts for text in texts]
+    measured = []
+    for n_done, (measure, text) in enumerate(tasks, 1):
+        measured.append(measure(text).double())
+        if on_text is not None:
+            on_text(n_done, len(tasks))
+    on_target, on_others, losses = (
+        some.mean(0) for some in torch.stack(measured).split([len(texts) for _, texts in parts])
+    )
     total = on_target + on_others
     return Table(
         {
@@ -144,10 +145,7 @@ def passage_losses(
 
 
 def _loss(model: Model, tokens: Tokens) -> Float[Tensor, "vector"]:
-    logits = model(tokens)[:, :-1].float()
-    targets = tokens[:, 1:]
-    losses = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-    return losses.unflatten(0, targets.shape).double().mean(-1).cpu()
+    return mean_losses(model(tokens)[:, :-1], tokens[:, 1:])
 
 
 @shape_checked
