@@ -188,6 +188,7 @@ def _searched(
         seconds = clock["seconds"] * len(found) / max(len(found), clock["vectors"])
         facts = {"method": name, "prompt": prompt, "seed": seed, "seconds": seconds}
         rows = [{**facts, "radius": radius, **row} for row in hits.to_dict("records")]
+        folder.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(rows, indent=1))
         exact = [f"{row['hits']} of {row['n']}" for row in rows if row["match"] == "exact"]
@@ -248,7 +249,6 @@ def published_optimiser(task: Task) -> tm.SteeringVectors:
 def random(task: Task) -> tm.SteeringVectors:
     """Random directions of the length that the search takes; no time is counted."""
     f = tm.ActivationMap.from_prompts(task.planted.model, task.prompt, *LAYERS, chat=True)
-    task.folder.mkdir(parents=True, exist_ok=True)
     radius = tm.calibrate_radius(f)
     # Others for every prompt, too: added up, they are to be that many vectors.
     generator = torch.Generator().manual_seed(1000 * PROMPTS.index(task.prompt) + task.seed)

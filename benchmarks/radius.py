@@ -24,6 +24,7 @@ from tl_melbo.analysis.behaviours import (
     DEFAULT_REPETITION,
 )
 from tl_melbo.analysis.embedding import default_embedder
+from tl_melbo.discovery.calibration import DEFAULT_CRITERION, DEFAULT_LEVELS
 from tl_melbo.discovery.melbo import DEFAULT_STEPS
 from tl_melbo.files import replacing
 
@@ -40,8 +41,9 @@ HELD_OUT = (
 )
 PROMPTS = CHOSEN_ON + HELD_OUT
 SWEEP = (9.0, 12.0, 16.0, 20.0, 26.0)
+AUTO = f"{DEFAULT_CRITERION} {DEFAULT_LEVELS[DEFAULT_CRITERION]:g}"
 CRITERIA: dict[str, dict[str, Any]] = {
-    "nonlinearity 0.4": {"criterion": "nonlinearity", "level": 0.4},
+    AUTO: {},
     "nonlinearity 0.5": {"criterion": "nonlinearity", "level": 0.5},
     "divergence 0.05": {"criterion": "divergence", "level": 0.05},
     "divergence 0.1": {"criterion": "divergence", "level": 0.1},
@@ -62,8 +64,7 @@ def main() -> None:
         radii = {name: tm.calibrate_radius(f, **which) for name, which in CRITERIA.items()}
         for radius in SWEEP:
             rows.append(library(f, radius, chosen.vectors) | {"chosen by": "sweep"})
-        auto = tm.calibrate_radius(f)
-        rows.append(library(f, auto, chosen.vectors) | {"chosen by": "auto"})
+        rows.append(library(f, radii[AUTO], chosen.vectors) | {"chosen by": "auto"})
         # "auto" is held to a factor of 1.5 from the sweep's best radius.
         sweep = [row for row in rows if row["prompt"] == prompt and row["chosen by"] == "sweep"]
         best = max(sweep, key=lambda row: row["distinct"])["radius"]
