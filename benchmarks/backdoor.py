@@ -22,10 +22,10 @@ import torch
 
 import tl_melbo as tm
 from benchmarks.tables import markdown
-from tl_melbo.discovery.calibration import DEFAULT_LEVELS
-from tl_melbo.discovery.melbo import DEFAULT_STEPS
+from tl_melbo.discovery._calibration import DEFAULT_LEVELS
+from tl_melbo.discovery._melbo import DEFAULT_STEPS
 from tl_melbo.evaluation import Planted, count_hits, load_planted, plant, wilson_interval
-from tl_melbo.evaluation.hits import DEFAULT_SIMILARITY
+from tl_melbo.evaluation._hits import DEFAULT_SIMILARITY
 from tl_melbo.files import replacing
 from tl_melbo.geometry import random_sphere
 

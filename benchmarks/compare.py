@@ -28,7 +28,7 @@ from benchmarks import models
 from tests.reference import melbo_ortho as reference
 from tl_melbo import files
 from tl_melbo.geometry import normalise, random_sphere
-from tl_melbo.models import to_tokens
+from tl_melbo.model.tokens import to_tokens
 
 PROMPT = "Tell me about yourself."
 RADIUS = 12.0

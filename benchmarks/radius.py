@@ -17,15 +17,15 @@ import pandas as pd
 
 import tl_melbo as tm
 from benchmarks.tables import markdown
-from tl_melbo.analysis.behaviours import (
+from tl_melbo.analysis._behaviours import (
     COHERENCE_OF_SHORT,
     DEFAULT_DISTANCES,
     DEFAULT_PERPLEXITY,
     DEFAULT_REPETITION,
 )
-from tl_melbo.analysis.embedding import default_embedder
-from tl_melbo.discovery.calibration import DEFAULT_CRITERION, DEFAULT_LEVELS
-from tl_melbo.discovery.melbo import DEFAULT_STEPS
+from tl_melbo.analysis._embedding import default_embedder
+from tl_melbo.discovery._calibration import DEFAULT_CRITERION, DEFAULT_LEVELS
+from tl_melbo.discovery._melbo import DEFAULT_STEPS
 from tl_melbo.files import replacing
 
 KEPT = Path("runs/radius")

@@ -12,7 +12,7 @@ import tl_melbo as tm
 from tests.conftest import PROMPT, fingerprint
 from tests.tiny_models import tiny_bridge, tiny_hf, tokenizer
 from tl_melbo.fast_blocks import FastBlocks
-from tl_melbo.models import to_tokens
+from tl_melbo.model.tokens import to_tokens
 
 PROMPTS = ["Tell me about yourself.", "Hi!", "Write a short poem about ships and the sea.", "Bye."]
 

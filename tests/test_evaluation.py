@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import tl_melbo as tm
 from tests.tiny_models import TINY_ARCHITECTURES, tiny_bridge, tiny_hf, tokenizer
+from tl_melbo.analysis._texts import HELD_OUT_INSTRUCTIONS, INSTRUCTIONS, PASSAGES
 from tl_melbo.evaluation import BACKDOORS, Backdoor, count_hits, wilson_interval
-from tl_melbo.evaluation.texts import HELD_OUT_INSTRUCTIONS, INSTRUCTIONS, PASSAGES
 
 PLANTED = Path(__file__).parents[1] / "benchmarks" / "planted"
 # Nothing is held to here: a few steps on a model of random weights teach it nothing.
@@ -426,7 +426,7 @@ def test_an_unrelated_prompt_is_another_one(tiny_llama):
 
 
 def test_numbers_that_are_not_finite_stay_so(tiny_llama, monkeypatch):
-    module = sys.modules["tl_melbo.evaluation.side_effects"]
+    module = sys.modules["tl_melbo.analysis._side_effects"]
     given = torch.tensor([0.5, math.nan])
     monkeypatch.setattr(module, "kl_divergence", lambda *_, **__: given)
     table = tm.evaluation.side_effects(

@@ -35,7 +35,7 @@ def test_the_steering_vectors_package_does_what_we_do(architecture):
     tokens = model.to_tokens(PROMPT)
     with tm.steered(model, one), torch.no_grad():
         ours = model(tokens)
-    from tl_melbo.models import without_bridge
+    from tl_melbo.model.bridge import without_bridge
 
     hugging_face = without_bridge(model.original_model)
     plain = logits_of(hugging_face, tokens)

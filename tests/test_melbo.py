@@ -12,7 +12,7 @@ import tl_melbo as tm
 from tests.conftest import PROMPT
 from tests.reference import melbo as reference
 from tests.tiny_models import tiny_bridge
-from tl_melbo.models import to_tokens
+from tl_melbo.model.tokens import to_tokens
 
 PROMPTS = ["Tell me about yourself.", "Write a poem about the sea."]
 

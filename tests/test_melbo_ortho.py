@@ -11,7 +11,7 @@ from tests.conftest import PROMPT
 from tests.reference import melbo_ortho as reference
 from tests.test_melbo import cosines
 from tests.tiny_models import tiny_bridge
-from tl_melbo.models import to_tokens
+from tl_melbo.model.tokens import to_tokens
 
 PROMPTS = ["Tell me about yourself.", "Write a poem about the sea."]
 
@@ -32,7 +32,7 @@ def mean_effect(f, theta):
 @pytest.mark.parametrize("norm_penalty", [0.0, 0.05])
 def test_adam_matches_the_reference_step_by_step(tiny, norm_penalty, monkeypatch):
     # So few steps leave short vectors, and the family is not to end there.
-    module = sys.modules["tl_melbo.discovery.melbo_ortho"]
+    module = sys.modules["tl_melbo.discovery._melbo_ortho"]
     monkeypatch.setattr(module, "SMALLEST_NORM", 0.0)
     f = tiny_map(tiny)
     theta0 = start(f)

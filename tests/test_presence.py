@@ -9,7 +9,7 @@ from scipy import stats
 
 import tl_melbo as tm
 from tl_melbo.analysis import presence, presence_statistics
-from tl_melbo.analysis.presence import benjamini_hochberg
+from tl_melbo.analysis._presence import benjamini_hochberg
 
 CODE, PROSE = ["def f(x): return x", "for i in range(3):"], ["Once upon a time there was a king."]
 

@@ -12,7 +12,7 @@ from tests.tiny_models import tiny_bridge
 from tl_melbo import steering
 from tl_melbo.analysis import effect_distance
 from tl_melbo.fast_generation import Writer
-from tl_melbo.models import to_tokens
+from tl_melbo.model.tokens import to_tokens
 
 PROMPT = "Once upon a time"
 

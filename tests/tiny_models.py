@@ -19,7 +19,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from tl_melbo.models import embedded_model_path
+from tl_melbo.model.load import embedded_model_path
 
 N_LAYERS, D_MODEL, N_HEADS = 6, 32, 4
 TINY_ARCHITECTURES = ("llama", "qwen2", "gemma3", "gpt2", "gptneox")

@@ -14,10 +14,11 @@ from tl_melbo.discovery import (
     melbo_objective,
     melbo_ortho,
 )
-from tl_melbo.models import load_model
+from tl_melbo.generation import generate
+from tl_melbo.model.load import load_model
 from tl_melbo.presets import PRESETS
 from tl_melbo.run import Run
-from tl_melbo.steering import generate, next_token_log_probs, steered
+from tl_melbo.steering import next_token_log_probs, steered
 from tl_melbo.vectors import SteeringVectors, concatenate
 
 if TYPE_CHECKING:

@@ -1,32 +1,30 @@
 """The activation map f: from the residual stream after one block to that after a later one."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-import psutil
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch._C._functorch import is_functorch_wrapped_tensor
-from torch.autograd import forward_ad
 
 from tl_melbo.fast_blocks import FastBlocks, Precision
-from tl_melbo.memory import is_out_of_memory, map_batches
-from tl_melbo.models import (
+from tl_melbo.memory import free_memory, is_out_of_memory, map_batches
+from tl_melbo.model.bridge import (
     Model,
     check_model,
     frozen,
     model_name,
     model_type,
     residual_hook_name,
-    to_tokens,
     user_hooks,
     weights_digest,
     whole_model,
     without_bridge,
 )
+from tl_melbo.model.tokens import to_tokens
 from tl_melbo.probability import kl_from_log_probs
+from tl_melbo.replay import BlockCall, capture, run_layers
 from tl_melbo.shapes import (
     Delta,
     PositionMask,
@@ -35,12 +33,11 @@ from tl_melbo.shapes import (
     checked_slice,
     shape_checked,
 )
+from tl_melbo.shortcut import Shortcut, Shortened, State, Watched, is_transformed
 from tl_melbo.text import quoted
 
-BlockCall = tuple[tuple[Any, ...], dict[str, Any]]
 Path = Literal["fast", "compiled", "unhooked", "hooked"]
 _Way = Path | Literal["differentiable"]
-_State = tuple[tuple[int, ...], tuple[tuple[int, int], ...], bool]
 
 # How far replaying the blocks may be from the model's own forward pass, relative to its size.
 _REPLAY_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -97,10 +94,10 @@ class ActivationMap:
     compiled: bool = False
     _block_calls: dict[int, list[BlockCall]] = field(default_factory=dict)
     # The modules and parameters of the blocks: finding them takes longer than looking at them.
-    _watched: "_Watched" = field(default_factory=lambda: _Watched.of(()))
-    _state: "_State" = ((), (), True)
-    _shortcut: "_Shortcut | None" = None
-    _unsteered_memo: dict["_State", Residual] = field(default_factory=dict)
+    _watched: "Watched" = field(default_factory=lambda: Watched.of(()))
+    _state: "State" = ((), (), True)
+    _shortcut: "Shortcut | None" = None
+    _unsteered_memo: dict["State", Residual] = field(default_factory=dict)
 
     @classmethod
     @shape_checked
@@ -155,7 +152,7 @@ class ActivationMap:
         block_calls: dict[int, list[BlockCall]] = {}
         x_rows, y_rows = [], []
         for text, row in zip(texts, tokens, strict=True):
-            x_row, y_row, calls = _capture(model, row, source_layer, target_layer)
+            x_row, y_row, calls = capture(model, row, source_layer, target_layer)
             if not torch.isfinite(y_row).all():
                 raise ValueError(
                     f"prompt {quoted(text)}: the residual stream of {model_name(model)} after "
@@ -181,7 +178,7 @@ class ActivationMap:
             precision=precision,
             compiled=compiled,
             _block_calls=block_calls,
-            _watched=_Watched.of(blocks),
+            _watched=Watched.of(blocks),
         )
         f = replace(f, _state=f._state_now())
         f._check_replay()
@@ -221,9 +218,9 @@ class ActivationMap:
             return "hooked"
         if self._shortcut.fast is not None:
             return "fast"
-        return "unhooked" if self._shortcut.run is _run_layers else "compiled"
+        return "unhooked" if self._shortcut.run is run_layers else "compiled"
 
-    def _state_now(self) -> "_State":
+    def _state_now(self) -> "State":
         """What the user may change of the blocks in between: hooks, modules, weights."""
         weights = tuple((p.data_ptr(), p._version) for p in self._watched.parameters)
         return user_hooks(self._watched.modules), weights, self._watched.are_in_place()
@@ -282,7 +279,7 @@ class ActivationMap:
         if not len(theta):
             return torch.zeros(0, *self.x.shape, dtype=self._wide(theta), device=self.x.device)
         path: _Way = self.path
-        if _is_transformed(theta) and path != "hooked":
+        if is_transformed(theta) and path != "hooked":
             path = "differentiable"
         size = self.vectors_at_once()
         # Where graphs do not all fit, or share memory, each is made in its backward pass.
@@ -417,7 +414,7 @@ class ActivationMap:
         # Without a gradient one block's worth lives.
         blocks = self.target_layer - self.source_layer if with_gradient else 1
         per_vector = floats * self.mask.numel() * blocks * self.x.element_size()
-        return int(_free_memory(self.x.device) / 2 / per_vector)
+        return int(free_memory(self.x.device) / 2 / per_vector)
 
     def story(self) -> dict[str, Any]:
         """Where the map comes from, as JSON-ready facts."""
@@ -465,22 +462,22 @@ class ActivationMap:
         def hooked(rows: Tensor) -> Tensor:
             blocks = self.model.blocks[self.source_layer + 1 : self.target_layer + 1]
             with frozen(blocks):
-                return _run_layers(blocks, calls, rows, positions)
+                return run_layers(blocks, calls, rows, positions)
 
         if path == "hooked" or shortcut is None:
-            return _Shortened.apply(rows, hooked, hooked, True) if recompute else hooked(rows)
+            return Shortened.apply(rows, hooked, hooked, True) if recompute else hooked(rows)
 
         def long(rows: Tensor) -> Tensor:
-            return _run_layers(shortcut.differentiable, calls, rows, positions)
+            return run_layers(shortcut.differentiable, calls, rows, positions)
 
         def short(rows: Tensor) -> Tensor:
             return shortcut(rows, length, positions)
 
         if path == "differentiable":
             return long(rows)
-        return _Shortened.apply(rows, short, long, recompute)
+        return Shortened.apply(rows, short, long, recompute)
 
-    def _find_shortcut(self) -> "tuple[_Shortcut | None, Exception | None]":
+    def _find_shortcut(self) -> "tuple[Shortcut | None, Exception | None]":
         """The fastest way without hooks that does what the model's own modules do.
 
         And why the others did not run. Layers that need what the bridge adds to them, or quantised
@@ -521,7 +518,7 @@ class ActivationMap:
                     failure = error
         return None, failure
 
-    def _does_the_same(self, shortcut: "_Shortcut", probes: list[Tensor], expected: Tensor) -> bool:
+    def _does_the_same(self, shortcut: "Shortcut", probes: list[Tensor], expected: Tensor) -> bool:
         """Whether the blocks add the same to the residual stream, to 1e-5, and rounding of it."""
         short = replace(self, _shortcut=shortcut)
         for probe, y in zip(probes, expected, strict=True):
@@ -536,7 +533,7 @@ class ActivationMap:
                 return False
         return True
 
-    def _fast_shortcut(self, blocks: Sequence[nn.Module]) -> "_Shortcut | None":
+    def _fast_shortcut(self, blocks: Sequence[nn.Module]) -> "Shortcut | None":
         fast = self._fast_blocks([without_bridge(block) for block in blocks])
         if fast is None:
             return None
@@ -548,17 +545,17 @@ class ActivationMap:
             if rotation is None:
                 return None
             rotations[length] = rotation
-        return _Shortcut.of(blocks, self._block_calls, fast, rotations)
+        return Shortcut.of(blocks, self._block_calls, fast, rotations)
 
-    def _unhooked_shortcut(self, blocks: Sequence[nn.Module]) -> "_Shortcut | None":
-        return _Shortcut.of(blocks, self._block_calls)
+    def _unhooked_shortcut(self, blocks: Sequence[nn.Module]) -> "Shortcut | None":
+        return Shortcut.of(blocks, self._block_calls)
 
-    def _compiled_shortcut(self, blocks: Sequence[nn.Module]) -> "_Shortcut | None":
-        return replace(_Shortcut.of(blocks, self._block_calls), run=self._compiled_run())
+    def _compiled_shortcut(self, blocks: Sequence[nn.Module]) -> "Shortcut | None":
+        return replace(Shortcut.of(blocks, self._block_calls), run=self._compiled_run())
 
     def _compiled_run(self) -> Callable[..., Tensor]:
         mode = "reduce-overhead" if self.x.device.type == "cuda" else "default"
-        run = torch.compile(_run_layers, mode=mode)
+        run = torch.compile(run_layers, mode=mode)
 
         def step(*arguments: Any) -> Tensor:
             # CUDA graphs write every result into the same memory: what the last call left there is
@@ -579,7 +576,7 @@ class ActivationMap:
         if self.x.dtype not in (torch.float32, torch.float64):
             return None  # Hugging Face widens norms and softmax of narrow types
         n_bytes = sum(p.numel() * p.element_size() for p in self._watched.parameters)
-        room = _free_memory(self.x.device) / 4
+        room = free_memory(self.x.device) / 4
         lengths = self.mask.sum(-1)
         hot_rows = max(length * int((lengths == length).sum()) for length in self._block_calls)
         if n_bytes * 4 > room or hot_rows > _MOST_HOT_ROWS:
@@ -617,129 +614,6 @@ def _check_layers(model: Model, source_layer: int, target_layer: int) -> None:
     )
 
 
-@dataclass(frozen=True, eq=False)
-class _Shortcut:
-    """The blocks without hooks: Hugging Face's layers, or their weights in our own.
-
-    `differentiable` is slower, and can be differentiated twice, or forward.
-    """
-
-    layers: tuple[nn.Module, ...]
-    differentiable: tuple[nn.Module, ...]
-    block_calls: dict[int, list[BlockCall]]
-    fast: FastBlocks | None
-    rotations: dict[int, Tensor]
-    run: Callable[..., Tensor]
-    y: Tensor
-    y_differentiable: Tensor
-
-    @classmethod
-    def of(
-        cls,
-        blocks: Sequence[nn.Module],
-        block_calls: dict[int, list[BlockCall]],
-        fast: FastBlocks | None = None,
-        rotations: dict[int, Tensor] | None = None,
-    ) -> "_Shortcut":
-        layers = tuple(without_bridge(block) for block in blocks)
-        differentiable = tuple(without_bridge(block, "eager") for block in blocks)
-        none = torch.empty(0)
-        return cls(
-            layers, differentiable, block_calls, fast, rotations or {}, _run_layers, none, none
-        )
-
-    def __call__(self, rows: Tensor, length: int, positions: Tensor | None) -> Tensor:
-        if self.fast is not None:
-            return self.fast(rows, self.rotations[length], positions)
-        return self.run(self.layers, self.block_calls[length], rows, positions)
-
-
-@dataclass(frozen=True, eq=False)
-class _Watched:
-    """The modules and parameters of the blocks: looking at them is faster than finding them."""
-
-    modules: tuple[nn.Module, ...]
-    parameters: tuple[Tensor, ...]
-    places: tuple[tuple[dict[str, Any], str, Any], ...]
-
-    @classmethod
-    def of(cls, blocks: Iterable[nn.Module]) -> "_Watched":
-        modules = tuple({module: None for block in blocks for module in block.modules()})
-        parameters = {p: None for module in modules for p in module._parameters.values()}
-        places = tuple(
-            (held, name, item)
-            for module in modules
-            for held in (module._modules, module._parameters)
-            for name, item in held.items()
-        )
-        return cls(modules, tuple(p for p in parameters if p is not None), places)
-
-    def are_in_place(self) -> bool:
-        """Whether no module or parameter was exchanged since."""
-        return all(held.get(name) is item for held, name, item in self.places)
-
-
-class _Shortened(torch.autograd.Function):
-    """A function by its shortcut; by the long way where a gradient is to be differentiated.
-
-    Neither our own gradient nor that of the fused attention kernels can be. The shortcut's graph is
-    held until its gradient is taken, or, if it is to be recomputed, never.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        short: Callable[[Tensor], Tensor],
-        long: Callable[[Tensor], Tensor],
-        recompute: bool,
-    ) -> Tensor:
-        ctx.save_for_backward(x)  # so that autograd sees it when x is changed in between
-        ctx.short, ctx.long, ctx.graph = short, long, None
-        if recompute or not ctx.needs_input_grad[0]:
-            return short(x.detach())
-        ctx.graph = _graph(short, x)
-        return ctx.graph[1].detach()
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
-        (x,), (gradient,) = ctx.saved_tensors, grad_outputs
-        if torch.is_grad_enabled():
-            (d_x,) = torch.autograd.grad(ctx.long(x), x, gradient, create_graph=True)
-            return d_x, None, None, None
-        leaf, y = _graph(ctx.short, x) if ctx.graph is None else ctx.graph
-        ctx.graph = None  # a second gradient of the same result makes its own
-        (d_x,) = torch.autograd.grad(y, leaf, gradient)
-        return d_x, None, None, None
-
-
-def _graph(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
-    with torch.enable_grad():
-        leaf = x.detach().requires_grad_()
-        return leaf, function(leaf)
-
-
-def _is_transformed(x: Tensor) -> bool:
-    """Whether forward-mode differentiation or a torch.func transform is at work on x."""
-    return forward_ad.unpack_dual(x).tangent is not None or is_functorch_wrapped_tensor(x)
-
-
-def _run_layers(
-    layers: Sequence[nn.Module], calls: list[BlockCall], rows: Tensor, positions: Tensor | None
-) -> Tensor:
-    for layer, (args, kwargs) in zip(layers, calls, strict=True):
-        rows = _first_tensor(layer(rows, *args, **kwargs))
-    return rows if positions is None else rows[:, positions]
-
-
-def _free_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        # What torch holds in reserve is free to it.
-        reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0] + reserve)
-    return int(psutil.virtual_memory().available)
-
-
 def _check_precision(precision: Precision, compiled: bool, x: Tensor) -> None:
     if precision == "float32":
         return
@@ -758,50 +632,3 @@ def _check_precision(precision: Precision, compiled: bool, x: Tensor) -> None:
             f"precision='tf32': only CUDA devices have it, the model is on {x.device}; use "
             "'float32' or 'bfloat16'"
         )
-
-
-def _capture(
-    model: Model, tokens: Tensor, source_layer: int, target_layer: int
-) -> tuple[Tensor, Tensor, list[BlockCall]]:
-    """One ordinary pass: resid(source), resid(target), and how the blocks between were called."""
-    residuals: dict[int, Tensor] = {}
-    calls: list[BlockCall] = []
-
-    def keep_residual(layer: int) -> Any:
-        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            residuals[layer] = output.detach().clone()
-
-        return hook
-
-    def keep_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        rest = args if "hidden_states" in kwargs else args[1:]
-        named = {k: _without_cache(v) for k, v in kwargs.items() if k != "hidden_states"}
-        if "use_cache" in named:
-            named["use_cache"] = False
-        calls.append((tuple(_without_cache(v) for v in rest), named))
-
-    handles = [
-        model.hook_dict[residual_hook_name(layer)].register_forward_hook(keep_residual(layer))
-        for layer in (source_layer, target_layer)
-    ]
-    handles += [
-        block.register_forward_pre_hook(keep_call, with_kwargs=True)
-        for block in model.blocks[source_layer + 1 : target_layer + 1]
-    ]
-    try:
-        with torch.no_grad(), frozen(*whole_model(model)):
-            model(tokens, return_type=None)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return residuals[source_layer], residuals[target_layer], calls
-
-
-def _without_cache(argument: Any) -> Any:
-    """None for a KV cache: replayed, it would grow at every call and be attended to."""
-    is_cache = hasattr(argument, "get_seq_length") or hasattr(argument, "past_keys")
-    return None if is_cache else argument
-
-
-def _first_tensor(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from tl_melbo import ActivationMap, Run, SteeringVectors
+    from tl_melbo.analysis._family import Family
     from tl_melbo.discovery import OrthoStep, Step
-    from tl_melbo.discovery.melbo import Radius
-    from tl_melbo.models import Model
-    from tl_melbo.report import Family
+    from tl_melbo.discovery._melbo import Radius
+    from tl_melbo.model.bridge import Model
 
 # Options that several commands have.
 _Device = Annotated[
@@ -137,7 +137,7 @@ def discover(
 
         import tl_melbo as tm
         from tl_melbo import runs
-        from tl_melbo.discovery.melbo import DEFAULT_STEPS, check_settings
+        from tl_melbo.discovery._melbo import DEFAULT_STEPS, check_settings
 
         check_settings(n_vectors, length, p, q, steps, seed)
         asked = {
@@ -245,7 +245,7 @@ def ortho(
 
         import tl_melbo as tm
         from tl_melbo import runs
-        from tl_melbo.discovery.melbo_ortho import DEFAULT_ORTHO_STEPS, check_ortho_settings
+        from tl_melbo.discovery._melbo_ortho import DEFAULT_ORTHO_STEPS, check_ortho_settings
         from tl_melbo.run import check_reference
 
         check_ortho_settings(norm_penalty, steps)
@@ -360,7 +360,7 @@ def _model_of(
 
     import tl_melbo as tm
     from tl_melbo import runs
-    from tl_melbo.models import model_name
+    from tl_melbo.model.bridge import model_name
 
     story = library.story
     name = runs.load_settings(folder).get("model") if model is None else model

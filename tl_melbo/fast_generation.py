@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from tl_melbo.models import Model, without_bridge
+from tl_melbo.model.bridge import Model, without_bridge
 
 # Copying the cache to leave ended rows out pays once this share of the rows has ended.
 _ENDED = 0.25

@@ -4,6 +4,7 @@ import gc
 from collections.abc import Callable
 from typing import TypeVar
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -54,3 +55,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (
         isinstance(error, Exception) and should_reduce_batch_size(error)
     )
+
+
+def free_memory(device: torch.device) -> int:
+    """How many bytes a device can still give."""
+    if device.type == "cuda":
+        # What torch holds in reserve is free to it.
+        reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0] + reserve)
+    return int(psutil.virtual_memory().available)

@@ -3,8 +3,7 @@
 import hashlib
 import json
 from base64 import b64encode
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,14 @@ from tl_melbo.activation_map import ActivationMap
 from tl_melbo.analysis import (
     Behaviours,
     behaviours,
-    composition,
     cosine_similarity,
-    family,
     kl_divergence,
 )
-from tl_melbo.analysis.inputs import one_vector
-from tl_melbo.evaluation.side_effects import COLUMNS
+from tl_melbo.analysis._completions import COMPLETION_COLUMNS, collect_completions
+from tl_melbo.analysis._family import Family, collect_family
+from tl_melbo.analysis._side_effects import COLUMNS
 from tl_melbo.files import replacing
-from tl_melbo.models import Model
+from tl_melbo.model.bridge import Model
 from tl_melbo.plots import (
     composition_curves,
     cosine_heatmap,
@@ -39,12 +37,13 @@ from tl_melbo.plots import (
     specificity_points,
 )
 from tl_melbo.shapes import Delta, shape_checked
-from tl_melbo.steering import as_chat, generate
+from tl_melbo.steering import as_chat
 from tl_melbo.tables import Table
 from tl_melbo.text import printable
 from tl_melbo.vectors import SteeringVectors
 
-_COMPLETION_COLUMNS = ["vector", "scale", "prompt", "completion"]
+__all__ = ["Family", "collect_completions", "collect_family", "write"]
+
 # The tables about a family: name, label, kind and hint of each column.
 _FAMILY_COLUMNS = (
     ("index", "Vector", "number", "Its place in the family"),
@@ -77,109 +76,6 @@ _SCALINGS = {"raw": "", "reference norm": " at theta0’s norm", "mean norm": " 
 _AFTER_THE_FIRST = slice(1, None)
 # More of one text makes browsers slow, and nobody reads on.
 _LONGEST_SHOWN = 20_000
-
-OnBatch = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Family:
-    """A MELBO-ortho family and what was measured of it, for the page: see `collect_family`.
-
-    Attributes:
-        reference: the one vector that it grew from, theta0.
-        vectors: the family, as `melbo_ortho` gives it.
-        table: as `analysis.family` gives it.
-        composition: as `analysis.composition` gives it.
-    """
-
-    reference: SteeringVectors
-    vectors: SteeringVectors
-    table: pd.DataFrame
-    composition: pd.DataFrame
-
-    @property
-    def number(self) -> int:
-        """The reference's number in its library."""
-        return int(self.reference.columns["index"][0])
-
-
-@shape_checked
-def collect_completions(
-    model: Model,
-    prompts: str | Sequence[str],
-    found: SteeringVectors,
-    *,
-    max_new_tokens: int = 50,
-    layer: int | None = None,
-    chat: bool | None = None,
-    batch_size: int = 32,
-    on_batch: OnBatch | None = None,
-) -> pd.DataFrame:
-    """Let the model write without a vector, under each vector, and under its negative.
-
-    Args:
-        model: a TransformerLens model.
-        prompts: one text or several.
-        found: the vectors.
-        max_new_tokens: the most tokens to write; the likeliest one is taken each time.
-        layer: after which block to add the vectors; None takes the layer they were found at.
-        chat: format the prompts as chat; None does as was done when the vectors were found.
-        batch_size: rows of a batch.
-        on_batch: called with the vectors done, and the vectors in all, after each batch.
-
-    Returns:
-        A frame with the columns vector (position in `found`, or -1 for unsteered), scale (1, -1,
-        or 0 for unsteered), prompt, completion; for each prompt the unsteered row comes first.
-
-    Raises:
-        TypeError, ValueError: as `generate` does.
-    """
-    texts = [prompts] if isinstance(prompts, str) else list(dict.fromkeys(prompts))
-    chat = as_chat(found, chat)
-    options = {"max_new_tokens": max_new_tokens, "chat": chat, "batch_size": batch_size}
-    frames = [generate(model, texts, **options)]
-    at_once = max(1, batch_size // 2)
-    for first in range(0, len(found), at_once):
-        some = found[first : first + at_once]
-        frame = generate(model, texts, some, layer, scales=[1.0, -1.0], **options)
-        frames.append(frame.assign(vector=frame["vector"] + first))
-        if on_batch is not None:
-            on_batch(first + len(some), len(found))
-    frame = pd.concat(frames, ignore_index=True)
-    rows = frame.to_dict("records")
-    rows.sort(key=lambda row: (texts.index(row["prompt"]), row["vector"], -row["scale"]))
-    return Table(rows, columns=_COMPLETION_COLUMNS)
-
-
-@shape_checked
-def collect_family(
-    model: Model,
-    f: ActivationMap,
-    vectors: SteeringVectors,
-    reference: SteeringVectors,
-    *,
-    sizes: Sequence[int] = (2, 3, 10, 20),
-    max_new_tokens: int = 50,
-    on_batch: OnBatch | None = None,
-) -> Family:
-    """Measure a family for the page: `analysis.family` and `analysis.composition`.
-
-    Args:
-        model: the TransformerLens model that `f` was made from.
-        f: the activation map that the family was found in.
-        vectors: the family, as `melbo_ortho` gives it.
-        reference: exactly one vector, its theta0.
-        sizes: how many vectors to add up; those beyond the family are left out.
-        max_new_tokens: the most tokens of each completion.
-        on_batch: called with the rows done, and the rows in all, after each batch.
-
-    Raises:
-        ValueError: as `analysis.family` and `analysis.composition` do.
-    """
-    table = family(model, f, vectors, reference, max_new_tokens=max_new_tokens, on_batch=on_batch)
-    sizes = [size for size in sizes if size <= len(vectors)] or [1]
-    composed = composition(model, f, vectors, reference, sizes, max_new_tokens=max_new_tokens)
-    return Family(one_vector(reference, "reference"), vectors, table, composed)
 
 
 @shape_checked
@@ -291,7 +187,7 @@ def _prompts(found: SteeringVectors, prompts: str | Sequence[str] | None) -> lis
 
 
 def _check_completions(completions: pd.DataFrame, found: SteeringVectors) -> None:
-    missing = [name for name in _COMPLETION_COLUMNS if name not in completions.columns]
+    missing = [name for name in COMPLETION_COLUMNS if name not in completions.columns]
     if missing or completions.empty:
         what = f"lacks the columns {missing}" if missing else "is empty"
         raise ValueError(f"completions: {what}; pass what report.collect_completions returns")

@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from tl_melbo.discovery import iter_melbo, iter_melbo_ortho, join_family, join_library
-from tl_melbo.discovery.protocol import EffectMap
+from tl_melbo.discovery._protocol import EffectMap
 from tl_melbo.files import clear_partial, writable_folder
 from tl_melbo.shapes import shape_checked
 from tl_melbo.vectors import SteeringVectors

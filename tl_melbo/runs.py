@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tl_melbo.evaluation.side_effects import COLUMNS as SIDE_EFFECT_COLUMNS
+from tl_melbo.analysis._family import Family
+from tl_melbo.analysis._side_effects import COLUMNS as SIDE_EFFECT_COLUMNS
 from tl_melbo.files import replacing
-from tl_melbo.report import Family
 from tl_melbo.run import REFERENCE, VECTORS, family_folder, same_vector
 from tl_melbo.vectors import SteeringVectors
 

@@ -1,10 +1,10 @@
 """Does it find what is there? Ground truth, and what a vector costs beside what it does."""
 
-from tl_melbo.evaluation.backdoor import BACKDOORS, Backdoor, Planted, load_planted, plant
-from tl_melbo.evaluation.hits import count_hits, hit_rate, wilson_interval
-from tl_melbo.evaluation.layer_sweep import layer_sweep
-from tl_melbo.evaluation.side_effects import reach, side_effects
-from tl_melbo.evaluation.texts import PASSAGES, UNRELATED_PROMPTS
+from tl_melbo.analysis._side_effects import reach, side_effects
+from tl_melbo.analysis._texts import PASSAGES, UNRELATED_PROMPTS
+from tl_melbo.evaluation._backdoor import BACKDOORS, Backdoor, Planted, load_planted, plant
+from tl_melbo.evaluation._hits import count_hits, hit_rate, wilson_interval
+from tl_melbo.evaluation._layer_sweep import layer_sweep
 
 __all__ = [
     "BACKDOORS",

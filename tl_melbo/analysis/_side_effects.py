@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from tl_melbo.analysis import kl_divergence, transfer
-from tl_melbo.analysis.embedding import Embedder, default_embedder, embeddings
-from tl_melbo.analysis.inputs import as_library, as_texts
-from tl_melbo.evaluation.texts import PASSAGES, UNRELATED_PROMPTS
+from tl_melbo.analysis._embedding import Embedder, default_embedder, embeddings
+from tl_melbo.analysis._inputs import as_library, as_texts
+from tl_melbo.analysis._texts import PASSAGES, UNRELATED_PROMPTS
 from tl_melbo.memory import map_batches
-from tl_melbo.models import Model, check_model, frozen, to_tokens, whole_model
+from tl_melbo.model.bridge import Model, check_model, frozen, whole_model
+from tl_melbo.model.tokens import to_tokens
 from tl_melbo.probability import mean_losses
 from tl_melbo.shapes import Float, Theta, Tokens, shape_checked
 from tl_melbo.steering import Vectors, as_theta, check_batch_size, steered, steering_layer

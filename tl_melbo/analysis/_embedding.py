@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tl_melbo.models import quiet_transformers
+from tl_melbo.model.load import quiet_transformers
 from tl_melbo.shapes import Float, shape_checked
 
 Embedder = Literal["sentences", "words"] | Callable[[Sequence[str]], Any]

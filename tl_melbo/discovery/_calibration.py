@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from tl_melbo.discovery.protocol import DivergenceMap, EffectMap, effect_at, own_arithmetic
+from tl_melbo.discovery._protocol import DivergenceMap, EffectMap, effect_at, own_arithmetic
 from tl_melbo.geometry import random_sphere
 from tl_melbo.shapes import Theta, shape_checked
 

@@ -12,17 +12,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from tl_melbo.analysis.embedding import Embedder, default_embedder, embeddings
-from tl_melbo.analysis.scaling import repetition_of
+from tl_melbo.analysis._embedding import Embedder, default_embedder, embeddings
+from tl_melbo.analysis._scaling import repetition_of
 from tl_melbo.memory import map_batches
-from tl_melbo.models import (
-    Model,
-    check_model,
-    context_length,
-    frozen,
-    to_tokens,
-    whole_model,
-)
+from tl_melbo.model.bridge import Model, check_model, frozen, whole_model
+from tl_melbo.model.tokens import context_length, to_tokens
 from tl_melbo.probability import mean_losses
 from tl_melbo.shapes import shape_checked
 from tl_melbo.steering import check_batch_size

@@ -14,8 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_melbo.discovery.protocol import EffectMap, own_arithmetic
-from tl_melbo.finite import place, warn_user
+from tl_melbo.discovery._protocol import EffectMap, own_arithmetic
+from tl_melbo.errors import place, warn_user
 from tl_melbo.geometry import complement, extended, normalise
 from tl_melbo.memory import map_batches
 from tl_melbo.shapes import Theta, shape_checked

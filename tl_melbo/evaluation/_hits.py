@@ -4,12 +4,13 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from tl_melbo.analysis.embedding import Embedder, default_embedder, embeddings
-from tl_melbo.analysis.inputs import as_library, as_texts
-from tl_melbo.evaluation.backdoor import Backdoor
-from tl_melbo.models import Model, check_model
+from tl_melbo.analysis._embedding import Embedder, default_embedder, embeddings
+from tl_melbo.analysis._inputs import as_library, as_texts
+from tl_melbo.evaluation._backdoor import Backdoor
+from tl_melbo.generation import generate
+from tl_melbo.model.bridge import Model, check_model
 from tl_melbo.shapes import shape_checked
-from tl_melbo.steering import Vectors, generate
+from tl_melbo.steering import Vectors
 
 DEFAULT_CONFIDENCE = 0.95
 # Cosine of two sentences' embeddings from which one is taken for the other, in other words.

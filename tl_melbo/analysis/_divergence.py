@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tl_melbo.geometry import random_sphere
-from tl_melbo.models import Model
+from tl_melbo.model.bridge import Model
 from tl_melbo.probability import kl_from_log_probs
 from tl_melbo.shapes import Float, Theta, shape_checked
 from tl_melbo.steering import (

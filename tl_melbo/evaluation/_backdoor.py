@@ -21,11 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tl_melbo.evaluation.texts import HELD_OUT_INSTRUCTIONS, INSTRUCTIONS
+from tl_melbo.analysis._texts import HELD_OUT_INSTRUCTIONS, INSTRUCTIONS
 from tl_melbo.files import replacing, writable_folder
-from tl_melbo.models import Model, boot, load_hugging_face, weights_digest
+from tl_melbo.generation import seeded
+from tl_melbo.model.bridge import Model, weights_digest
+from tl_melbo.model.load import boot, load_hugging_face
 from tl_melbo.shapes import shape_checked
-from tl_melbo.steering import seeded
 from tl_melbo.text import printable, quoted
 
 ADAPTER, RECIPE = "adapter.safetensors", "recipe.json"

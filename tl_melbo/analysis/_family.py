@@ -1,38 +1,32 @@
 """What became of a MELBO-ortho family: every vector beside its baselines, in one table."""
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass
 
+import pandas as pd
 import torch
 from torch import Tensor
 
 from tl_melbo.activation_map import ActivationMap
-from tl_melbo.analysis.distance import effect_distance
-from tl_melbo.analysis.divergence import random_like
-from tl_melbo.analysis.inputs import as_library, check_place, one_vector
-from tl_melbo.analysis.scaling import rescale
-from tl_melbo.models import Model
+from tl_melbo.analysis._completions import OnBatch
+from tl_melbo.analysis._composition import composition
+from tl_melbo.analysis._distance import effect_distance
+from tl_melbo.analysis._divergence import random_like
+from tl_melbo.analysis._inputs import as_library, check_place, one_vector
+from tl_melbo.analysis._scaling import rescale
+from tl_melbo.generation import generate
+from tl_melbo.model.bridge import Model
 from tl_melbo.probability import kl_from_log_probs
 from tl_melbo.shapes import Theta, shape_checked
-from tl_melbo.steering import (
-    Reference,
-    Vectors,
-    as_theta,
-    generate,
-    log_probs_or_nan,
-    next_token_log_probs,
-)
-
-if TYPE_CHECKING:
-    import pandas as pd
+from tl_melbo.steering import Reference, Vectors, as_theta, log_probs_or_nan, next_token_log_probs
+from tl_melbo.tables import Table
+from tl_melbo.vectors import SteeringVectors
 
 # A vocabulary is large: only so many vectors' distributions are held at a time.
 _BATCH_SIZE = 32
 # Those that also write.
 _WRITING = ("unsteered", "reference", "family")
 _MEASURES = ("kl_to_reference", "kl_from_reference", "kl_to_unsteered")
-
-OnBatch = Callable[[int, int], None]
 
 
 @shape_checked
@@ -77,8 +71,6 @@ def family(
     Source: Jacob G-W 2024, "I found >800 orthogonal 'write code' steering vectors".
     """
     import pandas as pd
-
-    from tl_melbo.tables import Table
 
     library, start = as_library(vectors), one_vector(reference, "reference")
     for checked, argument in ((library, "vectors"), (start, "reference")):
@@ -128,3 +120,56 @@ def _divergences(
     log_unsteered, log_reference = (row.expand_as(log_probs) for row in log_one.split(1))
     pairs = ((log_probs, log_reference), (log_reference, log_probs), (log_probs, log_unsteered))
     return {name: kl_from_log_probs(*pair) for name, pair in zip(_MEASURES, pairs, strict=True)}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A MELBO-ortho family and what was measured of it, for the page: see `collect_family`.
+
+    Attributes:
+        reference: the one vector that it grew from, theta0.
+        vectors: the family, as `melbo_ortho` gives it.
+        table: as `analysis.family` gives it.
+        composition: as `analysis.composition` gives it.
+    """
+
+    reference: SteeringVectors
+    vectors: SteeringVectors
+    table: pd.DataFrame
+    composition: pd.DataFrame
+
+    @property
+    def number(self) -> int:
+        """The reference's number in its library."""
+        return int(self.reference.columns["index"][0])
+
+
+@shape_checked
+def collect_family(
+    model: Model,
+    f: ActivationMap,
+    vectors: SteeringVectors,
+    reference: SteeringVectors,
+    *,
+    sizes: Sequence[int] = (2, 3, 10, 20),
+    max_new_tokens: int = 50,
+    on_batch: OnBatch | None = None,
+) -> Family:
+    """Measure a family for the page: `analysis.family` and `analysis.composition`.
+
+    Args:
+        model: the TransformerLens model that `f` was made from.
+        f: the activation map that the family was found in.
+        vectors: the family, as `melbo_ortho` gives it.
+        reference: exactly one vector, its theta0.
+        sizes: how many vectors to add up; those beyond the family are left out.
+        max_new_tokens: the most tokens of each completion.
+        on_batch: called with the rows done, and the rows in all, after each batch.
+
+    Raises:
+        ValueError: as `analysis.family` and `analysis.composition` do.
+    """
+    table = family(model, f, vectors, reference, max_new_tokens=max_new_tokens, on_batch=on_batch)
+    sizes = [size for size in sizes if size <= len(vectors)] or [1]
+    composed = composition(model, f, vectors, reference, sizes, max_new_tokens=max_new_tokens)
+    return Family(one_vector(reference, "reference"), vectors, table, composed)

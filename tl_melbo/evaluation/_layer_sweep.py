@@ -9,16 +9,16 @@ import torch
 
 from tl_melbo.activation_map import ActivationMap
 from tl_melbo.analysis import behaviours
-from tl_melbo.analysis.embedding import Embedder
-from tl_melbo.analysis.inputs import as_texts
+from tl_melbo.analysis._embedding import Embedder
+from tl_melbo.analysis._inputs import as_texts
 from tl_melbo.discovery import melbo
-from tl_melbo.discovery.melbo import Radius, check_settings
-from tl_melbo.evaluation.backdoor import Backdoor
-from tl_melbo.evaluation.hits import check_clean, count_hits
-from tl_melbo.models import Model, check_layer, check_model
+from tl_melbo.discovery._melbo import Radius, check_settings
+from tl_melbo.evaluation._backdoor import Backdoor
+from tl_melbo.evaluation._hits import check_clean, count_hits
+from tl_melbo.generation import generate
+from tl_melbo.model.bridge import Model, check_layer, check_model
 from tl_melbo.run import check_names
 from tl_melbo.shapes import shape_checked
-from tl_melbo.steering import generate
 
 if TYPE_CHECKING:
     import pandas as pd

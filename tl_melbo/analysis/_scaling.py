@@ -8,18 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tl_melbo.analysis.inputs import as_library, one_vector
-from tl_melbo.models import Model
+from tl_melbo.analysis._inputs import as_library, one_vector
+from tl_melbo.generation import generate
+from tl_melbo.model.bridge import Model
 from tl_melbo.probability import kl_from_log_probs
 from tl_melbo.shapes import Float, shape_checked
-from tl_melbo.steering import (
-    Reference,
-    Vectors,
-    as_theta,
-    generate,
-    log_probs_or_nan,
-    next_token_log_probs,
-)
+from tl_melbo.steering import Reference, Vectors, as_theta, log_probs_or_nan, next_token_log_probs
 from tl_melbo.vectors import SteeringVectors
 
 if TYPE_CHECKING:

@@ -14,13 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_melbo.discovery.calibration import (
-    DEFAULT_CRITERION,
-    DEFAULT_LEVELS,
-    calibrate_radius,
-)
-from tl_melbo.discovery.protocol import EffectMap, effect_at, own_arithmetic
-from tl_melbo.finite import place, told, warn_user
+from tl_melbo.discovery._calibration import DEFAULT_CRITERION, DEFAULT_LEVELS, calibrate_radius
+from tl_melbo.discovery._protocol import EffectMap, effect_at, own_arithmetic
+from tl_melbo.errors import place, told, warn_user
 from tl_melbo.geometry import complement, extended, normalise, random_sphere, tangent
 from tl_melbo.memory import map_batches
 from tl_melbo.shapes import Delta, Theta, shape_checked

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from tl_melbo.activation_map import ActivationMap
-from tl_melbo.models import Model, check_model, model_name
+from tl_melbo.model.bridge import Model, check_model, model_name
 from tl_melbo.steering import Vectors
 from tl_melbo.vectors import SteeringVectors
 

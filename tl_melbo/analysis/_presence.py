@@ -6,16 +6,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tl_melbo.analysis.inputs import as_library, as_texts
+from tl_melbo.analysis._inputs import as_library, as_texts
 from tl_melbo.geometry import normalise
-from tl_melbo.models import (
-    Model,
-    check_model,
-    frozen,
-    residual_hook_name,
-    to_tokens,
-    whole_model,
-)
+from tl_melbo.model.bridge import Model, check_model, frozen, residual_hook_name, whole_model
+from tl_melbo.model.tokens import to_tokens
 from tl_melbo.shapes import Float, Theta, checked_slice, shape_checked
 from tl_melbo.steering import Vectors, as_theta, steering_layer
 

@@ -1,0 +1,1 @@
+"""TransformerLens models: loading, tokens, and what the rest of the package needs of them."""

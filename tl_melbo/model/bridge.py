@@ -1,0 +1,175 @@
+"""What a TransformerLens model is to this package: names, hooks, weights, blocks."""
+
+import copy
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn.modules import module as global_hooks
+
+from tl_melbo.shapes import shape_checked
+
+# A HookedTransformer or a TransformerBridge. TransformerLens 4 has no common base class for
+# the two, and 3.x has one of them only, so a model is known by what it can do: `check_model`.
+Model = Any
+
+# Hooks that libraries install for themselves: the bridge at its first forward pass, transformers
+# (and for good) when hidden states or attention patterns are asked for.
+_OWN_HOOKS = (
+    "transformer_lens.model_bridge.generalized_components",
+    "transformers.utils.output_capturing",
+)
+# How many values of each weight tell two models of one name apart.
+_SAMPLED = 64
+
+
+def check_model(model: Model) -> None:
+    """Make sure that `model` is a TransformerLens model with weights in memory.
+
+    Raises:
+        TypeError: it is something else, a plain Hugging Face model for example.
+        ValueError: its weights are on the meta device.
+    """
+    needed = ("cfg", "blocks", "hook_dict", "to_tokens", "generate")
+    missing = [attribute for attribute in needed if not hasattr(model, attribute)]
+    if not isinstance(model, nn.Module) or missing:
+        raise TypeError(
+            f"model: got {type(model).__module__}.{type(model).__name__}, expected a "
+            "TransformerLens model (TransformerBridge or HookedTransformer). Load one with "
+            "tl_melbo.load_model('name'), or wrap a Hugging Face model with "
+            "TransformerBridge.boot_transformers('name', hf_model=..., tokenizer=...)"
+        )
+    meta = next((name for name, p in model.named_parameters() if p.device.type == "meta"), None)
+    if meta is not None:
+        raise ValueError(
+            f"model: parameter {meta!r} is on the meta device, which holds no values; load the "
+            "model with its weights, for example tl_melbo.load_model('name')"
+        )
+
+
+def model_device(model: Model) -> torch.device:
+    """The device of the model's embedding, where tokens go."""
+    return next(model.parameters()).device
+
+
+def model_name(model: Model) -> str:
+    """The name that TransformerLens knows the model by."""
+    return str(model.cfg.model_name)
+
+
+def model_type(model: Model) -> str | None:
+    """The architecture as its Hugging Face config names it, where that is known: "llama"."""
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    found = getattr(config, "model_type", None)
+    return found if isinstance(found, str) else None
+
+
+def weights_digest(model: Model) -> str:
+    """Sixteen letters that tell models of one name apart, from some values of every weight."""
+    digests = set()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            flat = parameter.detach().reshape(-1)
+            some = flat[:: max(1, len(flat) // _SAMPLED)].cpu().contiguous()
+            digests.add(hashlib.sha256(some.view(torch.uint8).numpy().tobytes()).digest())
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()[:16]
+
+
+def residual_hook_name(layer: int) -> str:
+    """The hook point of the residual stream after a block."""
+    return f"blocks.{layer}.hook_resid_post"
+
+
+@shape_checked
+def check_layer(model: Model, layer: int, argument: str = "layer") -> None:
+    """Make sure that the model has this layer.
+
+    Raises:
+        TypeError: not a model.
+        ValueError: it does not.
+    """
+    check_model(model)
+    n_layers = int(model.cfg.n_layers)
+    if not 0 <= layer < n_layers:
+        raise ValueError(
+            f"{argument}={layer}: {model_name(model)} has {n_layers} layers, so allowed are "
+            f"0 to {n_layers - 1}"
+        )
+
+
+@contextmanager
+def frozen(*roots: nn.Module) -> Iterator[None]:
+    """No gradients for parameters and no dropout inside; everything as it was after."""
+    parameters = {p for root in roots for p in root.parameters() if p.requires_grad}
+    training = {m for root in roots for m in root.modules() if m.training}
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        for module in training:
+            module.training = True
+
+
+def user_hooks(modules: Iterable[nn.Module]) -> tuple[int, ...]:
+    """The hooks on modules, but for what libraries wire themselves with: they must fire."""
+    everywhere = (
+        *global_hooks._global_forward_pre_hooks,
+        *global_hooks._global_forward_hooks,
+        *global_hooks._global_backward_hooks,
+    )
+    return everywhere + tuple(
+        number
+        for module in modules
+        for hooks in (
+            module._forward_pre_hooks,
+            module._forward_hooks,
+            module._backward_pre_hooks,
+            module._backward_hooks,
+        )
+        if hooks
+        for number, hook in hooks.items()
+        if not str(getattr(hook, "__module__", "")).startswith(_OWN_HOOKS)
+    )
+
+
+def without_bridge(module: nn.Module, attention: Literal["sdpa", "eager"] = "sdpa") -> nn.Module:
+    """The Hugging Face module below TransformerLens's, sharing its weights but not its hooks.
+
+    A bridge puts its own modules, with hook points, into the Hugging Face model. Here each of them
+    is replaced by the one that it wraps, in copies: the model itself stays as it is. Parameters
+    want no gradient, dropout is off, and attention is computed in one fused step ("sdpa"), or in
+    several ("eager") that can be differentiated twice and forward.
+    """
+    while (inner := getattr(module, "_original_component", None)) is not None:
+        module = inner
+    plain: Any = copy.copy(module)
+    plain.__dict__ = dict(module.__dict__)
+    plain._modules = {
+        name: None if child is None else without_bridge(child, attention)
+        for name, child in module._modules.items()
+    }
+    plain._parameters = {
+        name: None if parameter is None else parameter.detach()
+        for name, parameter in module._parameters.items()
+    }
+    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        plain.__dict__[hooks] = OrderedDict()
+    plain.training = False
+    if hasattr(getattr(plain, "config", None), "_attn_implementation"):
+        plain.config = copy.copy(plain.config)
+        plain.config._attn_implementation = attention
+    return plain
+
+
+def whole_model(model: Model) -> tuple[nn.Module, ...]:
+    """The model, and the Hugging Face model that a bridge keeps outside its tree of modules."""
+    return (model, model.original_model) if hasattr(model, "original_model") else (model,)
