@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import tl_melbo as tm
-from tl_melbo.vectors import make_story
+from tl_melbo.story import make as make_story
 
 
 def library(n_vectors=5, d_model=8, seed=0, **facts):

@@ -1,8 +1,9 @@
-"""What to say where a model's numbers are not finite, and which ones: they cost a row, not all."""
+"""Errors that callers tell apart by their type, and warnings that point at the user's line."""
 
 import inspect
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from tl_melbo.text import quoted
@@ -12,6 +13,30 @@ _ADVICE = "use shorter vectors, or load the model in a wider type, for example d
 _NOT_THE_USER = {"tl_melbo", "jaxtyping", "torch"}
 _MOST_NAMED = 3
 _MOST_ROWS = 10
+
+
+class DifferentSearch(ValueError):
+    """Vectors that are there were found by another search: `differences` says what differs."""
+
+    def __init__(self, message: str, differences: Sequence[Any] = ()) -> None:
+        super().__init__(message)
+        self.differences = list(differences)
+
+
+class Damaged(ValueError):
+    """A file is cut short, damaged, or not one that this package wrote: `path` names it."""
+
+    def __init__(self, message: str, path: Path | None = None) -> None:
+        super().__init__(message)
+        self.path = path
+
+
+class NotFinite(FloatingPointError, ValueError):
+    """The model's numbers are not finite: `rows` are the vectors under which they are not."""
+
+    def __init__(self, message: str, rows: Sequence[object] = ()) -> None:
+        super().__init__(message)
+        self.rows = list(rows)
 
 
 def told(rows: Sequence[object]) -> str:
@@ -48,13 +73,13 @@ def warn_of_rows(
         names: what to call the vectors, if not by their positions.
 
     Raises:
-        FloatingPointError: all of them did.
+        NotFinite: all of them did.
     """
     rows = [i if names is None else names[i] for i, is_bad in enumerate(bad) if is_bad]
     if not rows:
         return
     if len(rows) == len(bad):
-        raise FloatingPointError(f"{what} is not finite under any of the vectors; {_ADVICE}")
+        raise NotFinite(f"{what} is not finite under any of the vectors; {_ADVICE}", rows)
     warn_user(
         f"vectors {told(rows)}: {what} is not finite under them; {consequence}. "
         f"{_ADVICE[0].upper()}{_ADVICE[1:]}"

@@ -3,12 +3,9 @@
 import html
 import json
 import math
-import platform
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from numbers import Real
 from pathlib import Path
 from types import MappingProxyType
@@ -23,6 +20,7 @@ from tl_melbo import exchange
 from tl_melbo.files import replacing
 from tl_melbo.memory import is_out_of_memory
 from tl_melbo.shapes import Float, Theta, shape_checked
+from tl_melbo.story import now
 from tl_melbo.text import printable
 
 if TYPE_CHECKING:
@@ -114,7 +112,7 @@ class SteeringVectors:
         if source_layer is not None and source_layer < 0:
             raise ValueError(f"source_layer={source_layer}: 0 or more, or None if not known")
         story = {"method": method, "model": model, "d_model": theta.shape[1]}
-        return cls(theta, {**story, "source_layer": source_layer, "date": _now()})
+        return cls(theta, {**story, "source_layer": source_layer, "date": now()})
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For copy and pickle, which cannot take read-only mappings."""
@@ -520,7 +518,7 @@ def concatenate(libraries: Sequence[SteeringVectors]) -> SteeringVectors:
     parts = [{**library.story, "n_vectors": len(library)} for library in libraries]
     return SteeringVectors(
         torch.cat([library.vectors for library in libraries]),
-        {**shared, "method": "concatenate", "parts": parts, "date": _now()},
+        {**shared, "method": "concatenate", "parts": parts, "date": now()},
         columns,
         pad_histories([library.history for library in libraries], [*map(len, libraries)]),
     )
@@ -544,11 +542,6 @@ def pad_histories(
         known = torch.empty(count, 0, dtype=torch.float32) if history is None else history
         padded.append(torch.nn.functional.pad(known, (0, steps - known.shape[1]), value=torch.nan))
     return torch.cat(padded)
-
-
-def make_story(method: str, **facts: Any) -> dict[str, Any]:
-    """A story: the method, the facts given, the versions of what ran, and the date."""
-    return {"method": method, **facts, "versions": _versions(), "date": _now()}
 
 
 def _check_matrix(vectors: Any) -> None:
@@ -682,17 +675,3 @@ def _check_metadata(path: Path, metadata: dict[str, str]) -> None:
         )
     if "story" not in metadata:
         raise ValueError(f"{path}: lacks its story; save it again")
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in ("tl-melbo", "torch", "transformer-lens", "transformers"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "unknown"
-    return versions
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -20,7 +20,8 @@ from tl_melbo.errors import place, told, warn_user
 from tl_melbo.geometry import complement, extended, normalise, random_sphere, tangent
 from tl_melbo.memory import map_batches
 from tl_melbo.shapes import Delta, Theta, shape_checked
-from tl_melbo.vectors import SteeringVectors, make_story, pad_histories
+from tl_melbo.story import make as make_story
+from tl_melbo.vectors import SteeringVectors, pad_histories
 
 Norm = Literal["l2", "lp"]
 Optimiser = Literal["ascent", "adamw"]

@@ -19,7 +19,8 @@ from tl_melbo.errors import place, warn_user
 from tl_melbo.geometry import complement, extended, normalise
 from tl_melbo.memory import map_batches
 from tl_melbo.shapes import Theta, shape_checked
-from tl_melbo.vectors import SteeringVectors, make_story, pad_histories
+from tl_melbo.story import make as make_story
+from tl_melbo.vectors import SteeringVectors, pad_histories
 
 OrthoOptimiser = Literal["quasi-newton", "adam"]
 Vector = Float[Tensor, "d_model"]
