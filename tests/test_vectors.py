@@ -159,7 +159,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     def fail(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tl_melbo.vectors.save_file", fail)
+    monkeypatch.setattr("tl_melbo.vectors_file.save_file", fail)
     with pytest.raises(OSError, match="No space left"):
         library(seed=1).save(path)
     assert path.read_bytes() == before

@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from tl_melbo.activation_map import ActivationMap
+from tl_melbo.concatenation import concatenate
 from tl_melbo.discovery import (
     calibrate_radius,
     iter_melbo,
@@ -19,7 +20,7 @@ from tl_melbo.model.load import load_model
 from tl_melbo.presets import PRESETS
 from tl_melbo.run import Run
 from tl_melbo.steering import next_token_log_probs, steered
-from tl_melbo.vectors import SteeringVectors, concatenate
+from tl_melbo.vectors import SteeringVectors
 
 if TYPE_CHECKING:
     from tl_melbo import analysis, evaluation, plots, report

@@ -2,32 +2,36 @@
 
 import json
 import re
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 from torch import Tensor
 
 from tl_melbo.files import replacing
-from tl_melbo.shapes import Float
+from tl_melbo.story import about_of
 from tl_melbo.text import printable
 
 if TYPE_CHECKING:
-    import pandas as pd
     from steering_vectors import SteeringVector
 
-Vector = Float[Tensor, "d_model"]
+    from tl_melbo.vectors import SteeringVectors
 
 HUB_FILE = "vectors.safetensors"
 _CONTROL_VECTOR = "controlvector"
 _MOST_CARD_ROWS = 40
 
 
-def write_control_vector(path: str | Path, theta: Vector, layer: int, model_type: str) -> None:
+def write_control_vector(
+    path: str | Path, library: "SteeringVectors", layer: int | None, model_type: str | None
+) -> None:
     """Write a GGUF file that llama.cpp and repeng read: `direction.N` is added after block N.
 
     Raises:
-        ValueError: the layer is 0, where llama.cpp adds nothing.
+        ValueError: more or fewer than one vector; no layer or model type known; the layer is 0,
+            where llama.cpp adds nothing.
         OSError: as `files.replacing` does.
 
     Source: llama.cpp, common_control_vector_load and llama_adapter_cvec; repeng 0.4,
@@ -35,6 +39,13 @@ def write_control_vector(path: str | Path, theta: Vector, layer: int, model_type
     """
     import gguf
 
+    model_type = library.story.get("model_type") if model_type is None else model_type
+    if not model_type:
+        raise ValueError(
+            "model_type: not given, and the story does not tell; pass the one in the model's "
+            "config, for example model_type='llama'"
+        )
+    theta, layer = _one(library, "to_repeng_gguf"), _layer(library, layer)
     if layer < 1:
         raise ValueError(
             f"layer={layer}: llama.cpp adds control vectors after blocks 1 and later; a vector "
@@ -53,12 +64,14 @@ def write_control_vector(path: str | Path, theta: Vector, layer: int, model_type
             writer.close()
 
 
-def as_steering_vector(theta: Vector, layer: int) -> "SteeringVector":
+def as_steering_vector(library: "SteeringVectors", layer: int | None) -> "SteeringVector":
     """An object of the steering-vectors package.
 
     Raises:
+        ValueError: more or fewer than one vector, or no layer known.
         ModuleNotFoundError: the package is not installed.
     """
+    theta, layer = _one(library, "to_steering_vectors"), _layer(library, layer)
     try:
         from steering_vectors import SteeringVector
     except ModuleNotFoundError as error:
@@ -69,14 +82,56 @@ def as_steering_vector(theta: Vector, layer: int) -> "SteeringVector":
     return SteeringVector(layer_activations={layer: theta.clone()}, layer_type="decoder_block")
 
 
-def upload(folder: str, card: str, repo_id: str, private: bool, token: str | None) -> str:
-    """Put a folder, with a card, into a repository of the Hugging Face hub; gives its address."""
+def _one(library: "SteeringVectors", function: str) -> Tensor:
+    if len(library) != 1:
+        raise ValueError(
+            f"{function}: takes exactly one vector, and there are {len(library)}; pick one, as "
+            f"found[3].{function}(...)"
+        )
+    return library.vectors[0]
+
+
+def _layer(library: "SteeringVectors", layer: int | None) -> int:
+    layer = library.story.get("source_layer") if layer is None else layer
+    if layer is None:
+        raise ValueError(
+            "layer: not given, and the story does not tell where the vectors belong; pass "
+            "layer=, for example layer=8"
+        )
+    if layer < 0:
+        raise ValueError(f"layer={layer}: 0 or more")
+    return layer
+
+
+def upload(
+    library: "SteeringVectors",
+    repo_id: str,
+    private: bool,
+    completions: pd.DataFrame | None,
+    token: str | None,
+) -> str:
+    """Put a library, with a card, into a repository of the Hugging Face hub; gives its address.
+
+    Raises:
+        ValueError, OSError: as `SteeringVectors.push_to_hub`.
+    """
     from huggingface_hub import HfApi
 
+    if not len(library):
+        raise ValueError("the library holds no vectors; there is nothing to push")
+    wanted = {"vector", "scale", "prompt", "completion"}
+    if completions is not None and not wanted <= set(completions.columns):
+        raise ValueError(
+            f"completions: lacks the columns {sorted(wanted - set(completions.columns))}; pass "
+            "what tm.generate returns"
+        )
+    card = model_card(repo_id, library.story, library.table(), completions)
     api = HfApi(token=token)
-    (Path(folder) / "README.md").write_text(card, encoding="utf-8", newline="\n")
-    address = api.create_repo(repo_id, private=private, exist_ok=True)
-    api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Steering vectors")
+    with tempfile.TemporaryDirectory() as folder:
+        library.save(Path(folder) / HUB_FILE)
+        (Path(folder) / "README.md").write_text(card, encoding="utf-8", newline="\n")
+        address = api.create_repo(repo_id, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Steering vectors")
     return str(address)
 
 
@@ -118,8 +173,8 @@ def download(repo_id: str, revision: str | None, token: str | None) -> Path:
 def model_card(
     repo_id: str,
     story: Mapping[str, Any],
-    table: "pd.DataFrame",
-    completions: "pd.DataFrame | None",
+    table: pd.DataFrame,
+    completions: pd.DataFrame | None,
 ) -> str:
     """The README of a repository: what the vectors are, how they were found, how to use them."""
     from huggingface_hub import ModelCardData
@@ -138,15 +193,14 @@ def model_card(
     facts = {"model": model, **{k: v for k, v in story.items() if k not in left_out}}
     for number, part in enumerate(story.get("parts", [])):
         facts[f"part {number}"] = {k: v for k, v in part.items() if k not in left_out}
-    found = ", found without labels" if method in ("melbo", "melbo_ortho") else ""
     layer = story.get("source_layer")
     place = "after a block that is not told" if layer is None else f"after block {layer}"
     lines = [
         f"---\n{data.to_yaml()}\n---",
         f"# Steering vectors of {_cell(model)}",
         f"{len(table)} direction{'' if len(table) == 1 else 's'} in the residual stream {place}"
-        f"{found}: added while the model writes, one can make it write something else. "
-        "Read what each does before you trust it.",
+        ": added while the model writes, one can make it write something else. "
+        f"{about_of(story)} Read what each does before you trust it.",
         f'```python\nimport tl_melbo as tm\n\nfound = tm.SteeringVectors.from_hub("{repo_id}")\n'
         f"with tm.steered(model, found[0]{', layer=...' if layer is None else ''}):"
         "  # a TransformerLens model\n"

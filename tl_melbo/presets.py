@@ -77,6 +77,17 @@ def _original(about: str, model: str, search: Mapping[str, Any]) -> Preset:
 
 _EVERYWHERE, _LAST_THREE = slice(None), slice(-3, None)
 
+_BUNDLED = Preset(
+    about="The demo's: personas, leaked prompts, stories in SmolLM2-135M-Instruct.",
+    model="SmolLM2-135M-Instruct",
+    search=_search(
+        n_vectors=32, radius=12.0, p=2, q=2, positions=_LAST_THREE, optimiser="ascent", steps=10,
+    ),
+    source_layer=8,
+    target_from_end=14,
+    source="ours",
+)  # fmt: skip
+
 PRESETS: Mapping[str, Preset] = MappingProxyType(
     {
         "chain-of-thought": _original(
@@ -106,16 +117,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
                 steps=1200,
             ),
         ),
-        "embedded": Preset(
-            about="The demo's: personas, leaked prompts, stories in SmolLM2-135M-Instruct.",
-            model="SmolLM2-135M-Instruct",
-            search=_search(
-                n_vectors=32, radius=12.0, p=2, q=2, positions=_LAST_THREE, optimiser="ascent",
-                steps=10,
-            ),
-            source_layer=8,
-            target_from_end=14,
-            source="ours",
-        ),
+        "bundled": _BUNDLED,
+        "embedded": _BUNDLED,  # the name of version 0.1
     }
 )  # fmt: skip

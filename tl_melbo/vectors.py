@@ -3,7 +3,6 @@
 import html
 import json
 import math
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
@@ -11,29 +10,20 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from tl_melbo import exchange
-from tl_melbo.files import replacing
-from tl_melbo.memory import is_out_of_memory
+from tl_melbo import exchange, vectors_file
+from tl_melbo.errors import Damaged
 from tl_melbo.shapes import Float, Theta, shape_checked
 from tl_melbo.story import now
+from tl_melbo.tables import Table
 from tl_melbo.text import printable
+from tl_melbo.vectors_file import Parts
 
 if TYPE_CHECKING:
-    import pandas as pd
     from steering_vectors import SteeringVector
-
-_FORMAT = "tl_melbo.vectors"
-_FORMAT_VERSION = "1"
-_COLUMN = "column."
-# A story is text: a header of this size is damage or an attack, not a long prompt.
-_MAX_HEADER_BYTES = 2 * 2**20
-# So is a file of more tensors than anybody has columns.
-_MOST_TENSORS = 256
 
 Index = int | slice | Sequence[int] | Tensor
 
@@ -48,7 +38,8 @@ class SteeringVectors:
         vectors: float32, on the CPU, in the units of the residual stream.
         story: JSON-ready facts: method, model, prompts, layers, every hyperparameter, seed,
             versions, date. Read-only.
-        columns: one number a vector and name, such as "objective"; `table()` shows them.
+        columns: by name, one number a vector, such as "objective", which `table()` shows; or one
+            row a vector, such as the output direction that belongs to it.
         history: the objective after each step of the search; NaN after a vector's last step.
     """
 
@@ -66,10 +57,10 @@ class SteeringVectors:
         columns = {"index": torch.arange(n_vectors), **self.columns}
         columns = {name: _number_column(name, column) for name, column in columns.items()}
         for name, column in columns.items():
-            if column.shape != (n_vectors,):
+            if column.shape[:1] != (n_vectors,):
                 raise ValueError(
-                    f"columns[{name!r}]: shape {tuple(column.shape)}, expected one number for "
-                    f"each of the {n_vectors} vectors"
+                    f"columns[{name!r}]: shape {tuple(column.shape)}, expected one number, or one "
+                    f"row, for each of the {n_vectors} vectors"
                 )
         history = None if self.history is None else _number_column("history", self.history)
         if history is not None and (history.ndim != 2 or history.shape[0] != n_vectors):
@@ -141,27 +132,20 @@ class SteeringVectors:
     def _positions(self, index: Index) -> Tensor:
         n_vectors = len(self)
         if isinstance(index, slice):
-            return (
-                torch.arange(n_vectors)[index]
-                if (index.step or 1) > 0
-                else torch.tensor(list(range(n_vectors))[index], dtype=torch.long)
-            )
-        if isinstance(index, bool):
-            raise TypeError("index: a bool; pass an int, a slice, or a list of ints")
+            return torch.tensor(list(range(n_vectors))[index], dtype=torch.long)
+        expected = f"index: got {index!r}, expected an int, a slice, or a list of ints"
         try:
             chosen = torch.as_tensor(index)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(
-                f"index: got {index!r}, expected an int, a slice, or a list of ints"
-            ) from error
-        if chosen.dtype == torch.bool:
+            raise TypeError(expected) from error
+        if chosen.dtype == torch.bool and chosen.ndim:
             if chosen.shape != (n_vectors,):
                 raise IndexError(
                     f"index: a mask of shape {tuple(chosen.shape)} for {n_vectors} vectors"
                 )
             return chosen.nonzero().flatten()
-        if chosen.is_floating_point() and chosen.numel():
-            raise TypeError(f"index: got {index!r}, expected an int, a slice, or a list of ints")
+        if chosen.dtype == torch.bool or (chosen.is_floating_point() and chosen.numel()):
+            raise TypeError(expected)
         chosen = chosen.long().flatten()
         outside = chosen[(chosen < -n_vectors) | (chosen >= n_vectors)]
         if len(outside):
@@ -215,20 +199,16 @@ class SteeringVectors:
         """The layer after which the vectors are added, or None where that is not known."""
         return self.story.get("source_layer")
 
-    def table(self) -> "pd.DataFrame":
-        """One row a vector: index, norm, objective and whatever else is known of each."""
-        from tl_melbo.tables import Table
-
+    def table(self) -> pd.DataFrame:
+        """One row a vector: index, norm, objective and whatever other number is known of each."""
         frame = Table({"index": self.columns["index"].numpy(), "norm": self.norms.numpy()})
         for name, column in self.columns.items():
-            if name != "index":
+            if name != "index" and column.ndim == 1:
                 frame[name] = self._named(name, column)
         return frame
 
     def _named(self, name: str, column: Tensor) -> Any:
         """A column's numbers, or the words that the story has for them."""
-        import pandas as pd
-
         words = self.story.get("categories", {}).get(name)
         return column.numpy() if words is None else pd.Categorical.from_codes(column, words)
 
@@ -242,25 +222,7 @@ class SteeringVectors:
             OSError: the disk is full, say. An older file of that name is intact.
             ValueError: the story holds what `load` would refuse.
         """
-        _check_story("story", dict(self.story), self.columns, "correct it")
-        tensors = {"vectors": self.vectors}
-        tensors |= {_COLUMN + name: column for name, column in self.columns.items()}
-        if self.history is not None:
-            tensors["history"] = self.history
-        story = json.dumps(dict(self.story), allow_nan=False)
-        if len(story) > _MAX_HEADER_BYTES // 2 or len(tensors) > _MOST_TENSORS:
-            raise ValueError(
-                f"story: {len(story):,} characters and {len(tensors)} tensors, more than can be "
-                f"saved ({_MAX_HEADER_BYTES // 2:,} and {_MOST_TENSORS}); shorten its prompts"
-            )
-        metadata = {"format": _FORMAT, "format_version": _FORMAT_VERSION, "story": story}
-        with replacing(path) as temporary:
-            try:
-                save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata)
-            except SafetensorError as error:
-                raise OSError(
-                    f"{path}: cannot be written ({error}); what was there before is intact"
-                ) from error
+        vectors_file.write(path, Parts(self.vectors, self.story, self.columns, self.history))
 
     @classmethod
     @shape_checked
@@ -268,54 +230,16 @@ class SteeringVectors:
         """Read what `save` wrote.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            IsADirectoryError: it is a folder.
-            ValueError: it is not a safetensors file, is cut or damaged, is not one of ours, or
-                lacks its story.
+            FileNotFoundError, IsADirectoryError: there is no such file.
+            Damaged: it is not a safetensors file, is cut or damaged, is not one of ours, or lacks
+                its story.
             MemoryError: it does not fit.
         """
-        path = Path(path).expanduser()
-        if path.is_dir():
-            raise IsADirectoryError(f"{path} is a folder; name the vector file in it")
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file")
-        _check_header(path)
+        parts = vectors_file.read(path)
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                _check_metadata(path, metadata)
-                story = json.loads(metadata["story"], parse_int=_json_int)
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return cls._from_file(path, tensors, story)
-        except (SafetensorError, json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(
-                f"{path}: not a safetensors file, or damaged ({error}); save it again"
-            ) from error
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            size = path.stat().st_size // 2**20
-            raise MemoryError(f"{path}: its {size:,} MiB do not fit into memory") from error
-
-    @classmethod
-    def _from_file(cls, path: Path, tensors: dict[str, Tensor], story: Any) -> "SteeringVectors":
-        vectors = tensors.pop("vectors", None)
-        if vectors is None or vectors.ndim != 2 or vectors.dtype != torch.float32:
-            raise ValueError(f"{path}: holds no float32 matrix of vectors; save it again")
-        history = tensors.pop("history", None)
-        columns = {k.removeprefix(_COLUMN): v for k, v in tensors.items() if k.startswith(_COLUMN)}
-        _check_story(path, story, columns, "save it again")
-        known = (torch.float32, torch.float64, torch.int64)
-        for name, column in [("history", history), *columns.items()]:
-            if name == "norm" or (column is not None and column.dtype not in known):
-                raise ValueError(f"{path}: the column {name!r} is not one that we write")
-        index = columns.get("index", torch.empty(0, dtype=torch.int64))
-        if index.dtype != torch.int64 or (index < 0).any():
-            raise ValueError(f"{path}: the column 'index' does not hold numbers of vectors")
-        try:
-            return cls(vectors, story, columns, history)
+            return cls(*parts)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}; save it again") from error
+            raise Damaged(f"{path}: {error}; save it again", Path(path)) from error
 
     @shape_checked
     def to_repeng_gguf(
@@ -324,7 +248,7 @@ class SteeringVectors:
         """Write one vector as a control vector for llama.cpp and repeng.
 
         `llama-cli --control-vector FILE` adds it as it is, `--control-vector-scaled FILE:0.5` at
-        half its length (`FILE 0.5` in older versions). In repeng, give `ControlModel` the layer.
+        half its norm (`FILE 0.5` in older versions). In repeng, give `ControlModel` the layer.
 
         Args:
             path: the .gguf file; replaced whole or not at all.
@@ -338,14 +262,7 @@ class SteeringVectors:
 
         Source: llama.cpp, common_control_vector_load; repeng 0.4, ControlVector.export_gguf.
         """
-        model_type = self.story.get("model_type") if model_type is None else model_type
-        if not model_type:
-            raise ValueError(
-                "model_type: not given, and the story does not tell; pass the one in the model's "
-                "config, for example model_type='llama'"
-            )
-        theta, layer = self._one("to_repeng_gguf"), self._layer(layer)
-        exchange.write_control_vector(path, theta, layer, model_type)
+        exchange.write_control_vector(path, self, layer, model_type)
 
     @shape_checked
     def to_steering_vectors(self, *, layer: int | None = None) -> "SteeringVector":
@@ -361,8 +278,7 @@ class SteeringVectors:
             ValueError: more or fewer than one vector, or no layer known.
             ModuleNotFoundError: the package is not installed.
         """
-        theta = self._one("to_steering_vectors")
-        return exchange.as_steering_vector(theta, self._layer(layer))
+        return exchange.as_steering_vector(self, layer)
 
     @shape_checked
     def push_to_hub(
@@ -370,7 +286,7 @@ class SteeringVectors:
         repo_id: str,
         *,
         private: bool = True,
-        completions: "pd.DataFrame | None" = None,
+        completions: pd.DataFrame | None = None,
         token: str | None = None,
     ) -> str:
         """Put the vectors on the Hugging Face hub, with a model card that tells their story.
@@ -391,18 +307,7 @@ class SteeringVectors:
                 did not give.
             OSError: the hub cannot be reached, or forbids it.
         """
-        if not len(self):
-            raise ValueError("the library holds no vectors; there is nothing to push")
-        wanted = {"vector", "scale", "prompt", "completion"}
-        if completions is not None and not wanted <= set(completions.columns):
-            raise ValueError(
-                f"completions: lacks the columns {sorted(wanted - set(completions.columns))}; pass "
-                "what tm.generate returns"
-            )
-        card = exchange.model_card(repo_id, self.story, self.table(), completions)
-        with tempfile.TemporaryDirectory() as folder:
-            self.save(Path(folder) / exchange.HUB_FILE)
-            return exchange.upload(folder, card, repo_id, private, token)
+        return exchange.upload(self, repo_id, private, completions, token)
 
     @classmethod
     @shape_checked
@@ -422,25 +327,6 @@ class SteeringVectors:
             ValueError: a name that the hub does not allow, or a file that `load` refuses.
         """
         return cls.load(exchange.download(repo_id, revision, token))
-
-    def _one(self, function: str) -> Tensor:
-        if len(self) != 1:
-            raise ValueError(
-                f"{function}: takes exactly one vector, and there are {len(self)}; pick one, as "
-                f"found[3].{function}(...)"
-            )
-        return self.vectors[0]
-
-    def _layer(self, layer: int | None) -> int:
-        layer = self.source_layer if layer is None else layer
-        if layer is None:
-            raise ValueError(
-                "layer: not given, and the story does not tell where the vectors belong; pass "
-                "layer=, for example layer=8"
-            )
-        if layer < 0:
-            raise ValueError(f"layer={layer}: 0 or more")
-        return layer
 
     def __repr__(self) -> str:
         return f"SteeringVectors({self._summary()})"
@@ -470,78 +356,6 @@ class SteeringVectors:
             f"<p><b>SteeringVectors</b>: {html.escape(self._summary())}</p>{table}"
             f"<details><summary>Story</summary><pre>{story}</pre></details>"
         )
-
-
-@shape_checked
-def concatenate(libraries: Sequence[SteeringVectors]) -> SteeringVectors:
-    """Join libraries for the same model and source layer into one, renumbered from 0.
-
-    Numbers that only some of them have are NaN for the others. The stories are kept as `parts`.
-
-    Raises:
-        TypeError: something is not a SteeringVectors.
-        ValueError: none given, or they differ in model, width or source layer.
-    """
-    if not libraries:
-        raise ValueError("libraries: none given; pass at least one")
-    first = libraries[0]
-    for fact in ("model", "source_layer"):
-        values = {library.story.get(fact) for library in libraries} - {None}
-        if len(values) > 1:
-            raise ValueError(
-                f"libraries differ in {fact}: {sorted(map(str, values))}; only vectors for the "
-                "same place in the same model can be one library"
-            )
-    widths = {library.vectors.shape[1] for library in libraries}
-    if len(widths) > 1:
-        raise ValueError(f"libraries differ in d_model: {sorted(widths)}")
-    names = [name for library in libraries for name in library.columns if name != "index"]
-    columns = {
-        name: torch.cat(
-            [
-                lib.columns.get(name, torch.full((len(lib),), torch.nan, dtype=torch.float32))
-                for lib in libraries
-            ]
-        )
-        for name in dict.fromkeys(names)
-    }
-    shared = {
-        fact: value
-        for fact, value in first.story.items()
-        if all(library.story.get(fact) == value for library in libraries)
-    }
-    # Known in one part only: it still holds for the whole (checked above).
-    for fact in ("model", "source_layer"):
-        shared[fact] = next(
-            (lib.story[fact] for lib in libraries if lib.story.get(fact) is not None), None
-        )
-    parts = [{**library.story, "n_vectors": len(library)} for library in libraries]
-    return SteeringVectors(
-        torch.cat([library.vectors for library in libraries]),
-        {**shared, "method": "concatenate", "parts": parts, "date": now()},
-        columns,
-        pad_histories([library.history for library in libraries], [*map(len, libraries)]),
-    )
-
-
-def pad_histories(
-    histories: Sequence[Tensor | None], lengths: Sequence[int] | None = None
-) -> Float[Tensor, "vector step"] | None:
-    """Stack histories of different lengths, with NaN after each one's last step.
-
-    Args:
-        histories: each [vector, step]; None where there is none.
-        lengths: the number of vectors of each, needed where some are None.
-    """
-    steps = max((history.shape[1] for history in histories if history is not None), default=0)
-    if not steps:
-        return None
-    counts = lengths or [len(history) for history in histories if history is not None]
-    padded = []
-    for history, count in zip(histories, counts, strict=True):
-        known = torch.empty(count, 0, dtype=torch.float32) if history is None else history
-        padded.append(torch.nn.functional.pad(known, (0, steps - known.shape[1]), value=torch.nan))
-    return torch.cat(padded)
 
 
 def _check_matrix(vectors: Any) -> None:
@@ -579,99 +393,7 @@ def _number_column(name: str, column: Tensor) -> Tensor:
     return column.detach().to("cpu", kind, copy=True)
 
 
-def _json_int(digits: str) -> int:
-    if len(digits) > 20:
-        raise json.JSONDecodeError("a number of too many digits", digits[:20], 0)
-    return int(digits)
-
-
-def _check_header(path: Path) -> None:
-    """Look at what a file says it holds, before memory is taken for it."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > min(_MAX_HEADER_BYTES, path.stat().st_size):
-            raise ValueError(f"{path}: not a safetensors file, or cut short; save it again")
-        try:
-            header = json.loads(file.read(length), parse_int=_json_int)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(
-                f"{path}: not a safetensors file, or damaged ({error}); save it again"
-            ) from error
-    entries = header if isinstance(header, dict) else {}
-    if len(entries) > _MOST_TENSORS + 1:
-        raise ValueError(f"{path}: {len(entries)} tensors; not a file of ours")
-    for name, entry in entries.items():
-        shape = entry.get("shape") if isinstance(entry, dict) else None
-        if name == "vectors" and (not isinstance(shape, list) or 0 in shape[1:]):
-            raise ValueError(f"{path}: holds no float32 matrix of vectors; save it again")
-
-
-def _check_story(place: str | Path, story: Any, columns: Mapping[str, Tensor], advice: str) -> None:
-    """The facts that other parts of the package rely on have the types they should."""
-    if not isinstance(story, dict) or not isinstance(story.get("method"), str | None):
-        raise ValueError(f"{place}: its story does not say which method made it; {advice}")
-    categories = story.get("categories", {})
-    if _is_words(categories):
-        for name in {*categories} & {*columns}:
-            codes = columns[name]
-            if len(codes) and not -1 <= codes.min() <= codes.max() < len(categories[name]):
-                raise ValueError(f"{place}: the column {name!r} has codes without words; {advice}")
-    chosen = story.get("hyperparameters", {})
-    sound = {
-        "hyperparameters": isinstance(chosen, dict) and _is_slice(chosen.get("positions")),
-        "categories": _is_words(story.get("categories", {})),
-        "prompts": _is_texts(story.get("prompts", [])),
-        "parts": _is_stories(story.get("parts", [])),
-        "model": isinstance(story.get("model"), str | None),
-        "chat": isinstance(story.get("chat"), bool | None),
-        "theta0": isinstance(story.get("theta0"), dict | None),
-        "source_layer": _is_layer(story.get("source_layer")),
-        "target_layer": _is_layer(story.get("target_layer")),
-    }
-    wrong = [name for name, is_sound in sound.items() if not is_sound]
-    if wrong:
-        raise ValueError(f"{place}: {', '.join(wrong)} in its story make no sense; {advice}")
-
-
-def _is_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(text, str) for text in value)
-
-
-def _is_words(value: Any) -> bool:
-    return isinstance(value, dict) and all(_is_texts(words) for words in value.values())
-
-
-def _is_stories(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(part, dict) for part in value)
-
-
-def _is_layer(value: Any) -> bool:
-    return value is None or (type(value) is int and value >= 0)
-
-
-def _is_slice(value: Any) -> bool:
-    if value is None:
-        return True
-    parts = isinstance(value, list) and len(value) == 3
-    return parts and all(part is None or type(part) is int for part in value) and value[2] != 0
-
-
 def _check_finite(vectors: Tensor, name: str) -> None:
     bad = (~torch.isfinite(vectors)).any(-1).nonzero().flatten().tolist()
     if bad:
         raise ValueError(f"{name}: vectors {bad[:10]} hold values that are not finite")
-
-
-def _check_metadata(path: Path, metadata: dict[str, str]) -> None:
-    if metadata.get("format") != _FORMAT:
-        raise ValueError(
-            f"{path}: a safetensors file, but not one that tl_melbo saved; read it with "
-            "safetensors.torch.load_file and pass the tensor to SteeringVectors.from_tensor"
-        )
-    if metadata.get("format_version") != _FORMAT_VERSION:
-        raise ValueError(
-            f"{path}: format version {metadata.get('format_version')!r}, but this version of "
-            f"tl_melbo reads {_FORMAT_VERSION!r}; upgrade tl_melbo"
-        )
-    if "story" not in metadata:
-        raise ValueError(f"{path}: lacks its story; save it again")

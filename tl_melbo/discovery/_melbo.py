@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_melbo.concatenation import pad_histories
 from tl_melbo.discovery._calibration import DEFAULT_CRITERION, DEFAULT_LEVELS, calibrate_radius
 from tl_melbo.discovery._protocol import EffectMap, effect_at, own_arithmetic
 from tl_melbo.errors import place, told, warn_user
@@ -21,7 +22,7 @@ from tl_melbo.geometry import complement, extended, normalise, random_sphere, ta
 from tl_melbo.memory import map_batches
 from tl_melbo.shapes import Delta, Theta, shape_checked
 from tl_melbo.story import make as make_story
-from tl_melbo.vectors import SteeringVectors, pad_histories
+from tl_melbo.vectors import SteeringVectors
 
 Norm = Literal["l2", "lp"]
 Optimiser = Literal["ascent", "adamw"]

@@ -14,13 +14,14 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_melbo.concatenation import pad_histories
 from tl_melbo.discovery._protocol import EffectMap, own_arithmetic
 from tl_melbo.errors import place, warn_user
 from tl_melbo.geometry import complement, extended, normalise
 from tl_melbo.memory import map_batches
 from tl_melbo.shapes import Theta, shape_checked
 from tl_melbo.story import make as make_story
-from tl_melbo.vectors import SteeringVectors, pad_histories
+from tl_melbo.vectors import SteeringVectors
 
 OrthoOptimiser = Literal["quasi-newton", "adam"]
 Vector = Float[Tensor, "d_model"]
