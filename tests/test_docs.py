@@ -42,7 +42,7 @@ def test_every_public_name_is_there(site):
     main = (site / "reference" / "tl_melbo.html").read_text(encoding="utf-8")
     for name in {*tm.__all__} - {*MODULES}:
         assert shown(main, "tl_melbo", name, getattr(tm, name)), name
-    for method in ("from_prompts", "delta", "divergence", "position_mask", "path"):
+    for method in ("from_prompts", "delta", "position_mask", "path"):
         assert f'id="tl_melbo.ActivationMap.{method}"' in main
     for method in ("save", "load", "to_repeng_gguf", "push_to_hub", "table"):
         assert f'id="tl_melbo.SteeringVectors.{method}"' in main

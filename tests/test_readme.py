@@ -1,4 +1,4 @@
-"""The README's code runs as printed."""
+"""The README's code runs as printed, and its links lead somewhere."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,9 @@ import pytest
 
 import tl_melbo as tm
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+FOR_CONTRIBUTORS = ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "CODE_OF_CONDUCT.md")
 
 
 @pytest.mark.heavy
@@ -22,3 +24,17 @@ def test_the_code_runs_as_printed(model, tmp_path, monkeypatch, capsys):
     assert len(tm.SteeringVectors.load(tmp_path / "runs" / "mine" / "vectors.safetensors")) == 3
     assert "The family of vector 4" in (tmp_path / "me.html").read_text(encoding="utf-8")
     assert "Once upon a time" in capsys.readouterr().out
+
+
+def test_it_is_short():
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 120
+
+
+@pytest.mark.parametrize("name", ["README.md", *FOR_CONTRIBUTORS])
+def test_what_it_names_is_there(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert links or name != "README.md"
+    named = re.findall(r"`((?:docs|tests|benchmarks|notebooks|tl_melbo)/[\w/.-]*)`", text)
+    for path in [*(link for link in links if "://" not in link), *named]:
+        assert (ROOT / path).exists() or path == "docs/add-a-method.md", path
