@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
@@ -87,7 +88,7 @@ def specificity_points(
         text=measured["vector"],
         textposition="top center",
         textfont={"size": 9, "color": GREY},
-        marker=_by_loss(measured["loss_increase"]),
+        marker=_by_loss(measured["loss_increase"].to_numpy()),
         customdata=measured[["vector", "specificity", "loss_increase"]].to_numpy(),
         hovertemplate="vector %{customdata[0]}<br>KL on the prompt %{y:.3g}, elsewhere "
         "%{x:.3g}<br>specificity %{customdata[1]:.2f}<br>loss increase %{customdata[2]:.3g}"
@@ -115,7 +116,7 @@ def specificity_points(
     return figure
 
 
-def _by_loss(losses: pd.Series) -> dict[str, object]:
+def _by_loss(losses: np.ndarray) -> dict[str, object]:
     """Dots, the darker the more a vector costs."""
     return {
         "size": 10,
