@@ -169,7 +169,7 @@ def test_numbers_are_checked_before_the_model_is_loaded(
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
-def test_ctrl_c_stops_after_the_step(model_folder: Path, tmp_path: Path) -> None:
+def test_ctrl_c_stops_and_says_what_is_kept(model_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = [
         *(sys.executable, "-c", "from tl_melbo.cli import app; app()", "discover", "Hi there!"),
@@ -186,7 +186,6 @@ def test_ctrl_c_stops_after_the_step(model_folder: Path, tmp_path: Path) -> None
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert "Stopping after this step" in stderr
     assert "Traceback" not in stderr
     kept = len(tm.SteeringVectors.load(out / "vectors.safetensors"))
     assert 1 <= kept < 30
@@ -367,7 +366,10 @@ def test_the_table_shows_what_the_model_wrote_and_obeys_none_of_it(
 ) -> None:
     row = {"index": 3, "prompt": "p", "objective": 178.0, "kl": 0.5}
     completion = "[red]a[/]\x1b[31m\nb\\" + "c" * 100
-    _print_found(pd.DataFrame([{**row, "completion": completion, "negated_completion": ""}]))
+    _print_found(
+        pd.DataFrame([{**row, "completion": completion, "negated_completion": ""}]),
+        {"column": "objective"},
+    )
     shown = capsys.readouterr().out
     assert "[red]a[/]␛[31m b\\cc" in shown
     assert "\x1b" not in shown

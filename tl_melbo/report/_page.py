@@ -205,7 +205,7 @@ def _page(
         unsteered=unsteered,
         groups=None if groups is None else _tables.groups_rows(groups, found),
         n_distinct=0 if groups is None else groups.n_distinct,
-        n_incoherent=0 if groups is None else int((~groups.texts["coherent"].astype(bool)).sum()),
+        n_incoherent=0 if groups is None else [*groups.texts["coherent"]].count(False),
         grouped_by_words=groups is not None and groups.embedder == "words",
         group_columns=_tables.groups_columns(many_prompts=len(prompts) > 1),
         columns=_tables.vectors_columns(table, measure),

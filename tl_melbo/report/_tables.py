@@ -59,7 +59,7 @@ def measure_shown(found: SteeringVectors) -> dict[str, Any] | None:
 def not_converged(found: SteeringVectors) -> str:
     """How many vectors still gained when their search ended; "" where none did, or none is told."""
     table = found.table()
-    count = int((table["converged"] == "no").sum()) if "converged" in table else 0
+    count = [*table["converged"]].count("no") if "converged" in table else 0
     return f"{count} of {len(found)} not converged; more steps may help" if count else ""
 
 
@@ -117,7 +117,9 @@ def vectors_columns(table: pd.DataFrame, measure: dict[str, Any] | None) -> list
         ("completion", "+v", "text", "The completion with the vector added"),
         ("negated_completion", "−v", "text", "The completion with the vector subtracted"),
     )
-    columns += [column for column in texts if table[column[0]].map(type).eq(str).any()]
+    columns += [
+        column for column in texts if any(isinstance(text, str) for text in table[column[0]])
+    ]
     return described(columns)
 
 
