@@ -169,7 +169,7 @@ def test_numbers_are_checked_before_the_model_is_loaded(
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
-def test_ctrl_c_stops_after_the_step(model_folder: Path, tmp_path: Path) -> None:
+def test_ctrl_c_stops_and_says_what_is_kept(model_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = [
         *(sys.executable, "-c", "from tl_melbo.cli import app; app()", "discover", "Hi there!"),
@@ -186,7 +186,6 @@ def test_ctrl_c_stops_after_the_step(model_folder: Path, tmp_path: Path) -> None
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert "Stopping after this step" in stderr
     assert "Traceback" not in stderr
     kept = len(tm.SteeringVectors.load(out / "vectors.safetensors"))
     assert 1 <= kept < 30
@@ -282,20 +281,20 @@ def test_side_effects_are_measured_once_and_belong_to_their_vectors(
     table, page = tmp_path / "side_effects.csv", tmp_path / "report.html"
     assert discover(model_folder, tmp_path, "--side-effects").exit_code == 0
     assert len(pd.read_csv(table)) == 3
-    assert "What do they cost elsewhere?" in page.read_text()
+    assert "<h2>Side effects" in page.read_text()
     assert "Specificity" in page.read_text()
     written = table.stat().st_mtime_ns
     # They stay on the page, and are not measured again.
     assert discover(model_folder, tmp_path).exit_code == 0
     assert table.stat().st_mtime_ns == written
-    assert "What do they cost elsewhere?" in page.read_text()
+    assert "<h2>Side effects" in page.read_text()
     # More vectors: those are measured, too.
     assert discover(model_folder, tmp_path, "--n-vectors=4").exit_code == 0
     assert len(pd.read_csv(table)) == 4
     # Others: what is known of the old ones goes with them.
     assert discover(model_folder, tmp_path, "--seed=1", "--overwrite").exit_code == 0
     assert not table.exists()
-    assert "What do they cost elsewhere?" not in page.read_text()
+    assert "<h2>Side effects" not in page.read_text()
     assert discover(model_folder, tmp_path, "--seed=1").exit_code == 0
     assert not table.exists()
 
@@ -367,7 +366,10 @@ def test_the_table_shows_what_the_model_wrote_and_obeys_none_of_it(
 ) -> None:
     row = {"index": 3, "prompt": "p", "objective": 178.0, "kl": 0.5}
     completion = "[red]a[/]\x1b[31m\nb\\" + "c" * 100
-    _print_found(pd.DataFrame([{**row, "completion": completion, "negated_completion": ""}]))
+    _print_found(
+        pd.DataFrame([{**row, "completion": completion, "negated_completion": ""}]),
+        {"column": "objective"},
+    )
     shown = capsys.readouterr().out
     assert "[red]a[/]␛[31m b\\cc" in shown
     assert "\x1b" not in shown

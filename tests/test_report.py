@@ -164,7 +164,7 @@ def test_vectors_without_a_story_need_a_prompt_and_a_layer(
     assert not list(tmp_path.iterdir())
     table = report.write(path, tiny_llama, bare, prompts=PROMPT, layer=2, max_new_tokens=2)
     assert "objective" not in table.columns
-    assert "How the search went" not in path.read_text(encoding="utf-8")
+    assert "<h2>Search" not in path.read_text(encoding="utf-8")
 
 
 def test_slices_keep_their_vectors_names(
@@ -182,8 +182,8 @@ def test_missing_texts_leave_gaps(
     table = report.write(path, tiny_llama, found, completions=completions)
     assert table["completion"].isna().tolist() == [False, False, True, True, True]
     page = path.read_text(encoding="utf-8")
-    assert "With its negative" not in page
-    assert "Without a vector" not in page
+    assert ">−v<" not in page
+    assert "<h2>Unsteered" not in page
 
 
 @pytest.mark.parametrize(
@@ -223,11 +223,11 @@ def test_side_effects_get_columns_and_a_figure(
     )  # fmt: skip
     assert table["specificity"].tolist() == 2 * measured["specificity"].tolist()
     assert table["loss_increase"].tolist() == 2 * measured["loss_increase"].tolist()
-    assert "What do they cost elsewhere?" in path.read_text(encoding="utf-8")
+    assert "<h2>Side effects" in path.read_text(encoding="utf-8")
     # Where no number is finite there is nothing to draw, and the table says so.
     lost = measured.assign(specificity=float("nan"))
     report.write(path, tiny_llama, found, completions=completions, side_effects=lost)
-    assert "What do they cost elsewhere?" not in path.read_text(encoding="utf-8")
+    assert "<h2>Side effects" not in path.read_text(encoding="utf-8")
     for wrong, message in (
         (measured.drop(columns="kl_target"), "lacks the columns"),
         (measured.assign(kl_unrelated="much"), "lacks the columns .*holds no numbers"),

@@ -1,17 +1,13 @@
 """The same from a shell: `tl-melbo discover "Tell me about yourself." --out runs/me`."""
 
-import re
-import signal
-import threading
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
-from rich.markup import escape
+
+from tl_melbo import terminal
 
 # torch and transformers take seconds to import; each command imports what it needs when it runs,
 # so that --help answers at once.
@@ -37,20 +33,8 @@ app = typer.Typer(
     help="Find steering vectors of a language model without supervision, and look at what they do.",
 )
 
-_INTERRUPTED = 130
-_SHOWN_CHARACTERS = 60
 # How many vectors a family has, if nothing else is said.
 _FAMILY_SIZE = 100
-
-# What the package raises on purpose; RuntimeError is torch's word for full memory and bad devices.
-_EXPECTED_ERRORS = (
-    ValueError,
-    TypeError,
-    OSError,
-    FloatingPointError,
-    ModuleNotFoundError,
-    RuntimeError,
-)
 
 
 def _show_version(asked: bool) -> None:
@@ -120,7 +104,7 @@ def discover(
     Writes vectors.safetensors, completions.csv and report.html; prints the page's path last. Every
     vector is kept as soon as it is found, and the same command continues an interrupted run.
     """
-    with _errors_as_one_line(context), _warnings_as_lines():
+    with terminal.messages(context):
         # All that can be checked before the model is loaded, which takes a while.
         _check_max_new_tokens(max_new_tokens)
         searched, length = _parse_slice(positions), _parse_radius(radius)
@@ -138,6 +122,7 @@ def discover(
         import tl_melbo as tm
         from tl_melbo import runs
         from tl_melbo.discovery._melbo import DEFAULT_STEPS, check_settings
+        from tl_melbo.report._tables import measure_shown, not_converged
 
         check_settings(n_vectors, length, p, q, steps, seed)
         asked = {
@@ -147,7 +132,10 @@ def discover(
             "orthogonal": orthogonal, "optimiser": optimiser,
             "steps": DEFAULT_STEPS[optimiser] if steps is None else steps,
         }  # fmt: skip
-        with _run_folder(out, overwrite, asked, model) as (run, known), _progress() as progress:
+        with (
+            _run_folder(out, overwrite, asked, model) as (run, known),
+            terminal.progress() as progress,
+        ):
             folder = run.folder
             if not overwrite:
                 runs.check_side_effects(folder, to_be_measured=side_effects)
@@ -186,7 +174,7 @@ def discover(
             )
             if length == "auto":
                 line = f"Radius {found.story['hyperparameters']['radius']:g}, calibrated."
-                _stderr().print(line, soft_wrap=True)
+                terminal.say(line)
             # What was measured once is measured of the vectors that came since, too.
             measured_before = "side_effects_of" in runs.load_settings(folder)
             if (side_effects or measured_before) and runs.load_side_effects(folder, found) is None:
@@ -196,7 +184,9 @@ def discover(
                 )
                 runs.save_side_effects(folder, found, measured)
             table = _write_page(progress, folder, loaded, f, found, max_new_tokens, anew=overwrite)
-        _print_found(table)
+        _print_found(table, measure_shown(found))
+        if not_converged(found):
+            terminal.say(f"{not_converged(found)}.")
         typer.echo(str((folder / runs.REPORT).resolve()))
 
 
@@ -237,7 +227,7 @@ def ortho(
     Writes to FOLDER/ortho-VECTOR and extends the page in FOLDER; prints its path last. Every vector
     is kept as soon as it is found, and the same command continues an interrupted run.
     """
-    with _errors_as_one_line(context), _warnings_as_lines():
+    with terminal.messages(context):
         _check_max_new_tokens(max_new_tokens)
 
         if everything and n_vectors is not None:
@@ -271,7 +261,7 @@ def ortho(
             )
         run, place = tm.Run(folder), runs.family_folder(folder, vector)
         # What is there is read under the lock, too: another process may have just added to it.
-        with run.writing(), _telling_what_is_kept(place), _progress() as progress:
+        with run.writing(), terminal.telling_what_is_kept(place), terminal.progress() as progress:
             known = 0
             if (place / runs.VECTORS).is_file() and not overwrite:
                 previous = tm.SteeringVectors.load(place / runs.VECTORS)
@@ -384,7 +374,7 @@ def _model_of(
 
 
 def _write_page(
-    progress: "_Progress",
+    progress: terminal.Progress,
     folder: Path,
     model: "Model",
     f: "ActivationMap",
@@ -430,7 +420,7 @@ def _family_done(step: "OrthoStep", n_vectors: int) -> tuple[int, int]:
 def _say_if_more(wanted: int, known: int) -> None:
     if wanted < known:
         line = f"Asked for {wanted} vectors, {known} are there: all of them are shown."
-        _stderr().print(escape(line), soft_wrap=True)
+        terminal.say(line)
 
 
 def _parse_slice(text: str) -> slice:
@@ -471,7 +461,7 @@ def _run_folder(
 
     run = Run(out)
     path = run.folder / runs.VECTORS
-    with run.writing(), _telling_what_is_kept(run.folder):
+    with run.writing(), terminal.telling_what_is_kept(run.folder):
         known = 0
         if not overwrite:
             _check_is_ours(run.folder)
@@ -486,29 +476,9 @@ def _run_folder(
                 advice="continue them, pass --overwrite to replace them, or choose another folder",
             )  # fmt: skip
             known = int(library.columns["index"].max()) + 1 if len(library) else 0
-            line = f"{run.folder} holds {_counted(len(library))} of this search."
-            _stderr().print(escape(line), soft_wrap=True)
+            line = f"{run.folder} holds {terminal.counted(len(library))} of this search."
+            terminal.say(line)
         yield run, known
-
-
-@contextmanager
-def _telling_what_is_kept(folder: Path) -> Iterator[None]:
-    """After Ctrl-C, say what the folder holds."""
-    from tl_melbo import SteeringVectors, runs
-
-    path = folder / runs.VECTORS
-    try:
-        yield
-    except KeyboardInterrupt:
-        kept = len(SteeringVectors.load(path)) if path.is_file() else 0
-        what = f"{_counted(kept)} {'is' if kept == 1 else 'are'} kept in {folder}"
-        what = f"{what}; the same command continues" if kept else "nothing was finished"
-        _stderr().print(escape(f"Interrupted; {what}."), soft_wrap=True)
-        raise typer.Exit(_INTERRUPTED) from None
-
-
-def _counted(n_vectors: int) -> str:
-    return f"{n_vectors} vector{'' if n_vectors == 1 else 's'}"
 
 
 _UNKNOWN: Any = object()
@@ -561,12 +531,14 @@ def _called(model: Any) -> Any:
     return "the embedded one" if model is None else model
 
 
-def _print_found(table: "pd.DataFrame") -> None:
+def _print_found(table: "pd.DataFrame", measure: dict[str, Any] | None) -> None:
+    """The page's table: what the method measured, KL and completions."""
+    measured = [] if measure is None else [measure["column"]]
     many_prompts = len(set(table["prompt"])) > 1
-    _print_rows(
-        ("vector", "objective", "KL (nats)"),
+    terminal.print_rows(
+        ("vector", *measured, "KL (nats)"),
         [
-            (str(row["index"]), f"{row['objective']:#.4g}", f"{row['kl']:.3f}")
+            (str(row["index"]), *(f"{row[name]:#.4g}" for name in measured), f"{row['kl']:.3f}")
             for row in table.to_dict("records")
         ],
         {name: table[name] for name in ("prompt", "completion")[0 if many_prompts else 1 :]},
@@ -580,7 +552,7 @@ def _print_family(part: "Family") -> None:
         if row["kind"] in ("unsteered", "reference", "family")
     ]
     names = {"unsteered": "none", "reference": "theta0"}
-    _print_rows(
+    terminal.print_rows(
         ("vector", "norm", "distance", "KL to theta0"),
         [
             (
@@ -593,148 +565,3 @@ def _print_family(part: "Family") -> None:
         ],
         {"completion": [row["completion"] for row in rows]},
     )
-
-
-def _print_rows(
-    columns: Sequence[str], numbers: Sequence[Sequence[str]], texts: dict[str, Any]
-) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    from tl_melbo.text import printable
-
-    shown = Table(header_style="bold")
-    for name in columns:
-        shown.add_column(name, justify="right", no_wrap=True)
-    for name in texts:
-        shown.add_column(name, max_width=24 if name == "prompt" else None)
-    for row, *cells in zip(numbers, *texts.values(), strict=True):
-        lines = [_one_line(printable(text)) for text in cells]
-        # Text, not str: rich would take a model's [red] for markup. The cells do not wrap; their
-        # columns may, so it is these that give way to a narrow screen.
-        shown.add_row(*row, *(Text(line, no_wrap=True, overflow="ellipsis") for line in lines))
-    Console(highlight=False).print(shown)
-
-
-def _one_line(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= _SHOWN_CHARACTERS else line[: _SHOWN_CHARACTERS - 1] + "…"
-
-
-class _Progress:
-    """One line a stage, with time left where a stage counts what it has done."""
-
-    def __init__(self, bars: Any) -> None:
-        self._bars = bars
-        self._task: Any = None
-        self._counting = False
-        self._asked_to_stop = False
-
-    def start(self, stage: str) -> None:
-        self._stop_if_asked()
-        self.finish()
-        self._counting = False
-        self._task = self._bars.add_task(stage, total=None)
-
-    def update(self, done: int, total: int) -> None:
-        self._counting = True
-        self._bars.update(self._task, completed=done, total=total)
-        self._stop_if_asked()
-
-    def interrupt(self, *_: Any) -> None:
-        """Ctrl-C: stop after the step that is running, where steps are counted, else at once."""
-        if self._asked_to_stop or not self._counting:
-            raise KeyboardInterrupt
-        self._asked_to_stop = True
-        self._bars.console.print("Stopping after this step; Ctrl-C again stops at once.")
-
-    def _stop_if_asked(self) -> None:
-        if self._asked_to_stop:
-            raise KeyboardInterrupt
-
-    def finish(self) -> None:
-        if self._task is not None:
-            self._bars.update(self._task, total=1, completed=1)
-
-
-@contextmanager
-def _progress() -> Iterator[_Progress]:
-    from rich import progress as rich_progress
-
-    columns = (
-        rich_progress.TextColumn("{task.description:<26}"),
-        rich_progress.BarColumn(),
-        rich_progress.TaskProgressColumn(),
-        rich_progress.TimeElapsedColumn(),
-        rich_progress.TimeRemainingColumn(),
-    )
-    with rich_progress.Progress(*columns, console=_stderr()) as bars:
-        progress = _Progress(bars)
-        # Only the main thread hears of Ctrl-C, and only it may say what is to be done.
-        here = threading.current_thread() is threading.main_thread()
-        before = signal.signal(signal.SIGINT, progress.interrupt) if here else None
-        try:
-            yield progress
-        finally:
-            if here:
-                signal.signal(signal.SIGINT, before)
-        progress.finish()
-
-
-@contextmanager
-def _errors_as_one_line(context: typer.Context) -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        typer.echo("Interrupted.", err=True)
-        raise typer.Exit(_INTERRUPTED) from None
-    except typer.Exit:  # a RuntimeError, too
-        raise
-    except _EXPECTED_ERRORS as error:
-        from rich.text import Text
-
-        message = _in_options(" ".join(str(error).split()), context) or type(error).__name__
-        line = Text.assemble(("Error: ", "bold red"), _without_controls(message))
-        _stderr().print(line, soft_wrap=True)
-        raise typer.Exit(1) from None
-
-
-def _in_options(message: str, context: typer.Context) -> str:
-    """The same, with the functions' arguments called as the command line calls them."""
-    options = {option.name: option for option in context.command.params}
-
-    def renamed(found: re.Match[str]) -> str:
-        option = options.get(found["name"])
-        if option is None or not option.opts[0].startswith("--"):
-            return found[0]
-        if option.secondary_opts and found["value"] in ("True", "False"):
-            return (option.opts if found["value"] == "True" else option.secondary_opts)[0]
-        return f"{option.opts[0]}={found['value'].removeprefix('torch.')}"
-
-    return re.sub(r"(?<![-\w])(?P<name>[a-z]\w*)=(?P<value>[\w.+-]*)", renamed, message)
-
-
-@contextmanager
-def _warnings_as_lines() -> Iterator[None]:
-    from rich.text import Text
-
-    def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-        if category is UserWarning:
-            text = _without_controls(" ".join(str(message).split()))
-            line = Text.assemble(("Warning: ", "bold yellow"), text)
-            _stderr().print(line, soft_wrap=True)
-
-    with warnings.catch_warnings():
-        # Deprecations and the like are between libraries; the user can do nothing about them.
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("default", UserWarning)
-        warnings.showwarning = show
-        yield
-
-
-def _without_controls(text: str) -> str:
-    return "".join(character if character.isprintable() else "?" for character in text)
-
-
-def _stderr() -> Console:
-    return Console(stderr=True, highlight=False)

@@ -71,7 +71,7 @@ def measure_of(story: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     unit = None if chosen.get("p") == chosen.get("q") else f"p = {chosen['p']}, q = {chosen['q']}"
     if chosen.get("optimiser") == "adamw":
-        return measure("objective", "objective", unit, counts="steps", first=0)
+        return measure("objective", "objective", unit, counts="step", first=0)
     return measure("objective", "objective", unit)
 
 

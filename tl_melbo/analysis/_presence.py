@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tl_melbo.analysis._inputs import as_library, as_texts
+from tl_melbo.analysis._inputs import as_library, as_texts, one_vector
 from tl_melbo.geometry import normalise
 from tl_melbo.model.bridge import Model, check_model, frozen, residual_hook_name, whole_model
 from tl_melbo.model.tokens import to_tokens
@@ -183,6 +183,33 @@ def residuals_of(
             )
         parts.append(chosen)
     return torch.cat(parts)
+
+
+@shape_checked
+def token_projections(
+    model: Model, vector: Vectors, text: str, layer: int | None = None
+) -> tuple[list[str], list[float]]:
+    """A text's tokens, and how far the unsteered residual at each lies along a vector.
+
+    Args:
+        model: a TransformerLens model.
+        vector: exactly one vector; its length does not matter.
+        text: a raw text, of more than one token.
+        layer: after which block to look; None takes the layer that the vector was found at.
+
+    Returns:
+        As many numbers as tokens, in units of the residual stream; 0 for the first token, whose
+        residual is an outlier in most models.
+
+    Raises:
+        ValueError: more or fewer than one vector, or one that has no direction; unknown layer; a
+            text without a second token.
+    """
+    theta = one_vector(vector, "vector")
+    unit = normalise(as_theta(model, theta))[0].cpu()
+    residuals = residuals_of(model, text, steering_layer(model, theta, layer), argument="text")
+    tokens = [model.tokenizer.decode([token]) for token in to_tokens(model, text)[0].tolist()]
+    return tokens, [0.0, *(residuals @ unit).tolist()]
 
 
 def _residual(model: Model, tokens: Tensor, layer: int) -> Float[Tensor, "pos d_model"]:

@@ -41,7 +41,7 @@ function makeSearchable(DataTable, table) {
       info: "_TOTAL_ rows",
       infoEmpty: "no rows",
       infoFiltered: "of _MAX_",
-      zeroRecords: "No text holds these words.",
+      zeroRecords: "No completion holds these words.",
     },
   });
 }

@@ -1,0 +1,99 @@
+"""What all figures have in common: colours, axes, and text that hovering shows."""
+
+import html
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+from tl_melbo.text import printable
+
+# Blue to orange-red through near-white: apart for all common kinds of colour blindness, and the
+# two ends are equally dark.
+DIVERGING = "RdBu_r"
+SEQUENTIAL = "Viridis"
+# Okabe and Ito's colours, which are apart for all common kinds of colour blindness.
+BLUE, PALE_BLUE = "#0072b2", "#56b4e9"
+OTHERS = ("#d55e00", "#009e73", "#cc79a7", "#e69f00", "#57606a")
+GREY = OTHERS[-1]
+DOTTED = {"width": 1, "dash": "dot"}
+# A logarithmic axis has no zero: what is smaller than this, in nats, is drawn there.
+SMALLEST_KL = 1e-6
+# For traces whose `customdata` are whole labels.
+HOVER = "%{customdata}<extra></extra>"
+
+_FONT = {
+    "family": "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', sans-serif",
+    "size": 13,
+    "color": "#24292f",
+}
+_HOVER_LABEL = {"align": "left", "bgcolor": "#ffffff", "font": {"color": "#24292f"}}
+# Under the axis, where it hides no point however many there are. Placed by the figure, not by the
+# plot: it then keeps its distance at any size.
+_LEGEND = {"orientation": "h", "x": 0, "xanchor": "left", "yref": "container", "y": 0.01}
+_HOVER_LENGTH, _HOVER_WIDTH = 200, 60
+
+
+def layout(title: str, width: int = 820, height: int = 520, **more: Any) -> dict[str, Any]:
+    """The layout of every figure, and what one has beside."""
+    return {
+        "template": "plotly_white",
+        "font": _FONT,
+        "title": {"text": title or None, "x": 0.02, "xanchor": "left"},
+        "margin": {"l": 64, "r": 24, "t": 56 if title else 16, "b": 108},
+        "width": width,
+        "height": height,
+        "paper_bgcolor": "#ffffff",
+        "plot_bgcolor": "#ffffff",
+        "hoverlabel": _HOVER_LABEL,
+        "legend": _LEGEND,
+        **more,
+    }
+
+
+def axis(title: str | None, **more: Any) -> dict[str, Any]:
+    """An axis with small ticks and a pale grid."""
+    look = {"ticks": "outside", "ticklen": 4, "tickcolor": "#8c959f", "zeroline": False}
+    named = {"title": {"text": title, "standoff": 8}} if title else {}
+    return {**look, "gridcolor": "#eaeef2", **named, **more}
+
+
+def colour_bar(title: str, side: str = "top", **more: Any) -> dict[str, Any]:
+    """A bar of colours along the bottom of the figure."""
+    return {
+        "title": {"text": title, "side": side},
+        "orientation": "h",
+        "thickness": 10,
+        "len": 0.6,
+        "yref": "container",
+        "y": 0,
+        "yanchor": "bottom",
+        **more,
+    }
+
+
+def whole_numbers(count: int) -> dict[str, Any]:
+    """Ticks between whole numbers, which plotly makes where there are few, mean nothing here."""
+    return {"tickformat": ",d", "dtick": 1} if count <= 12 else {"tickformat": ",d"}
+
+
+def wrapped(text: str, length: int = _HOVER_LENGTH) -> str:
+    """Text for a hover label: cut, wrapped, and with nothing in it that plotly takes for HTML."""
+    short = printable(text[:length] if len(text) <= length else text[: length - 1] + "…")
+    return "<br>".join(html.escape(line) for line in textwrap.wrap(short, _HOVER_WIDTH))
+
+
+def check_frame(frame: pd.DataFrame, argument: str, columns: Sequence[str]) -> None:
+    """Refuse a frame that lacks columns or rows.
+
+    Raises:
+        ValueError: it does.
+    """
+    missing = [column for column in columns if column not in frame]
+    if missing or not len(frame):
+        raise ValueError(
+            f"{argument}: "
+            + (f"lacks the columns {missing}" if missing else "has no rows")
+            + "; pass the frame as the analysis returned it"
+        )

@@ -1,0 +1,71 @@
+"""A text's tokens, coloured by where they lie along a vector."""
+
+import html
+
+from circuitsvis.tokens import colored_tokens
+from circuitsvis.utils.render import RenderedHTML
+
+from tl_melbo.analysis._presence import token_projections
+from tl_melbo.model.bridge import Model
+from tl_melbo.shapes import shape_checked
+from tl_melbo.steering import Vectors
+from tl_melbo.text import printable
+
+# A token coloured by more than this share of the largest value has white letters.
+_DARK = 0.6
+_CALL = "CircuitsVis.render("
+
+
+@shape_checked
+def token_presence(
+    model: Model, vector: Vectors, text: str, layer: int | None = None
+) -> RenderedHTML:
+    """Show a text's tokens coloured by their projection on a vector, in the unsteered model.
+
+    Red tokens point against the vector and blue ones along it, darkest at the text's longest
+    projection. The first token, whose residual is an outlier in most models, is left white.
+
+    Args:
+        model: a TransformerLens model.
+        vector: exactly one vector; its length does not matter.
+        text: a raw text, of more than one token.
+        layer: after which block to look; None takes the layer that the vector was found at.
+
+    Returns:
+        circuitsvis's coloured tokens, for a notebook or, as `str`, for a page. The script is in
+        it: nothing is asked of the internet.
+
+    Raises:
+        ValueError: more or fewer than one vector, or one that has no direction; unknown layer; a
+            text without a second token.
+    """
+    tokens, values = token_projections(model, vector, text, layer)
+    largest = max(map(abs, values))
+    source = colored_tokens(tokens, values, min_value=-largest, max_value=largest).local_src
+    name = "static-" + source.partition('id="')[2].partition('"')[0]
+    before, _, after = source.rpartition(_CALL)
+    data, end, rest = after.rpartition("</script>")
+    # No "<" in its data: a token "</script>" would end the script.
+    data = data.replace("<", "\\u003c")
+    # Plain coloured text stands above; the script, where it runs, takes it away.
+    remove = f'document.getElementById("{name}")?.remove();\n    '
+    shares = [value / largest if largest else 0.0 for value in values]
+    spans = "".join(map(_span, tokens, values, shares))
+    source = f'<div id="{name}">{spans}</div>\n{before}{remove}{_CALL}{data}{end}{rest}'
+    return _Offline(source, source)
+
+
+class _Offline(RenderedHTML):
+    """Coloured tokens that do not look for a network each time they are shown."""
+
+    def _repr_html_(self) -> str:
+        return self.local_src
+
+
+def _span(token: str, value: float, share: float) -> str:
+    """A token in circuitsvis's colours: blue along the vector, red against it."""
+    pale = f"{255 * (1 - abs(share)):.0f}"
+    colour = f"rgb({pale},{pale},255)" if share > 0 else f"rgb(255,{pale},{pale})"
+    ink = "white" if abs(share) > _DARK else "black"
+    style = f"background:{colour};color:{ink};padding:1px;white-space:pre-wrap"
+    return f'<span style="{style}" title="{value:.4g}">{html.escape(printable(token))}</span>'

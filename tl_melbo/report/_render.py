@@ -1,0 +1,149 @@
+"""Facts, figures and files as the page's template wants them; nothing in them runs."""
+
+import hashlib
+import json
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import itables.options
+import plotly.graph_objects as go
+import torch
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from plotly.io.json import to_json_plotly
+from plotly.offline import get_plotlyjs
+
+from tl_melbo.activation_map import ActivationMap
+from tl_melbo.analysis import cosine_similarity
+from tl_melbo.plots import cosine_heatmap
+from tl_melbo.story import slice_from_json, slice_text
+from tl_melbo.text import printable
+from tl_melbo.vectors import SteeringVectors
+
+# More of one text makes browsers slow, and nobody reads on.
+_LONGEST_SHOWN = 20_000
+
+
+def render(**contents: Any) -> str:
+    """The page: the template with these contents, the scripts and the styles in it."""
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["shown"] = _shown
+    bundle = Path(itables.options.dt_bundle)
+    plotly_js, page_js = _plotly_js(), _normal(_beside("page.js"))
+    return environment.from_string(_beside("page.html.jinja")).render(
+        **contents,
+        css=Markup(_beside("page.css")),
+        datatables_css=Markup(bundle.with_suffix(".css").read_text(encoding="utf-8")),
+        datatables_js=_inert(bundle.read_text(encoding="utf-8")),
+        plotly_js=Markup(plotly_js),
+        page_js=Markup(page_js),
+        script_hashes=[_sha256(plotly_js), _sha256(page_js)],
+    )
+
+
+def effects_heatmap(
+    found: SteeringVectors,
+    activation_map: ActivationMap | None,
+    positions: slice,
+    labels: Sequence[int | str] | None,
+) -> go.Figure | None:
+    """The vectors' effects against each other; None without a map, or where one has no effect."""
+    if activation_map is None:
+        return None
+    with torch.no_grad():
+        delta = activation_map.delta(found.vectors.to(activation_map.x.device), positions)
+    # A vector without any effect points nowhere: then there is nothing to compare.
+    if not (delta.flatten(1).norm(dim=-1) > 0).all():
+        return None
+    return cosine_heatmap(cosine_similarity(delta), "", labels=labels)
+
+
+def facts(found: SteeringVectors) -> list[tuple[str, str]]:
+    """What a reader wants to know first."""
+    story, chosen = found.story, found.story.get("hyperparameters", {})
+    source, target = story.get("source_layer"), story.get("target_layer")
+    norms = found.norms
+    same = float(norms.max() - norms.min()) <= 1e-3 * float(norms.max())
+    radius = f"{norms.max():.4g}" if same else f"{norms.min():.4g} to {norms.max():.4g}"
+    if "calibration" in story:
+        radius += " (calibrated)"
+    named = {
+        "Model": story.get("model"),
+        "Method": story.get("method"),
+        "Layers": source if target is None else f"{source} → {target}",
+        "Vectors": len(found),
+        "Norm": radius,
+        "Optimiser": chosen.get("optimiser"),
+        "Seed": story.get("seed"),
+        "Date": str(story.get("date", ""))[:10] or None,
+    }
+    return [(name, str(value)) for name, value in named.items() if value is not None]
+
+
+def settings(story: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Every fact of the metadata as name and text, nested ones flattened."""
+    pairs: list[tuple[str, str]] = []
+    for name, value in story.items():
+        if isinstance(value, Mapping):
+            inner = "" if name == "hyperparameters" else f"{name}: "
+            pairs += settings(value, prefix + inner)
+        elif name == "positions" and isinstance(value, list) and len(value) == 3:
+            pairs.append((prefix + name, slice_text(slice_from_json(value))))
+        elif name == "prompts" and isinstance(value, list):
+            pairs.append((prefix + name, "\n".join(map(str, value))))
+        else:
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            pairs.append((prefix + name, text))
+    return pairs
+
+
+def figures_json(figures: Mapping[str, go.Figure | None]) -> dict[str, Markup | None]:
+    """Figures as JSON that fill the width they get and cannot end the script they lie in."""
+    return {name: figure and _figure_json(figure) for name, figure in figures.items()}
+
+
+def _figure_json(figure: go.Figure) -> Markup:
+    # Not by a copy of the figure: plotly would validate all of it again.
+    parts = figure.to_plotly_json()
+    parts["layout"] = {**parts["layout"], "width": None, "height": None, "autosize": True}
+    return Markup(str(to_json_plotly(parts)).replace("<", "\\u003c"))
+
+
+def _shown(value: Any) -> str:
+    """Text for the page: printable, and cut where a browser would choke on it."""
+    if isinstance(value, float):
+        return "–" if value != value else f"{value:#.4g}"
+    if value is None:
+        return "–"
+    text = str(value)
+    if len(text) > _LONGEST_SHOWN:
+        text = f"{text[:_LONGEST_SHOWN]}… [cut: {len(text):,} characters in all]"
+    return printable(text)
+
+
+def _beside(name: str) -> str:
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
+
+
+@cache
+def _plotly_js() -> str:
+    return _normal(get_plotlyjs())
+
+
+def _normal(script: str) -> str:
+    """Newlines as the browser will see them: the script's hash depends on it."""
+    return script.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _inert(script: str) -> Markup:
+    """JavaScript to be kept as text: nothing in it may end the element that holds it."""
+    return Markup(script.replace("</script", "<\\/script").replace("<!--", "<\\!--"))
+
+
+def _sha256(script: str) -> str:
+    return b64encode(hashlib.sha256(script.encode()).digest()).decode()
