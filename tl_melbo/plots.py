@@ -16,13 +16,12 @@ from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from tl_melbo.analysis._inputs import one_vector
 from tl_melbo.analysis._presence import residuals_of
 from tl_melbo.geometry import normalise
 from tl_melbo.model.bridge import Model
 from tl_melbo.model.tokens import to_tokens
 from tl_melbo.shapes import Float, shape_checked
-from tl_melbo.steering import Vectors, as_theta, steering_layer
+from tl_melbo.steering import Vectors, as_theta, one_vector, steering_layer
 from tl_melbo.text import printable
 from tl_melbo.vectors import SteeringVectors
 
