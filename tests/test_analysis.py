@@ -51,7 +51,7 @@ def test_a_zero_vector_has_no_cosine(vectors: torch.Tensor) -> None:
 
 
 def test_widths_must_agree(vectors: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match="other: 31 numbers a vector"):
+    with pytest.raises(ValueError, match="other: 31 wide"):
         cosine_similarity(vectors, vectors[:, :31])
 
 

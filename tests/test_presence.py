@@ -126,8 +126,8 @@ def test_bad_arguments(tiny_llama, change, message):
     ("residuals", "message"),
     [
         (torch.empty(0, 4), "residuals: no tokens"),
-        (torch.full((2, 4), torch.nan), "residuals: some values are not finite"),
-        (torch.ones(2, 5), "residuals: 5 wide, but vectors are 4 wide"),
+        (torch.full((2, 4), torch.nan), r"residuals: tokens \[0, 1\] hold values that are not"),
+        (torch.ones(2, 5), "residuals: 5 wide, but each vector has d_model=4"),
     ],
 )
 def test_bad_residuals(residuals, message):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from tl_melbo import checks
 from tl_melbo.errors import warn_of_rows
 from tl_melbo.geometry import random_sphere
 from tl_melbo.memory import is_out_of_memory, map_batches
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
     from tl_melbo.fast_generation import Writer
 
-from tl_melbo.steering import Vectors, _scaled, as_chat, check_batch_size, steered, steering_layer
+from tl_melbo.steering import Vectors, _scaled, as_chat, steered, steering_layer
 
 # How far logits of the fast way may be from the model's own, relative to their size.
 _FAST_TOLERANCE = 1e-5
@@ -86,17 +87,14 @@ def generate(
     from tl_melbo.tables import Table
 
     check_model(model)
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens}: at least 1")
+    checks.at_least(1, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    checks.seed(seed)
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature={temperature}: 0 for greedy, or a positive finite number")
     factors = [scales] if isinstance(scales, int | float) else list(scales)
     if not factors or not all(math.isfinite(factor) for factor in factors):
         raise ValueError(f"scales={scales}: one finite number, or several")
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not texts:
-        raise ValueError("prompts: none given; pass one text or a list of texts")
-    check_batch_size(batch_size)
+    texts = checks.as_texts(prompts)
     chat = as_chat(vectors, chat)
     prompt_tokens = [to_tokens(model, text, chat) for text in texts]
     _check_room(model, prompt_tokens, max_new_tokens)

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tl_melbo import checks
+from tl_melbo.activation_map import ActivationMap
 from tl_melbo.errors import warn_of_rows
 from tl_melbo.memory import map_batches
 from tl_melbo.model.bridge import (
@@ -22,10 +24,6 @@ from tl_melbo.model.tokens import to_tokens
 from tl_melbo.shapes import Float, Theta, checked_slice, shape_checked
 from tl_melbo.text import quoted
 from tl_melbo.vectors import SteeringVectors
-
-if TYPE_CHECKING:
-    pass
-
 
 Vectors = SteeringVectors | Float[Tensor, "d_model"] | Theta
 # Beside Vectors in one signature: an axis of the same name would have to be of the same size.
@@ -128,7 +126,7 @@ def next_token_log_probs(
         UserWarning: they are not finite under some vectors, whose rows are NaN.
     """
     check_model(model)
-    check_batch_size(batch_size)
+    checks.batch_size(batch_size)
     if vectors is None:
         tokens = to_tokens(model, prompt, as_chat(None, chat))
         with torch.no_grad(), frozen(*whole_model(model)):
@@ -189,19 +187,52 @@ def as_theta(model: Model, vectors: Vectors) -> Theta:
         ValueError: another width than the residual stream, or values that are not finite.
     """
     check_model(model)
-    theta = vectors.vectors if isinstance(vectors, SteeringVectors) else vectors
-    theta = (theta[None] if theta.ndim == 1 else theta).detach().float()
-    d_model = int(model.cfg.d_model)
-    if not len(theta):
-        raise ValueError("vectors: none given; pass at least one, or None for the unsteered model")
-    if theta.shape[1] != d_model:
-        raise ValueError(
-            f"vectors: {theta.shape[1]} wide, but the residual stream of {model_name(model)} has "
-            f"d_model={d_model}; these are vectors of another model"
-        )
-    if not torch.isfinite(theta).all():
-        raise ValueError("vectors: some values are not finite; leave those vectors out")
+    theta = checks.as_matrix(vectors)
+    checks.width(
+        theta, int(model.cfg.d_model), "vectors", f"the residual stream of {model_name(model)}"
+    )
     return theta
+
+
+def as_library(vectors: Vectors) -> SteeringVectors:
+    """The vectors as a library with at least one vector in it.
+
+    Raises:
+        ValueError: there is none, or values are not finite.
+    """
+    theta = checks.as_matrix(vectors)
+    known = isinstance(vectors, SteeringVectors)
+    return vectors if known else SteeringVectors.from_tensor(theta)
+
+
+def one_vector(vectors: Vectors, argument: str) -> SteeringVectors:
+    """A library of one vector that has a direction.
+
+    Raises:
+        ValueError: there are none or several, or it is zero or not finite.
+    """
+    theta = checks.one_vector(vectors, argument)
+    known = isinstance(vectors, SteeringVectors)
+    return vectors if known else SteeringVectors.from_tensor(theta)
+
+
+def check_place(model: Model, f: ActivationMap, library: SteeringVectors, argument: str) -> None:
+    """Make sure that vectors belong where an activation map adds them, in the model it is of.
+
+    Raises:
+        ValueError: the map is of another model, or the vectors were found at another layer.
+    """
+    check_model(model)
+    if model_name(model) != model_name(f.model):
+        raise ValueError(
+            f"f: made from {model_name(f.model)}, but model is {model_name(model)}; make it with "
+            "ActivationMap.from_prompts(model, ...)"
+        )
+    if library.source_layer not in (None, f.source_layer):
+        raise ValueError(
+            f"{argument}: found at layer {library.source_layer}, but f starts at layer "
+            f"{f.source_layer}; make f with source_layer={library.source_layer}"
+        )
 
 
 def _scaled(model: Model, vectors: Vectors, scale: float) -> Theta:
@@ -224,16 +255,6 @@ def _checked_positions(positions: Positions) -> Positions:
     elif not len(positions):
         raise ValueError("positions: an empty list steers nothing; pass indices or a slice")
     return positions
-
-
-def check_batch_size(batch_size: int) -> None:
-    """Make sure that a batch has rows.
-
-    Raises:
-        ValueError: it has none.
-    """
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: at least 1")
 
 
 def steering_layer(model: Model, vectors: Vectors | None, layer: int | None) -> int:

@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from tl_melbo import checks
 from tl_melbo.analysis._embedding import Embedder, default_embedder, embeddings
 from tl_melbo.analysis._scaling import repetition_of
 from tl_melbo.memory import map_batches
@@ -19,7 +20,6 @@ from tl_melbo.model.bridge import Model, check_model, frozen, whole_model
 from tl_melbo.model.tokens import context_length, to_tokens
 from tl_melbo.probability import mean_losses
 from tl_melbo.shapes import shape_checked
-from tl_melbo.steering import check_batch_size
 from tl_melbo.text import printable
 
 # Average-linkage clusters are cut where two are this far apart (one minus the mean cosine). These
@@ -146,7 +146,7 @@ def behaviours(
 
     check_model(model)
     _check(completions, n_behaviours, distance, largest_perplexity, largest_repetition)
-    check_batch_size(batch_size)
+    checks.batch_size(batch_size)
     chosen: Embedder = default_embedder() if embedder is None else embedder
     label = "custom" if callable(chosen) else chosen
     if distance is None:
@@ -206,24 +206,17 @@ def _check(
     largest_perplexity: float,
     largest_repetition: float,
 ) -> None:
-    missing = [
-        name for name in ("vector", "prompt", "completion") if name not in completions.columns
-    ]
-    if missing or completions.empty:
-        what = f"lacks the columns {missing}" if missing else "is empty"
-        raise ValueError(
-            f"completions: {what}; pass what generate or report.collect_completions returns"
-        )
+    advice = "pass what generate or report.collect_completions returns"
+    checks.columns(completions, ("vector", "prompt", "completion"), "completions", advice)
     if not pd.api.types.is_integer_dtype(completions["vector"]):
         raise ValueError(
             f"completions: vector holds {completions['vector'].dtype}, expected whole numbers, -1 "
-            "for unsteered; pass what generate or report.collect_completions returns"
+            f"for unsteered; {advice}"
         )
     for row, prompt in enumerate(completions["prompt"]):
         if not isinstance(prompt, str):
             raise ValueError(f"completions: prompt of row {row} is {prompt!r}, expected a text")
-    if n_behaviours is not None and n_behaviours < 1:
-        raise ValueError(f"n_behaviours={n_behaviours}: at least 1, or None to let texts decide")
+    checks.at_least(1, n_behaviours=n_behaviours)
     if distance is not None and not 0 < distance <= 2:
         raise ValueError(f"distance={distance}: above 0, and at most 2, which is opposite")
     if not largest_perplexity >= 1:
@@ -231,8 +224,7 @@ def _check(
             f"largest_perplexity={largest_perplexity}: at least 1; "
             f"{DEFAULT_PERPLEXITY:g} by default"
         )
-    if not 0 <= largest_repetition <= 1:
-        raise ValueError(f"largest_repetition={largest_repetition}: a share, from 0 to 1")
+    checks.between(0, 1, "a share", largest_repetition=largest_repetition)
 
 
 def perplexities(

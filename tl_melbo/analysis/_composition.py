@@ -9,12 +9,19 @@ from torch import Tensor
 
 from tl_melbo.activation_map import ActivationMap
 from tl_melbo.analysis._distance import effect_distance
-from tl_melbo.analysis._inputs import as_library, check_place, one_vector
 from tl_melbo.generation import generate
 from tl_melbo.model.bridge import Model
 from tl_melbo.probability import kl_from_log_probs
 from tl_melbo.shapes import Float, Theta, shape_checked
-from tl_melbo.steering import Reference, Vectors, as_theta, next_token_log_probs
+from tl_melbo.steering import (
+    Reference,
+    Vectors,
+    as_library,
+    as_theta,
+    check_place,
+    next_token_log_probs,
+    one_vector,
+)
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -4,11 +4,17 @@ import torch
 from torch import Tensor
 
 from tl_melbo.activation_map import ActivationMap
-from tl_melbo.analysis._inputs import as_library, check_place, one_vector
 from tl_melbo.errors import place, warn_of_rows
 from tl_melbo.memory import map_batches
 from tl_melbo.shapes import Float, shape_checked
-from tl_melbo.steering import Reference, Vectors, as_theta
+from tl_melbo.steering import (
+    Reference,
+    Vectors,
+    as_library,
+    as_theta,
+    check_place,
+    one_vector,
+)
 
 
 @shape_checked

@@ -5,6 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tl_melbo import checks
 from tl_melbo.geometry import random_sphere
 from tl_melbo.model.bridge import Model
 from tl_melbo.probability import kl_from_log_probs
@@ -14,7 +15,6 @@ from tl_melbo.steering import (
     Vectors,
     as_chat,
     as_theta,
-    check_batch_size,
     log_probs_or_nan,
     next_token_log_probs,
     steering_layer,
@@ -64,15 +64,12 @@ def kl_divergence(
     Source: Jacob G-W 2024, "I found >800 orthogonal 'write code' steering vectors", whose plot
     shows KL(P_i || P_0) though its title says the reverse.
     """
-    check_batch_size(batch_size)
+    checks.batch_size(batch_size)
     chat = as_chat(vectors, chat)
     if reference is not None:
-        n_references = len(as_theta(model, reference))
-        if n_references != 1:
-            raise ValueError(
-                f"reference: {n_references} vectors, expected exactly one, such as found[5]; or "
-                "None for the unsteered model"
-            )
+        checks.exactly_one(
+            reference, "reference", "pick one, as found[5], or None for the unsteered model"
+        )
     own_layer = steering_layer(model, vectors, layer)
     if layer is None and isinstance(reference, SteeringVectors):
         layer = reference.source_layer

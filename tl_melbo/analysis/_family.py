@@ -12,13 +12,21 @@ from tl_melbo.analysis._completions import OnBatch
 from tl_melbo.analysis._composition import composition
 from tl_melbo.analysis._distance import effect_distance
 from tl_melbo.analysis._divergence import random_like
-from tl_melbo.analysis._inputs import as_library, check_place, one_vector
 from tl_melbo.analysis._scaling import rescale
 from tl_melbo.generation import generate
 from tl_melbo.model.bridge import Model
 from tl_melbo.probability import kl_from_log_probs
 from tl_melbo.shapes import Theta, shape_checked
-from tl_melbo.steering import Reference, Vectors, as_theta, log_probs_or_nan, next_token_log_probs
+from tl_melbo.steering import (
+    Reference,
+    Vectors,
+    as_library,
+    as_theta,
+    check_place,
+    log_probs_or_nan,
+    next_token_log_probs,
+    one_vector,
+)
 from tl_melbo.tables import Table
 from tl_melbo.vectors import SteeringVectors
 

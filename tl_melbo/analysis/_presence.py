@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tl_melbo.analysis._inputs import as_library, as_texts, one_vector
+from tl_melbo import checks
 from tl_melbo.geometry import normalise
 from tl_melbo.model.bridge import Model, check_model, frozen, residual_hook_name, whole_model
 from tl_melbo.model.tokens import to_tokens
 from tl_melbo.shapes import Float, Theta, checked_slice, shape_checked
-from tl_melbo.steering import Vectors, as_theta, steering_layer
+from tl_melbo.steering import Vectors, as_library, as_theta, one_vector, steering_layer
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -172,7 +172,7 @@ def residuals_of(
         ValueError: no texts, or one of which `positions` leaves no token.
     """
     parts = []
-    for number, text in enumerate(as_texts(texts, argument)):
+    for number, text in enumerate(checks.as_texts(texts, argument)):
         tokens = to_tokens(model, text)
         residual = _residual(model, tokens, layer)
         chosen = residual[list(range(len(residual)))[checked_slice(positions)]]
@@ -231,16 +231,9 @@ def _checked_residuals(rows: Tensor, d_model: int, argument: str) -> Tensor:
     rows = rows.detach().cpu().double()
     if not len(rows):
         raise ValueError(f"{argument}: no tokens; pass the residual stream of at least one")
-    if rows.shape[1] != d_model:
-        raise ValueError(
-            f"{argument}: {rows.shape[1]} wide, but vectors are {d_model} wide; take both from the "
-            "same model"
-        )
-    if not torch.isfinite(rows).all():
-        raise ValueError(
-            f"{argument}: some values are not finite; load the model in a wider type, for example "
-            "dtype=torch.float32"
-        )
+    checks.width(rows, d_model, argument, "each vector")
+    advice = "load the model in a wider type, for example dtype=torch.float32"
+    checks.finite(rows, argument, "tokens", advice)
     return rows
 
 

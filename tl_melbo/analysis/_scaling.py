@@ -8,12 +8,20 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tl_melbo.analysis._inputs import as_library, one_vector
+from tl_melbo import checks
 from tl_melbo.generation import generate
 from tl_melbo.model.bridge import Model
 from tl_melbo.probability import kl_from_log_probs
 from tl_melbo.shapes import Float, shape_checked
-from tl_melbo.steering import Reference, Vectors, as_theta, log_probs_or_nan, next_token_log_probs
+from tl_melbo.steering import (
+    Reference,
+    Vectors,
+    as_library,
+    as_theta,
+    log_probs_or_nan,
+    next_token_log_probs,
+    one_vector,
+)
 from tl_melbo.vectors import SteeringVectors
 
 if TYPE_CHECKING:
@@ -52,13 +60,7 @@ def rescale(vectors: Vectors, norm: float | Reference) -> SteeringVectors:
     length = float(norm) if known else float(one_vector(norm, "norm").norms[0])
     if not 0 < length < math.inf:
         raise ValueError(f"norm={length}: a positive finite number, or one vector such as found[5]")
-    norms = library.vectors.double().norm(dim=-1)
-    bad = (~(torch.isfinite(norms) & (norms > 0))).nonzero().flatten().tolist()
-    if bad:
-        raise ValueError(
-            f"vectors: {bad[:10]} are zero or not finite and have no direction; leave them out"
-        )
-    factors = length / norms
+    factors = length / checks.directions(library.vectors.double(), "vectors").norm(dim=-1)
     scales = library.columns.get("scale", torch.ones(len(library), dtype=torch.float32)) * factors
     return replace(
         library,
@@ -138,8 +140,7 @@ def repetition(tokens: Sequence[int], n: int = 3) -> float:
     Raises:
         ValueError: n below one.
     """
-    if n < 1:
-        raise ValueError(f"n={n}: at least 1")
+    checks.at_least(1, n=n)
     grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 

@@ -6,16 +6,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from tl_melbo import checks
 from tl_melbo.analysis import kl_divergence, transfer
 from tl_melbo.analysis._embedding import Embedder, default_embedder, embeddings
-from tl_melbo.analysis._inputs import as_library, as_texts
 from tl_melbo.analysis._texts import PASSAGES, UNRELATED_PROMPTS
+from tl_melbo.checks import as_texts
 from tl_melbo.memory import map_batches
 from tl_melbo.model.bridge import Model, check_model, frozen, whole_model
 from tl_melbo.model.tokens import to_tokens
 from tl_melbo.probability import mean_losses
 from tl_melbo.shapes import Float, Theta, Tokens, shape_checked
-from tl_melbo.steering import Vectors, as_theta, check_batch_size, steered, steering_layer
+from tl_melbo.steering import Vectors, as_library, as_theta, steered, steering_layer
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -74,7 +75,7 @@ def side_effects(
     meant = as_texts(prompts, "prompts")
     others = _others(unrelated, meant, "unrelated")
     prose = as_texts(PASSAGES if passages is None else passages, "passages")
-    check_batch_size(batch_size)
+    checks.batch_size(batch_size)
     layer = steering_layer(model, library, layer)
 
     def divergence(text: str) -> Tensor:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from tl_melbo import checks
 from tl_melbo.geometry import normalise
 from tl_melbo.shapes import Delta, Float, Theta, shape_checked
 from tl_melbo.vectors import SteeringVectors
@@ -33,11 +34,7 @@ def cosine_similarity(
     """
     rows = _flat(vectors, "vectors")
     columns = rows if other is None else _flat(other, "other")
-    if rows.shape[1] != columns.shape[1]:
-        raise ValueError(
-            f"other: {columns.shape[1]} numbers a vector, but vectors has {rows.shape[1]}; compare "
-            "vectors of the same model, or effects in the same activation map"
-        )
+    checks.width(columns, rows.shape[1], "other", "vectors")
     units = normalise(rows.double())
     other_units = units if other is None else normalise(columns.double())
     dtype = torch.promote_types(torch.promote_types(rows.dtype, columns.dtype), torch.float32)
@@ -46,12 +43,4 @@ def cosine_similarity(
 
 def _flat(vectors: VectorsOrEffects | Other, argument: str) -> Theta:
     tensor = vectors.vectors if isinstance(vectors, SteeringVectors) else vectors
-    flat = tensor.detach().cpu().flatten(1)
-    norms = flat.double().norm(dim=-1)
-    bad = (~(norms.isfinite() & (norms > 0))).nonzero().flatten().tolist()
-    if bad:
-        raise ValueError(
-            f"{argument}: vectors {bad} are zero or not finite, so they have no direction; leave "
-            "them out"
-        )
-    return flat
+    return checks.directions(tensor.detach().cpu().flatten(1), argument)

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from tl_melbo.analysis._divergence import kl_divergence
-from tl_melbo.analysis._inputs import as_library, as_texts
+from tl_melbo.checks import as_texts
 from tl_melbo.generation import generate
 from tl_melbo.model.bridge import Model
 from tl_melbo.shapes import shape_checked
-from tl_melbo.steering import Vectors
+from tl_melbo.steering import Vectors, as_library
 
 if TYPE_CHECKING:
     import pandas as pd

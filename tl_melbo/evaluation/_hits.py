@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from tl_melbo import checks
 from tl_melbo.analysis._embedding import Embedder, default_embedder, embeddings
-from tl_melbo.analysis._inputs import as_library, as_texts
 from tl_melbo.evaluation._backdoor import Backdoor
 from tl_melbo.generation import generate
 from tl_melbo.model.bridge import Model, check_model
 from tl_melbo.shapes import shape_checked
-from tl_melbo.steering import Vectors
+from tl_melbo.steering import Vectors, as_library
 
 DEFAULT_CONFIDENCE = 0.95
 # Cosine of two sentences' embeddings from which one is taken for the other, in other words.
@@ -64,7 +64,7 @@ def hit_rate(
     where 2 to 3 of 100 orthogonal vectors hit, and no random one.
     """
     check_model(model)
-    library, texts = as_library(vectors), as_texts(prompts, "prompts")
+    library, texts = as_library(vectors), checks.as_texts(prompts)
     _check(backdoors, similarity, confidence)
     check_clean(model, backdoors, texts, max_new_tokens)
     frame = generate(
@@ -96,8 +96,8 @@ def count_hits(
     from tl_melbo.tables import Table
 
     _check(backdoors, similarity, confidence)
-    if not {"vector", "completion"} <= {*completions.columns}:
-        raise ValueError("completions: lacks vector or completion; pass what generate returns")
+    advice = "pass what generate returns"
+    checks.columns(completions, ("vector", "completion"), "completions", advice)
     scales = completions["scale"] if "scale" in completions.columns else [1.0] * len(completions)
     counted = [
         (vector, text if isinstance(text, str) else "")
@@ -110,7 +110,7 @@ def count_hits(
         if vector >= 0 and scale == 1
     ]
     if not counted:
-        raise ValueError("completions: none of a vector at scale 1; pass what generate returns")
+        raise ValueError(f"completions: none of a vector at scale 1; {advice}")
     vectors, texts = map(list, zip(*counted, strict=True))
     looks_alike = _similar(texts, backdoors, similarity, embedder or default_embedder())
     rows = []
@@ -165,8 +165,7 @@ def _check(backdoors: Sequence[Backdoor], similarity: float, confidence: float) 
     for place, backdoor in enumerate(backdoors):
         if not backdoor.behaviour.strip():
             raise ValueError(f"backdoors[{place}].behaviour: empty, so every text would hold it")
-    if not -1 <= similarity <= 1:
-        raise ValueError(f"similarity={similarity}: a cosine, from -1 to 1")
+    checks.between(-1, 1, "a cosine", similarity=similarity)
     wilson_interval(0, 1, confidence)
 
 

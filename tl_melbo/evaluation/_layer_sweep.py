@@ -10,7 +10,7 @@ import torch
 from tl_melbo.activation_map import ActivationMap
 from tl_melbo.analysis import behaviours
 from tl_melbo.analysis._embedding import Embedder
-from tl_melbo.analysis._inputs import as_texts
+from tl_melbo.checks import as_texts
 from tl_melbo.discovery import melbo
 from tl_melbo.discovery._melbo import Radius, check_settings
 from tl_melbo.evaluation._backdoor import Backdoor
