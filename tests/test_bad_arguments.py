@@ -55,7 +55,7 @@ CALLS = {
     "from_prompts": (
         tm.ActivationMap.from_prompts,
         {"model": MODEL, "prompts": "Hi!", "source_layer": 1, "target_layer": 3, "chat": False,
-         "batch_size": 2, "precision": "float32"},
+         "batch_size": 2},
     ),
     "delta": (MAP.delta, {"theta": torch.ones(1, 32), "positions": slice(None)}),
     "position_mask": (MAP.position_mask, {"positions": slice(-1, None)}),
