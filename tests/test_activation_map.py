@@ -1,7 +1,6 @@
 """f against the whole model: hooks on every block, and nothing of ours in between."""
 
 import dataclasses
-import shutil
 import weakref
 
 import pytest
@@ -268,7 +267,7 @@ def test_hooks_that_come_and_go_count_on_both_sides(tiny_llama):
     before = f.delta(theta)
     zero = torch.zeros(1, f.d_model)
     with tiny_llama.hooks(fwd_hooks=[("blocks.3.hook_resid_post", lambda r, hook: r * 2)]):
-        assert f.delta(zero).abs().max() < 1e-4
+        assert (f.delta(zero) == 0).all()
         assert (f.delta(theta) - before).abs().max() > 0.1
     torch.testing.assert_close(f.delta(theta), before)
 
@@ -429,8 +428,6 @@ def test_norms_and_biases_are_folded_in(architecture):
 def test_kin_that_computes_something_else_is_not_taken_for_llama(architecture, changes):
     model = untrained(architecture, **changes)
     assert tm.ActivationMap.from_prompts(model, PROMPTS, 1, 4).path == "unhooked"
-    with pytest.raises(ValueError, match="of the Llama kind"):
-        tm.ActivationMap.from_prompts(model, PROMPTS, 1, 4, precision="bfloat16")
 
 
 def test_layers_of_another_class_are_left_alone():
@@ -469,8 +466,7 @@ def test_paths_agree_in_values_and_gradients(every_tiny, positions, n_vectors):
     whole = f.delta(theta)
     assert relative_error(deltas[0], whole * counted) < 1e-6
     assert (deltas[0] == deltas[0] * counted).all()
-    nothing = f.delta(torch.zeros_like(theta))
-    assert (nothing.abs() <= 1e-6 * f.y.norm(dim=-1, keepdim=True)).all()
+    assert (f.delta(torch.zeros_like(theta)) == 0).all()
 
 
 def test_the_embedded_model_takes_the_fast_path(f):
@@ -562,51 +558,6 @@ def test_more_vectors_than_memory_are_recomputed(tiny_llama, monkeypatch):
         assert len(calls) == 3 if held else 6
         assert not any(part() is not None for part in kept), "a graph outlives its gradient"
     assert relative_error(*gradients) < 1e-6
-
-
-def test_narrow_products_keep_a_wide_residual_stream(tiny_llama):
-    wide = tm.ActivationMap.from_prompts(tiny_llama, PROMPTS, 1, 4)
-    narrow = tm.ActivationMap.from_prompts(tiny_llama, PROMPTS, 1, 4, precision="bfloat16")
-    theta = torch.randn(2, wide.d_model, generator=torch.Generator().manual_seed(9))
-    error = relative_error(narrow.delta(theta), wide.delta(theta))
-    assert 1e-5 < error < 0.05
-    assert narrow.delta(theta).dtype == narrow.x.dtype == torch.float32
-
-
-@pytest.mark.parametrize(
-    ("architecture", "dtype", "precision", "message"),
-    [
-        ("llama", torch.float32, "tf32", "only CUDA devices"),
-        ("llama", torch.bfloat16, "bfloat16", "for models in float32"),
-        ("gpt2", torch.float32, "bfloat16", "of the Llama kind"),
-    ],
-)
-def test_a_precision_that_is_not_there_is_named(architecture, dtype, precision, message):
-    model = tiny_bridge(architecture, dtype)
-    with pytest.raises(ValueError, match=message):
-        tm.ActivationMap.from_prompts(model, PROMPT, 1, 4, precision=precision)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_compiled_blocks_agree():
-    model = tiny_bridge("gpt2")
-    plain = tm.ActivationMap.from_prompts(model, PROMPTS, 3, 4)
-    f = tm.ActivationMap.from_prompts(model, PROMPTS, 3, 4, compiled=True)
-    assert f.path == "compiled"
-    theta = torch.randn(2, f.d_model, generator=torch.Generator().manual_seed(4)).requires_grad_()
-    deltas = [way.delta(theta, slice(-3, None)) for way in (f, plain)]
-    gradients = [torch.autograd.grad(delta.square().sum(), theta)[0] for delta in deltas]
-    assert relative_error(*deltas) < 1e-5
-    assert relative_error(*gradients) < 1e-5
-
-
-def test_compiling_under_hooks_is_refused(tiny_llama):
-    with (
-        tiny_llama.hooks(fwd_hooks=[("blocks.3.hook_resid_post", lambda resid, hook: resid)]),
-        pytest.raises(ValueError, match="compiled=True"),
-    ):
-        tm.ActivationMap.from_prompts(tiny_llama, PROMPT, 1, 4, compiled=True)
 
 
 def test_two_maps_of_one_model_leave_it_and_each_other_alone():

@@ -65,7 +65,7 @@ def shared_calls():
         "from_prompts": (
             tm.ActivationMap.from_prompts,
             {"model": model, "prompts": "Hi!", "source_layer": 1, "target_layer": 3, "chat": False,
-             "batch_size": 2, "precision": "float32"},
+             "batch_size": 2},
         ),
         "delta": (f.delta, {"theta": torch.ones(1, 32), "positions": slice(None)}),
         "position_mask": (f.position_mask, {"positions": slice(-1, None)}),

@@ -8,17 +8,13 @@ multiplication, and the gradient, of the input alone, keeps six tensors a block.
 TransformerLens: modules and tensors in, tensors out.
 """
 
-import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-
-Precision = Literal["float32", "tf32", "bfloat16"]
 
 
 class FastBlocks:
@@ -35,7 +31,6 @@ class FastBlocks:
         self.n_key_value_heads = parts[0].key.weight.shape[0] // self.d_head
         self.n_turned = self.n_heads + self.n_key_value_heads
         self.attention_scale = float(attention.scaling)
-        self.precision: Precision = "float32"
         with torch.no_grad():
             self.blocks = [_Block.of(p, self.d_head, hot_rows) for p in parts]
 
@@ -49,14 +44,6 @@ class FastBlocks:
         parts = [_Parts.of(layer) for layer in layers]
         known = [part for part in parts if part is not None]
         return cls(known, hot_rows) if known and len(known) == len(parts) else None
-
-    def in_precision(self, precision: Precision) -> "FastBlocks":
-        """The same blocks with matrix products in another precision."""
-        narrow = copy.copy(self)
-        narrow.precision = precision
-        if precision == "bfloat16":
-            narrow.blocks = [block.narrowed() for block in self.blocks]
-        return narrow
 
     @property
     def floats_per_token(self) -> int:
@@ -81,18 +68,14 @@ class FastBlocks:
             return None
         return torch.complex(cosine[0, :, :half], sine[0, :, :half]).repeat(1, self.n_turned)
 
-    def __call__(self, x: Tensor, rotation: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Push [row, pos, d_model] through the blocks; differentiable in x, once.
+    def forward(
+        self, x: Tensor, rotation: Tensor, positions: Tensor | None, kept: "list[_Kept] | None"
+    ) -> Tensor:
+        """Push [row, pos, d_model] through; what the gradient will need goes into `kept`, if any.
 
         With `positions`, ascending indices, the result holds these positions only, and the last
         block does no work for others that they do not need.
         """
-        return _Run.apply(x, rotation, positions, self)
-
-    def forward(
-        self, x: Tensor, rotation: Tensor, positions: Tensor | None, kept: "list[_Kept] | None"
-    ) -> Tensor:
-        """The blocks; what the gradient will need goes into `kept`, unless that is None."""
         n_rows, n_pos, _ = x.shape
         for block in self.blocks:
             chosen = positions if block is self.blocks[-1] else None
@@ -164,41 +147,6 @@ class FastBlocks:
             scale=self.attention_scale,
             enable_gqa=self.n_heads != self.n_key_value_heads,
         )
-
-
-class _Run(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, rotation: Tensor, positions: Tensor | None, blocks: FastBlocks
-    ) -> Tensor:
-        ctx.kept = [] if ctx.needs_input_grad[0] else None
-        ctx.save_for_backward(x)  # so that autograd sees it when x is changed in between
-        ctx.rotation, ctx.positions, ctx.blocks = rotation, positions, blocks
-        with _tf32(blocks.precision):
-            return blocks.forward(x.detach(), rotation, positions, ctx.kept)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        _ = ctx.saved_tensors
-        gradient = grad_outputs[0].contiguous()
-        with _tf32(ctx.blocks.precision):
-            d_x = ctx.blocks.backward(gradient, ctx.rotation, ctx.positions, ctx.kept)
-        return d_x, None, None, None
-
-
-@contextmanager
-def _tf32(precision: Precision) -> Iterator[None]:
-    """Lend CUDA's matrix products the TF32 format, if that is asked for."""
-    if precision != "tf32":
-        yield
-        return
-    matmul = torch.backends.cuda.matmul
-    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
 
 
 class _Parts(NamedTuple):
@@ -287,17 +235,6 @@ class _Block:
             linear(own(parts.down)),
         )
 
-    def narrowed(self) -> "_Block":
-        """The block with its products in bfloat16."""
-        linears = {name: getattr(self, name) for name in ("qkv", "out", "gate_up", "down")}
-        return replace(
-            self,
-            **{
-                name: _Linear(linear.weight.bfloat16(), linear.transposed.bfloat16(), linear.bias)
-                for name, linear in linears.items()
-            },
-        )
-
 
 class _Kept(NamedTuple):
     """What the gradient of one block needs of its forward pass."""
@@ -350,7 +287,7 @@ class _Linear:
         if packed is not None and len(rows) == packed.n_rows:
             product = packed(rows)
         else:
-            product = (rows.to(matrix.dtype) @ matrix).to(x.dtype)
+            product = rows @ matrix
         return product.view(*x.shape[:-1], matrix.shape[1])
 
 

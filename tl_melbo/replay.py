@@ -1,6 +1,7 @@
 """Blocks called alone: with the arguments that they got in one ordinary forward pass."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,12 +12,79 @@ from tl_melbo.model.bridge import Model, frozen, residual_hook_name, whole_model
 BlockCall = tuple[tuple[Any, ...], dict[str, Any]]
 
 
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Prompts of one length, which run as one batch.
+
+    Attributes:
+        length: in tokens.
+        prompts: their numbers; None where all prompts have this length.
+        calls: what each block was called with, beside the residual stream.
+    """
+
+    length: int
+    prompts: Tensor | None
+    calls: list[BlockCall]
+
+
+@dataclass(frozen=True, eq=False)
+class Picked:
+    """What a slice picks, counted on each prompt's own tokens.
+
+    Attributes:
+        mask: True at each of these positions, [prompt, pos].
+        everything: whether that is all of `mask`: no other position, and no padding.
+        places: by length, the positions in a row without padding, or None for all of them; and
+            in a padded row.
+    """
+
+    mask: Tensor
+    everything: bool
+    places: dict[int, tuple[Tensor | None, Tensor]]
+
+    @classmethod
+    def of(cls, positions: slice, mask: Tensor) -> "Picked":
+        """Resolve a slice, once."""
+        n_pos, lengths = mask.shape[1], mask.sum(-1)
+        chosen, places = torch.zeros_like(mask), {}
+        for length in dict.fromkeys(lengths.tolist()):
+            own = torch.tensor(sorted(range(length)[positions]), device=mask.device)
+            own = own.to(torch.int64)  # nothing picked makes a tensor of floats
+            into = own + n_pos - length
+            chosen[(lengths == length).nonzero(), into] = True
+            places[length] = (None if len(own) == length else own), into
+        return cls(chosen, bool(chosen.all()), places)
+
+
+# How prompts of one group go through the blocks: their rows, [row, pos, d_model]; the group; the
+# positions of the result that are wanted, or None; whether the graph is made in the backward pass.
+Run = Callable[[Tensor, Group, Tensor | None, bool], Tensor]
+
+
+def push(x: Tensor, groups: Sequence[Group], picked: Picked, run: Run, recompute: bool) -> Tensor:
+    """Push [vector, prompt, pos, d_model] through; zeros at positions that are not picked."""
+    y = None
+    for group in groups:
+        wanted, into = picked.places[group.length]
+        rows = x if group.prompts is None else x[:, group.prompts, -group.length :]
+        found = run(rows.flatten(0, 1), group, wanted, recompute).unflatten(0, rows.shape[:2])
+        if group.prompts is None and wanted is None:
+            return found
+        y = torch.zeros_like(x) if y is None else y
+        if group.prompts is None:
+            y[:, :, into] = found
+        else:
+            y[:, group.prompts[:, None], into] = found
+    return torch.zeros_like(x) if y is None else y
+
+
 def run_layers(
     layers: Sequence[nn.Module], calls: list[BlockCall], rows: Tensor, positions: Tensor | None
 ) -> Tensor:
     """Push rows through layers, each with the arguments of its call; some positions of the end."""
     for layer, (args, kwargs) in zip(layers, calls, strict=True):
-        rows = _first_tensor(layer(rows, *args, **kwargs))
+        output = layer(rows, *args, **kwargs)
+        rows = output[0] if isinstance(output, tuple) else output
     return rows if positions is None else rows[:, positions]
 
 
@@ -61,7 +129,3 @@ def _without_cache(argument: Any) -> Any:
     """None for a KV cache: replayed, it would grow at every call and be attended to."""
     is_cache = hasattr(argument, "get_seq_length") or hasattr(argument, "past_keys")
     return None if is_cache else argument
-
-
-def _first_tensor(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output

@@ -1,110 +1,248 @@
-"""A faster way through the blocks that does the same, and when it may be taken."""
+"""The ways through the blocks: the model's own modules, and faster ones that do the same."""
 
+import operator
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
+from torch.nn.modules import module as global_hooks
 
 from tl_melbo.fast_blocks import FastBlocks
-from tl_melbo.model.bridge import (
-    without_bridge,
-)
-from tl_melbo.replay import BlockCall, run_layers
+from tl_melbo.memory import free_memory, is_out_of_memory
+from tl_melbo.model.bridge import frozen, user_hooks, without_bridge
+from tl_melbo.replay import Group, Picked, Run, push, run_layers
 
-State = tuple[tuple[int, ...], tuple[tuple[int, int], ...], bool]
+Path = Literal["fast", "unhooked", "hooked"]
+
+# How far a faster way may be from the model's own modules, relative to what the blocks add to each
+# token, and to the token itself, whose rounding no way can avoid.
+_FAST_TOLERANCE = {torch.float64: (1e-9, 1e-13), torch.float32: (1e-5, 1e-6)}
+_NARROW_TOLERANCE = (0.05, 0.01)
+# Tokens of one vector up to which packing the matrices of a CPU pays.
+_MOST_HOT_ROWS = 512
 
 
-@dataclass(frozen=True, eq=False)
-class Shortcut:
-    """The blocks without hooks: Hugging Face's layers, or their weights in our own.
+class Way(NamedTuple):
+    """One way through the blocks.
 
-    `differentiable` is slower, and can be differentiated twice, or forward.
+    Attributes:
+        path: what it is called.
+        run: how a group of prompts goes through.
+        y: f(x) by this way, so that rounding is the same with and without a vector.
     """
 
-    layers: tuple[nn.Module, ...]
-    differentiable: tuple[nn.Module, ...]
-    block_calls: dict[int, list[BlockCall]]
-    fast: FastBlocks | None
-    rotations: dict[int, Tensor]
-    run: Callable[..., Tensor]
+    path: Path
+    run: Run
     y: Tensor
-    y_differentiable: Tensor
-
-    @classmethod
-    def of(
-        cls,
-        blocks: Sequence[nn.Module],
-        block_calls: dict[int, list[BlockCall]],
-        fast: FastBlocks | None = None,
-        rotations: dict[int, Tensor] | None = None,
-    ) -> "Shortcut":
-        """The same blocks without hooks, by their own layers or by `fast`."""
-        layers = tuple(without_bridge(block) for block in blocks)
-        differentiable = tuple(without_bridge(block, "eager") for block in blocks)
-        none = torch.empty(0)
-        return cls(
-            layers, differentiable, block_calls, fast, rotations or {}, run_layers, none, none
-        )
-
-    def __call__(self, rows: Tensor, length: int, positions: Tensor | None) -> Tensor:
-        """Push rows of prompts of one length through."""
-        if self.fast is not None:
-            return self.fast(rows, self.rotations[length], positions)
-        return self.run(self.layers, self.block_calls[length], rows, positions)
 
 
-@dataclass(frozen=True, eq=False)
-class Watched:
-    """The modules and parameters of the blocks: looking at them is faster than finding them."""
+class Shortcut(NamedTuple):
+    """The ways without hooks.
 
-    modules: tuple[nn.Module, ...]
-    parameters: tuple[Tensor, ...]
-    places: tuple[tuple[dict[str, Any], str, Any], ...]
+    Attributes:
+        way: the faster of the two.
+        differentiable: can be differentiated twice, or forward, or by torch.func.
+        floats_per_token: how many numbers each block keeps for the gradient; None if not known.
+    """
 
-    @classmethod
-    def of(cls, blocks: Iterable[nn.Module]) -> "Watched":
-        """Find them once."""
-        modules = tuple({module: None for block in blocks for module in block.modules()})
-        parameters = {p: None for module in modules for p in module._parameters.values()}
-        places = tuple(
-            (held, name, item)
-            for module in modules
-            for held in (module._modules, module._parameters)
-            for name, item in held.items()
-        )
-        return cls(modules, tuple(p for p in parameters if p is not None), places)
+    way: Way
+    differentiable: Way
+    floats_per_token: int | None
 
-    def are_in_place(self) -> bool:
-        """Whether no module or parameter was exchanged since."""
-        return all(held.get(name) is item for held, name, item in self.places)
+
+def hooked_run(blocks: Sequence[nn.Module]) -> Run:
+    """By the model's own modules, on which hooks fire."""
+
+    def run(rows: Tensor, group: Group, positions: Tensor | None, recompute: bool) -> Tensor:
+        def once(rows: Tensor) -> Tensor:
+            with frozen(*blocks):
+                return run_layers(blocks, group.calls, rows, positions)
+
+        return Shortened.apply(rows, _Graph(once), once, True) if recompute else once(rows)
+
+    return run
+
+
+def find_shortcut(
+    blocks: Sequence[nn.Module], groups: Sequence[Group], x: Tensor, mask: Tensor
+) -> Shortcut | None:
+    """The fastest way without hooks that does what the model's own modules do.
+
+    Layers that need what the bridge adds to them, or quantised ones, fail in ways of their own, so
+    every error counts as "not this way" but full memory.
+    """
+    if not all(hasattr(block, "_original_component") for block in blocks):
+        return None
+    every = Picked.of(slice(None), mask)
+    # One at a time, as a search of one vector comes.
+    probes = [x[None], _probe(x, mask)[None]]
+    with torch.no_grad():
+        hooked = hooked_run(blocks)
+        expected = [push(probe, groups, every, hooked, False) for probe in probes]
+        for make in (_fast, _unhooked):
+            try:
+                made = make(blocks, groups, x, mask)
+                if made is None:
+                    continue
+                path, run, floats = made
+                found = [push(probe, groups, every, run, False) for probe in probes]
+                if not all(map(_agree, found, expected, probes, [mask] * 2)):
+                    continue
+                plain = _plain_run(blocks)
+                y = push(x[None], groups, every, plain, False)[0]
+                return Shortcut(Way(path, run, found[0][0]), Way(path, plain, y), floats)
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
+    return None
+
+
+def _agree(found: Tensor, expected: Tensor, probe: Tensor, mask: Tensor) -> bool:
+    """Whether both add the same to the residual stream, to 1e-5, and rounding of it."""
+    differences = found - expected, expected - probe, expected
+    error, added, size = (part[0][mask].double().norm(dim=-1) for part in differences)
+    relative, rounding = _FAST_TOLERANCE.get(found.dtype, _NARROW_TOLERANCE)
+    # Over all tokens, each by its own size.
+    allowed = relative * added + rounding * size
+    return bool((error / allowed).square().mean() <= 1)
+
+
+def _probe(x: Tensor, mask: Tensor) -> Tensor:
+    """A residual stream that is nobody's: x with noise a tenth as long as its tokens."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x)
+    length = x.norm(dim=-1)[mask].median() / x.shape[-1] ** 0.5
+    return (x + 0.1 * length * noise) * mask[:, :, None]
+
+
+_Made = tuple[Path, Run, int | None]
+
+
+def _fast(
+    blocks: Sequence[nn.Module], groups: Sequence[Group], x: Tensor, mask: Tensor
+) -> _Made | None:
+    """By `fast_blocks`; None for layers of another kind, and where the copies do not fit."""
+    if x.dtype not in (torch.float32, torch.float64):
+        return None  # Hugging Face widens norms and softmax of narrow types
+    n_bytes = sum(p.numel() * p.element_size() for block in blocks for p in block.parameters())
+    room = free_memory(x.device) / 4
+    lengths = mask.sum(-1)
+    hot_rows = max(group.length * int((lengths == group.length).sum()) for group in groups)
+    if n_bytes * 2 > room:
+        return None
+    packs = n_bytes * 4 <= room and hot_rows <= _MOST_HOT_ROWS
+    fast = FastBlocks.of([without_bridge(block) for block in blocks], hot_rows if packs else None)
+    if fast is None:
+        return None
+    rotations = {}
+    for group in groups:
+        # Where layers of one model turn differently, as in Gemma 3, results will differ.
+        turn = group.calls[0][1].get("position_embeddings")
+        rotation = None if turn is None else fast.rotation(*turn)
+        if rotation is None:
+            return None
+        rotations[group.length] = rotation
+
+    def short(group: Group, positions: Tensor | None) -> _FastGraph:
+        return _FastGraph(fast, rotations[group.length], positions)
+
+    return "fast", _shortened(short, _plain_run(blocks)), fast.floats_per_token
+
+
+def _unhooked(
+    blocks: Sequence[nn.Module], groups: Sequence[Group], x: Tensor, mask: Tensor
+) -> _Made:
+    """By Hugging Face's own layers, with attention in one fused step."""
+    layers = [without_bridge(block) for block in blocks]
+
+    def short(group: Group, positions: Tensor | None) -> _Graph:
+        return _Graph(lambda rows: run_layers(layers, group.calls, rows, positions))
+
+    return "unhooked", _shortened(short, _plain_run(blocks)), None
+
+
+def _plain_run(blocks: Sequence[nn.Module]) -> Run:
+    """By Hugging Face's own layers, with attention in steps."""
+    layers = [without_bridge(block, "eager") for block in blocks]
+
+    def run(rows: Tensor, group: Group, positions: Tensor | None, recompute: bool) -> Tensor:
+        return run_layers(layers, group.calls, rows, positions)
+
+    return run
+
+
+def _shortened(short: "Callable[[Group, Tensor | None], _Short]", plain: Run) -> Run:
+    def run(rows: Tensor, group: Group, positions: Tensor | None, recompute: bool) -> Tensor:
+        way = short(group, positions)
+        if not (rows.requires_grad and torch.is_grad_enabled()):
+            return way.forward(rows, False)[0]
+        return Shortened.apply(rows, way, lambda x: plain(x, group, positions, False), recompute)
+
+    return run
+
+
+class _Short(Protocol):
+    """A function with a gradient of its own making."""
+
+    def forward(self, x: Tensor, keep: bool) -> tuple[Tensor, Any]:
+        """The result, detached, and what its gradient needs, if that is to be kept."""
+        ...
+
+    def backward(self, gradient: Tensor, kept: Any) -> Tensor:
+        """From the gradient of the result to that of x."""
+        ...
+
+
+class _FastGraph(NamedTuple):
+    blocks: FastBlocks
+    rotation: Tensor
+    positions: Tensor | None
+
+    def forward(self, x: Tensor, keep: bool) -> tuple[Tensor, Any]:
+        kept = [] if keep else None
+        return self.blocks.forward(x, self.rotation, self.positions, kept), kept
+
+    def backward(self, gradient: Tensor, kept: Any) -> Tensor:
+        return self.blocks.backward(gradient.contiguous(), self.rotation, self.positions, kept)
+
+
+class _Graph(NamedTuple):
+    function: Callable[[Tensor], Tensor]
+
+    def forward(self, x: Tensor, keep: bool) -> tuple[Tensor, Any]:
+        if not keep:
+            return self.function(x), None
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            y = self.function(leaf)
+        return y.detach(), (leaf, y)
+
+    def backward(self, gradient: Tensor, kept: Any) -> Tensor:
+        leaf, y = kept
+        return torch.autograd.grad(y, leaf, gradient)[0]
 
 
 class Shortened(torch.autograd.Function):
     """A function by its shortcut; by the long way where a gradient is to be differentiated.
 
-    Neither our own gradient nor that of the fused attention kernels can be. The shortcut's graph is
-    held until its gradient is taken, or, if it is to be recomputed, never.
+    Neither our own gradient nor that of the fused attention kernels can be. What the shortcut keeps
+    is held until its gradient is taken, or, if it is to be recomputed, never.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        short: Callable[[Tensor], Tensor],
-        long: Callable[[Tensor], Tensor],
-        recompute: bool,
+        ctx: Any, x: Tensor, short: _Short, long: Callable[[Tensor], Tensor], recompute: bool
     ) -> Tensor:
         """By the shortcut."""
         ctx.save_for_backward(x)  # so that autograd sees it when x is changed in between
-        ctx.short, ctx.long, ctx.graph = short, long, None
-        if recompute or not ctx.needs_input_grad[0]:
-            return short(x.detach())
-        ctx.graph = _graph(short, x)
-        return ctx.graph[1].detach()
+        ctx.short, ctx.long = short, long
+        y, ctx.kept = short.forward(x.detach(), not recompute and ctx.needs_input_grad[0])
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
@@ -113,16 +251,61 @@ class Shortened(torch.autograd.Function):
         if torch.is_grad_enabled():
             (d_x,) = torch.autograd.grad(ctx.long(x), x, gradient, create_graph=True)
             return d_x, None, None, None
-        leaf, y = _graph(ctx.short, x) if ctx.graph is None else ctx.graph
-        ctx.graph = None  # a second gradient of the same result makes its own
-        (d_x,) = torch.autograd.grad(y, leaf, gradient)
-        return d_x, None, None, None
+        kept = ctx.short.forward(x.detach(), True)[1] if ctx.kept is None else ctx.kept
+        ctx.kept = None  # a second gradient of the same result makes its own
+        return ctx.short.backward(gradient, kept), None, None, None
 
 
-def _graph(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
-    with torch.enable_grad():
-        leaf = x.detach().requires_grad_()
-        return leaf, function(leaf)
+State = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], bool]
+
+
+@dataclass(frozen=True, eq=False)
+class Watched:
+    """What the user may change of the blocks: looking at it is faster than finding it."""
+
+    modules: tuple[nn.Module, ...]
+    parameters: tuple[Tensor, ...]
+    hooks: tuple[dict[int, Any], ...]
+    # Dictionaries of modules and parameters, the names in them, and what was there.
+    places: tuple[tuple[dict[str, Any], ...], tuple[str, ...], tuple[Any, ...]]
+    _user_hooks: dict[tuple[int, ...], tuple[int, ...]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, blocks: Iterable[nn.Module]) -> "Watched":
+        """Find it once."""
+        modules = tuple({module: None for block in blocks for module in block.modules()})
+        parameters = {p: None for module in modules for p in module._parameters.values()}
+        hooks = [global_hooks._global_forward_pre_hooks, global_hooks._global_forward_hooks]
+        hooks.append(global_hooks._global_backward_hooks)
+        for module in modules:
+            hooks += [module._forward_pre_hooks, module._forward_hooks]
+            hooks += [module._backward_pre_hooks, module._backward_hooks]
+        places = [
+            (held, name, item)
+            for module in modules
+            for held in (module._modules, module._parameters)
+            for name, item in held.items()
+        ]
+        parts: Any = tuple(zip(*places, strict=True)) if places else ((), (), ())
+        known = tuple(p for p in parameters if p is not None)
+        return cls(modules, known, tuple(hooks), parts)
+
+    def state(self) -> State:
+        """Hooks of the user, storage and version of each weight, and whether all is in place.
+
+        This runs at every gradient: no loop of Python's own.
+        """
+        hooks = tuple(chain.from_iterable(self.hooks))
+        if hooks not in self._user_hooks:
+            self._user_hooks.clear()
+            self._user_hooks[hooks] = user_hooks(self.modules)
+        held, names, items = self.places
+        return (
+            self._user_hooks[hooks],
+            tuple(map(Tensor.data_ptr, self.parameters)),
+            tuple(map(operator.attrgetter("_version"), self.parameters)),
+            all(map(operator.is_, map(dict.get, held, names), items)),
+        )
 
 
 def is_transformed(x: Tensor) -> bool:

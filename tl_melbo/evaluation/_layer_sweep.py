@@ -1,6 +1,7 @@
 """Between which layers should one search? The same search over pairs of layers."""
 
 import inspect
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tl_melbo.activation_map import ActivationMap
-from tl_melbo.analysis import behaviours
+from tl_melbo.analysis import behaviours, kl_divergence
 from tl_melbo.analysis._embedding import Embedder
 from tl_melbo.checks import as_texts
 from tl_melbo.discovery import melbo
@@ -19,6 +20,7 @@ from tl_melbo.generation import generate
 from tl_melbo.model.bridge import Model, check_layer, check_model
 from tl_melbo.run import check_names
 from tl_melbo.shapes import shape_checked
+from tl_melbo.vectors import SteeringVectors
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -118,7 +120,7 @@ def layer_sweep(
             is_coherent = groups.texts["coherent"][groups.texts["vector"] >= 0]
             row |= {
                 "radius": found.story["hyperparameters"]["radius"],
-                "kl": float(f.divergence(found.vectors).double().nanquantile(0.5)),
+                "kl": _median_kl(model, texts, found, chat),
                 "coherent": sum(is_coherent) / len(is_coherent),
                 "distinct": groups.n_distinct,
                 "per_100_vectors": groups.per_100_vectors,
@@ -131,6 +133,15 @@ def layer_sweep(
         if on_pair is not None:
             on_pair(Table(rows, columns=columns))
     return Table(rows, columns=columns)
+
+
+def _median_kl(model: Model, texts: Sequence[str], found: SteeringVectors, chat: bool) -> float:
+    """Of the next token from unsteered, over vectors and prompts; NaN where none is finite."""
+    try:
+        divergences = [kl_divergence(model, text, found, chat=chat) for text in texts]
+    except FloatingPointError:
+        return math.nan
+    return float(torch.cat(divergences).double().nanquantile(0.5))
 
 
 def _default_pairs(n_layers: int) -> list[tuple[int, int]]:
