@@ -93,13 +93,7 @@ def write(
                 model, texts, found, max_new_tokens=max_new_tokens, **options
             )
         kl = {text: kl_divergence(model, text, found, **options).tolist() for text in texts}
-        # Negatives have completions of their own, but are the same vectors.
-        forward = pd.DataFrame(completions[completions["scale"] >= 0])
-        groups = None
-        if not forward.empty:
-            # Its logits are of whole texts: 8 at once take as much memory as many rows above.
-            size = min(batch_size, 8)
-            groups = behaviours(model, forward, chat=as_chat(found, chat), batch_size=size)
+        groups = _groups(model, completions, as_chat(found, chat), batch_size)
         table = _tables.vectors_table(found, completions, kl, groups, side_effects)
         unsteered = completions[completions["vector"] == -1]
         page = _page(
@@ -113,6 +107,17 @@ def write(
         )
         temporary.write_text(page, encoding="utf-8", newline="\n")
     return table
+
+
+def _groups(
+    model: Model, completions: pd.DataFrame, chat: bool, batch_size: int
+) -> Behaviours | None:
+    """The behaviours of the vectors; their negatives have completions, but are the same vectors."""
+    forward = pd.DataFrame(completions[completions["scale"] >= 0])
+    if forward.empty:
+        return None
+    # Its logits are of whole texts: 8 at once take as much memory as many rows of the others.
+    return behaviours(model, forward, chat=chat, batch_size=min(batch_size, 8))
 
 
 def _prompts(found: SteeringVectors, prompts: str | Sequence[str] | None) -> list[str]:
