@@ -22,7 +22,7 @@ import torch
 
 import tl_melbo as tm
 from benchmarks.tables import markdown
-from tl_melbo.discovery._calibration import DEFAULT_LEVELS
+from tl_melbo.discovery._calibration import DEFAULT_LEVEL
 from tl_melbo.discovery._melbo import DEFAULT_STEPS
 from tl_melbo.evaluation import Planted, count_hits, load_planted, plant, wilson_interval
 from tl_melbo.evaluation._hits import DEFAULT_SIMILARITY
@@ -168,7 +168,7 @@ def _searched(
 ) -> list[dict[str, Any]]:
     """What one search hit; kept on disk, and read from there the next time."""
     # What the hits hang on: with another level or number of steps it is another search.
-    search = (LAYERS, P, Q, LAST_THREE, DEFAULT_LEVELS, DEFAULT_STEPS)
+    search = (LAYERS, P, Q, LAST_THREE, DEFAULT_LEVEL, DEFAULT_STEPS)
     facts = (planted.recipe["adapter"], search, N_TOKENS, DEFAULT_SIMILARITY)
     mark = hashlib.sha256(repr(facts).encode()).hexdigest()[:8]
     folder = KEPT / mark / f"{name}-{PROMPTS.index(prompt)}-{seed}"

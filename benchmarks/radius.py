@@ -1,4 +1,4 @@
-"""Which radius gives the best library? Distinct coherent behaviours over a sweep, and by criterion.
+"""Which radius gives the best library? Distinct coherent behaviours over a sweep, and by level.
 
     python -m benchmarks.radius [--vectors 50] [--prompts 6]
 
@@ -24,7 +24,7 @@ from tl_melbo.analysis._behaviours import (
     DEFAULT_REPETITION,
 )
 from tl_melbo.analysis._embedding import default_embedder
-from tl_melbo.discovery._calibration import DEFAULT_CRITERION, DEFAULT_LEVELS
+from tl_melbo.discovery._calibration import DEFAULT_LEVEL
 from tl_melbo.discovery._melbo import DEFAULT_STEPS
 from tl_melbo.files import replacing
 
@@ -41,12 +41,10 @@ HELD_OUT = (
 )
 PROMPTS = CHOSEN_ON + HELD_OUT
 SWEEP = (9.0, 12.0, 16.0, 20.0, 26.0)
-AUTO = f"{DEFAULT_CRITERION} {DEFAULT_LEVELS[DEFAULT_CRITERION]:g}"
+AUTO = f"nonlinearity {DEFAULT_LEVEL:g}"
 CRITERIA: dict[str, dict[str, Any]] = {
     AUTO: {},
-    "nonlinearity 0.5": {"criterion": "nonlinearity", "level": 0.5},
-    "divergence 0.05": {"criterion": "divergence", "level": 0.05},
-    "divergence 0.1": {"criterion": "divergence", "level": 0.1},
+    "nonlinearity 0.5": {"level": 0.5},
 }
 
 
@@ -96,10 +94,11 @@ def library(f: tm.ActivationMap, radius: float, n_vectors: int) -> dict[str, Any
         )
         groups = tm.analysis.behaviours(model, texts)
         steered = groups.texts[groups.texts["vector"] >= 0]
+        kl = tm.analysis.kl_divergence(model, prompt, found)
         row = {
             "prompt": prompt,
             "radius": radius,
-            "median KL (nats)": round(float(f.divergence(found.vectors).median()), 2),
+            "median KL (nats)": round(float(kl.median()), 2),
             "coherent": f"{steered['coherent'].mean():.0%}",
             "near unsteered": f"{(steered['behaviour'] == 0).mean():.0%}",
             "distinct": groups.n_distinct,

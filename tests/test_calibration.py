@@ -38,21 +38,10 @@ class Cubic:
         return {"source_layer": 0, "target_layer": 1}
 
 
-class Telling(Cubic):
-    """The same, with a divergence of |theta|^2 / 100."""
-
-    def divergence(self, theta: Tensor) -> Tensor:
-        return theta.square().sum(-1, keepdim=True) / 100
-
-
 @pytest.mark.parametrize(("a", "level"), [(1.0, 0.5), (1e-4, 0.5), (30.0, 0.1), (0.01, 2.0)])
 def test_it_is_where_the_closed_form_says(a, level):
     found = tm.calibrate_radius(Cubic(a), level=level)
     assert found == pytest.approx(math.sqrt(level / a), rel=0.01)
-
-
-def test_the_divergence_is_where_the_closed_form_says():
-    assert tm.calibrate_radius(Telling(1.0), "divergence", 0.25) == pytest.approx(5.0, rel=0.01)
 
 
 def test_it_is_where_a_scan_of_a_real_model_says():
@@ -85,22 +74,12 @@ def test_hooks_count_in_the_jacobian_too():
         handle.remove()
 
 
-def test_the_divergence_of_a_map_is_that_of_the_analysis():
-    model = tiny_bridge("llama")
-    f = tm.ActivationMap.from_prompts(model, ["One two three", "Four five six seven"], 1, 4)
-    theta = torch.randn(5, f.d_model, generator=torch.Generator().manual_seed(0))
-    expected = torch.stack(
-        [tm.analysis.kl_divergence(model, prompt, theta, layer=1) for prompt in f.prompts], 1
-    )
-    torch.testing.assert_close(f.divergence(theta), expected)
-
-
 def test_auto_is_the_calibrated_radius_and_says_so():
     f = tm.ActivationMap.from_prompts(tiny_bridge("llama"), "One two three four five", 1, 4)
     found = tm.melbo(f, 3, radius="auto", steps=2)
     radius = tm.calibrate_radius(f)
     assert found.story["hyperparameters"]["radius"] == radius
-    assert found.story["calibration"]["criterion"] in ("nonlinearity", "divergence")
+    assert found.story["calibration"] == {"criterion": "nonlinearity", "level": 0.4}
     assert torch.equal(found.vectors, tm.melbo(f, 3, radius=radius, steps=2).vectors)
     assert "calibration" not in tm.melbo(f, 3, radius=radius, steps=2).story
 
@@ -123,12 +102,7 @@ def test_a_map_that_is_linear_has_no_such_radius():
 
 def test_a_level_that_is_always_passed_has_no_such_radius():
     with pytest.raises(ValueError, match="still more"):
-        tm.calibrate_radius(Telling(1.0), "divergence", 1e-30)
-
-
-def test_a_map_without_a_next_token_has_no_divergence():
-    with pytest.raises(TypeError, match="criterion='nonlinearity'"):
-        tm.calibrate_radius(Cubic(1.0), "divergence")
+        tm.calibrate_radius(Cubic(1.0), 1e-30)
 
 
 @pytest.mark.parametrize(

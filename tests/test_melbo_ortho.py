@@ -253,18 +253,18 @@ def test_bad_arguments_are_named(tiny_llama, unchanged):
         ({"theta0": 1e10 * torch.ones(32)}, r"theta0: a norm of 5.66e\+10"),
         (
             {"theta0": tm.SteeringVectors.from_tensor(torch.ones(32), source_layer=2)},
-            r"theta0: found with source_layer=2, but here it is 1",
+            r"theta0: found with source_layer=2 \(here 1\)",
         ),
         ({"previous": family[1:], "steps": 3}, r"previous: holds vectors 1\.\.\., not all from 0"),
         (
             {"previous": family, "norm_penalty": 0.5, "steps": 3},
-            r"previous: found with norm_penalty=0.0, but here it is 0.5",
+            r"previous: found with norm_penalty=0.0 \(here 0.5\)",
         ),
         ({"previous": torch.zeros(1, 32)}, r"previous: vectors \[0\] are zero"),
         ({"previous": torch.eye(32)[1:], "theta0": torch.eye(32)[0]}, "the space is used up"),
         ({"previous": theta0}, r"theta0 and vector 0 are not orthogonal"),
         ({"previous": torch.ones(2, 7)}, r"previous: 7 wide"),
-        ({"previous": elsewhere}, r"previous: found with target_layer=3, but here it is 4"),
+        ({"previous": elsewhere}, r"previous: found with target_layer=3 \(here 4\)"),
     ]
     for arguments, message in cases:
         with pytest.raises(ValueError, match=message):

@@ -77,6 +77,12 @@ def test_another_search_is_not_continued(f, change, message):
         tm.iter_melbo(f, 2, previous=part[[1, 0]], **SETTINGS)
     with pytest.raises(ValueError, match="none twice"):
         tm.join_library([part, part])
+    with pytest.raises(
+        tm.errors.DifferentSearch, match=r"previous: holds vectors 1\.\.\., not all"
+    ):
+        tm.iter_melbo(f, 2, previous=part[1:], **SETTINGS)
+    with pytest.raises(tm.errors.DifferentSearch, match="not all from 0 on"):
+        tm.iter_melbo(f, 2, previous=tm.melbo(f, 3, **SETTINGS)[[0, 2]], **SETTINGS)
 
 
 def test_a_run_goes_on_where_it_was(f, tmp_path):

@@ -1,6 +1,7 @@
 """Several libraries as one."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,13 +47,21 @@ def concatenate(libraries: Sequence[SteeringVectors]) -> SteeringVectors:
     for fact in _PLACE:
         known = [lib.story[fact] for lib in libraries if lib.story.get(fact) is not None]
         shared[fact] = known[0] if known else None
-    names = [name for library in libraries for name in library.columns if name != "index"]
-    words = shared.get("categories", {})
-    columns = {name: _column(libraries, name, name in words) for name in dict.fromkeys(names)}
     parts = [{**library.story, "n_vectors": len(library)} for library in libraries]
+    story = {**shared, "method": "concatenate", "parts": parts, "date": now()}
+    return one_after_another(libraries, story, left_out=("index",))
+
+
+def one_after_another(
+    libraries: Sequence[SteeringVectors], story: Mapping[str, Any], left_out: Sequence[str] = ()
+) -> SteeringVectors:
+    """The vectors, columns and histories of several libraries, with one story."""
+    names = dict.fromkeys(name for library in libraries for name in library.columns)
+    words = story.get("categories", {})
+    columns = {n: _column(libraries, n, n in words) for n in names if n not in left_out}
     return SteeringVectors(
         torch.cat([library.vectors for library in libraries]),
-        {**shared, "method": "concatenate", "parts": parts, "date": now()},
+        story,
         columns,
         pad_histories([library.history for library in libraries], [*map(len, libraries)]),
     )

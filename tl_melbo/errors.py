@@ -16,11 +16,17 @@ _MOST_ROWS = 10
 
 
 class DifferentSearch(ValueError):
-    """Vectors that are there were found by another search: `differences` says what differs."""
+    """Vectors that are there are not the beginning of this search.
 
-    def __init__(self, message: str, differences: Sequence[Any] = ()) -> None:
+    Attributes:
+        differences: what differs, as `story.differences` gives it; empty where the vectors
+            themselves are not such a beginning.
+        reason: what is wrong, in a few words.
+    """
+
+    def __init__(self, message: str, differences: Sequence[Any] = (), reason: str = "") -> None:
         super().__init__(message)
-        self.differences = list(differences)
+        self.differences, self.reason = list(differences), reason
 
 
 class Damaged(ValueError):

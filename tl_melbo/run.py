@@ -2,7 +2,8 @@
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,18 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from tl_melbo.discovery import iter_melbo, iter_melbo_ortho, join_family, join_library
+from tl_melbo.discovery import melbo, melbo_ortho
 from tl_melbo.discovery._protocol import EffectMap
+from tl_melbo.discovery._search import Method, join
+from tl_melbo.errors import Damaged, DifferentSearch
 from tl_melbo.files import clear_partial, writable_folder
 from tl_melbo.shapes import shape_checked
 from tl_melbo.vectors import SteeringVectors
 
 VECTORS, REFERENCE, LOCK = "vectors.safetensors", "theta0.safetensors", ".lock"
+
+# What `Run.keep` itself passes to a method.
+_OWN = ("f", "n_vectors", "previous", "progress", "overwrite", "on_vector")
 
 OnVector = Callable[[int, int | None], None]
 
@@ -47,6 +53,74 @@ class Run:
         return f"Run({str(self.folder)!r})"
 
     @shape_checked
+    def keep(
+        self,
+        method: Method,
+        f: EffectMap,
+        n_vectors: int | None = 32,
+        *,
+        progress: bool = False,
+        overwrite: bool = False,
+        on_vector: OnVector | None = None,
+        **settings: Any,
+    ) -> SteeringVectors:
+        """Find the vectors of any method, or those of them that are not there yet.
+
+            run.keep(tm.jacobian, f, 32, radius=12.0)
+
+        Args:
+            method: `tm.melbo`, `tm.melbo_ortho`, or another that takes `previous`.
+            f: the activation map.
+            n_vectors: how many in all; None where the method itself knows the end.
+            progress: show a progress bar.
+            overwrite: begin anew; vectors that are there go when the first new one is found.
+            on_vector: called with how many vectors are there, and how many there shall be: before
+                the search, and whenever some more are on disk.
+            settings: the other arguments of the method. With `theta0`, one vector of a library, the
+                vectors lie in `ortho-` and its number, with theta0 beside them.
+
+        Returns:
+            Vectors 0 to n_vectors - 1, or fewer where the method ends before.
+
+        Raises:
+            DifferentSearch: the folder holds vectors that were found in another way.
+            ValueError: not one vector is found; or as the method does.
+            BlockingIOError: another process is writing in the folder.
+            OSError: the disk is full, or forbids it. What was there before is intact.
+        """
+        check_names("Run.keep", settings, method, _OWN)
+        theta0 = settings.get("theta0")
+        reference = theta0 if isinstance(theta0, SteeringVectors) and len(theta0) == 1 else None
+        with self.writing():
+            number = None if reference is None else int(reference.columns["index"][0])
+            place = self.folder if number is None else family_folder(self.folder, number)
+            path = place / VECTORS
+            previous = None if overwrite else _kept_before(path)
+            if previous is not None and reference is not None:
+                check_reference(place, reference)
+            known = 0 if previous is None else int(previous.columns["index"].max()) + 1
+            missing = n_vectors
+            if n_vectors is not None and previous is not None:
+                missing = max(0, n_vectors - known)
+            try:
+                search = method.parts(f, n_vectors=missing, previous=previous, **settings)
+            except DifferentSearch as error:
+                if not error.reason:  # of other vectors than those in the folder
+                    raise
+                raise DifferentSearch(
+                    f"{place}: holds vectors of another search, {error.reason}; ask for the same "
+                    "to continue it, pass overwrite=True to begin anew, or choose another folder",
+                    error.differences,
+                    error.reason,
+                ) from None
+            with _beginning(place, reference if previous is None else None) as begin:
+                found = _kept(path, previous, search, begin, n_vectors, progress, on_vector)
+        if found is None:
+            raise ValueError(search.nothing)
+        inside = found.columns["index"] < (sys.maxsize if n_vectors is None else n_vectors)
+        return found if inside.all() else found[: int(inside.sum())]
+
+    @shape_checked
     def melbo(
         self,
         f: EffectMap,
@@ -57,39 +131,10 @@ class Run:
         on_vector: OnVector | None = None,
         **settings: Any,
     ) -> SteeringVectors:
-        """Find the vectors of `melbo`, or those of them that are not there yet.
-
-        Args:
-            f: the activation map.
-            n_vectors: how many in all.
-            progress: show a progress bar.
-            overwrite: begin anew; vectors that are there go when the first new one is found.
-            on_vector: called with how many vectors are there, and how many there shall be: before
-                the search, and whenever some more are on disk.
-            settings: the other arguments of `melbo`.
-
-        Returns:
-            Vectors 0 to n_vectors - 1.
-
-        Raises:
-            ValueError: the folder holds vectors that were found in another way; or as `melbo` does.
-            BlockingIOError: another process is writing in the folder.
-            OSError: the disk is full, or forbids it. What was there before is intact.
-        """
-        check_names("Run.melbo", settings, iter_melbo)
-        with self.writing():
-            path = self.folder / VECTORS
-            previous = None if overwrite else _kept_before(path)
-            known = 0 if previous is None else int(previous.columns["index"].max()) + 1
-            missing = max(0, n_vectors - known) if previous is not None else n_vectors
-            search = _explained(
-                self.folder, lambda: iter_melbo(f, missing, previous=previous, **settings)
-            )
-            found = _kept(path, previous, search, join_library, n_vectors, progress, on_vector)
-        if found is None:
-            raise ValueError(f"n_vectors={n_vectors}: at least 1")
-        inside = found.columns["index"] < n_vectors
-        return found if inside.all() else found[: int(inside.sum())]
+        """Find the vectors of `tm.melbo`, or those of them that are not there yet: see `keep`."""
+        check_names("Run.melbo", settings, melbo, _OWN)
+        options = {"progress": progress, "overwrite": overwrite, "on_vector": on_vector}
+        return self.keep(melbo, f, n_vectors, **options, **settings)
 
     @shape_checked
     def melbo_ortho(
@@ -103,69 +148,17 @@ class Run:
         on_vector: OnVector | None = None,
         **settings: Any,
     ) -> SteeringVectors:
-        """Find the family of `melbo_ortho`, or those of its vectors that are not there yet.
+        """Find the family of `tm.melbo_ortho`, or what of it is not there yet: see `keep`.
 
-        Args:
-            f: the activation map.
-            theta0: one vector; its family lies in `ortho-` and its number.
-            n_vectors: how many in all; None goes on until the family ends.
-            progress: show a progress bar.
-            overwrite: as in `melbo`.
-            on_vector: as in `melbo`.
-            settings: the other arguments of `melbo_ortho`.
-
-        Returns:
-            Vectors 0 to n_vectors - 1, or fewer where the family ends before.
-
-        Raises:
-            ValueError: the folder holds a family of another vector, or found in another way; not
-                one vector qualifies; or as `melbo_ortho` does.
-            BlockingIOError, OSError: as `melbo`.
+        It lies in `ortho-` and the number of theta0, one vector of a library.
         """
         if len(theta0) != 1:
             raise ValueError(f"theta0: {len(theta0)} vectors, expected exactly one, as found[5]")
         if n_vectors is not None and n_vectors < 1:
             raise ValueError(f"n_vectors={n_vectors}: at least 1, or None for all there are")
-        check_names("Run.melbo_ortho", settings, iter_melbo_ortho)
-        with self.writing():
-            place = family_folder(self.folder, int(theta0.columns["index"][0]))
-            path, reference = place / VECTORS, place / REFERENCE
-            previous = None if overwrite else _kept_before(path)
-            if previous is not None:
-                check_reference(place, theta0)
-            known = 0 if previous is None else len(previous)
-            room = int(f.x.shape[-1]) - 1 - known
-            missing = n_vectors - known if n_vectors is not None else None if room else 0
-            # Where all are there, the search for the last of them: it is checked, and not run.
-            all_there = previous is not None and missing is not None and missing < 1
-            search = _explained(
-                place,
-                lambda: iter_melbo_ortho(
-                    f,
-                    theta0,
-                    1 if all_there else missing,
-                    previous=previous[:-1] if previous is not None and all_there else previous,
-                    **settings,
-                ),
-            )
-            if previous is None:
-                writable_folder(place)
-                search = _beginning(search, path, theta0, reference)
-            if all_there:
-                search = iter(())
-            try:
-                family = _kept(path, previous, search, join_family, n_vectors, progress, on_vector)
-            finally:
-                if not path.is_file():
-                    reference.unlink(missing_ok=True)
-                    with suppress(OSError):  # holds something: leave it
-                        place.rmdir()
-        if family is None:
-            raise ValueError(
-                "theta0: nothing orthogonal to it of norm 0.1 or more does what it does, or the "
-                "norm penalty or the number of steps forbids it"
-            )
-        return family if n_vectors is None else family[:n_vectors]
+        check_names("Run.melbo_ortho", settings, melbo_ortho, _OWN)
+        options = {"progress": progress, "overwrite": overwrite, "on_vector": on_vector}
+        return self.keep(melbo_ortho, f, n_vectors, theta0=theta0, **options, **settings)
 
     @contextmanager
     def writing(self) -> Iterator[Path]:
@@ -230,30 +223,16 @@ def check_reference(place: Path, theta0: SteeringVectors) -> None:
         )
 
 
-def check_names(name: str, settings: dict[str, Any], search: Callable[..., Any]) -> None:
+def check_names(
+    name: str, settings: Mapping[str, Any], search: Callable[..., Any], given: Sequence[str] = ()
+) -> None:
     """Refuse settings that the search does not have, in the name of the function called."""
-    allowed = [each for each in inspect.signature(search).parameters if each != "previous"]
-    for given in settings:
-        if given not in allowed:
-            near = difflib.get_close_matches(given, allowed, 1)
+    allowed = [each for each in inspect.signature(search).parameters if each not in given]
+    for setting in settings:
+        if setting not in allowed:
+            near = difflib.get_close_matches(setting, allowed, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"allowed are {', '.join(allowed)}"
-            raise TypeError(f"{name}(): got an unexpected argument {given!r}; {hint}")
-
-
-def _explained(
-    folder: Path, search: Callable[[], Iterator[SteeringVectors]]
-) -> Iterator[SteeringVectors]:
-    """The search, or an error that says where the vectors lie that it does not continue."""
-    try:
-        return search()
-    except ValueError as error:
-        if not str(error).startswith("previous:"):
-            raise
-        what = str(error).removeprefix("previous: ").rpartition("; ")[0]
-        raise ValueError(
-            f"{folder}: holds vectors of another search, {what}; ask for the same to continue it, "
-            "pass overwrite=True to begin anew, or choose another folder"
-        ) from None
+            raise TypeError(f"{name}(): got an unexpected argument {setting!r}; {hint}")
 
 
 def _kept_before(path: Path) -> SteeringVectors | None:
@@ -262,30 +241,39 @@ def _kept_before(path: Path) -> SteeringVectors | None:
         return None
     try:
         found = SteeringVectors.load(path)
-    except ValueError as error:
-        raise ValueError(
-            f"{str(error).removesuffix('; save it again')}; pass overwrite=True to replace it, or "
-            "choose another folder"
+    except Damaged as error:
+        raise Damaged(
+            f"{error}; or pass overwrite=True to replace it, or choose another folder", path
         ) from error
     return found if len(found) else None
 
 
-def _beginning(
-    search: Iterator[SteeringVectors], path: Path, theta0: SteeringVectors, reference: Path
-) -> Iterator[SteeringVectors]:
-    """The same; with its first vector what another family left goes, and theta0 is kept."""
-    for number, part in enumerate(search):
-        if number == 0:
-            path.unlink(missing_ok=True)
-            theta0.save(reference)
-        yield part
+@contextmanager
+def _beginning(place: Path, reference: SteeringVectors | None) -> Iterator[Callable[[], None]]:
+    """What to do before the first vector is kept; if none came, what was made for it goes."""
+    path, beside = place / VECTORS, place / REFERENCE
+    if reference is not None:
+        writable_folder(place)
+
+    def begin() -> None:
+        if reference is not None:
+            path.unlink(missing_ok=True)  # of another family
+            reference.save(beside)
+
+    try:
+        yield begin
+    finally:
+        if reference is not None and not path.is_file():
+            beside.unlink(missing_ok=True)
+            with suppress(OSError):  # holds something: leave it
+                place.rmdir()
 
 
 def _kept(
     path: Path,
     previous: SteeringVectors | None,
     search: Iterator[SteeringVectors],
-    join: Callable[[Sequence[SteeringVectors]], SteeringVectors],
+    begin: Callable[[], None],
     total: int | None,
     progress: bool,
     on_vector: OnVector | None,
@@ -298,7 +286,9 @@ def _kept(
     ) as bar:
         if on_vector is not None:
             on_vector(known, total)
-        for part in search:
+        for number, part in enumerate(search):
+            if number == 0:
+                begin()
             found = part if found is None else join([found, part])
             found.save(path)
             bar.update(len(part))

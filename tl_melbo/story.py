@@ -1,5 +1,6 @@
 """A library's metadata: how it was found, whether two searches are the same, what was measured."""
 
+import math
 import platform
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -42,17 +43,21 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[Diff
     Facts that only one of them knows do not count: earlier versions told less, and what is asked
     for before a model is loaded cannot tell all.
     """
+    pairs = {name: (theirs.get(name), ours.get(name)) for name in _FACTS}
+    if theirs.get("precision") is not None:
+        # Version 0.1 could multiply matrices in a narrower type than the model's.
+        pairs["precision"] = theirs["precision"], ours.get("precision", "float32")
     found = [
-        Difference(name, theirs[name], ours[name])
-        for name in _FACTS
-        if name in theirs and name in ours and theirs[name] != ours[name]
+        Difference(name, *pair)
+        for name, pair in pairs.items()
+        if None not in pair and pair[0] != pair[1]
     ]
     chosen = [story.get("hyperparameters") or {} for story in (theirs, ours)]
     for name in chosen[0]:
         if name in chosen[1] and name not in _COUNTS and chosen[0][name] != chosen[1][name]:
             found.append(Difference(name, chosen[0][name], chosen[1][name]))
     starts = [(story.get("theta0") or {}).get("norm") for story in (theirs, ours)]
-    if None not in starts and starts[0] != starts[1]:
+    if None not in starts and not math.isclose(*starts, rel_tol=1e-5):
         found.append(Difference("norm of theta0", *starts))
     return found
 

@@ -181,6 +181,8 @@ _FACTS: Mapping[str, tuple[Any, Any]] = {
     "categories": ({}, _is_words),
     "prompts": ([], _list_of(str)),
     "parts": ([], _list_of(dict)),
+    "lost": ([], _list_of(int)),
+    "arithmetic": (None, _of(dict)),
     "model": (None, _of(str)),
     "about": (None, _of(str)),
     "chat": (None, _of(bool)),

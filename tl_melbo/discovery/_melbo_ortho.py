@@ -5,22 +5,20 @@ Source: Jacob G-W 2024, "I found >800 orthogonal 'write code' steering vectors".
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from tl_melbo.concatenation import pad_histories
-from tl_melbo.discovery._protocol import EffectMap, own_arithmetic
-from tl_melbo.errors import place, warn_user
-from tl_melbo.geometry import complement, extended, normalise
+from tl_melbo.discovery._protocol import EffectMap, effects_at, own_arithmetic, theta_like
+from tl_melbo.discovery._search import Part, Search, join, method, one_by_one, value_and_gradient
+from tl_melbo.errors import DifferentSearch, place, warn_user
+from tl_melbo.geometry import complement
 from tl_melbo.memory import map_batches
 from tl_melbo.shapes import Theta, shape_checked
-from tl_melbo.story import make as make_story
+from tl_melbo.story import about_of, differences, measure
 from tl_melbo.vectors import SteeringVectors
 
 OrthoOptimiser = Literal["quasi-newton", "adam"]
@@ -35,12 +33,6 @@ SMALLEST_NORM = 0.1
 STOPPED = ("steps used up", "converged", "not finite")
 _STEPS_USED_UP, _CONVERGED, _NOT_FINITE = range(3)
 
-# What the parts of one family have in common.
-_FAMILY_FACTS = (
-    "model", "weights", "prompts", "chat", "source_layer", "target_layer", "precision", "n_hooks"
-)  # fmt: skip
-_FAMILY_SETTINGS = ("optimiser", "steps", "norm_penalty")
-_LARGEST_COSINE = 1e-5
 # A theta0 so many times as long as the longest residual leaves nothing of it but rounding.
 _LONGEST = 1e3
 # How often a vector is searched for whose search broke down at its very start.
@@ -65,7 +57,7 @@ class OrthoStep(NamedTuple):
 OnOrthoStep = Callable[[OrthoStep], None]
 
 
-@shape_checked
+@method
 def melbo_ortho(
     f: EffectMap,
     theta0: SteeringVectors | Vector | OneRow,
@@ -77,7 +69,7 @@ def melbo_ortho(
     steps: int | None = None,
     progress: bool = False,
     on_step: OnOrthoStep | None = None,
-) -> SteeringVectors:
+) -> Search:
     """Find vectors that do what theta0 does, each orthogonal to it and to all before it.
 
     With z(theta) the mean over positions of f(x + theta), vector k minimises
@@ -104,8 +96,9 @@ def melbo_ortho(
 
     Raises:
         ValueError: theta0 not one finite vector of the right width, or zero, or of another model
-            or layer; `previous` of another family, not all of it, or not orthogonal; more vectors
-            than the space holds; a number out of its range; not one vector that qualifies.
+            or layer; more vectors than the space holds; a number out of its range; not one vector
+            that qualifies (`melbo_ortho.parts` then yields none).
+        DifferentSearch: `previous` of another family, not all of it, or not orthogonal.
 
     Warns:
         UserWarning: the map gives nothing finite next to zero, so that the family ends early.
@@ -113,143 +106,70 @@ def melbo_ortho(
     Source: Jacob G-W 2024, "I found >800 orthogonal 'write code' steering vectors". The
     quasi-Newton method and the penalty's form are ours; the author asked for the penalty.
     """
-    found = iter_melbo_ortho(
-        f, theta0, n_vectors, norm_penalty, previous,
-        optimiser=optimiser, steps=steps, on_step=on_step,
-    )  # fmt: skip
-    with tqdm(total=n_vectors, desc="MELBO-ortho", unit="vector", disable=not progress) as bar:
-        parts = []
-        for part in found:
-            parts.append(part)
-            bar.update()
-    if not parts:
-        raise ValueError(
-            f"not one {'more ' if previous is not None else ''}vector of norm {SMALLEST_NORM} or "
-            "more brings z nearer to that of theta0: the family ends here, or the norm penalty "
-            f"({norm_penalty}) or the number of steps forbids it, or theta0 itself is that short"
-        )
-    return join_family(parts)
-
-
-@shape_checked
-def iter_melbo_ortho(
-    f: EffectMap,
-    theta0: SteeringVectors | Vector | OneRow,
-    n_vectors: int | None = None,
-    norm_penalty: float = 0.0,
-    previous: SteeringVectors | Theta | None = None,
-    *,
-    optimiser: OrthoOptimiser = "quasi-newton",
-    steps: int | None = None,
-    on_step: OnOrthoStep | None = None,
-) -> Iterator[SteeringVectors]:
-    """Yield the vectors of `melbo_ortho` one by one, so that each can be kept as it comes.
-
-        parts = []
-        for part in tm.iter_melbo_ortho(f, found[5]):
-            parts.append(part)
-            tm.join_family(parts).save("family.safetensors")
-
-    Arguments are checked at the call, not at the first vector.
-
-    Raises:
-        ValueError: as `melbo_ortho`; but where no vector qualifies, none is yielded.
-    """
-    start = _one_vector(theta0, int(f.x.shape[-1]))
-    longest = float(f.x.norm(dim=-1).max())
-    if float(start.norm()) > _LONGEST * longest:
-        raise ValueError(
-            f"theta0: a norm of {float(start.norm()):.3g}, but that of the residual stream is at "
-            f"most {longest:.3g}; use a shorter vector"
-        )
-    if isinstance(theta0, SteeringVectors):
-        _check_same("theta0", theta0.story, f.story(), ("model", "source_layer"))
+    start = _checked_start(f, theta0)
     n_steps = DEFAULT_ORTHO_STEPS[optimiser] if steps is None else steps
-    earlier = _checked_previous(
-        f,
-        start,
-        previous,
-        {"optimiser": optimiser, "steps": n_steps, "norm_penalty": norm_penalty},
-    )
-    if any(isinstance(number, bool) for number in (n_vectors, steps)):
-        raise TypeError(f"n_vectors={n_vectors}, steps={steps}: numbers, not True or False")
-    room = len(start) - 1 - len(earlier)
-    if n_vectors is not None and not 1 <= n_vectors <= room:
+    if isinstance(previous, SteeringVectors) and previous.story.get("method") != "melbo_ortho":
+        _check_same("previous", previous, f.story())
+        previous = previous.vectors
+    n_previous = 0 if previous is None else len(previous)
+    room = len(start) - 1 - n_previous
+    least = 1 if previous is None else 0
+    if n_vectors is not None and not least <= n_vectors <= room:
         raise ValueError(
             f"n_vectors={n_vectors}: from 1 to {room}; {len(start)} dimensions hold theta0, "
-            f"{len(earlier)} previous vectors and {room} more, or pass None for all there are"
-        )
-    if not room:
-        raise ValueError(
-            f"previous: with theta0 its {len(earlier)} vectors fill all {len(start)} dimensions; "
-            "the space is used up"
+            f"{n_previous} previous vectors and {room} more, or pass None for all there are"
         )
     check_ortho_settings(norm_penalty, n_steps)
     problem = _Problem(f, start, norm_penalty, n_steps, on_step)
-    story = make_story(
-        "melbo_ortho",
-        **f.story(),
-        hyperparameters={
-            "n_vectors": n_vectors,
-            "norm_penalty": norm_penalty,
-            "n_previous": len(earlier),
-            "optimiser": optimiser,
+    search = _QuasiNewton(problem) if optimiser == "quasi-newton" else _Adam(problem)
+
+    def find(earlier: Tensor, first: int) -> Iterator[Part]:
+        taken = torch.cat([start[None], earlier])
+        last = first + (len(start) - 1 - len(earlier) if n_vectors is None else n_vectors)
+        return one_by_one(taken, range(first, last), functools.partial(_next_of_family, search))
+
+    return Search(
+        "melbo_ortho", f, n_vectors,
+        {
+            "norm_penalty": norm_penalty, "n_previous": n_previous, "optimiser": optimiser,
             "steps": n_steps,
         },
+        find,
+        previous=previous,
+        needs=("distance", "evaluations"),
+        orthogonal_to={"theta0": start},
+        nothing=(
+            "theta0: nothing orthogonal to it "
+            + (f"and to {n_previous} previous vectors is left; the space is used up"
+               if not room else
+               f"of norm {SMALLEST_NORM} or more does what it does, or the norm penalty "
+               f"({norm_penalty}) or the number of steps forbids it, or theta0 is that short")
+        ),
+        progress=progress,
+        measure=measure("distance", "distance |z − z₀|"),
+        about=about_of({"method": "melbo_ortho"}),
         theta0={"norm": float(start.norm()), "story": _story_of(theta0)},
         categories={"stopped": list(STOPPED)},
-    )
-    search = _QuasiNewton(problem) if optimiser == "quasi-newton" else _Adam(problem)
-    return _family(problem, search, earlier, room if n_vectors is None else n_vectors, story)
+    )  # fmt: skip
+
+
+iter_melbo_ortho = melbo_ortho.parts
 
 
 @shape_checked
 def join_family(parts: Sequence[SteeringVectors]) -> SteeringVectors:
-    """Join consecutive parts of one MELBO-ortho family; every vector keeps its number.
-
-    Args:
-        parts: what `iter_melbo_ortho` yields, or what `melbo_ortho` returns and then returns with
-            `previous=`, in order.
-
-    Returns:
-        One library, with the story of the first part. If parts were asked for one after another,
-        its `n_vectors` says how many there are now.
+    """Join consecutive parts of one MELBO-ortho family: as `join_library`, for families only.
 
     Raises:
         ValueError: none given; or something that is not the next part of the same family.
     """
-    if not parts:
-        raise ValueError("parts: none given; pass at least one")
-    first = parts[0]
-    expected = int(first.columns["index"][0]) if len(first) else 0
     for number, part in enumerate(parts):
-        ours, theirs = _family_facts(first), _family_facts(part)
-        differing = [fact for fact in ours if fact in theirs and ours[fact] != theirs[fact]]
-        if part.story.get("method") != "melbo_ortho" or differing:
+        if part.story.get("method") != "melbo_ortho":
             raise ValueError(
-                f"parts[{number}]: "
-                + (f"differs in {', '.join(differing)}" if differing else "not of melbo_ortho")
-                + "; pass parts of one family, or join others with concatenate"
+                f"parts[{number}]: not of melbo_ortho; pass parts of one family, or join others "
+                "with concatenate"
             )
-        indices = part.columns["index"].tolist()
-        if indices != list(range(expected, expected + len(part))):
-            raise ValueError(
-                f"parts[{number}]: holds vectors {indices[:3]}..., but {expected} comes next; pass "
-                "the parts in their order, and none twice"
-            )
-        expected += len(part)
-    story = dict(first.story)
-    if any(part.story["hyperparameters"] != story["hyperparameters"] for part in parts):
-        story["hyperparameters"] = {
-            **story["hyperparameters"],
-            "n_vectors": sum(len(part) for part in parts),
-        }
-    return SteeringVectors(
-        torch.cat([part.vectors for part in parts]),
-        story,
-        {name: torch.cat([part.columns[name] for part in parts]) for name in first.columns},
-        pad_histories([part.history for part in parts], [len(part) for part in parts]),
-    )
+    return join(parts)
 
 
 def check_ortho_settings(norm_penalty: float, steps: int | None) -> None:
@@ -264,61 +184,46 @@ def check_ortho_settings(norm_penalty: float, steps: int | None) -> None:
         raise ValueError(f"steps={steps}: at least 2; the first gradient is taken at the start")
 
 
-def _family_facts(part: SteeringVectors) -> dict[str, Any]:
-    story, chosen = part.story, part.story.get("hyperparameters", {})
-    # What earlier versions did not tell was so.
-    story = {"precision": "float32", "n_hooks": 0, **story}
-    facts = {name: story.get(name) for name in _FAMILY_FACTS if name in story}
-    facts |= {name: chosen.get(name) for name in _FAMILY_SETTINGS}
-    return facts | {"theta0": (story.get("theta0") or {}).get("norm")}
+def _next_of_family(search: "_QuasiNewton | _Adam", k: int, basis: Tensor) -> Part | None:
+    """Vector k, or None where the family ends."""
+    for _ in range(_TRIES):
+        theta, distance, stopped, history = search.find(k, basis)
+        theta = theta.float()
+        if float(theta.norm()) >= SMALLEST_NORM:
+            columns = {
+                "distance": torch.tensor([distance], dtype=torch.float32),
+                "evaluations": torch.tensor([float(len(history))], dtype=torch.float32),
+                "stopped": torch.tensor([stopped]),
+            }
+            return Part(k, theta[None], columns, torch.tensor([history], dtype=torch.float32))
+        if stopped != _NOT_FINITE:
+            return None
+    warn_user(
+        f"vector {k}: the residual stream of {place(search.problem.f.story())} was not finite next "
+        f"to zero, {_TRIES} times; the family ends here. Load the model in a wider type, or look "
+        "for what breaks it"
+    )
+    return None
 
 
-def _family(
-    problem: "_Problem",
-    search: "_QuasiNewton | _Adam",
-    earlier: Tensor,
-    n_vectors: int,
-    story: dict[str, Any],
-) -> Iterator[SteeringVectors]:
-    # In float64: after hundreds of float32 projections the cosines would show.
-    basis = normalise(problem.theta0[None])
-    for vector in earlier:
-        basis = extended(basis, vector)
-    for k in range(len(earlier), len(earlier) + n_vectors):
-        for _ in range(_TRIES):
-            result = search.find(k, basis)
-            theta = result.theta.float()
-            long_enough = float(theta.norm()) >= SMALLEST_NORM
-            if long_enough or result.stopped != _NOT_FINITE:
-                break
-        else:
-            warn_user(
-                f"vector {k}: the residual stream of {place(story)} was not finite next to zero, "
-                f"{_TRIES} times; the family ends here. Load the model in a wider type, or look "
-                "for what breaks it"
-            )
-            return
-        if not long_enough:
-            return
-        # The float32 vector that is handed out is what the next ones are orthogonal to.
-        basis = extended(basis, theta)
-        columns = {
-            "index": torch.tensor([k]),
-            "distance": torch.tensor([result.distance], dtype=torch.float32),
-            "evaluations": torch.tensor([float(result.evaluations)], dtype=torch.float32),
-            "stopped": torch.tensor([result.stopped]),
-        }
-        history = torch.tensor([result.history], dtype=torch.float32)
-        yield SteeringVectors(theta[None], story, columns, history)
-
-
-@dataclass(frozen=True)
-class _Result:
+class _Result(NamedTuple):
     theta: Tensor
     distance: float
-    evaluations: int
     stopped: int
     history: list[float]
+
+
+class _Point(NamedTuple):
+    """A vector with its loss, its distance, and the loss's gradient."""
+
+    theta: Tensor
+    loss: float
+    distance: float
+    gradient: Tensor
+
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.loss) and bool(torch.isfinite(self.gradient).all())
 
 
 class _Problem:
@@ -334,30 +239,32 @@ class _Problem:
     ) -> None:
         self.f, self.theta0, self.norm_penalty = f, theta0.double(), norm_penalty
         self.n_steps, self.on_step = n_steps, on_step
+        self.effects = effects_at(f, slice(None))
         with own_arithmetic(f), torch.no_grad():
             self.counts = f.mask.sum(-1, keepdim=True)
-            self.target = self.mean_effect(self._to_device(theta0[None]))[0]
+            self.target = self.mean_effect(self.effects(theta_like(f, theta0[None])))[0]
         broken = (~self.target.isfinite().all(-1)).nonzero().flatten().tolist()
         if broken:
             raise ValueError(
                 f"theta0: the residual stream of {place(f.story(), broken)} is not finite under "
                 "it; use a shorter vector, or a model in a wider type (dtype=torch.float32)"
             )
+        self.evaluate = value_and_gradient(f, self.distance, slice(None))
 
-    def mean_effect(self, theta: Tensor) -> Tensor:
-        """z(theta) - z(0): [vector, d_model] -> [vector, prompt, d_model]."""
-        return self.f.delta(theta).sum(2) / self.counts
+    def mean_effect(self, effect: Tensor) -> Tensor:
+        """z(theta) - z(0): [vector, prompt, pos, d_model] -> [vector, prompt, d_model]."""
+        return effect.sum(2) / self.counts
 
-    def loss_and_gradient(self, theta: Tensor) -> tuple[float, float, Tensor]:
-        """Loss, distance and the loss's gradient at one theta."""
-        with own_arithmetic(self.f):
-            leaf = self._to_device(theta[None]).detach().clone().requires_grad_()
-            distance = (self.mean_effect(leaf)[0] - self.target).norm()
-            (gradient,) = torch.autograd.grad(distance, leaf)
-        penalty = self.norm_penalty * float(theta @ theta)
-        whole = gradient[0].double().cpu() + 2 * self.norm_penalty * theta
-        reached = float(distance.detach())
-        return reached + penalty, reached, whole
+    def distance(self, effect: Tensor) -> Tensor:
+        """|z(theta) - z(theta0)|, over all prompts together."""
+        return torch.stack([(z - self.target).norm() for z in self.mean_effect(effect)])
+
+    def at(self, theta: Tensor) -> _Point:
+        """Loss and gradient at one vector."""
+        value, gradient, _ = self.evaluate(theta[None])
+        distance, penalty = float(value[0]), self.norm_penalty * float(theta @ theta)
+        whole = gradient[0] + 2 * self.norm_penalty * theta
+        return _Point(theta, distance + penalty, distance, whole)
 
     def jacobian_gram(self) -> Tensor:
         """J^T J, with J the Jacobian of z at zero, by differences along every axis."""
@@ -366,7 +273,7 @@ class _Problem:
         step = 0.1 * float(self.theta0.norm())
 
         def of_batch(axes: Tensor) -> Tensor:
-            effect = self.mean_effect(self._to_device(step * axes))
+            effect = self.mean_effect(self.effects(theta_like(self.f, step * axes)))
             return (effect.flatten(1) / step).double().cpu()
 
         with own_arithmetic(self.f), torch.no_grad():
@@ -391,12 +298,9 @@ class _Problem:
         return jacobian @ jacobian.T
 
     def report(self, vector: int, step: int, distance: float) -> None:
+        """Tell the caller how far the search is."""
         if self.on_step is not None:
             self.on_step(OrthoStep(vector, step, self.n_steps, distance))
-
-    def _to_device(self, theta: Tensor) -> Tensor:
-        dtype = torch.promote_types(self.f.x.dtype, torch.float32)
-        return theta.to(self.f.x.device, dtype)
 
 
 class _Adam:
@@ -406,29 +310,30 @@ class _Adam:
         self.problem = problem
 
     def find(self, k: int, basis: Tensor) -> _Result:
+        """Vector k, in the basis's orthogonal complement."""
         problem = self.problem
         theta = problem.theta0.float().clone().requires_grad_()
         adam = torch.optim.Adam([theta], lr=0.01)
         history: list[float] = []
         finite, stopped = theta.detach().double(), _STEPS_USED_UP
         for step in range(1, problem.n_steps + 1):
-            _, distance, gradient = problem.loss_and_gradient(theta.detach().double())
-            if not (math.isfinite(distance) and torch.isfinite(gradient).all()):
+            here = problem.at(theta.detach().double())
+            if not here.is_finite:
                 stopped = _NOT_FINITE
                 break
-            finite = theta.detach().double().clone()
-            history.append(distance)
-            problem.report(k, step, distance)
-            theta.grad = gradient.float()
+            finite = here.theta.clone()
+            history.append(here.distance)
+            problem.report(k, step, here.distance)
+            theta.grad = here.gradient.float()
             adam.step()
             with torch.no_grad():
                 theta.copy_(complement(theta.double()[None], basis)[0])
-        end = complement((finite if stopped else theta.detach().double())[None], basis)[0]
-        _, distance, _ = problem.loss_and_gradient(end)
-        if not math.isfinite(distance):  # after the last step
-            end, stopped = complement(finite[None], basis)[0], _NOT_FINITE
-            _, distance, _ = problem.loss_and_gradient(end)
-        return _Result(end, distance, len(history) + 1, stopped, [*history, distance])
+        end = finite if stopped else theta.detach().double()
+        end = problem.at(complement(end[None], basis)[0])
+        if not math.isfinite(end.distance):  # after the last step
+            stopped = _NOT_FINITE
+            end = problem.at(complement(finite[None], basis)[0])
+        return _Result(end.theta, end.distance, stopped, [*history, end.distance])
 
 
 class _QuasiNewton:
@@ -455,48 +360,56 @@ class _QuasiNewton:
         return torch.linalg.inv(gram + shift * torch.eye(len(gram), dtype=gram.dtype))
 
     def find(self, k: int, basis: Tensor) -> _Result:
-        problem = self.problem
-        precondition = self._preconditioner(basis)
-        theta = torch.zeros_like(problem.theta0)
-        loss, distance, gradient = problem.loss_and_gradient(theta)
-        if not (math.isfinite(loss) and torch.isfinite(gradient).all()):
-            return _Result(theta, distance, 1, _NOT_FINITE, [distance])
-        gradient = complement(gradient[None], basis)[0]
-        history, steps_taken, changes = [distance], [], []
-        problem.report(k, 1, distance)
+        """Vector k, in the basis's orthogonal complement."""
+        problem, precondition = self.problem, self._preconditioner(basis)
+        here = problem.at(torch.zeros_like(problem.theta0))
+        if not here.is_finite:
+            return _Result(here.theta, here.distance, _NOT_FINITE, [here.distance])
+        here = here._replace(gradient=complement(here.gradient[None], basis)[0])
+        history: list[float] = [here.distance]
+        steps_taken: list[Tensor] = []
+        changes: list[Tensor] = []
+        problem.report(k, 1, here.distance)
         stopped = _STEPS_USED_UP
         while len(history) < problem.n_steps:
-            direction = -_two_loops(gradient, steps_taken, changes, distance, precondition)
+            direction = -_two_loops(
+                here.gradient, steps_taken, changes, here.distance, precondition
+            )
             direction = complement(direction[None], basis)[0]
-            slope = float(gradient @ direction)
-            if not slope < 0 or _stalled(history):
+            if not float(here.gradient @ direction) < 0 or _stalled(history):
                 stopped = _CONVERGED
                 break
-            length, taken, finite = 1.0, None, True
-            for _ in range(min(_MOST_TRIALS, problem.n_steps - len(history))):
-                trial = complement((theta + length * direction)[None], basis)[0]
-                trial_loss, trial_distance, trial_gradient = problem.loss_and_gradient(trial)
-                finite = math.isfinite(trial_loss) and bool(torch.isfinite(trial_gradient).all())
-                if finite and trial_loss <= loss + 1e-4 * length * slope:
-                    taken = trial, trial_loss, trial_distance, trial_gradient
-                length *= _backtrack(loss, slope * length, trial_loss)
-                history.append(trial_distance if taken else distance)
-                problem.report(k, len(history), history[-1])
-                if taken:
-                    break
+            taken, finite = self._line_search(k, here, direction, basis, history)
             if taken is None:
                 stopped = _CONVERGED if len(history) < problem.n_steps else _STEPS_USED_UP
                 stopped = stopped if finite else _NOT_FINITE
                 break
-            new_gradient = complement(taken[3][None], basis)[0]
-            step, change = taken[0] - theta, new_gradient - gradient
+            taken = taken._replace(gradient=complement(taken.gradient[None], basis)[0])
+            step, change = taken.theta - here.theta, taken.gradient - here.gradient
             if float(step @ change) > 1e-8 * float(step.norm() * change.norm()):
-                steps_taken, changes = (
-                    [*steps_taken, step][-_MEMORY:],
-                    [*changes, change][-_MEMORY:],
-                )
-            theta, loss, distance, gradient = taken[0], taken[1], taken[2], new_gradient
-        return _Result(theta, distance, len(history), stopped, history)
+                steps_taken = [*steps_taken, step][-_MEMORY:]
+                changes = [*changes, change][-_MEMORY:]
+            here = taken
+        return _Result(here.theta, here.distance, stopped, history)
+
+    def _line_search(
+        self, k: int, here: _Point, direction: Tensor, basis: Tensor, history: list[float]
+    ) -> tuple[_Point | None, bool]:
+        """The first of ever shorter steps that lowers the loss, and whether the last was finite.
+
+        Each trial's distance goes to the history, or that before it where the loss did not fall.
+        """
+        slope, length, finite = float(here.gradient @ direction), 1.0, True
+        for _ in range(min(_MOST_TRIALS, self.problem.n_steps - len(history))):
+            trial = self.problem.at(complement((here.theta + length * direction)[None], basis)[0])
+            finite = trial.is_finite
+            is_lower = finite and trial.loss <= here.loss + 1e-4 * length * slope
+            length *= _backtrack(here.loss, slope * length, trial.loss)
+            history.append(trial.distance if is_lower else here.distance)
+            self.problem.report(k, len(history), history[-1])
+            if is_lower:
+                return trial, True
+        return None, finite
 
     def _preconditioner(self, basis: Tensor) -> Callable[[Tensor], Tensor]:
         """The inverse of the matrix restricted to the complement of the basis.
@@ -547,6 +460,21 @@ def _stalled(history: list[float]) -> bool:
     return history[-1 - _STALLED_FOR] - history[-1] < _STALLED * history[-1 - _STALLED_FOR]
 
 
+def _checked_start(f: EffectMap, theta0: SteeringVectors | Tensor) -> Vector:
+    """One vector that can be reproduced."""
+    start = _one_vector(theta0, int(f.x.shape[-1]))
+    longest = float(f.x.norm(dim=-1).max())
+    if float(start.norm()) > _LONGEST * longest:
+        raise ValueError(
+            f"theta0: a norm of {float(start.norm()):.3g}, but that of the residual stream is at "
+            f"most {longest:.3g}; use a shorter vector"
+        )
+    if isinstance(theta0, SteeringVectors):
+        facts = {name: f.story().get(name) for name in ("model", "source_layer")}
+        _check_same("theta0", theta0, facts)
+    return start
+
+
 def _one_vector(theta0: SteeringVectors | Tensor, d_model: int) -> Vector:
     theta = theta0.vectors if isinstance(theta0, SteeringVectors) else theta0.detach().cpu().float()
     theta = theta[None] if theta.ndim == 1 else theta
@@ -562,57 +490,14 @@ def _one_vector(theta0: SteeringVectors | Tensor, d_model: int) -> Vector:
     return theta[0]
 
 
-def _check_same(
-    argument: str, theirs: Mapping[str, Any], ours: Mapping[str, Any], facts: Sequence[str]
-) -> None:
-    for fact in facts:
-        if theirs.get(fact) is not None and theirs[fact] != ours.get(fact):
-            raise ValueError(
-                f"{argument}: found with {fact}={theirs[fact]!r}, but here it is "
-                f"{ours.get(fact)!r}; use the activation map and settings that it was found with"
-            )
-
-
-def _checked_previous(
-    f: EffectMap,
-    theta0: Tensor,
-    previous: SteeringVectors | Tensor | None,
-    settings: Mapping[str, Any],
-) -> Tensor:
-    if previous is None:
-        return torch.empty(0, len(theta0), dtype=torch.float32)
-    if isinstance(previous, SteeringVectors):
-        _check_same("previous", previous.story, f.story(), _FAMILY_FACTS)
-        if previous.story.get("method") == "melbo_ortho":
-            chosen = previous.story.get("hyperparameters", {})
-            _check_same("previous", chosen, settings, _FAMILY_SETTINGS)
-            indices = previous.columns["index"].tolist()
-            if indices != list(range(len(indices))):
-                raise ValueError(
-                    f"previous: holds vectors {', '.join(map(str, indices[:5]))}..., not all from "
-                    "0 on in their order; join the parts with join_family"
-                )
-        previous = previous.vectors
-    vectors = previous.detach().cpu().float()
-    if vectors.shape[1] != len(theta0):
-        raise ValueError(f"previous: {vectors.shape[1]} wide, but theta0 is {len(theta0)} wide")
-    norms = vectors.norm(dim=-1)
-    bad = (~((norms > 0) & norms.isfinite())).nonzero().flatten().tolist()
-    if bad:
-        raise ValueError(
-            f"previous: vectors {bad[:10]} are zero or not finite; pass what melbo_ortho returned"
+def _check_same(argument: str, vectors: SteeringVectors, ours: dict[str, Any]) -> None:
+    differing = differences(vectors.story, ours)
+    if differing:
+        raise DifferentSearch(
+            f"{argument}: found with {', '.join(map(str, differing))}; use the activation map that "
+            "it was found with",
+            differing,
         )
-    family = normalise(torch.cat([theta0[None], vectors]).double())
-    cosines = (family @ family.T - torch.eye(len(family), dtype=torch.float64)).abs()
-    if float(cosines.max()) > _LARGEST_COSINE:
-        i, j = divmod(int(cosines.argmax()), len(family))
-        names = ["theta0" if n == 0 else f"vector {n - 1}" for n in sorted((i, j))]
-        raise ValueError(
-            f"previous: {names[0]} and {names[1]} are not orthogonal (|cosine| "
-            f"{float(cosines.max()):.1e}, allowed {_LARGEST_COSINE:.0e}); pass what melbo_ortho "
-            "returned for this theta0"
-        )
-    return vectors
 
 
 def _story_of(theta0: SteeringVectors | Tensor) -> dict[str, Any] | None:

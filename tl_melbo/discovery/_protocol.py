@@ -1,17 +1,25 @@
 """What a discovery method needs of the map that it searches: tensors and callables, no model."""
 
+import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+# Of an effect that is rounding alone: so many times the type's precision times the residual stream.
+_ROUNDING = 32
+
 
 @runtime_checkable
 class EffectMap(Protocol):
-    """A differentiable map from vectors to their effects; `ActivationMap` is one."""
+    """A differentiable map from vectors to their effects; `ActivationMap` is one.
+
+    A map may also have `resolution(positions)`, a bound on the norm of an effect that is rounding
+    alone; without it, it is taken to be some rounding of `x`.
+    """
 
     @property
     def x(self) -> Tensor:
@@ -23,10 +31,12 @@ class EffectMap(Protocol):
         """True where `x` holds a token, [prompt, pos]."""
         ...
 
-    def delta(self, theta: Tensor) -> Tensor:
-        """[vector, d_model] -> the effect of each vector, [vector, prompt, pos, d_model].
+    # The type is loose so that maps without `positions`, which find all effects, are maps, too.
+    @property
+    def delta(self) -> Callable[..., Tensor]:
+        """(theta [vector, d_model], positions) -> effects, [vector, prompt, pos, d_model].
 
-        It may take `positions` as well, a slice as in `position_mask`, and save itself the others.
+        Zero at all other positions than those of the slice `positions`.
         """
         ...
 
@@ -43,15 +53,6 @@ class EffectMap(Protocol):
         ...
 
 
-@runtime_checkable
-class DivergenceMap(Protocol):
-    """A map that also knows what its vectors do to the next token; `ActivationMap` is one."""
-
-    def divergence(self, theta: Tensor) -> Tensor:
-        """[vector, d_model] -> KL(P_vector || P_unsteered) in nats, [vector, prompt]."""
-        ...
-
-
 @contextmanager
 def own_arithmetic(f: EffectMap) -> Iterator[None]:
     """Gradients, and the types that the map has, whatever the caller's surroundings ask for."""
@@ -63,8 +64,28 @@ def own_arithmetic(f: EffectMap) -> Iterator[None]:
         yield
 
 
-def effect_at(f: EffectMap, theta: Tensor, positions: slice) -> Tensor:
-    """Effects at some positions, and zeros at all others, [vector, prompt, pos, d_model]."""
+def effects_at(f: EffectMap, positions: slice) -> Callable[[Tensor], Tensor]:
+    """The function from vectors to their effects at some positions, and zeros at all others."""
     if "positions" in inspect.signature(f.delta).parameters:
-        return cast(Any, f).delta(theta, positions=positions)
-    return f.delta(theta) * f.position_mask(positions)[:, :, None]
+        return functools.partial(f.delta, positions=positions)
+    counted = f.position_mask(positions)[:, :, None]
+    return lambda theta: f.delta(theta) * counted
+
+
+def rounding(f: EffectMap, positions: slice) -> float:
+    """A bound on the norm of an effect, over all these positions, that is rounding alone."""
+    resolution = getattr(f, "resolution", None)
+    if resolution is not None:
+        return float(resolution(positions))
+    x = f.x[f.position_mask(positions)].double()
+    return _ROUNDING * torch.finfo(f.x.dtype).eps * float(x.norm())
+
+
+def theta_like(f: EffectMap, theta: Tensor) -> Tensor:
+    """Vectors on the map's device, and in float32 at least."""
+    return theta.to(f.x.device, torch.promote_types(f.x.dtype, torch.float32))
+
+
+def typical_norm(f: EffectMap) -> float:
+    """The median norm of a token's residual at the source."""
+    return float(f.x.float().norm(dim=-1)[f.mask].median())
