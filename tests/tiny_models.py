@@ -1,6 +1,7 @@
-"""Tiny random models of several architectures, with the embedded model's tokenizer."""
+"""Tiny random models of several architectures, and a tokenizer of 512 words."""
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,16 +20,15 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from tl_melbo.model.load import bundled_model_path
-
-N_LAYERS, D_MODEL, N_HEADS = 6, 32, 4
+N_LAYERS, D_MODEL, N_HEADS, N_CTX = 6, 32, 4, 256
+# Made by tests/make_tokenizer.py.
+TOKENIZER = Path(__file__).parent / "data" / "tokenizer"
 TINY_ARCHITECTURES = ("llama", "qwen2", "gemma3", "gpt2", "gptneox")
 
 
 @cache
 def tokenizer() -> Any:
-    path = bundled_model_path()
-    return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    return AutoTokenizer.from_pretrained(TOKENIZER)
 
 
 def tiny_hf(
@@ -44,7 +44,7 @@ def tiny_hf(
         "num_attention_heads": N_HEADS,
         "num_key_value_heads": 2,
         "head_dim": D_MODEL // N_HEADS,
-        "max_position_embeddings": 128,
+        "max_position_embeddings": N_CTX,
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": 2,
@@ -57,7 +57,9 @@ def tiny_hf(
             Gemma3TextConfig(**modern, sliding_window=4, sliding_window_pattern=2)
         ),
         "gpt2": lambda: GPT2LMHeadModel(
-            GPT2Config(**common, n_embd=D_MODEL, n_layer=N_LAYERS, n_head=N_HEADS, n_positions=128)
+            GPT2Config(
+                **common, n_embd=D_MODEL, n_layer=N_LAYERS, n_head=N_HEADS, n_positions=N_CTX
+            )
         ),
         "gptneox": lambda: GPTNeoXForCausalLM(
             GPTNeoXConfig(
@@ -66,7 +68,7 @@ def tiny_hf(
                 intermediate_size=64,
                 num_hidden_layers=N_LAYERS,
                 num_attention_heads=N_HEADS,
-                max_position_embeddings=128,
+                max_position_embeddings=N_CTX,
             )
         ),
     }
@@ -103,7 +105,7 @@ def tiny_hooked_llama() -> Any:
         n_key_value_heads=2,
         d_mlp=64,
         n_layers=N_LAYERS,
-        n_ctx=128,
+        n_ctx=N_CTX,
         d_vocab=hf_model.config.vocab_size,
         eps=hf_model.config.rms_norm_eps,
         act_fn="silu",
