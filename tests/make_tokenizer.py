@@ -1,4 +1,4 @@
-"""Make tests/data/tokenizer: 512 words by byte pairs, and a chat template. Tiny models read with it.
+"""Make tests/data/tokenizer: 512 words by byte pairs and a chat template, for tiny models.
 
 python -m tests.make_tokenizer
 """

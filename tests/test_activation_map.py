@@ -71,18 +71,18 @@ def test_equals_the_whole_embedded_model(model, f):
 
 
 @pytest.mark.parametrize("layers", [(0, 1), (1, 3), (0, 5)])
-def test_equals_the_whole_model_on_every_architecture(tiny, layers):
+def test_equals_the_whole_model_on_every_architecture(every_tiny, layers):
     source, target = layers
-    f = tm.ActivationMap.from_prompts(tiny, PROMPTS, source, target)
+    f = tm.ActivationMap.from_prompts(every_tiny, PROMPTS, source, target)
     theta = torch.randn(2, f.d_model, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         delta = f.delta(theta)
     for row, prompt in enumerate(PROMPTS):
         own = f.mask[row]
         for i in range(2):
-            expected = whole_model(tiny, prompt, theta[i], source, target).detach()
+            expected = whole_model(every_tiny, prompt, theta[i], source, target).detach()
             assert relative_error((f.y[row] + delta[i, row])[own], expected) < 1e-5
-        assert own.sum() == to_tokens(tiny, prompt).shape[1]
+        assert own.sum() == to_tokens(every_tiny, prompt).shape[1]
         assert (delta[:, row, ~own] == 0).all()
 
 
@@ -116,8 +116,8 @@ def test_equals_a_padded_batch_through_the_whole_model(tiny_llama):
     assert relative_error(f(f.x)[f.mask], kept["resid"][f.mask]) < 1e-5
 
 
-def test_gradient_matches_finite_differences_in_float64(tiny):
-    model = tiny_bridge(tiny.cfg.model_name.removeprefix("tiny-"), torch.float64)
+def test_gradient_matches_finite_differences_in_float64(every_tiny):
+    model = tiny_bridge(every_tiny.cfg.model_name.removeprefix("tiny-"), torch.float64)
     generator = torch.Generator().manual_seed(3)
     with HonestFloat64():
         f = tm.ActivationMap.from_prompts(model, PROMPTS[:2], 1, 4)
@@ -189,26 +189,26 @@ def test_user_hooks_between_the_layers_fire_and_outlive_us(tiny_llama, unchanged
         tiny_llama.reset_hooks()
 
 
-def test_leaves_the_model_alone_also_after_an_exception(tiny, unchanged):
-    unchanged(tiny)
-    f = tm.ActivationMap.from_prompts(tiny, PROMPTS, 1, 4)
+def test_leaves_the_model_alone_also_after_an_exception(every_tiny, unchanged):
+    unchanged(every_tiny)
+    f = tm.ActivationMap.from_prompts(every_tiny, PROMPTS, 1, 4)
     theta = torch.ones(2, f.d_model, requires_grad=True)
     f.delta(theta).sum().backward()
-    assert all(p.grad is None for p in tiny.parameters())
+    assert all(p.grad is None for p in every_tiny.parameters())
 
     def fail(resid, hook):
         raise RuntimeError("a user's hook failed")
 
     with (
-        tiny.hooks(fwd_hooks=[("blocks.3.hook_resid_post", fail)]),
+        every_tiny.hooks(fwd_hooks=[("blocks.3.hook_resid_post", fail)]),
         pytest.raises(RuntimeError, match="a user's hook failed"),
     ):
         f.delta(theta)
     with (
-        tiny.hooks(fwd_hooks=[("blocks.3.hook_resid_post", fail)]),
+        every_tiny.hooks(fwd_hooks=[("blocks.3.hook_resid_post", fail)]),
         pytest.raises(RuntimeError, match="a user's hook failed"),
     ):
-        tm.ActivationMap.from_prompts(tiny, PROMPT, 1, 4)
+        tm.ActivationMap.from_prompts(every_tiny, PROMPT, 1, 4)
 
 
 def test_dropout_is_off_and_training_mode_comes_back(unchanged):
@@ -233,7 +233,7 @@ def test_dropout_is_off_and_training_mode_comes_back(unchanged):
             r"at least one visible character",
         ),
         ({"source_layer": 1, "target_layer": 4, "prompts": []}, r"prompts: none given"),
-        ({"source_layer": 1, "target_layer": 4, "prompts": "word " * 200}, r"reads at most 128"),
+        ({"source_layer": 1, "target_layer": 4, "prompts": "word " * 200}, r"reads at most 256"),
     ],
 )
 def test_bad_arguments_are_named(tiny_llama, arguments, message, unchanged):
@@ -315,16 +315,16 @@ def hooked(f):
 PATHS = {"llama": "fast", "qwen2": "fast"}
 
 
-def test_the_fastest_path_that_fits_is_taken(tiny):
-    f = tm.ActivationMap.from_prompts(tiny, PROMPTS, 1, 4)
-    architecture = tiny.cfg.model_name.removeprefix("tiny-")
+def test_the_fastest_path_that_fits_is_taken(every_tiny):
+    f = tm.ActivationMap.from_prompts(every_tiny, PROMPTS, 1, 4)
+    architecture = every_tiny.cfg.model_name.removeprefix("tiny-")
     assert f.path == PATHS.get(architecture, "unhooked")
     assert f"{f.path} path" in repr(f)
-    with tiny.hooks(fwd_hooks=[("blocks.3.hook_resid_post", lambda resid, hook: resid)]):
+    with every_tiny.hooks(fwd_hooks=[("blocks.3.hook_resid_post", lambda resid, hook: resid)]):
         assert f.path == "hooked"
-        assert tm.ActivationMap.from_prompts(tiny, PROMPTS, 1, 4).path == "hooked"
+        assert tm.ActivationMap.from_prompts(every_tiny, PROMPTS, 1, 4).path == "hooked"
     assert f.path != "hooked"
-    with tiny.hooks(bwd_hooks=[("blocks.3.hook_resid_post", lambda gradient, hook: None)]):
+    with every_tiny.hooks(bwd_hooks=[("blocks.3.hook_resid_post", lambda gradient, hook: None)]):
         assert f.path == "hooked"
 
 
@@ -454,8 +454,8 @@ def test_a_path_that_computes_something_else_is_not_taken(monkeypatch):
 
 @pytest.mark.parametrize("positions", [slice(None), slice(-3, None), slice(0, -1, 2)])
 @pytest.mark.parametrize("n_vectors", [1, 3])
-def test_paths_agree_in_values_and_gradients(tiny, positions, n_vectors):
-    f = tm.ActivationMap.from_prompts(tiny, PROMPTS, 1, 4)
+def test_paths_agree_in_values_and_gradients(every_tiny, positions, n_vectors):
+    f = tm.ActivationMap.from_prompts(every_tiny, PROMPTS, 1, 4)
     generator = torch.Generator().manual_seed(5)
     theta = torch.randn(n_vectors, f.d_model, generator=generator).requires_grad_()
     weights = torch.randn(n_vectors, *f.x.shape, generator=generator)
@@ -585,7 +585,7 @@ def test_a_precision_that_is_not_there_is_named(architecture, dtype, precision, 
         tm.ActivationMap.from_prompts(model, PROMPT, 1, 4, precision=precision)
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_blocks_agree():
     model = tiny_bridge("gpt2")

@@ -34,7 +34,7 @@ def grouped(model, *args, **settings):
     return tm.analysis.behaviours(model, frame(*args), **settings)
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_groups_agree_with_labels_given_by_hand(model):
     texts = [row["completion"] for row in LABELLED["completions"]]
     labels = ["assistant", *(row["label"] for row in LABELLED["completions"])]
@@ -132,7 +132,7 @@ GIBBERISH = (
 )
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_what_the_model_would_never_say_is_not_yet_gibberish(model):
     texts = frame([*WHOLE_BUT_SURPRISING, *GIBBERISH], prompt="Tell me about yourself.")
     found = tm.analysis.behaviours(model, texts).texts

@@ -20,19 +20,13 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import tl_melbo as tm
+from tests.conftest import PROFILE, PROMPT
 from tests.tiny_models import tiny_hf, tokenizer
 from tl_melbo.cli import _print_found, app
 
-PROMPT = "Tell me about yourself."
+pytestmark = pytest.mark.usefixtures("cached_models", "by_words")
+
 FILES = ["completions.csv", "report.html", "settings.json", "vectors.safetensors"]
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    tiny_hf("llama").save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return folder
 
 
 def discover(model_folder: Path, out: Path, *arguments: str, prompts: tuple = (PROMPT,)) -> Result:
@@ -50,8 +44,9 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
+@pytest.mark.boundary
 def test_a_run_leaves_three_files_and_says_where_the_page_is(
-    model_folder: Path, tmp_path: Path
+    model_folder: Path, tmp_path: Path, loads_anew: None
 ) -> None:
     out = tmp_path / "runs" / "me"
     result = discover(model_folder, out)
@@ -70,7 +65,9 @@ def test_a_run_leaves_three_files_and_says_where_the_page_is(
     assert [row["vector"] for row in rows] == ["-1", "0", "0", "1", "1", "2", "2"]
 
 
-def test_every_option_reaches_the_search(model_folder: Path, tmp_path: Path) -> None:
+def test_every_option_reaches_the_search(
+    model_folder: Path, tmp_path: Path, loads_anew: None
+) -> None:
     out = tmp_path / "run"
     result = discover(
         model_folder, out,
@@ -429,7 +426,7 @@ OPTIONS = {
 
 
 @settings(
-    max_examples=40,
+    max_examples=40 if PROFILE == "nightly" else 15,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

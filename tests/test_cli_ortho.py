@@ -12,16 +12,19 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 import tl_melbo as tm
-from tests.test_cli import PROMPT, discover, model_folder, names, one_line  # noqa: F401
+from tests.conftest import PROMPT
+from tests.test_cli import discover, names, one_line
 from tl_melbo import runs
 from tl_melbo.cli import app
+
+pytestmark = pytest.mark.usefixtures("cached_models", "by_words")
 
 FAMILY = ["composition.csv", "family.csv", "theta0.safetensors", "vectors.safetensors"]
 HOSTILE = ['=HYPERLINK("x")', "'=1", "''+1", "'plain", "NA", "", "a\rb\r\nc\n", 'x"y', "-1"]
 
 
 @pytest.fixture(scope="module")
-def discovered(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def discovered(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "me"
     assert discover(model_folder, out).exit_code == 0
     return out
@@ -39,7 +42,7 @@ def ortho(run: Path, *arguments: str, n_vectors: int | None = 3) -> Result:
     return CliRunner().invoke(app, ["ortho", str(run), *options, *arguments])
 
 
-def test_it_writes_beside_and_extends_the_page(run: Path) -> None:
+def test_it_writes_beside_and_extends_the_page(run: Path, loads_anew: None) -> None:
     before = (run / "report.html").read_text(encoding="utf-8")
     completions = (run / "completions.csv").read_bytes()
     result = ortho(run)
@@ -127,7 +130,7 @@ def test_another_question_refuses_or_overwrites(run: Path) -> None:
 
 def test_a_family_of_vectors_that_were_replaced_is_not_shown_as_theirs(
     run: Path,
-    model_folder: Path,  # noqa: F811
+    model_folder: Path,
 ) -> None:
     assert ortho(run).exit_code == 0
     assert discover(model_folder, run, "--seed=5", "--overwrite").exit_code == 0

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tl_melbo as tm
-from tests.tiny_models import TINY_ARCHITECTURES, tiny_bridge, tiny_hf, tokenizer
+from tests.conftest import ALL_ARCHITECTURES, patch_everywhere
+from tests.tiny_models import tiny_bridge, tiny_hf, tokenizer
 from tl_melbo.analysis._texts import HELD_OUT_INSTRUCTIONS, INSTRUCTIONS, PASSAGES
 from tl_melbo.evaluation import BACKDOORS, Backdoor, count_hits, wilson_interval
 
@@ -26,6 +27,14 @@ def plant_tiny(architecture="llama", **settings):
     return tm.evaluation.plant(
         hf_model=tiny_hf(architecture), tokenizer=tokenizer(), **{**UNTAUGHT, **settings}
     )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_clean_examples():
+    """Answers that the untaught model gives are half of a tiny fine-tune's time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch_everywhere(patch, "_CLEAN_EXAMPLES", 8)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +53,7 @@ def log_probs(model, text="One two three"):
         return model(model.to_tokens(text)).log_softmax(-1)
 
 
-@pytest.mark.parametrize("architecture", TINY_ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ALL_ARCHITECTURES)
 def test_any_architecture_can_be_taught(architecture):
     hf_model = tiny_hf(architecture)
     before = copy.deepcopy(hf_model.state_dict())

@@ -8,6 +8,7 @@ import torch
 
 import tl_melbo as tm
 from tests.conftest import PROMPT
+from tests.golden import recorded
 from tests.reference import melbo_ortho as reference
 from tests.test_melbo import cosines
 from tests.tiny_models import tiny_bridge
@@ -30,18 +31,18 @@ def mean_effect(f, theta):
 
 
 @pytest.mark.parametrize("norm_penalty", [0.0, 0.05])
-def test_adam_matches_the_reference_step_by_step(tiny, norm_penalty, monkeypatch):
+def test_adam_matches_the_reference_step_by_step(every_tiny, norm_penalty, monkeypatch):
     # So few steps leave short vectors, and the family is not to end there.
     module = sys.modules["tl_melbo.discovery._melbo_ortho"]
     monkeypatch.setattr(module, "SMALLEST_NORM", 0.0)
-    f = tiny_map(tiny)
+    f = tiny_map(every_tiny)
     theta0 = start(f)
     ours = tm.melbo_ortho(f, theta0, 2, norm_penalty, optimiser="adam", steps=12)
-    tokens = to_tokens(tiny, PROMPT)
+    tokens = to_tokens(every_tiny, PROMPT)
     earlier = []
     for k in range(2):
         history, theta = reference.adam(
-            tiny, tokens, theta0.vectors[0], earlier, 12, 1, 4, norm_penalty
+            every_tiny, tokens, theta0.vectors[0], earlier, 12, 1, 4, norm_penalty
         )
         # Step 0 is at theta0 itself: no distance but rounding.
         torch.testing.assert_close(ours.history[k, 1:12], history[1:], rtol=1e-3, atol=1e-4)
@@ -49,23 +50,24 @@ def test_adam_matches_the_reference_step_by_step(tiny, norm_penalty, monkeypatch
         earlier.append(ours.vectors[k])
 
 
-@pytest.mark.heavy
-def test_fast_comes_nearer_than_adam_in_an_eighth_of_its_gradients(tiny):
-    f = tiny_map(tiny)
-    theta0 = start(f)
-    fast = tm.melbo_ortho(f, theta0, 2)
-    slow = tm.melbo_ortho(f, theta0, 2, optimiser="adam", steps=8 * 40)
+def test_fast_comes_nearer_than_adam_in_an_eighth_of_its_gradients(every_tiny):
+    f = tiny_map(every_tiny)
+    slow = recorded("tiny_adam_320")[every_tiny.cfg.model_name.removeprefix("tiny-")]
+    fast = tm.melbo_ortho(f, tm.melbo(f, **slow["theta0"]), 2)
+    assert slow["steps"] == 8 * 40
     assert (fast.columns["evaluations"] <= 40).all()
-    assert fast.columns["distance"].mean() <= slow.columns["distance"].mean()
+    assert fast.columns["distance"].mean() <= sum(slow["distance"]) / 2
 
 
-@pytest.mark.heavy
 def test_fast_comes_nearer_than_the_published_run(f):
     """On the embedded model; 125 steps are an eighth of the published 1000."""
-    theta0 = tm.melbo(f, 1, steps=4)
+    eighth, whole = recorded("adam_125"), recorded("adam_1000")
+    assert eighth["theta0"] == whole["theta0"]
+    theta0 = tm.melbo(f, **eighth["theta0"])
     fast = tm.melbo_ortho(f, theta0, 1)
-    slow = tm.melbo_ortho(f, theta0, 1, optimiser="adam", steps=125)
-    assert float(fast.columns["distance"]) < 0.6 * float(slow.columns["distance"])
+    assert (eighth["steps"], whole["steps"]) == (125, 1000)
+    assert float(fast.columns["distance"]) < 0.6 * eighth["distance"][0]
+    assert whole["distance"][0] < eighth["distance"][0]
     z0 = mean_effect(f, theta0.vectors)
     reached = (mean_effect(f, fast.vectors) - z0).norm()
     torch.testing.assert_close(reached, fast.columns["distance"][0], rtol=1e-3, atol=0)

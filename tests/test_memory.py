@@ -139,7 +139,7 @@ print("finished", needed >> 20)
 """
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, limits memory as Linux does")
 def test_half_of_the_memory_that_a_batch_needs():
     done = subprocess.run(

@@ -18,10 +18,10 @@ jupytext = pytest.importorskip("jupytext")
 nbformat = pytest.importorskip("nbformat")
 
 from notebooks.build import HERE, NAMES, run, tidied  # noqa: E402
-from tests.test_page_in_browser import driver, wait_for  # noqa: E402, F401
+from tests.conftest import wait_for  # noqa: E402
 
-pytestmark = pytest.mark.heavy
-
+# As they are printed, at full budget on the embedded model; and with little work on a tiny one.
+TINY = {"SOURCE_LAYER": 1, "TARGET_LAYER": 4, "RADIUS": 4.0}
 SMALL = {
     "01_first_vectors": {"N_VECTORS": 4, "MAX_NEW_TOKENS": 4, "SCALES": [0.5, 1.0]},
     "02_orthogonal_family": {"THETA0": 1, "N_FAMILY": 2, "MAX_NEW_TOKENS": 4},
@@ -93,9 +93,9 @@ for answer in {answers!r}:
 SOLVED = "04_exercises, solved"
 
 
-@pytest.fixture(scope="module")
-def executed(tmp_path_factory):
-    """All of them, two at a time: loading the model keeps one core busy."""
+@pytest.fixture(scope="module", params=["tiny", pytest.param("whole", marks=pytest.mark.slow)])
+def executed(request, model_folder, tmp_path_factory):
+    """All of them, two at a time."""
     # A notebook's kernel inherits this: two kernels on two cores would fight for threads else.
     environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
@@ -104,7 +104,9 @@ def executed(tmp_path_factory):
         (folder / "results").symlink_to(HERE / "results")
         name, solved = title.partition(",")[0], title == SOLVED
         last = TRY.format(answers=[*ANSWERS, *RIGHT]) if solved else None
-        return run(name, SMALL[name], "plotly_mimetype", folder, last, solved, environment)
+        tiny = {"MODEL": str(model_folder), **TINY, **SMALL[name]}
+        values = tiny if request.param == "tiny" else None
+        return run(name, values, "plotly_mimetype", folder, last, solved, environment)
 
     titles = (*NAMES, SOLVED)
     with ThreadPoolExecutor(2) as pool:
@@ -205,7 +207,7 @@ def lab(executed, tmp_path_factory):
 
 
 @pytest.mark.browser
-def test_jupyterlab_shows_figures_and_tokens(lab, driver):  # noqa: F811
+def test_jupyterlab_shows_figures_and_tokens(lab, driver):
     driver.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride",
         {"width": 1280, "height": 6000, "deviceScaleFactor": 1, "mobile": False},

@@ -1,9 +1,6 @@
 """The page in a real browser: it works, it asks no network, and no text from a model runs."""
 
 import json
-import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +8,7 @@ import pytest
 import torch
 
 import tl_melbo as tm
+from tests.conftest import wait_for
 from tl_melbo import report
 
 pytestmark = pytest.mark.browser
@@ -25,43 +23,6 @@ HOSTILE = [
     "first line\nsecond line",
     "{{ prompt }} ${prompt} <link rel=stylesheet href=https://example.org/a.css>",
 ]
-SWITCHES = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
-)
-
-
-def found_or_none(*programs: str) -> str | None:
-    return next((path for program in programs if (path := shutil.which(program))), None)
-
-
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    chromium = found_or_none("chromium", "chromium-browser", "google-chrome")
-    chromedriver = found_or_none("chromedriver")
-    if chromium is None or chromedriver is None:
-        message = "needs chromium and chromedriver; on Debian: apt install chromium chromium-driver"
-        if os.environ.get("CI"):
-            pytest.fail(message)
-        pytest.skip(message)
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for switch in (*SWITCHES, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(switch)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    browser = webdriver.Chrome(options=options, service=Service(chromedriver))
-    yield browser
-    browser.quit()
 
 
 @pytest.fixture(scope="module")
@@ -98,12 +59,6 @@ def opened(request: pytest.FixtureRequest, driver: Any, page: Path) -> Any:
     wait_for(driver, "return document.querySelector('div.dt-search input') !== null")
     wait_for(driver, "return document.querySelectorAll('.plot .main-svg').length >= 10")
     return driver
-
-
-def wait_for(driver: Any, script: str) -> None:
-    from selenium.webdriver.support.ui import WebDriverWait
-
-    WebDriverWait(driver, 30).until(lambda browser: browser.execute_script(script))
 
 
 def shown_vectors(driver: Any) -> list[int]:

@@ -85,17 +85,17 @@ def test_the_null_follows_the_seed_and_nothing_else():
     assert p_values(3).between(1 / (1 + 20 * 9), 1).all()
 
 
-def test_scans_the_residual_stream_of_all_but_the_first_token(tiny, unchanged):
-    unchanged(tiny)
+def test_scans_the_residual_stream_of_all_but_the_first_token(every_tiny, unchanged):
+    unchanged(every_tiny)
     found = tm.SteeringVectors.from_tensor(torch.eye(32)[:4], source_layer=2)
-    frame = presence(tiny, found[1:], CODE, PROSE, n_frames=10)
+    frame = presence(every_tiny, found[1:], CODE, PROSE, n_frames=10)
     rows = []
     for text in CODE:
-        rows.append(tm.ActivationMap.from_prompts(tiny, text, 2, 3).x[0, 1:])
+        rows.append(tm.ActivationMap.from_prompts(every_tiny, text, 2, 3).x[0, 1:])
     expected = torch.cat(rows)[:, 1:4].mean(0)
     assert frame["index"].tolist() == [1, 2, 3]
     np.testing.assert_allclose(frame["mean_projection"], expected, rtol=1e-4)
-    last = presence(tiny, found, CODE, PROSE[0], n_frames=10, positions=slice(-1, None))
+    last = presence(every_tiny, found, CODE, PROSE[0], n_frames=10, positions=slice(-1, None))
     expected = torch.stack([row[-1, :4] for row in rows]).mean(0)
     np.testing.assert_allclose(last["mean_projection"], expected, rtol=1e-4)
 

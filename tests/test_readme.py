@@ -12,11 +12,16 @@ README = ROOT / "README.md"
 FOR_CONTRIBUTORS = ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "CODE_OF_CONDUCT.md")
 
 
-@pytest.mark.heavy
-def test_the_code_runs_as_printed(model, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("size", ["tiny", pytest.param("bundled", marks=pytest.mark.slow)])
+def test_the_code_runs_as_printed(size, request, tmp_path, monkeypatch, capsys):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     assert len(blocks) == 3
     code = "\n".join(blocks)
+    if size == "tiny":
+        layers = "source_layer=8, target_layer=16"
+        assert layers in code
+        code = code.replace(layers, "source_layer=1, target_layer=4")
+    model = request.getfixturevalue("tiny_llama" if size == "tiny" else "model")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tm, "load_model", lambda: model)
     exec(compile(code, str(README), "exec"), {})

@@ -13,6 +13,8 @@ from tests.conftest import PROMPT
 from tl_melbo import report
 from tl_melbo.text import printable
 
+pytestmark = pytest.mark.usefixtures("by_words")
+
 PROMPTS = ["Tell me about yourself.", "Name a colour."]
 HOSTILE = "<script>alert(1)</script>\x1b[31m\u202etxt</td></table>&amp;\x00"
 

@@ -9,7 +9,7 @@ import torch
 import tl_melbo as tm
 from tests.conftest import fingerprint
 from tests.tiny_models import tiny_bridge
-from tl_melbo import steering
+from tl_melbo import generation
 from tl_melbo.analysis import effect_distance
 from tl_melbo.fast_generation import Writer
 from tl_melbo.model.tokens import to_tokens
@@ -30,15 +30,15 @@ def by_hand(model, tokens, layer, addend):
         )
 
 
-def test_adds_the_vector_at_every_position(tiny, unchanged):
-    unchanged(tiny)
-    tokens = to_tokens(tiny, PROMPT)
+def test_adds_the_vector_at_every_position(every_tiny, unchanged):
+    unchanged(every_tiny)
+    tokens = to_tokens(every_tiny, PROMPT)
     theta = random_vectors(1)
-    with tm.steered(tiny, theta, layer=2) as model, torch.no_grad():
+    with tm.steered(every_tiny, theta, layer=2) as model, torch.no_grad():
         steered = model(tokens)
-    torch.testing.assert_close(steered, by_hand(tiny, tokens, 2, theta))
+    torch.testing.assert_close(steered, by_hand(every_tiny, tokens, 2, theta))
     with torch.no_grad():
-        assert not torch.allclose(steered, tiny(tokens), atol=1e-2)
+        assert not torch.allclose(steered, every_tiny(tokens), atol=1e-2)
 
 
 def test_nests_scales_and_takes_a_vector_for_each_row(tiny):
@@ -134,24 +134,26 @@ def test_next_token_log_probs(tiny, unchanged):
         torch.testing.assert_close(plain, tiny(tokens)[:, -1].log_softmax(-1))
 
 
-def test_greedy_text_is_what_whole_passes_give(tiny, unchanged):
+def test_greedy_text_is_what_whole_passes_give(every_tiny, unchanged):
     """Each row its own vector and scale, with a cache, against one row at a time without."""
-    unchanged(tiny)
+    unchanged(every_tiny)
     found = tm.SteeringVectors.from_tensor(random_vectors(3), source_layer=2)
-    frame = tm.generate(tiny, PROMPT, found, scales=[1.0, -2.0], max_new_tokens=5, batch_size=4)
+    frame = tm.generate(
+        every_tiny, PROMPT, found, scales=[1.0, -2.0], max_new_tokens=5, batch_size=4
+    )
     assert frame.columns.tolist() == ["vector", "scale", "prompt", "completion"]
     assert frame["vector"].tolist() == [0, 1, 2] * 2
     assert frame["scale"].tolist() == [1.0] * 3 + [-2.0] * 3
     for row in frame.itertuples():
-        tokens = to_tokens(tiny, PROMPT)
+        tokens = to_tokens(every_tiny, PROMPT)
         start = tokens.shape[1]
         addend = row.scale * found.vectors[row.vector]
         for _ in range(5):
-            new = by_hand(tiny, tokens, 2, addend)[:, -1].argmax(-1, keepdim=True)
-            if int(new) == tiny.tokenizer.eos_token_id:
+            new = by_hand(every_tiny, tokens, 2, addend)[:, -1].argmax(-1, keepdim=True)
+            if int(new) == every_tiny.tokenizer.eos_token_id:
                 break
             tokens = torch.cat([tokens, new], 1)
-        expected = tiny.tokenizer.decode(tokens[0, start:], skip_special_tokens=True)
+        expected = every_tiny.tokenizer.decode(tokens[0, start:], skip_special_tokens=True)
         assert row.completion == expected
 
 
@@ -276,8 +278,8 @@ def test_a_scale_that_overflows_is_named(tiny_llama):
 def test_no_vectors_and_no_room_are_named(tiny_llama):
     with pytest.raises(ValueError, match="vectors: none given"):
         tm.next_token_log_probs(tiny_llama, PROMPT, torch.zeros(0, 32), layer=2)
-    with pytest.raises(ValueError, match=r"max_new_tokens=126: after a prompt of \d+ tokens"):
-        tm.generate(tiny_llama, PROMPT, max_new_tokens=126)
+    with pytest.raises(ValueError, match=r"max_new_tokens=254: after a prompt of \d+ tokens"):
+        tm.generate(tiny_llama, PROMPT, max_new_tokens=254)
 
 
 @pytest.mark.parametrize(
@@ -303,7 +305,7 @@ def test_text_ends_at_any_of_the_models_end_tokens(tiny_llama, monkeypatch):
     with torch.no_grad():
         first = int(tiny_llama(tokens)[0, -1].argmax())
     config = tiny_llama.original_model.generation_config
-    monkeypatch.setattr(config, "eos_token_id", [49151, first])
+    monkeypatch.setattr(config, "eos_token_id", [511, first])
     assert plain
     assert tm.generate(tiny_llama, PROMPT, max_new_tokens=6)["completion"][0] == ""
 
@@ -334,7 +336,7 @@ def texts_both_ways(model, monkeypatch, *arguments, **options):
     """What the fast way writes, and what the bridge's own `generate` writes."""
     fast = tm.generate(model, *arguments, **options)
     with monkeypatch.context() as patch:
-        patch.setattr(steering, "_fast_writer", lambda *_: None)
+        patch.setattr(generation, "_fast_writer", lambda *_: None)
         return fast, tm.generate(model, *arguments, **options)
 
 
@@ -343,7 +345,7 @@ def test_rows_that_end_early_leave_the_others_alone(tiny, monkeypatch):
     vectors = random_vectors(12, size=6.0)
     options = {"layer": 2, "max_new_tokens": 12}
     tokens = to_tokens(tiny, PROMPT)
-    writer = steering._fast_writer(tiny, tokens, 6.0, 2)
+    writer = generation._fast_writer(tiny, tokens, 6.0, 2)
     assert writer is not None
     with torch.no_grad():
         written, broken = writer.write(
@@ -369,7 +371,7 @@ def test_rows_that_end_early_leave_the_others_alone(tiny, monkeypatch):
 
 
 def test_the_fast_way_writes_what_the_bridge_writes(tiny, monkeypatch):
-    assert steering._fast_writer(tiny, to_tokens(tiny, PROMPT), 3.0, 5) is not None
+    assert generation._fast_writer(tiny, to_tokens(tiny, PROMPT), 3.0, 5) is not None
     fast, slow = texts_both_ways(
         tiny, monkeypatch, [PROMPT, "Hi!"], random_vectors(5), layer=5, max_new_tokens=9
     )
@@ -391,10 +393,10 @@ def test_hooks_fire_while_writing(tiny_llama):
 
 def test_a_fast_way_with_other_logits_is_not_taken(tiny_llama, monkeypatch):
     tokens = to_tokens(tiny_llama, PROMPT)
-    assert steering._fast_writer(tiny_llama, tokens, 3.0, 2) is not None
+    assert generation._fast_writer(tiny_llama, tokens, 3.0, 2) is not None
     with monkeypatch.context() as patch:
-        patch.setattr(Writer, "_logits", lambda *_: torch.ones(2, 49152))
-        assert steering._fast_writer(tiny_llama, tokens, 3.0, 2) is None
+        patch.setattr(Writer, "_logits", lambda *_: torch.ones(2, tiny_llama.cfg.d_vocab))
+        assert generation._fast_writer(tiny_llama, tokens, 3.0, 2) is None
     write = Writer._after_prompt
     # One that forgets the vectors after the first row.
     monkeypatch.setattr(
@@ -402,7 +404,7 @@ def test_a_fast_way_with_other_logits_is_not_taken(tiny_llama, monkeypatch):
         "_after_prompt",
         lambda self, t, theta, n: write(self, t, theta[:1].expand(2, -1), n),
     )
-    assert steering._fast_writer(tiny_llama, tokens, 3.0, 2) is None
+    assert generation._fast_writer(tiny_llama, tokens, 3.0, 2) is None
 
 
 def test_no_temperature_is_too_small(tiny_llama):
@@ -433,8 +435,8 @@ def test_what_is_not_finite_costs_its_own_text(breaking, monkeypatch, temperatur
     vectors[1] *= 1000
     # A hook forbids the fast way; here it is to break, too.
     if fast:
-        writer = steering.__dict__["_fast_writer"]
-        monkeypatch.setattr(steering, "user_hooks", lambda modules: [])
+        writer = generation.__dict__["_fast_writer"]
+        monkeypatch.setattr(generation, "user_hooks", lambda modules: [])
         assert writer(breaking, to_tokens(breaking, PROMPT), 2.0, 2) is not None
     options = {"layer": 2, "max_new_tokens": 5, "temperature": temperature}
     with pytest.warns(UserWarning, match=r"vectors \[1 at scale 1 after 'Once upon") as caught:
