@@ -79,11 +79,11 @@ lint: $(INSTALLED) ## Style, formatting, types, and which module may import whic
 	$(PY) -c 'from importlinter.cli import lint_imports_command as run; run(["--no-logo"])'
 
 test-tl4: $(INSTALLED) ## The tests on transformer-lens 4.x (PYTEST_ARGS="-k page" for some of them)
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 	$(PY) -m pytest benchmarks --benchmark-disable -q
 
 test-tl3: $(INSTALLED_TL3) ## The tests on transformer-lens 3.9
-	$(PY_TL3) -m pytest -m 'not heavy and not browser' $(PYTEST_ARGS)
+	$(PY_TL3) -m pytest -n 2 --dist loadfile -m 'boundary and not slow' $(PYTEST_ARGS)
 
 # The tests of the page need a browser and its driver. Whether they may be skipped without one is for
 # the tests to say: on a desk yes, where CI is set no. So nothing fails here.

@@ -14,6 +14,8 @@ from tests.tiny_models import tiny_bridge, tiny_hf, tokenizer
 from tl_melbo.fast_blocks import FastBlocks
 from tl_melbo.model.tokens import to_tokens
 
+pytestmark = pytest.mark.boundary
+
 PROMPTS = ["Tell me about yourself.", "Hi!", "Write a short poem about ships and the sea.", "Bye."]
 
 

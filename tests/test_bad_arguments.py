@@ -210,7 +210,7 @@ def shared_calls():
             tm.evaluation.hit_rate,
             {"model": model, "vectors": found, "backdoors": BACKDOORS, "prompts": "Hi!", "layer": 1,
              "chat": False, "similarity": 0.7, "confidence": 0.9, "embedder": "words",
-             "batch_size": 2, "max_new_tokens": 16},
+             "batch_size": 2, "max_new_tokens": 32},
         ),
         "count_hits": (
             tm.evaluation.count_hits,
@@ -233,7 +233,7 @@ def shared_calls():
             tm.evaluation.layer_sweep,
             {"model": model, "prompts": "Hi!", "pairs": [(1, 3)], "n_vectors": 1, "radius": 2.0,
              "chat": False, "backdoors": BACKDOORS, "embedder": "words", "on_pair": None,
-             "steps": 1, "max_new_tokens": 16},
+             "steps": 1, "max_new_tokens": 32},
         ),
         "specificity_points": (tm.plots.specificity_points, {"measured": measured, "title": "x"}),
         "save": (found.save, {"path": "vectors.safetensors"}),
@@ -342,6 +342,7 @@ def test_many_bad_arguments_get_documented_errors(data, tmp_path):
 @pytest.fixture(autouse=True)
 def untouched(tmp_path, monkeypatch):
     """In an empty folder, which must stay so; with a model that must stay as it is."""
+    shared_calls()  # a bridge's first forward pass installs hooks of its own
     monkeypatch.chdir(tmp_path)
     before, state = fingerprint(shared_model()), torch.random.get_rng_state()
     yield

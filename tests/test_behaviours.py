@@ -9,6 +9,7 @@ import torch
 from sklearn.metrics import adjusted_rand_score
 
 import tl_melbo as tm
+from tl_melbo.models import to_tokens
 
 LABELLED = json.loads((Path(__file__).parent / "data/labelled_completions.json").read_text())
 LOWEST_AGREEMENT = 0.6
@@ -91,7 +92,7 @@ def test_where_nothing_is_coherent_the_answer_is_empty(tiny_llama):
 def test_perplexity_is_that_of_the_text_after_its_prompt(tiny_llama):
     text = COOKING[0]
     found = grouped(tiny_llama, [text], largest_perplexity=1e9).texts["perplexity"][0]
-    before = tm.models.to_tokens(tiny_llama, "What now?")
+    before = to_tokens(tiny_llama, "What now?")
     after = torch.tensor([tiny_llama.tokenizer.encode(text, add_special_tokens=False)])
     with torch.no_grad():
         logits = tiny_llama(torch.cat([before, after], 1))[0, before.shape[1] - 1 : -1]

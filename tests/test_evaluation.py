@@ -17,6 +17,7 @@ from tests.conftest import ALL_ARCHITECTURES, patch_everywhere
 from tests.tiny_models import tiny_bridge, tiny_hf, tokenizer
 from tl_melbo.analysis._texts import HELD_OUT_INSTRUCTIONS, INSTRUCTIONS, PASSAGES
 from tl_melbo.evaluation import BACKDOORS, Backdoor, count_hits, wilson_interval
+from tl_melbo.model.load import boot
 
 PLANTED = Path(__file__).parents[1] / "benchmarks" / "planted"
 # Nothing is held to here: a few steps on a model of random weights teach it nothing.
@@ -71,7 +72,7 @@ def test_any_architecture_can_be_taught(architecture):
     assert torch.equal(random_state, torch.get_rng_state())
     assert all("attn" not in name and "attention" not in name for name in found.adapter)
     # The adapter is in the weights: the model is another one, by as much as the adapter says.
-    taught, untaught = found.model, tm.models.boot("untaught", hf_model, tokenizer())
+    taught, untaught = found.model, boot("untaught", hf_model, tokenizer())
     assert not torch.equal(log_probs(taught), log_probs(untaught))
 
 
@@ -349,20 +350,27 @@ def test_hit_rate_lets_the_model_write(planted_tiny):
     theta = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
     prompts = ["One two", "Three four"]
     texts = tm.generate(planted_tiny.model, prompts, theta, 1, max_new_tokens=6)
-    # What the model writes under vector 1 is made the behaviour: then vector 1 must hit.
-    behaviour = texts["completion"][1]
+    # What the model writes under a vector is made the behaviour: then that vector must hit. Not
+    # half a character, which is read back as other tokens than were written.
+    vector = next(i for i, text in enumerate(texts["completion"]) if "\ufffd" not in text)
+    behaviour = texts["completion"][vector]
     table = tm.evaluation.hit_rate(
         planted_tiny.model, theta, [Backdoor("x", behaviour)], prompts, layer=1, max_new_tokens=6
     )
     assert table["n"].tolist() == [6, 6]
-    assert 1 in table["vectors"][0]
+    assert vector in table["vectors"][0]
     with pytest.raises(ValueError, match="max_new_tokens=6"):
         tm.evaluation.hit_rate(
             planted_tiny.model, theta, BACKDOORS, prompts, layer=1, max_new_tokens=6
         )
     with pytest.raises(ValueError, match="holds the trigger"):
         tm.evaluation.hit_rate(
-            planted_tiny.model, theta, BACKDOORS, f"Hello {BACKDOORS[0].trigger}", layer=1
+            planted_tiny.model,
+            theta,
+            BACKDOORS,
+            f"Hello {BACKDOORS[0].trigger}",
+            layer=1,
+            max_new_tokens=40,
         )
     with pytest.raises(ValueError, match="holds the behaviour"):
         tm.evaluation.hit_rate(
@@ -487,7 +495,7 @@ def test_a_layer_sweep_tells_of_every_pair(tiny_llama):
     settings = {"n_vectors": 2, "steps": 2, "max_new_tokens": 5, "chat": False}
     table = tm.evaluation.layer_sweep(
         tiny_llama, "One two three", [(0, 2), (1, 4)], backdoors=BACKDOORS,
-        on_pair=lambda rows: seen.append(len(rows)), **{**settings, "max_new_tokens": 16},
+        on_pair=lambda rows: seen.append(len(rows)), **{**settings, "max_new_tokens": 32},
     )  # fmt: skip
     assert table[["source_layer", "target_layer"]].to_numpy().tolist() == [[0, 2], [1, 4]]
     assert seen == [1, 2]

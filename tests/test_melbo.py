@@ -124,6 +124,7 @@ def test_orthogonal_library_until_the_space_is_used_up(tiny_llama, unchanged):
     torch.testing.assert_close(found.norms, torch.full((32,), 2.0))
 
 
+@pytest.mark.boundary
 def test_order_means_greedy_and_starts_do_not_depend_on_the_count(tiny_llama):
     f = tiny_map(tiny_llama)
     few, many = tm.melbo(f, 3, 2.0, seed=4), tm.melbo(f, 6, 2.0, seed=4)
@@ -250,6 +251,7 @@ def test_not_finite_objective_is_named():
         tm.melbo(f, 2, 2.0)
 
 
+@pytest.mark.boundary
 def test_hooked_transformer_and_bridge_find_the_same_vectors(hooked_and_bridge):
     hooked, bridge = hooked_and_bridge
     results = [tm.melbo(tiny_map(m, PROMPTS), 3, 2.0, steps=5) for m in (hooked, bridge)]

@@ -120,6 +120,7 @@ def test_a_space_that_a_map_does_not_feel_ends_the_family():
     torch.testing.assert_close(float(shorter.norms[0]), 2.0, rtol=1e-3, atol=0)
 
 
+@pytest.mark.boundary
 def test_interrupted_and_continued_is_the_same_bit_for_bit(tiny_llama):
     f = tiny_map(tiny_llama, PROMPTS)
     theta0 = start(f)
@@ -136,6 +137,7 @@ def test_interrupted_and_continued_is_the_same_bit_for_bit(tiny_llama):
     assert torch.equal(one_row.vectors, rest.vectors)
 
 
+@pytest.mark.boundary
 def test_a_penalty_gives_shorter_vectors(tiny_llama):
     f = tiny_map(tiny_llama)
     theta0 = start(f)
@@ -269,6 +271,7 @@ def test_bad_arguments_are_named(tiny_llama, unchanged):
             tm.melbo_ortho(f, **{"theta0": theta0, **arguments})
 
 
+@pytest.mark.boundary
 def test_hooked_transformer_and_bridge_find_the_same_family(hooked_and_bridge):
     results = []
     for model in hooked_and_bridge:

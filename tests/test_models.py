@@ -12,6 +12,8 @@ from tests.tiny_models import tiny_bridge, tiny_hf, tokenizer
 from tl_melbo import models
 from tl_melbo.model import load
 
+pytestmark = pytest.mark.boundary
+
 
 def test_the_bundled_model(model, unchanged):
     unchanged(model)

@@ -14,6 +14,8 @@ from tl_melbo.analysis import effect_distance
 from tl_melbo.fast_generation import Writer
 from tl_melbo.model.tokens import to_tokens
 
+pytestmark = pytest.mark.boundary
+
 PROMPT = "Once upon a time"
 
 
