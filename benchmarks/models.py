@@ -5,14 +5,14 @@ from typing import Any
 
 import torch
 
-import tl_melbo as tm
+from tl_melbo.model.load import bundled_model_path
 
 
 def plain() -> tuple[Any, Any, Path]:
-    """The embedded model as Hugging Face gives it, without TransformerLens."""
+    """The bundled model as Hugging Face gives it, without TransformerLens."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    path = tm.models.embedded_model_path()
+    path = bundled_model_path()
     options = {"gguf_file": path.name}
     hf_model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **options)
     tokenizer = AutoTokenizer.from_pretrained(path.parent, **options)

@@ -53,7 +53,7 @@ __all__ = [
 
 # These pull in plotly, pandas and the like; they load when first used, so that importing the
 # package stays quick.
-_LAZY = ("analysis", "evaluation", "plots", "report")
+_LAZY = ("analysis", "evaluation", "models", "plots", "report")  # models: the old path of model
 
 
 def __getattr__(name: str) -> Any:

@@ -281,7 +281,7 @@ def quiet_transformers() -> Iterator[None]:
 
 @contextmanager
 def _without_collection() -> Iterator[None]:
-    """No search for garbage: importing makes millions of objects that stay (saves 0.7 seconds)."""
+    """No search for garbage, which importing has none of (benchmarks/RESULTS.md)."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
