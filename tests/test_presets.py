@@ -30,7 +30,7 @@ def test_the_embedded_preset_is_the_default():
     assert preset.layers(30) == {"source_layer": 8, "target_layer": 16}
     model = tiny_bridge("llama")
     f = tm.ActivationMap.from_prompts(model, "Hi there!", 1, 4)
-    found = tm.melbo(f, 1)
+    found = tm.melbo(f, 1, 12.0)  # by default calibrated
     chosen = dict(found.story["hyperparameters"], positions=slice(-3, None))
     assert {**preset.search, "norm": "l2", "n_vectors": 1} == chosen
 

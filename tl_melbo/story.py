@@ -56,9 +56,10 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[Diff
     for name in chosen[0]:
         if name in chosen[1] and name not in _COUNTS and chosen[0][name] != chosen[1][name]:
             found.append(Difference(name, chosen[0][name], chosen[1][name]))
-    starts = [(story.get("theta0") or {}).get("norm") for story in (theirs, ours)]
-    if None not in starts and not math.isclose(*starts, rel_tol=1e-5):
-        found.append(Difference("norm of theta0", *starts))
+    one, other = ((story.get("theta0") or {}).get("norm") for story in (theirs, ours))
+    # Other arithmetic sums the same vector to another last digit.
+    if one is not None and other is not None and not math.isclose(one, other, rel_tol=1e-5):
+        found.append(Difference("norm of theta0", one, other))
     return found
 
 

@@ -1,8 +1,10 @@
 """Methods that find vectors: one file a method, each takes f, never a model."""
 
 from tl_melbo.discovery._calibration import calibrate_radius
-from tl_melbo.discovery._melbo import Step, iter_melbo, join_library, melbo, melbo_objective
-from tl_melbo.discovery._melbo_ortho import OrthoStep, iter_melbo_ortho, join_family, melbo_ortho
+from tl_melbo.discovery._melbo import Step, iter_melbo, join_library, melbo
+from tl_melbo.discovery._melbo_ortho import iter_melbo_ortho, join_family, melbo_ortho
+from tl_melbo.discovery._objective import melbo_objective
+from tl_melbo.discovery._ortho_optimisers import OrthoStep
 
 __all__ = [
     "OrthoStep",

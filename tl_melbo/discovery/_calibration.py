@@ -10,15 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tl_melbo import checks
+from tl_melbo.discovery._arithmetic import own_arithmetic
 from tl_melbo.discovery._linear import jacobian_times
-from tl_melbo.discovery._protocol import (
-    EffectMap,
-    effects_at,
-    own_arithmetic,
-    theta_like,
-    typical_norm,
-)
-from tl_melbo.discovery._search import check_seed
+from tl_melbo.discovery._protocol import EffectMap, effects_at, theta_like, typical_norm
 from tl_melbo.geometry import random_sphere
 from tl_melbo.shapes import shape_checked
 from tl_melbo.vectors import SteeringVectors
@@ -70,11 +65,9 @@ def calibrate_radius(
 
     Source: Mack & Turner 2024, "Deep causal transcoding".
     """
-    if not 0 < level < math.inf:
-        raise ValueError(f"level={level}: a positive finite number")
-    if not 1 <= n_directions <= _MOST_DIRECTIONS:
-        raise ValueError(f"n_directions={n_directions}: from 1 to {_MOST_DIRECTIONS:,}")
-    check_seed(seed)
+    checks.positive(level=level)
+    checks.between(1, _MOST_DIRECTIONS, "directions", n_directions=n_directions)
+    checks.seed(seed)
     generator = torch.Generator().manual_seed(seed)
     units = random_sphere(n_directions, int(f.x.shape[-1]), generator=generator)
     with own_arithmetic(f):

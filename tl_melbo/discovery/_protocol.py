@@ -2,8 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -51,17 +50,6 @@ class EffectMap(Protocol):
     def story(self) -> dict[str, Any]:
         """Where the map comes from, as JSON-ready facts."""
         ...
-
-
-@contextmanager
-def own_arithmetic(f: EffectMap) -> Iterator[None]:
-    """Gradients, and the types that the map has, whatever the caller's surroundings ask for."""
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.autocast(f.x.device.type, enabled=False),
-    ):
-        yield
 
 
 def effects_at(f: EffectMap, positions: slice) -> Callable[[Tensor], Tensor]:

@@ -1,11 +1,10 @@
-"""What all discovery methods share: a search, its parts, gradients, one vector after another.
+"""What all discovery methods share: a search, its parts, and one vector after another.
 
 A method is a function from f and its settings to a `Search`; docs/add-a-method.md shows one.
 """
 
 import functools
 import inspect
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, ParamSpec, Protocol, cast, runtime_checkable
 
@@ -14,10 +13,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_melbo.concatenation import one_after_another
-from tl_melbo.discovery._protocol import EffectMap, effects_at, own_arithmetic, theta_like
+from tl_melbo.discovery._arithmetic import arithmetic, warn_if_elsewhere
+from tl_melbo.discovery._protocol import EffectMap
 from tl_melbo.errors import DifferentSearch, NotFinite, place, told, warn_user
 from tl_melbo.geometry import extended, normalise
-from tl_melbo.memory import map_batches
 from tl_melbo.shapes import shape_checked
 from tl_melbo.story import differences, slice_to_json
 from tl_melbo.story import make as make_story
@@ -30,9 +29,6 @@ MOST_VECTORS = 100_000
 _LARGEST_COSINE = 1e-5
 # A search whose first so many vectors are all lost is given up.
 _MOST_LOST = 3
-# How far vectors were apart that were found with one thread and with two, or by AVX2 and AVX-512:
-# see docs/numbers.md.
-_OTHER_ARITHMETIC = "1e-3"
 _ADVICE = "use a smaller radius, or a model in a wider type, such as dtype=torch.float32"
 
 
@@ -165,7 +161,7 @@ class Search(Iterator[SteeringVectors]):
         self.story["lost"] = [n for n in theirs.get("lost") or [] if n < self.first]
         if self.n_vectors is not None:
             self.story["hyperparameters"]["n_vectors"] = self.first + self.n_vectors
-        _warn_if_elsewhere(theirs.get("arithmetic"), self.story["arithmetic"])
+        warn_if_elsewhere(theirs.get("arithmetic"), self.story["arithmetic"])
 
     def _run(self) -> Iterator[SteeringVectors]:
         n_found, lost, broken = len(self.earlier), [], set()
@@ -298,53 +294,6 @@ def join(parts: Sequence[SteeringVectors]) -> SteeringVectors:
     return one_after_another(parts, {**story, "categories": words} if words else story)
 
 
-class Evaluation(NamedTuple):
-    """Values and gradients of a measure, float64 on the CPU; `broken` prompts are not finite."""
-
-    value: Tensor
-    gradient: Tensor
-    broken: frozenset[int]
-
-
-def value_and_gradient(
-    f: EffectMap, measure: Callable[[Tensor], Tensor], positions: slice
-) -> Callable[[Tensor], Evaluation]:
-    """The function from vectors to a measure of their effects, and to its gradients.
-
-    In batches that fit in memory: a batch that does not is halved, and so are those after it.
-
-    Args:
-        f: the activation map.
-        measure: effects [vector, prompt, pos, d_model] -> one number each.
-        positions: where effects count; they are zero elsewhere.
-    """
-    effects, fits = effects_at(f, positions), sys.maxsize
-
-    def of_batch(batch: Tensor) -> Evaluation:
-        with own_arithmetic(f):
-            theta = batch.detach().clone().requires_grad_()
-            effect = effects(theta)
-            value = measure(effect)
-            (gradient,) = torch.autograd.grad(value.sum(), theta)
-        broken = frozenset()
-        if not (value.isfinite().all() and gradient.isfinite().all()):
-            rows = ~effect.detach().isfinite().flatten(2).all(-1).all(0)
-            # Where no effect is, its size or its gradient is: of any prompt, for all we know.
-            broken = frozenset((rows | ~rows.any()).nonzero().flatten().tolist())
-        return Evaluation(value.detach().double().cpu(), gradient.double().cpu(), broken)
-
-    def evaluate(theta: Tensor) -> Evaluation:
-        nonlocal fits
-        size = min(fits, f.vectors_at_once())
-        parts, fits = map_batches(of_batch, theta_like(f, theta), size)
-        if len(parts) == 1:
-            return parts[0]
-        values, gradients, broken = zip(*parts, strict=True)
-        return Evaluation(torch.cat(values), torch.cat(gradients), frozenset().union(*broken))
-
-    return evaluate
-
-
 def one_by_one(
     taken: Tensor, numbers: range, find: Callable[[int, Tensor], Part | None]
 ) -> Iterator[Part]:
@@ -388,33 +337,6 @@ def check_count(
             f"n_vectors={n_vectors}: at most d_model={f.x.shape[-1]} vectors can be orthogonal "
             f"to each other{f', and {known} are there already' if known else ''}; ask for fewer"
         )
-
-
-def check_seed(seed: int) -> None:
-    """Refuse a seed that no generator takes, with a ValueError."""
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed={seed}: from 0 to 2**63 - 1")
-
-
-def arithmetic(device: torch.device) -> dict[str, Any]:
-    """What the last digits of a result hang on, beside the versions."""
-    facts: dict[str, Any] = {
-        "threads": torch.get_num_threads(),
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "device": device.type,
-    }
-    return facts | {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else facts
-
-
-def _warn_if_elsewhere(theirs: Any, ours: Mapping[str, Any]) -> None:
-    if not isinstance(theirs, Mapping) or theirs == ours:
-        return
-    names = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
-    differing = ", ".join(f"{name}={theirs.get(name)} (here {ours.get(name)})" for name in names)
-    warn_user(
-        f"previous: found with {differing}. The search goes on, but its vectors may differ by "
-        f"{_OTHER_ARITHMETIC} of their length from those of a search without a break"
-    )
 
 
 def _are_missing(numbers: list[int], lost: Any) -> bool:
