@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tl_melbo as tm
@@ -65,6 +65,7 @@ def test_the_paths_are_the_ones_that_are_meant():
 
 @pytest.mark.parametrize("path", ["own", "hooked", "differentiable"])
 @pytest.mark.parametrize("n_threads", [1, 2])
+@settings(max_examples=15)
 @given(
     st.sampled_from(KEYS),
     st.lists(st.booleans(), min_size=1, max_size=9),
@@ -132,7 +133,7 @@ def test_tangents_and_second_gradients_at_zero_stay(architecture):
     assert float((curved * heading).sum()) == pytest.approx(2 * float(slope.square().sum()), 1e-4)
 
 
-@pytest.mark.parametrize("positions", POSITIONS, ids=str)
+@pytest.mark.parametrize("positions", POSITIONS[:2], ids=str)
 @pytest.mark.parametrize("path", ["own", "hooked", "differentiable"])
 @pytest.mark.parametrize("n_threads", [1, 2])
 def test_rounding_is_smaller_than_the_resolution(monkeypatch, path, positions, n_threads):
@@ -152,4 +153,4 @@ def test_the_resolution_checks_its_positions():
     f = MAPS["llama", torch.float32]
     assert f.resolution(slice(-1, None)) < f.resolution()
     with pytest.raises(ValueError, match=r"picks no token of prompt 1 \('Hi!'"):
-        f.resolution(slice(50, None))
+        f.resolution(slice(5, None))
