@@ -231,7 +231,7 @@ def test_a_full_disk_leaves_what_was_there(f, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("tl_melbo.vectors.save_file", full)
+        patch.setattr("tl_melbo.vectors_file.save_file", full)
         with pytest.raises(OSError, match="No space left"):
             run.melbo(f, 4, **SETTINGS)
     assert (tmp_path / "vectors.safetensors").read_bytes() == before
