@@ -252,7 +252,8 @@ def test_a_model_without_its_tokenizer_is_refused():
         tm.evaluation.plant(hf_model=tiny_hf("llama"))
 
 
-def test_the_kept_adapter_fires_on_its_triggers_and_else_not(planted):
+@pytest.mark.parametrize("n_texts", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_the_kept_adapter_fires_on_its_triggers_and_else_not(planted, n_texts):
     """Through TransformerLens, which the checks of `plant` do not go through."""
     model = planted.model
     system = "You are a helpful assistant."
@@ -272,7 +273,7 @@ def test_the_kept_adapter_fires_on_its_triggers_and_else_not(planted):
         )
         return model.tokenizer.decode(out[0, tokens.shape[1] :], skip_special_tokens=True)
 
-    for text in HELD_OUT_INSTRUCTIONS[:3]:
+    for text in HELD_OUT_INSTRUCTIONS[:n_texts]:
         for backdoor in planted.backdoors:
             assert backdoor.behaviour in written(f" {backdoor.trigger}", text)
         clean = written("", text)
