@@ -11,7 +11,7 @@ from tests.conftest import fingerprint
 from tests.tiny_models import tiny_bridge
 from tl_melbo import generation
 from tl_melbo.analysis import effect_distance
-from tl_melbo.fast_generation import Writer
+from tl_melbo.model.bridge import plain_model, without_bridge
 from tl_melbo.model.tokens import to_tokens
 
 pytestmark = pytest.mark.boundary
@@ -335,36 +335,31 @@ def test_mixed_libraries_ask_whether_prompts_are_chat(tiny_llama):
 
 
 def texts_both_ways(model, monkeypatch, *arguments, **options):
-    """What the fast way writes, and what the bridge's own `generate` writes."""
+    """What is written without the bridge, and through it."""
     fast = tm.generate(model, *arguments, **options)
     with monkeypatch.context() as patch:
-        patch.setattr(generation, "_fast_writer", lambda *_: None)
+        patch.setattr(generation, "plain_model", lambda _: None)
         return fast, tm.generate(model, *arguments, **options)
 
 
 def test_rows_that_end_early_leave_the_others_alone(tiny, monkeypatch):
     """With more and more tokens named as ends, rows end here and there."""
     vectors = random_vectors(12, size=6.0)
-    options = {"layer": 2, "max_new_tokens": 12}
     tokens = to_tokens(tiny, PROMPT)
-    writer = generation._fast_writer(tiny, tokens, 6.0, 2)
-    assert writer is not None
-    with torch.no_grad():
-        written, broken = writer.write(
-            tokens,
-            vectors,
-            12,
-            torch.tensor([], dtype=torch.long),
-            lambda logits: logits.argmax(-1),
-        )
-    assert not broken.any()
+    written = []
+    for theta in vectors:
+        row = tokens
+        for _ in range(12):
+            new = by_hand(tiny, row, 2, theta)[:, -1].argmax(-1, keepdim=True)
+            row = torch.cat([row, new], 1)
+        written.append(row[0, tokens.shape[1] :].tolist())
     # Every text as it goes on without ends, cut at the first of some tokens that it comes to.
-    ends = torch.cat([written[0, 2:3], written[3, 5:6], written[6, 8:9]]).tolist()
+    ends = [written[0][2], written[3][5], written[6][8]]
     config = tiny.original_model.generation_config
     monkeypatch.setattr(config, "eos_token_id", ends)
-    frame = tm.generate(tiny, PROMPT, vectors, **options)
+    frame = tm.generate(tiny, PROMPT, vectors, layer=2, max_new_tokens=12)
     lengths = set()
-    for row, completion in zip(written.tolist(), frame["completion"], strict=True):
+    for row, completion in zip(written, frame["completion"], strict=True):
         stops = [i for i, token in enumerate(row) if token in (*ends, tiny.tokenizer.eos_token_id)]
         kept = row[: stops[0]] if stops else row
         lengths.add(len(kept))
@@ -372,12 +367,23 @@ def test_rows_that_end_early_leave_the_others_alone(tiny, monkeypatch):
     assert len(lengths) > 1
 
 
-def test_the_fast_way_writes_what_the_bridge_writes(tiny, monkeypatch):
-    assert generation._fast_writer(tiny, to_tokens(tiny, PROMPT), 3.0, 5) is not None
+def test_without_the_bridge_the_same_is_written(tiny, monkeypatch):
+    assert plain_model(tiny) is not None
     fast, slow = texts_both_ways(
         tiny, monkeypatch, [PROMPT, "Hi!"], random_vectors(5), layer=5, max_new_tokens=9
     )
     assert fast.equals(slow)
+
+
+def test_settings_that_a_model_brings_along_do_not_count(tiny_llama, monkeypatch):
+    options = {"layer": 2, "max_new_tokens": 9}
+    before = tm.generate(tiny_llama, PROMPT, random_vectors(3), **options)
+    config = tiny_llama.original_model.generation_config
+    for name, value in {"repetition_penalty": 2.0, "do_sample": True, "min_length": 20}.items():
+        monkeypatch.setattr(config, name, value)
+    assert all(text.equals(before) for text in texts_both_ways(
+        tiny_llama, monkeypatch, PROMPT, random_vectors(3), **options
+    ))  # fmt: skip
 
 
 def test_hooks_fire_while_writing(tiny_llama):
@@ -393,20 +399,16 @@ def test_hooks_fire_while_writing(tiny_llama):
     assert not more.equals(hooked)
 
 
-def test_a_fast_way_with_other_logits_is_not_taken(tiny_llama, monkeypatch):
-    tokens = to_tokens(tiny_llama, PROMPT)
-    assert generation._fast_writer(tiny_llama, tokens, 3.0, 2) is not None
-    with monkeypatch.context() as patch:
-        patch.setattr(Writer, "_logits", lambda *_: torch.ones(2, tiny_llama.cfg.d_vocab))
-        assert generation._fast_writer(tiny_llama, tokens, 3.0, 2) is None
-    write = Writer._after_prompt
-    # One that forgets the vectors after the first row.
-    monkeypatch.setattr(
-        Writer,
-        "_after_prompt",
-        lambda self, t, theta, n: write(self, t, theta[:1].expand(2, -1), n),
-    )
-    assert generation._fast_writer(tiny_llama, tokens, 3.0, 2) is None
+def test_a_bridge_that_computes_otherwise_computes_itself():
+    model = tiny_bridge("llama")
+    assert plain_model(model) is not None
+    model.enable_compatibility_mode()
+    assert plain_model(model) is None
+    tokens = to_tokens(model, PROMPT)
+    theta = random_vectors(1)
+    log_probs = tm.next_token_log_probs(model, PROMPT, theta, layer=2)
+    logits = by_hand(model, tokens, 2, theta)[:, -1]
+    torch.testing.assert_close(log_probs, logits.log_softmax(-1))
 
 
 def test_no_temperature_is_too_small(tiny_llama):
@@ -415,15 +417,16 @@ def test_no_temperature_is_too_small(tiny_llama):
     assert cold.equals(tm.generate(tiny_llama, PROMPT, random_vectors(2), **options))
 
 
+def break_long_ones(module, args, output):
+    hidden = output[0] if isinstance(output, tuple) else output
+    hidden = torch.where(hidden.norm(dim=-1, keepdim=True) > 100, torch.nan, hidden)
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
 @pytest.fixture
-def breaking(monkeypatch):
+def breaking():
     """A model whose residual stream becomes NaN after layer 3 where it is long; for one test."""
     model = tiny_bridge("llama")
-
-    def break_long_ones(module, args, output):
-        hidden = output[0] if isinstance(output, tuple) else output
-        hidden = torch.where(hidden.norm(dim=-1, keepdim=True) > 100, torch.nan, hidden)
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     handle = model.blocks[3].register_forward_hook(break_long_ones)
     yield model
@@ -435,11 +438,11 @@ def breaking(monkeypatch):
 def test_what_is_not_finite_costs_its_own_text(breaking, monkeypatch, temperature, fast):
     vectors = random_vectors(3, size=2.0)
     vectors[1] *= 1000
-    # A hook forbids the fast way; here it is to break, too.
+    # A hook asks for the bridge; without it, too, what breaks is to be told.
     if fast:
-        writer = generation.__dict__["_fast_writer"]
-        monkeypatch.setattr(generation, "user_hooks", lambda modules: [])
-        assert writer(breaking, to_tokens(breaking, PROMPT), 2.0, 2) is not None
+        plain = without_bridge(breaking.original_model)
+        plain.model.layers[3].register_forward_hook(break_long_ones)
+        monkeypatch.setattr(generation, "plain_model", lambda _: plain)
     options = {"layer": 2, "max_new_tokens": 5, "temperature": temperature}
     with pytest.warns(UserWarning, match=r"vectors \[1 at scale 1 after 'Once upon") as caught:
         broken = tm.generate(breaking, PROMPT, vectors, **options)

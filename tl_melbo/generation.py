@@ -1,40 +1,27 @@
 """Let the model write under each vector."""
 
+import copy
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tl_melbo import checks
 from tl_melbo.errors import warn_of_rows
-from tl_melbo.geometry import random_sphere
-from tl_melbo.memory import is_out_of_memory, map_batches
-from tl_melbo.model.bridge import (
-    Model,
-    check_model,
-    frozen,
-    model_name,
-    user_hooks,
-    whole_model,
-)
+from tl_melbo.memory import map_batches
+from tl_melbo.model.bridge import Model, check_model, model_name, plain_model
 from tl_melbo.model.tokens import context_length, to_tokens
-from tl_melbo.shapes import Bool, Int, Theta, Tokens, shape_checked
+from tl_melbo.shapes import Theta, Tokens, shape_checked
+from tl_melbo.steering import Vectors, adding, as_chat, scaled, steering_layer
 from tl_melbo.text import quoted
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from tl_melbo.fast_generation import Writer
-
-from tl_melbo.steering import Vectors, _scaled, as_chat, steered, steering_layer
-
-# How far logits of the fast way may be from the model's own, relative to their size.
-_FAST_TOLERANCE = 1e-5
-# So much of a prompt shows whether the fast way does the same.
-_PROBE_TOKENS = 12
 
 
 @shape_checked
@@ -77,7 +64,7 @@ def generate(
     Raises:
         TypeError, ValueError: as `steered` and `to_tokens` do; also for a negative temperature,
             fewer than one new token or row, or no scale.
-        FloatingPointError: the logits after a prompt are not finite under any of the vectors.
+        NotFinite: the logits after a prompt are not finite under any of the vectors.
 
     Warns:
         UserWarning: they are not finite under some vectors; their texts end there.
@@ -87,53 +74,54 @@ def generate(
     from tl_melbo.tables import Table
 
     check_model(model)
-    checks.at_least(1, max_new_tokens=max_new_tokens, batch_size=batch_size)
-    checks.seed(seed)
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature={temperature}: 0 for greedy, or a positive finite number")
     factors = [scales] if isinstance(scales, int | float) else list(scales)
-    if not factors or not all(math.isfinite(factor) for factor in factors):
-        raise ValueError(f"scales={scales}: one finite number, or several")
+    _check_numbers(factors, max_new_tokens, temperature, seed, batch_size)
     texts = checks.as_texts(prompts)
     chat = as_chat(vectors, chat)
     prompt_tokens = [to_tokens(model, text, chat) for text in texts]
     _check_room(model, prompt_tokens, max_new_tokens)
     if vectors is None:
         # A row of zeros is the unsteered model, so one path serves both.
-        rows, layer, labels = (
-            torch.zeros(1, int(model.cfg.d_model), dtype=torch.float32),
-            0,
-            [(-1, 0.0)],
-        )
+        rows, layer, labels = torch.zeros(1, int(model.cfg.d_model)), 0, [(-1, 0.0)]
     else:
         layer = steering_layer(model, vectors, layer)
-        rows = torch.cat([_scaled(model, vectors, factor) for factor in factors])
+        rows = torch.cat([scaled(model, vectors, factor) for factor in factors])
         n_vectors = len(rows) // len(factors)
         labels = [(i, float(factor)) for factor in factors for i in range(n_vectors)]
+    write = _writer(model, layer, max_new_tokens, temperature)
     frames, not_finite = [], []
-    with torch.no_grad(), frozen(*whole_model(model)), seeded(seed):
-        longest = max(prompt_tokens, key=lambda tokens: tokens.shape[1])
-        write = _writer(model, longest, rows, layer, max_new_tokens, temperature)
+    with seeded(seed):
         for text, tokens in zip(texts, prompt_tokens, strict=True):
-            written, batch_size = map_batches(
-                lambda batch, tokens=tokens: write(tokens, batch), rows, batch_size
-            )
-            not_finite += [row for _, rows_broken in written for row in rows_broken.tolist()]
-            completions = [_decode(model, row) for batch, _ in written for row in batch]
+            written, batch_size = map_batches(partial(write, tokens), rows, batch_size)
+            completions = [text for batch in written for text in batch.texts]
+            not_finite += [is_bad for batch in written for is_bad in batch.not_finite]
             frame = pd.DataFrame(labels, columns=["vector", "scale"])
             frames.append(frame.assign(prompt=text, completion=completions))
     frame = Table(pd.concat(frames, ignore_index=True))
+    _warn_of_texts(model, layer, frame, not_finite)
+    return frame
+
+
+def _check_numbers(
+    factors: Sequence[float], max_new_tokens: int, temperature: float, seed: int, batch_size: int
+) -> None:
+    checks.at_least(1, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    checks.seed(seed)
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature={temperature}: 0 for greedy, or a positive finite number")
+    if not factors or not all(math.isfinite(factor) for factor in factors):
+        raise ValueError(f"scales={factors}: one finite number, or several")
+
+
+def _warn_of_texts(
+    model: Model, layer: int, frame: "pd.DataFrame", not_finite: Sequence[bool]
+) -> None:
     if not any(not_finite):
-        return frame
-    names = [
-        f"{vector} at scale {scale:g} after {quoted(text)}"
-        for vector, scale, text in zip(
-            frame["vector"], frame["scale"], frame["prompt"], strict=True
-        )
-    ]
+        return
+    labels = zip(frame["vector"], frame["scale"], frame["prompt"], strict=True)
+    names = [f"{vector} at scale {scale:g} after {quoted(text)}" for vector, scale, text in labels]
     what = f"what {model_name(model)} writes, steered after layer {layer},"
     warn_of_rows(not_finite, what, "their texts end where it began", names)
-    return frame
 
 
 def _check_room(model: Model, prompt_tokens: list[Tensor], max_new_tokens: int) -> None:
@@ -153,120 +141,95 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
+class _Written(NamedTuple):
+    """One text for each vector of a batch, and whether its logits came to be not finite."""
+
+    texts: list[str]
+    not_finite: list[bool]
+
+
 def _writer(
-    model: Model, tokens: Tokens, rows: Theta, layer: int, max_new_tokens: int, temperature: float
-) -> Callable[[Tokens, Theta], tuple[Int[Tensor, "row new"], Bool[Tensor, "row"]]]:
-    """What writes after a prompt under each vector: the fast way where nothing forbids it.
+    model: Model, layer: int, max_new_tokens: int, temperature: float
+) -> Callable[[Tokens, Theta], _Written]:
+    """What writes after a prompt, under each vector, by Hugging Face's own `generate`."""
+    from transformers import GenerationConfig, LogitsProcessorList
 
-    It tells, too, for which rows the logits came to be not finite; these texts end there.
+    plain, ends = plain_model(model), _end_tokens(model)
+    # With no settings but ours: some models bring a penalty or a temperature along.
+    writes = copy.copy(getattr(model, "original_model", None) if plain is None else plain)
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+    if writes is not None:
+        writes.generation_config = GenerationConfig()
+        only_ours = {"top_k": 0} if temperature > 0 else {}
+        config = GenerationConfig(
+            eos_token_id=ends or None, pad_token_id=(ends or [None])[0], **options, **only_ours
+        )
+
+    def write(tokens: Tokens, theta: Theta) -> _Written:
+        rows = tokens.expand(len(theta), -1)
+        choice = _Choice(len(theta), torch.tensor(ends, device=tokens.device), temperature)
+        with adding(model, plain, theta, layer):
+            if writes is None:  # a HookedTransformer
+                with _choosing(model, choice):
+                    out = model.generate(rows, return_type="tokens", verbose=False, **options)
+            else:
+                out = writes.generate(
+                    input_ids=rows,
+                    attention_mask=torch.ones_like(rows),
+                    generation_config=config,
+                    logits_processor=LogitsProcessorList([choice]),
+                )
+        texts = [_decode(model, row, ends) for row in out[:, tokens.shape[1] :].tolist()]
+        return _Written(texts, choice.not_finite.tolist())
+
+    return write
+
+
+class _Choice:
+    """From the scores of a step to those that the next token is picked by.
+
+    A text whose logits are not finite ends there. What follows the end of a text is not looked at.
     """
-    ends = torch.tensor(_end_tokens(model), device=tokens.device, dtype=tokens.dtype)
 
-    def choose(logits: Tensor) -> Tensor:
-        if temperature == 0:
-            return logits.argmax(-1)
-        # From the largest down, so that no temperature makes infinities.
-        below = logits.float() - logits.float().amax(-1, keepdim=True)
-        return torch.multinomial((below / temperature).softmax(-1), 1)[:, 0]
+    def __init__(self, n_rows: int, ends: Tensor, temperature: float) -> None:
+        self.ends, self.temperature = ends, temperature
+        self.not_finite = torch.zeros(n_rows, dtype=torch.bool, device=ends.device)
+        self.ended = self.not_finite.clone()
+        self.began = False
 
-    def write_hooked(tokens: Tokens, theta: Theta) -> tuple[Tensor, Tensor]:
-        with steered(model, theta, layer), _ending_where_not_finite(model, ends) as broken:
-            out = model.generate(
-                tokens.expand(len(theta), -1),
-                max_new_tokens=max_new_tokens,
-                do_sample=temperature > 0,
-                temperature=temperature if temperature > 0 else 1.0,
-                return_type="tokens",
-                verbose=False,
-            )
-        return out[:, tokens.shape[1] :], broken.rows
-
-    writer = _fast_writer(model, tokens, float(rows.norm(dim=-1).max()), layer)
-    if writer is None:
-        return write_hooked
-    dtype = next(model.parameters()).dtype
-
-    def write_fast(tokens: Tokens, theta: Theta) -> tuple[Tensor, Tensor]:
-        theta = theta.to(tokens.device, dtype)
-        return writer.write(tokens, theta, max_new_tokens, ends, choose)
-
-    return write_fast
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.began:
+            self.ended |= torch.isin(input_ids[:, -1], self.ends)
+        self.began = True
+        # The largest is NaN if any is.
+        largest = scores.amax(-1, keepdim=True)
+        self.not_finite |= ~(largest[:, 0].isfinite() | self.ended)
+        if self.temperature > 0:
+            # From the largest down, so that no temperature makes infinities.
+            scores = (scores - largest) / self.temperature
+        certain = torch.full_like(scores[0], -torch.inf)
+        certain[int(self.ends[0]) if len(self.ends) else 0] = 0.0
+        return torch.where((self.not_finite | self.ended)[:, None], certain, scores)
 
 
 @contextmanager
-def _ending_where_not_finite(model: Model, ends: Tensor) -> Iterator["_Broken"]:
-    """End the text of each row whose logits are not finite, of which sampling would choke."""
-    broken = _Broken(ends)
-    handle = model.unembed.register_forward_hook(broken.end)
+def _choosing(model: Model, choice: _Choice) -> Iterator[None]:
+    """A HookedTransformer takes no function for its scores: change what it makes them of."""
+
+    def choose(module: nn.Module, args: Any, logits: Tensor) -> Tensor:
+        unknown = torch.full((len(logits), 1), -1, device=logits.device)
+        return choice(unknown, logits[:, -1].float())[:, None]
+
+    handle = model.unembed.register_forward_hook(choose)
     try:
-        yield broken
+        yield
     finally:
         handle.remove()
 
 
-class _Broken:
-    """Which rows of a batch have had logits that are not finite."""
-
-    def __init__(self, ends: Tensor) -> None:
-        self.ends, self.rows = ends, torch.empty(0, dtype=torch.bool)
-
-    def end(self, module: nn.Module, args: Any, logits: Tensor) -> Tensor:
-        bad = ~logits[:, -1].isfinite().all(-1)
-        if not len(self.rows):
-            self.rows = torch.zeros_like(bad)
-        self.rows |= bad
-        if not bad.any():
-            return logits
-        certain = torch.zeros_like(logits[0, -1])
-        certain[int(self.ends[0]) if len(self.ends) else 0] = torch.finfo(logits.dtype).max
-        return torch.where(bad[:, None, None], certain, logits)
-
-
-def _fast_writer(model: Model, tokens: Tokens, norm: float, layer: int) -> "Writer | None":
-    """The fast way to write, if there are no hooks to fire and it gives the model's own logits.
-
-    Asked about the beginning of the longest prompt, under two vectors as long as those to be used.
-    Layers that need what the bridge adds to them, or quantised ones, fail in ways of their own, so
-    every error means the slow way, but full memory.
-    """
-    if not hasattr(model, "original_model"):
-        return None
-    if user_hooks(module for root in whole_model(model) for module in root.modules()):
-        return None
-    from tl_melbo.fast_generation import Writer
-
-    generator = torch.Generator().manual_seed(0)
-    theta = random_sphere(2, int(model.cfg.d_model), norm or 1.0, generator=generator)
-    theta = theta.to(tokens.device, next(model.parameters()).dtype)
-    if not theta.isfinite().all():  # a long sparse vector can fit where a dense one does not
-        return None
-    tokens = tokens[:, :_PROBE_TOKENS]
-    with steered(model, theta, layer):
-        first = model(tokens.expand(2, -1))[:, -1]
-    new = first[1:].argmax(-1, keepdim=True)
-    with steered(model, theta[1:], layer):
-        second = model(torch.cat([tokens, new], 1))[:, -1]
-    try:
-        writer = Writer(model, layer)
-        found = writer.probe(tokens, theta, new)
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        return None
-    tolerance = _FAST_TOLERANCE if first.dtype in (torch.float32, torch.float64) else 0.05
-    for ours, theirs in zip(found, (first, second), strict=True):
-        error = (ours - theirs).double().norm() / theirs.double().norm()
-        if not error <= tolerance:
-            return None
-    return writer
-
-
-def _decode(model: Model, tokens: Int[Tensor, "new"]) -> str:
-    ends = torch.tensor(_end_tokens(model), device=tokens.device)
-    at_end = torch.isin(tokens, ends).nonzero()
-    if len(at_end):
-        tokens = tokens[: int(at_end[0])]
-    return str(model.tokenizer.decode(tokens, skip_special_tokens=True))
+def _decode(model: Model, tokens: Sequence[int], ends: Sequence[int]) -> str:
+    kept = list(itertools.takewhile(lambda token: token not in ends, tokens))
+    return str(model.tokenizer.decode(kept, skip_special_tokens=True))
 
 
 def _end_tokens(model: Model) -> list[int]:
@@ -276,4 +239,5 @@ def _end_tokens(model: Model) -> list[int]:
     for source in (model.tokenizer, config):
         named = getattr(source, "eos_token_id", None)
         ends += named if isinstance(named, list) else [] if named is None else [named]
-    return ends
+    # A configuration that was never set may name a token that the model does not have.
+    return [end for end in dict.fromkeys(ends) if end < int(model.cfg.d_vocab)]

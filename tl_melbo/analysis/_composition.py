@@ -11,7 +11,7 @@ from tl_melbo.activation_map import ActivationMap
 from tl_melbo.analysis._distance import effect_distance
 from tl_melbo.generation import generate
 from tl_melbo.model.bridge import Model
-from tl_melbo.probability import kl_from_log_probs
+from tl_melbo.probability import LogProbs, kl_from_log_probs
 from tl_melbo.shapes import Float, Theta, shape_checked
 from tl_melbo.steering import (
     Reference,
@@ -19,8 +19,10 @@ from tl_melbo.steering import (
     as_library,
     as_theta,
     check_place,
+    map_next_token,
     next_token_log_probs,
     one_vector,
+    warn_of_log_probs,
 )
 
 if TYPE_CHECKING:
@@ -191,13 +193,17 @@ def _divergences(
     layer: int,
     chat: bool,
 ) -> tuple[Float[Tensor, "vector"], Float[Tensor, "vector"]]:
-    """KL to the reference and to the unsteered model, from one batch that holds all three."""
+    """KL to the reference (NaN without one), and to the unsteered model."""
     # A row of zeros is the unsteered model.
     unsteered = torch.zeros_like(theta[:1])
-    others = unsteered if reference is None else torch.cat([unsteered, reference])
-    log_probs = next_token_log_probs(model, prompt, torch.cat([others, theta]), layer, chat=chat)
-    log_vectors = log_probs[len(others) :]
-    to_unsteered = kl_from_log_probs(log_vectors, log_probs[:1].expand_as(log_vectors))
-    if reference is None:
-        return torch.full_like(to_unsteered, torch.nan), to_unsteered
-    return kl_from_log_probs(log_vectors, log_probs[1:2].expand_as(log_vectors)), to_unsteered
+    others = unsteered if reference is None else torch.cat([reference, unsteered])
+    log_others = next_token_log_probs(model, prompt, others, layer, chat=chat)
+
+    def measure(log_probs: LogProbs) -> Tensor:
+        return torch.stack(
+            [kl_from_log_probs(log_probs, other.expand_as(log_probs)) for other in log_others], 1
+        )
+
+    kl = map_next_token(model, prompt, theta, layer, measure, chat=chat)
+    warn_of_log_probs(model, prompt, layer, kl[:, -1].isnan())
+    return torch.full_like(kl[:, 0], torch.nan) if reference is None else kl[:, 0], kl[:, -1]

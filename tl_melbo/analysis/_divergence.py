@@ -8,14 +8,14 @@ from torch import Tensor
 from tl_melbo import checks
 from tl_melbo.geometry import random_sphere
 from tl_melbo.model.bridge import Model
-from tl_melbo.probability import kl_from_log_probs
+from tl_melbo.probability import LogProbs, kl_from_log_probs
 from tl_melbo.shapes import Float, Theta, shape_checked
 from tl_melbo.steering import (
     Reference,
     Vectors,
     as_chat,
     as_theta,
-    log_probs_or_nan,
+    map_next_token,
     next_token_log_probs,
     steering_layer,
     warn_of_log_probs,
@@ -56,7 +56,7 @@ def kl_divergence(
 
     Raises:
         ValueError: more or fewer than one reference; also as `next_token_log_probs` does.
-        FloatingPointError: the logits are not finite under the reference, or any vector.
+        NotFinite: the logits are not finite under the reference, or any vector.
 
     Warns:
         UserWarning: they are not finite under some vectors, whose divergence is NaN.
@@ -77,19 +77,15 @@ def kl_divergence(
     log_reference = next_token_log_probs(
         model, prompt, reference, own_layer if layer is None else layer, chat=chat
     )
-    layer = own_layer
-    divergences = []
-    # A vocabulary is large: only one batch's distributions are held at a time.
-    for theta in as_theta(model, vectors).split(batch_size):
-        log_vectors = log_probs_or_nan(
-            model, prompt, theta, layer, scale=1.0, chat=chat, batch_size=batch_size
-        )
+
+    def measure(log_vectors: LogProbs) -> Tensor:
         log_references = log_reference.expand_as(log_vectors)
         if direction == "to_reference":
-            divergences.append(kl_from_log_probs(log_vectors, log_references))
-        else:
-            divergences.append(kl_from_log_probs(log_references, log_vectors))
-    kl = torch.cat(divergences)
+            return kl_from_log_probs(log_vectors, log_references)
+        return kl_from_log_probs(log_references, log_vectors)
+
+    theta, layer = as_theta(model, vectors), own_layer
+    kl = map_next_token(model, prompt, theta, layer, measure, chat=chat, batch_size=batch_size)
     warn_of_log_probs(model, prompt, layer, kl.isnan())
     return kl
 

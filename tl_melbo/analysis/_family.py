@@ -15,15 +15,15 @@ from tl_melbo.analysis._divergence import random_like
 from tl_melbo.analysis._scaling import rescale
 from tl_melbo.generation import generate
 from tl_melbo.model.bridge import Model
-from tl_melbo.probability import kl_from_log_probs
-from tl_melbo.shapes import Theta, shape_checked
+from tl_melbo.probability import LogProbs, kl_from_log_probs
+from tl_melbo.shapes import shape_checked
 from tl_melbo.steering import (
     Reference,
     Vectors,
     as_library,
     as_theta,
     check_place,
-    log_probs_or_nan,
+    map_next_token,
     next_token_log_probs,
     one_vector,
 )
@@ -78,8 +78,6 @@ def family(
 
     Source: Jacob G-W 2024, "I found >800 orthogonal 'write code' steering vectors".
     """
-    import pandas as pd
-
     library, start = as_library(vectors), one_vector(reference, "reference")
     for checked, argument in ((library, "vectors"), (start, "reference")):
         check_place(model, f, checked, argument)
@@ -96,12 +94,18 @@ def family(
     numbers = library.columns["index"].tolist()
     one = torch.cat([kinds["unsteered"], start_theta])
     log_one = next_token_log_probs(model, prompt, one, f.source_layer, chat=chat)
+
+    def measure(log_probs: LogProbs) -> Tensor:
+        log_unsteered, log_reference = (row.expand_as(log_probs) for row in log_one.split(1))
+        pairs = ((log_probs, log_reference), (log_reference, log_probs), (log_probs, log_unsteered))
+        return torch.stack([kl_from_log_probs(*pair) for pair in pairs], 1)
+
     n_rows, n_done = sum(map(len, kinds.values())), 0
     frames = []
     for kind, rows in kinds.items():
         for batch in rows.split(_BATCH_SIZE):
-            measured = _divergences(model, prompt, batch, f.source_layer, chat, log_one)
-            frame = pd.DataFrame({name: values.numpy() for name, values in measured.items()})
+            kl = map_next_token(model, prompt, batch, f.source_layer, measure, chat=chat)
+            frame = pd.DataFrame(kl.numpy(), columns=[*_MEASURES])
             frame.insert(0, "kind", kind)
             frame.insert(1, "norm", batch.norm(dim=-1).cpu().numpy())
             frame.insert(2, "distance", effect_distance(f, batch, start_theta).numpy())
@@ -117,17 +121,6 @@ def family(
     table = Table(pd.concat(frames, ignore_index=True))
     table.insert(1, "index", [-1, -1, *3 * numbers])
     return table
-
-
-def _divergences(
-    model: Model, prompt: str, theta: Theta, layer: int, chat: bool, log_one: Tensor
-) -> dict[str, Tensor]:
-    log_probs = log_probs_or_nan(
-        model, prompt, theta, layer, scale=1.0, chat=chat, batch_size=_BATCH_SIZE
-    )
-    log_unsteered, log_reference = (row.expand_as(log_probs) for row in log_one.split(1))
-    pairs = ((log_probs, log_reference), (log_reference, log_probs), (log_probs, log_unsteered))
-    return {name: kl_from_log_probs(*pair) for name, pair in zip(_MEASURES, pairs, strict=True)}
 
 
 @dataclass(frozen=True)

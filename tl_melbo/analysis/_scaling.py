@@ -11,16 +11,18 @@ from torch import Tensor
 from tl_melbo import checks
 from tl_melbo.generation import generate
 from tl_melbo.model.bridge import Model
-from tl_melbo.probability import kl_from_log_probs
-from tl_melbo.shapes import Float, shape_checked
+from tl_melbo.probability import LogProbs, kl_from_log_probs
+from tl_melbo.shapes import shape_checked
 from tl_melbo.steering import (
     Reference,
     Vectors,
+    as_chat,
     as_library,
     as_theta,
-    log_probs_or_nan,
+    map_next_token,
     next_token_log_probs,
     one_vector,
+    steering_layer,
 )
 from tl_melbo.vectors import SteeringVectors
 
@@ -28,8 +30,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 DEFAULT_SCALES = (-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
-# A vocabulary is large: only so many vectors' distributions are held at a time.
-_BATCH_SIZE = 32
 
 
 @shape_checked
@@ -113,15 +113,18 @@ def scale_sweep(
     ).drop(columns="prompt")
     # Scaled by zero, a vector is the unsteered model, and brings its layer and chat format along.
     unsteered = next_token_log_probs(model, prompt, library[0], layer, scale=0.0, chat=chat)
+    layer, chat = steering_layer(model, library, layer), as_chat(library, chat)
     # The same order as that of the completions: scale by scale.
-    measured = [
-        _next_token(model, prompt, library, scale, layer, chat, unsteered) for scale in scales
-    ]
-    kl, entropy = (torch.cat(parts).numpy() for parts in zip(*measured, strict=True))
-    norms = torch.cat([theta.norm(dim=-1) * abs(scale) for scale in scales]).cpu()
-    frame.insert(2, "norm", norms.numpy())
-    frame.insert(3, "kl", kl)
-    frame.insert(4, "entropy", entropy)
+    rows = torch.cat([theta * scale for scale in scales])
+
+    def measure(log_probs: LogProbs) -> Tensor:
+        kl = kl_from_log_probs(log_probs, unsteered.expand_as(log_probs))
+        return torch.stack([kl, torch.special.entr(log_probs.double().exp()).sum(-1).float()], 1)
+
+    kl, entropy = map_next_token(model, prompt, rows, layer, measure, chat=chat).unbind(1)
+    frame.insert(2, "norm", rows.norm(dim=-1).cpu().numpy())
+    frame.insert(3, "kl", kl.numpy())
+    frame.insert(4, "entropy", entropy.numpy())
     frame.insert(5, "repetition", [repetition_of(model, text) for text in frame["completion"]])
     return frame.sort_values("vector", kind="stable", ignore_index=True)
 
@@ -148,24 +151,3 @@ def repetition(tokens: Sequence[int], n: int = 3) -> float:
 def repetition_of(model: Model, text: str) -> float:
     """`repetition` of the tokens that the model's tokenizer makes of a text; 0 for no text."""
     return repetition(model.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else 0.0
-
-
-def _next_token(
-    model: Model,
-    prompt: str,
-    library: SteeringVectors,
-    scale: float,
-    layer: int | None,
-    chat: bool | None,
-    unsteered: Tensor,
-) -> tuple[Float[Tensor, "vector"], Float[Tensor, "vector"]]:
-    """KL to the unsteered model, and entropy, of the token after the prompt."""
-    divergences, entropies = [], []
-    for start in range(0, len(library), _BATCH_SIZE):
-        batch = library[start : start + _BATCH_SIZE]
-        log_probs = log_probs_or_nan(
-            model, prompt, batch, layer, scale=scale, chat=chat, batch_size=_BATCH_SIZE
-        )
-        divergences.append(kl_from_log_probs(log_probs, unsteered.expand_as(log_probs)))
-        entropies.append(torch.special.entr(log_probs.double().exp()).sum(-1).float())
-    return torch.cat(divergences), torch.cat(entropies)

@@ -170,6 +170,28 @@ def without_bridge(module: nn.Module, attention: Literal["sdpa", "eager"] = "sdp
     return plain
 
 
+def plain_model(model: Model) -> Any:
+    """The Hugging Face model below a bridge, which computes the same in less time, or None.
+
+    None where hooks are to fire, where the bridge does not compute what the model below it does
+    (its compatibility mode), where weights are quantised, and for a HookedTransformer.
+    """
+    if not hasattr(model, "original_model") or getattr(model, "compatibility_mode", False):
+        return None
+    if not all(parameter.is_floating_point() for parameter in model.original_model.parameters()):
+        return None
+    if user_hooks(module for root in whole_model(model) for module in root.modules()):
+        return None
+    return without_bridge(model.original_model)
+
+
+def block_below(model: Model, plain: nn.Module, layer: int) -> nn.Module:
+    """The block of `plain_model(model)` that belongs to a layer."""
+    block = model.blocks[layer]
+    named = model.original_model.named_modules()
+    return plain.get_submodule(next(name for name, module in named if module is block))
+
+
 def whole_model(model: Model) -> tuple[nn.Module, ...]:
     """The model, and the Hugging Face model that a bridge keeps outside its tree of modules."""
     return (model, model.original_model) if hasattr(model, "original_model") else (model,)
