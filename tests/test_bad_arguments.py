@@ -195,10 +195,9 @@ def shared_calls():
         ),
         "calibrate_radius": (
             tm.calibrate_radius,
-            {"f": f, "criterion": "nonlinearity", "level": 0.5, "positions": slice(-1, None),
+            {"f": f, "level": 0.5, "positions": slice(-1, None),
              "n_directions": 2, "seed": 0},
         ),
-        "divergence": (f.divergence, {"theta": torch.ones(1, 32)}),
         "behaviours": (
             tm.analysis.behaviours,
             {"model": model, "completions": completions, "chat": False, "n_behaviours": None,

@@ -176,7 +176,8 @@ def test_killed_at_random_moments_and_continued_is_bit_for_bit_the_same(
         tm.Run(folder).melbo(f, 24, **SETTINGS)
         os._exit(0)
 
-    while kills < n_kills:
+    # On a busy machine many kills fall before the first new vector: then there are more of them.
+    while kills < n_kills or (len(set(known)) <= n_kills // 4 and kills < 5 * n_kills):
         process = context.Process(target=search)
         process.start()
         time.sleep(clock.uniform(0.0, longest))
