@@ -9,11 +9,13 @@ from tl_melbo.discovery import (
     calibrate_radius,
     iter_melbo,
     iter_melbo_ortho,
+    jacobian,
     join_family,
     join_library,
     melbo,
     melbo_objective,
     melbo_ortho,
+    random_vectors,
 )
 from tl_melbo.generation import generate
 from tl_melbo.model.load import load_model
@@ -39,6 +41,7 @@ __all__ = [
     "generate",
     "iter_melbo",
     "iter_melbo_ortho",
+    "jacobian",
     "join_family",
     "join_library",
     "load_model",
@@ -47,6 +50,7 @@ __all__ = [
     "melbo_ortho",
     "next_token_log_probs",
     "plots",
+    "random_vectors",
     "report",
     "steered",
 ]

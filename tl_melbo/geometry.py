@@ -58,3 +58,10 @@ def random_sphere(
     return normalise(
         torch.randn(n_vectors, d_model, generator=generator, dtype=torch.float32), radius
     )
+
+
+def numbered_sphere(n_vectors: int, d_model: int, seed: int) -> Tensor:
+    """Unit vectors, float64: vector k depends on the seed and k, not on how many are drawn."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [random_sphere(1, d_model, generator=generator) for _ in range(n_vectors)]
+    return torch.cat(drawn).double() if drawn else torch.empty(0, d_model, dtype=torch.float64)

@@ -25,3 +25,13 @@ def jacobian_times(f: EffectMap, effect: Callable[[Tensor], Tensor], directions:
     return torch.cat([of_batch(batch) for batch in directions.split(f.vectors_at_once())]).flatten(
         1
     )
+
+
+def transpose_times(f: EffectMap, effect: Callable[[Tensor], Tensor], outputs: Tensor) -> Tensor:
+    """J' w for each output w, [vector, output] -> [vector, d_model]: one backward product each."""
+    parts = []
+    for batch in outputs.split(f.vectors_at_once()):
+        theta = outputs.new_zeros(len(batch), f.x.shape[-1]).requires_grad_()
+        along = (effect(theta).flatten(1) * batch).sum()
+        parts += torch.autograd.grad(along, theta)
+    return torch.cat(parts)

@@ -31,7 +31,7 @@ from tl_melbo.discovery._search import (
     one_by_one,
 )
 from tl_melbo.errors import warn_user
-from tl_melbo.geometry import complement, normalise, random_sphere, tangent
+from tl_melbo.geometry import complement, normalise, numbered_sphere, tangent
 from tl_melbo.story import about_of, measure
 from tl_melbo.vectors import SteeringVectors
 
@@ -176,7 +176,7 @@ def melbo(
     optimise = climb.ascent if optimiser == "ascent" else climb.adamw
 
     def find(earlier: Tensor, first: int) -> Iterator[Part]:
-        starts = _starts(seed, first + n_vectors, int(f.x.shape[-1]))
+        starts = numbered_sphere(first + n_vectors, int(f.x.shape[-1]), seed)
         none = starts[:0]
         if orthogonal:
             numbers = range(first, len(starts))
@@ -218,13 +218,6 @@ def melbo(
 
 iter_melbo = melbo.parts
 join_library = join
-
-
-def _starts(seed: int, n_vectors: int, d_model: int) -> Tensor:
-    """Drawn one by one, so that start k does not depend on how many are drawn; float64."""
-    generator = torch.Generator().manual_seed(seed)
-    starts = [random_sphere(1, d_model, generator=generator) for _ in range(n_vectors)]
-    return torch.cat(starts).double()
 
 
 @dataclass(frozen=True)
