@@ -22,7 +22,8 @@ from typer.testing import CliRunner
 import tl_melbo as tm
 from tests.conftest import PROFILE, PROMPT
 from tests.tiny_models import tiny_hf, tokenizer
-from tl_melbo.cli import _print_found, app
+from tl_melbo.cli import app
+from tl_melbo.terminal import print_found
 
 pytestmark = pytest.mark.usefixtures("cached_models", "by_words")
 
@@ -195,7 +196,7 @@ def test_an_earlier_run_is_not_overwritten_unasked(model_folder: Path, tmp_path:
     (tmp_path / "report.html").write_text("old")
     result = discover(model_folder, tmp_path)
     assert result.exit_code == 1
-    assert "pass --overwrite to replace that run" in one_line(result.stderr)
+    assert "pass --overwrite to replace it" in one_line(result.stderr)
     assert (tmp_path / "vectors.safetensors").read_text() == "precious"
     assert discover(model_folder, tmp_path, "--overwrite").exit_code == 0
     assert names(tmp_path) == FILES
@@ -224,7 +225,7 @@ def test_an_interrupted_run_keeps_what_is_finished(
     assert (tmp_path / "report.html").read_bytes() == page
     assert (tmp_path / "completions.csv").read_bytes() == texts
     with monkeypatch.context() as patch:
-        patch.setattr(tm.Run, "melbo", interrupted)
+        patch.setattr(tm.Run, "keep", interrupted)
         assert discover(model_folder, tmp_path / "new").exit_code == 130
     assert not (tmp_path / "new").exists()
 
@@ -255,7 +256,7 @@ def test_an_interrupted_search_goes_on(
     assert "the same command continues" in one_line(result.stderr)
     result = discover(model_folder, out, "--seed=1")
     assert result.exit_code == 1
-    assert "seed=0 (asked for now: 1)" in one_line(result.stderr)
+    assert "seed=0 (here 1)" in one_line(result.stderr)
     result = discover(model_folder, out)
     assert result.exit_code == 0, result.output
     assert "holds 2 vectors of this search." in one_line(result.stderr)
@@ -363,7 +364,7 @@ def test_the_table_shows_what_the_model_wrote_and_obeys_none_of_it(
 ) -> None:
     row = {"index": 3, "prompt": "p", "objective": 178.0, "kl": 0.5}
     completion = "[red]a[/]\x1b[31m\nb\\" + "c" * 100
-    _print_found(
+    print_found(
         pd.DataFrame([{**row, "completion": completion, "negated_completion": ""}]),
         {"column": "objective"},
     )
@@ -376,14 +377,14 @@ def test_the_table_shows_what_the_model_wrote_and_obeys_none_of_it(
 def test_warnings_of_the_package_are_readable(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    melbo = tm.Run.melbo
+    keep = tm.Run.keep
 
     def warning(*arguments: object, **options: object) -> tm.SteeringVectors:
         warnings.warn("mind [this]", UserWarning, stacklevel=1)
         warnings.warn("not yours", FutureWarning, stacklevel=1)
-        return melbo(*arguments, **options)
+        return keep(*arguments, **options)
 
-    monkeypatch.setattr(tm.Run, "melbo", warning)
+    monkeypatch.setattr(tm.Run, "keep", warning)
     result = discover(model_folder, tmp_path)
     assert result.exit_code == 0
     assert "Warning: mind [this]" in result.stderr
@@ -514,4 +515,4 @@ def test_auto_does_not_continue_a_radius_that_was_chosen(
     assert discover(model_folder, tmp_path).exit_code == 0
     result = discover(model_folder, tmp_path, "--radius=auto")
     assert result.exit_code == 1
-    assert "--radius=4.0 (asked for now: 'auto')" in one_line(result.stderr)
+    assert "--radius=4.0 (here 'auto')" in one_line(result.stderr)
