@@ -350,8 +350,7 @@ def _given(method: "Method", n_vectors: int, **options: Any) -> dict[str, Any]:
     for option in given:
         if option not in taken:
             raise ValueError(
-                f"--{option.replace('_', '-')}: --method {name} does not take it; it takes "
-                f"{', '.join(f'--{each}' for each in taken)}".replace("_", "-")
+                f"--{option}: --method {name} does not take it; it takes {', '.join(taken)}"
             )
     for option, parameter in taken.items():
         if parameter.default is parameter.empty and option not in given:
