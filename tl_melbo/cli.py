@@ -1,21 +1,18 @@
 """The same from a shell: `tl-melbo discover "Tell me about yourself." --out runs/me`."""
 
-import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from tl_melbo import checks, terminal
+from tl_melbo import asked, checks, terminal
 
 # transformers and plotly take seconds to import; each command imports what it needs when it runs,
 # so that --help answers at once.
 if TYPE_CHECKING:
     from tl_melbo import Run, SteeringVectors
-    from tl_melbo.discovery._melbo import Radius
-    from tl_melbo.discovery._search import Method
 
 # Options that several commands have.
 _Folder = Annotated[Path, typer.Argument(help="The folder that `discover` wrote.")]
@@ -36,8 +33,6 @@ app = typer.Typer(
 
 # How many vectors a family has, if nothing else is said.
 _FAMILY_SIZE = 100
-# Arguments of a method that are no options of a command.
-_OWN = ("f", "n_vectors", "previous", "progress", "on_step")
 
 
 def _show_version(asked: bool) -> None:
@@ -140,9 +135,10 @@ def discover(
         import tl_melbo as tm
         from tl_melbo.run import absolute
 
-        search = _method(method)
-        settings = _given(
-            search, n_vectors, radius=_parse_radius(radius), positions=_parse_slice(positions),
+        search = asked.method(method)
+        settings = asked.given(
+            search, n_vectors,
+            radius=asked.parse_radius(radius), positions=asked.parse_slice(positions),
             p=p, q=q, norm=norm, orthogonal=orthogonal, optimiser=optimiser, steps=steps, seed=seed,
         )  # fmt: skip
         place = {"source_layer": source_layer, "target_layer": target_layer, "chat": chat}
@@ -152,7 +148,7 @@ def discover(
             if not overwrite:
                 run.check(side_effects=side_effects)
                 story = {"prompts": list(prompts), "dtype": dtype, **place}
-                known = run.check_same({**story, **_story(search, settings)}, model=name)
+                known = run.check_same({**story, **asked.story(search, settings)}, model=name)
             _say_what_is_there(run.folder, known, n_vectors)
             progress.start("Loading the model")
             loaded = tm.load_model(model, device=device, dtype=getattr(torch, dtype))
@@ -218,14 +214,14 @@ def ortho(
         room = theta0.vectors.shape[1] - 1
         wanted = _family_size(n_vectors, everything, room)
         options = {"norm_penalty": norm_penalty, "optimiser": optimiser, "steps": steps}
-        settings = _given(tm.melbo_ortho, wanted, theta0=theta0, **options)
+        settings = asked.given(tm.melbo_ortho, wanted, theta0=theta0, **options)
         place = family_folder(run.folder, vector)
         # What is there is read under the lock, too: another process may have just added to it.
         with _session(run, place) as progress:
             run.check()
             known = 0
             if not overwrite:
-                known = run.check_same(_story(tm.melbo_ortho, settings), theta0)
+                known = run.check_same(asked.story(tm.melbo_ortho, settings), theta0)
             _say_what_is_there(place, known, wanted)
             progress.start("Loading the model")
             loaded, f = run.load(model, device)
@@ -327,61 +323,6 @@ def _show_page(
     typer.echo(str((run.folder / "report.html").resolve()))
 
 
-def _method(name: str) -> "Method":
-    """The discovery method of that name: any that the package exports."""
-    import tl_melbo as tm
-    from tl_melbo.discovery._search import Method
-
-    known = {n: value for n, value in vars(tm).items() if isinstance(value, Method)}
-    if name not in known:
-        raise ValueError(f"--method={name!r}: known are {', '.join(sorted(known))}")
-    return known[name]
-
-
-def _given(method: "Method", n_vectors: int, **options: Any) -> dict[str, Any]:
-    """The options that were given, after the method's own check of them.
-
-    Raises:
-        ValueError: it does not take one of them, or lacks one, or a number is out of its range.
-    """
-    given = {name: value for name, value in options.items() if value is not None}
-    taken = {n: p for n, p in inspect.signature(method).parameters.items() if n not in _OWN}
-    name = method.__name__
-    for option in given:
-        if option not in taken:
-            raise ValueError(
-                f"--{option}: --method {name} does not take it; it takes {', '.join(taken)}"
-            )
-    for option, parameter in taken.items():
-        if parameter.default is parameter.empty and option not in given:
-            command = "use tl-melbo ortho" if option == "theta0" else f"pass --{option}"
-            raise ValueError(f"--method {name}: needs {option}; {command}")
-    check = getattr(method, "check", None)
-    if check is not None:
-        values = {**_defaults(method), **given, "n_vectors": n_vectors}
-        names = inspect.signature(check).parameters
-        check(**{each: value for each, value in values.items() if each in names})
-    return given
-
-
-def _defaults(method: "Method") -> dict[str, Any]:
-    parameters = inspect.signature(method).parameters
-    return {n: p.default for n, p in parameters.items() if p.default is not p.empty}
-
-
-def _story(method: "Method", settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What the metadata will say of a search, as far as that is known without a model."""
-    from tl_melbo.story import slice_to_json
-
-    chosen = {
-        name: slice_to_json(value) if isinstance(value, slice) else value
-        for name, value in {**_defaults(method), **settings}.items()
-        if value is not None and name not in (*_OWN, "theta0")
-    }
-    seed = chosen.pop("seed", None)
-    return {"method": method.__name__, "seed": seed, "hyperparameters": chosen}
-
-
 def _numbered(run: "Run", vector: int) -> "SteeringVectors":
     """The vector of the run's library with that number."""
     library = run.found
@@ -417,31 +358,3 @@ def _say_what_is_there(place: Path, known: int, wanted: int) -> None:
 def _say_radius(found: "SteeringVectors") -> None:
     if "calibration" in found.story:
         terminal.say(f"Radius {found.story['hyperparameters']['radius']:g}, calibrated.")
-
-
-def _parse_slice(text: str | None) -> slice | None:
-    """Read 'start:stop'; either may be missing.
-
-    Raises:
-        ValueError: it is something else.
-    """
-    if text is None:
-        return None
-    parts = text.split(":")
-    try:
-        start, stop = (int(part) if part.strip() else None for part in parts)
-    except ValueError as error:
-        raise ValueError(
-            f"--positions={text!r}: expected start:stop, such as '-3:' for the last three tokens, "
-            "or ':' for all"
-        ) from error
-    return slice(start, stop)
-
-
-def _parse_radius(text: str | None) -> "Radius | None":
-    if text is None or text == "auto":
-        return text
-    try:
-        return float(text)
-    except ValueError as error:
-        raise ValueError(f"--radius={text!r}: expected a number, such as 12, or 'auto'") from error

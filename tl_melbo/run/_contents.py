@@ -13,8 +13,16 @@ from tl_melbo.activation_map import ActivationMap
 from tl_melbo.analysis._family import Family
 from tl_melbo.analysis._side_effects import COLUMNS, side_effects
 from tl_melbo.model.bridge import Model, model_name
-from tl_melbo.run._folder import COMPLETIONS, REFERENCE, VECTORS, family_folder, same_vector
-from tl_melbo.run._settings import absolute, digest
+from tl_melbo.run._folder import (
+    COMPLETIONS,
+    REFERENCE,
+    REPORT,
+    VECTORS,
+    family_folder,
+    kept_before,
+    same_vector,
+)
+from tl_melbo.run._settings import SETTINGS, absolute, digest
 from tl_melbo.run._tables import damaged, load_table, save_table
 from tl_melbo.vectors import SteeringVectors
 
@@ -146,3 +154,22 @@ def save_family(place: Path, family: Family) -> None:
     """Keep what was measured of a family beside its vectors."""
     save_table(place / TABLE, family.table)
     save_table(place / COMPOSITION, family.composition)
+
+
+def check(folder: Path, settings: dict[str, Any], side_effects: bool) -> None:
+    """As `Run.check`."""
+    names = (COMPLETIONS, REPORT, SETTINGS, SIDE_EFFECTS)
+    theirs = [name for name in names if (folder / name).exists()]
+    if theirs and not (folder / VECTORS).is_file():
+        raise ValueError(
+            f"{folder}: holds {', '.join(theirs)}, but no {VECTORS}, so not the rest of a "
+            "run; choose another folder, or pass overwrite=True to replace them"
+        )
+    if side_effects:
+        check_may_measure(folder, settings)
+    found = kept_before(folder, None)
+    if found is None:
+        return
+    load_texts(folder, found, settings, None)
+    load_side_effects(folder, found, settings)
+    load_families(folder, found)

@@ -1,22 +1,50 @@
 """The vectors of a folder: what is there, whether a search continues it, keeping what comes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from tl_melbo.discovery._search import Search, join
 from tl_melbo.errors import Damaged, DifferentSearch
-from tl_melbo.files import writable_folder
+from tl_melbo.files import clear_partial, writable_folder
+from tl_melbo.story import Difference, differences
 from tl_melbo.vectors import SteeringVectors
 
 VECTORS, REFERENCE, LOCK = "vectors.safetensors", "theta0.safetensors", ".lock"
 COMPLETIONS, REPORT = "completions.csv", "report.html"
 
 OnVector = Callable[[int, int | None], None]
+
+
+@contextmanager
+def locked(place: Path, lock: FileLock) -> Iterator[Path]:
+    """As `Run.writing`."""
+    existed = place.exists()
+    folder = writable_folder(place)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise BlockingIOError(
+            f"{folder}: another process is writing here; wait for it to end, or choose another "
+            "folder"
+        ) from None
+    try:
+        for each in (folder, *folder.glob(family_folder(Path(), "*").name)):
+            clear_partial(each)
+        yield folder
+    finally:
+        unused = not existed and {item.name for item in folder.iterdir()} <= {LOCK}
+        if unused:
+            (folder / LOCK).unlink(missing_ok=True)
+        lock.release()
+        if unused:
+            with suppress(OSError):  # another process has just begun here
+                folder.rmdir()
 
 
 def family_folder(folder: Path, vector: int | str) -> Path:
@@ -85,6 +113,26 @@ def another_search(place: Path, reason: str, differing: list[Any]) -> DifferentS
         differing,
         reason,
     )
+
+
+def check_same(
+    place: Path, theta0: SteeringVectors | None, story: Mapping[str, Any], known: Any, model: Any
+) -> int:
+    """As `Run.check_same`; `known` is the name of the model that the settings tell."""
+    found = kept_before(place, theta0)
+    if found is None:
+        return 0
+    chosen = dict(story.get("hyperparameters") or {})
+    if chosen.get("radius") == "auto" and "calibration" in found.story:
+        del chosen["radius"]
+    differing = differences(found.story, {**story, "hyperparameters": chosen})
+    if known != model:
+        names = ("the bundled one" if name is None else name for name in (known, model))
+        differing.insert(0, Difference("model", *names))
+    if differing:
+        reason = f"found with {', '.join(map(str, differing))}"
+        raise another_search(place, reason, differing)
+    return last_number(found)
 
 
 @contextmanager

@@ -2,22 +2,20 @@
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from tl_melbo import checks
 from tl_melbo.discovery import melbo, melbo_ortho
 from tl_melbo.discovery._protocol import EffectMap
 from tl_melbo.discovery._search import Method
 from tl_melbo.errors import DifferentSearch
-from tl_melbo.files import clear_partial, writable_folder
 from tl_melbo.run import _folder, _settings
 from tl_melbo.run._folder import COMPLETIONS, LOCK, REPORT, VECTORS, OnVector, family_folder
 from tl_melbo.shapes import shape_checked
-from tl_melbo.story import Difference, differences
 from tl_melbo.vectors import SteeringVectors
 
 if TYPE_CHECKING:
@@ -40,9 +38,8 @@ class Run:
         run = tm.Run("runs/me")
         found = run.melbo(f, n_vectors=32, radius=12.0)
         family = run.melbo_ortho(f, found[4], n_vectors=100)
-        run.family(model, f, 4)                     # measures that family
-        run.page(model, f)                          # runs/me/report.html
-        model, f = tm.Run("runs/me").load()         # another day
+        run.family(model, f, 4)  # measured, for the page
+        run.page(model, f)
 
     The same call again, in another process too, goes on where the last one ended, however it ended,
     and finds what it would have found without a break. A call with other settings is refused, and
@@ -196,8 +193,7 @@ class Run:
     def note(self, **settings: Any) -> None:
         """Add to the settings. Nothing is written where nothing changes."""
         known = {**self.settings, **settings}
-        gone = [name for name, value in settings.items() if value is _UNKNOWN]
-        known = {name: value for name, value in known.items() if name not in gone}
+        known = {name: value for name, value in known.items() if value is not _UNKNOWN}
         if known != self.settings:
             _settings.save_settings(self.folder, known)
             self._settings = known
@@ -214,21 +210,7 @@ class Run:
         """
         from tl_melbo.run import _contents
 
-        names = (COMPLETIONS, REPORT, _settings.SETTINGS, _contents.SIDE_EFFECTS)
-        theirs = [name for name in names if (self.folder / name).exists()]
-        if theirs and not (self.folder / VECTORS).is_file():
-            raise ValueError(
-                f"{self.folder}: holds {', '.join(theirs)}, but no {VECTORS}, so not the rest of a "
-                "run; choose another folder, or pass overwrite=True to replace them"
-            )
-        if side_effects:
-            _contents.check_may_measure(self.folder, self.settings)
-        found = _folder.kept_before(self.folder, None)
-        if found is None:
-            return
-        _contents.load_texts(self.folder, found, self.settings, None)
-        _contents.load_side_effects(self.folder, found, self.settings)
-        _contents.load_families(self.folder, found)
+        _contents.check(self.folder, self.settings, side_effects)
 
     def check_same(
         self,
@@ -250,21 +232,8 @@ class Run:
             DifferentSearch: the folder holds vectors of another one.
         """
         place = self._place(theta0)
-        found = _folder.kept_before(place, theta0)
-        if found is None:
-            return 0
-        chosen = dict(story.get("hyperparameters") or {})
-        if chosen.get("radius") == "auto" and "calibration" in found.story:
-            del chosen["radius"]
-        differing = differences(found.story, {**story, "hyperparameters": chosen})
-        known = self.settings.get("model", model)
-        if model is not _UNKNOWN and known != model:
-            names = ("the bundled one" if name is None else name for name in (known, model))
-            differing.insert(0, Difference("model", *names))
-        if differing:
-            reason = f"found with {', '.join(map(str, differing))}"
-            raise _folder.another_search(place, reason, differing)
-        return _folder.last_number(found)
+        known = model if model is _UNKNOWN else self.settings.get("model", model)
+        return _folder.check_same(place, theta0, story, known, model)
 
     def load(
         self, model: str | None = None, device: str | None = None
@@ -296,10 +265,7 @@ class Run:
             model: the model that the vectors were found in.
             max_new_tokens: the most tokens of each; None takes the length that is there, or 50.
             overwrite: write them anew.
-            on_batch: called with the vectors done, and the vectors in all.
-
-        Returns:
-            As `report.collect_completions`.
+            on_batch: as for `report.collect_completions`, whose result this is.
         """
         from tl_melbo.run import _contents
 
@@ -356,9 +322,7 @@ class Run:
         model: "Model",
         f: "ActivationMap",
         vector: int,
-        *,
-        max_new_tokens: int = 50,
-        on_batch: OnCount | None = None,
+        **options: Any,
     ) -> "Family":
         """Measure the family of one vector, and keep that for the page.
 
@@ -366,11 +330,7 @@ class Run:
             model: the model that the vectors were found in.
             f: the map that they were found with.
             vector: the number of theta0 in the library.
-            max_new_tokens: the most tokens of each completion.
-            on_batch: called with the rows done, and the rows in all.
-
-        Returns:
-            As `report.collect_family`.
+            **options: those of `report.collect_family`, whose result this is.
         """
         from tl_melbo.run import _contents
 
@@ -379,9 +339,7 @@ class Run:
             vectors, theta0 = (
                 SteeringVectors.load(place / name) for name in (VECTORS, _folder.REFERENCE)
             )
-            part = _contents.report.collect_family(
-                model, f, vectors, theta0, max_new_tokens=max_new_tokens, on_batch=on_batch
-            )
+            part = _contents.report.collect_family(model, f, vectors, theta0, **options)
             _contents.save_family(place, part)
         return part
 
@@ -389,26 +347,20 @@ class Run:
         self,
         model: "Model",
         f: "ActivationMap",
-        *,
-        max_new_tokens: int | None = None,
-        overwrite: bool = False,
-        on_batch: OnCount | None = None,
+        **options: Any,
     ) -> "pd.DataFrame":
         """Write `report.html` about all that the folder holds; texts that lack are written first.
 
         Args:
-            model: the model that the vectors were found in.
-            f: the map that they were found with.
-            max_new_tokens: as for `texts`.
-            overwrite: as for `texts`.
-            on_batch: as for `texts`.
+            model: as `load` gives it.
+            f: as `load` gives it.
+            **options: those of `texts`.
 
         Returns:
             The page's table, as `report.write`.
         """
         from tl_melbo.run import _contents
 
-        options = {"max_new_tokens": max_new_tokens, "overwrite": overwrite, "on_batch": on_batch}
         with self.writing() as folder:
             texts, found = self.texts(model, **options), self.found
             return _contents.report.write(
@@ -431,30 +383,10 @@ class Run:
             BlockingIOError: another process has it.
             NotADirectoryError, PermissionError: it cannot be made, or written to.
         """
-        existed = self.folder.exists()
-        folder = writable_folder(self.folder)
-        try:
-            self._lock.acquire()
-        except Timeout:
-            raise BlockingIOError(
-                f"{folder}: another process is writing here; wait for it to end, or choose another "
-                "folder"
-            ) from None
-        outermost = self._lock.lock_counter == 1
-        if outermost:  # another process may have written since
-            self._settings = None
-        try:
-            for place in (folder, *folder.glob(family_folder(Path(), "*").name)):
-                clear_partial(place)
+        with _folder.locked(self.folder, self._lock) as folder:
+            if self._lock.lock_counter == 1:  # another process may have written since
+                self._settings = None
             yield folder
-        finally:
-            unused = not existed and {item.name for item in folder.iterdir()} <= {LOCK}
-            if unused:
-                (folder / LOCK).unlink(missing_ok=True)
-            self._lock.release()
-            if unused:
-                with suppress(OSError):  # another process has just begun here
-                    folder.rmdir()
 
     def _place(self, theta0: SteeringVectors | None) -> Path:
         if theta0 is None:
