@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -20,9 +21,11 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import tl_melbo as tm
+import tl_melbo.analysis  # by_words replaces what is in it
 from tests.conftest import PROFILE, PROMPT
 from tests.tiny_models import tiny_hf, tokenizer
-from tl_melbo.cli import _print_found, app
+from tl_melbo.cli import app
+from tl_melbo.terminal import print_found
 
 pytestmark = pytest.mark.usefixtures("cached_models", "by_words")
 
@@ -195,7 +198,7 @@ def test_an_earlier_run_is_not_overwritten_unasked(model_folder: Path, tmp_path:
     (tmp_path / "report.html").write_text("old")
     result = discover(model_folder, tmp_path)
     assert result.exit_code == 1
-    assert "pass --overwrite to replace that run" in one_line(result.stderr)
+    assert "pass --overwrite to replace it" in one_line(result.stderr)
     assert (tmp_path / "vectors.safetensors").read_text() == "precious"
     assert discover(model_folder, tmp_path, "--overwrite").exit_code == 0
     assert names(tmp_path) == FILES
@@ -224,7 +227,7 @@ def test_an_interrupted_run_keeps_what_is_finished(
     assert (tmp_path / "report.html").read_bytes() == page
     assert (tmp_path / "completions.csv").read_bytes() == texts
     with monkeypatch.context() as patch:
-        patch.setattr(tm.Run, "melbo", interrupted)
+        patch.setattr(tm.Run, "keep", interrupted)
         assert discover(model_folder, tmp_path / "new").exit_code == 130
     assert not (tmp_path / "new").exists()
 
@@ -255,7 +258,7 @@ def test_an_interrupted_search_goes_on(
     assert "the same command continues" in one_line(result.stderr)
     result = discover(model_folder, out, "--seed=1")
     assert result.exit_code == 1
-    assert "seed=0 (asked for now: 1)" in one_line(result.stderr)
+    assert "seed=0 (here 1)" in one_line(result.stderr)
     result = discover(model_folder, out)
     assert result.exit_code == 0, result.output
     assert "holds 2 vectors of this search." in one_line(result.stderr)
@@ -363,7 +366,7 @@ def test_the_table_shows_what_the_model_wrote_and_obeys_none_of_it(
 ) -> None:
     row = {"index": 3, "prompt": "p", "objective": 178.0, "kl": 0.5}
     completion = "[red]a[/]\x1b[31m\nb\\" + "c" * 100
-    _print_found(
+    print_found(
         pd.DataFrame([{**row, "completion": completion, "negated_completion": ""}]),
         {"column": "objective"},
     )
@@ -376,14 +379,14 @@ def test_the_table_shows_what_the_model_wrote_and_obeys_none_of_it(
 def test_warnings_of_the_package_are_readable(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    melbo = tm.Run.melbo
+    keep = tm.Run.keep
 
     def warning(*arguments: object, **options: object) -> tm.SteeringVectors:
         warnings.warn("mind [this]", UserWarning, stacklevel=1)
         warnings.warn("not yours", FutureWarning, stacklevel=1)
-        return melbo(*arguments, **options)
+        return keep(*arguments, **options)
 
-    monkeypatch.setattr(tm.Run, "melbo", warning)
+    monkeypatch.setattr(tm.Run, "keep", warning)
     result = discover(model_folder, tmp_path)
     assert result.exit_code == 0
     assert "Warning: mind [this]" in result.stderr
@@ -514,4 +517,72 @@ def test_auto_does_not_continue_a_radius_that_was_chosen(
     assert discover(model_folder, tmp_path).exit_code == 0
     result = discover(model_folder, tmp_path, "--radius=auto")
     assert result.exit_code == 1
-    assert "--radius=4.0 (asked for now: 'auto')" in one_line(result.stderr)
+    assert "--radius=4.0 (here 'auto')" in one_line(result.stderr)
+
+
+def run_command(name: str, out: Path, *arguments: str) -> Result:
+    return CliRunner().invoke(app, [name, str(out), *arguments])
+
+
+def test_what_has_not_converged_is_told(model_folder: Path, tmp_path: Path) -> None:
+    result = discover(model_folder, tmp_path)
+    table = tm.SteeringVectors.load(tmp_path / "vectors.safetensors").table()
+    count = [*table["converged"]].count("no")
+    assert count, "three steps were enough: take fewer"
+    line = f"{count} of 3 not converged; more steps may help."
+    assert line in one_line(result.stderr)
+    assert line in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_folder_of_version_0_1_is_shown_and_continued(model_folder: Path, tmp_path: Path) -> None:
+    recorded = Path(__file__).parent / "data" / "run_of_version_0_1"
+    for name in ("completions.csv", "settings.json", "vectors.safetensors"):
+        shutil.copy(recorded / name, tmp_path)
+    run = tm.Run(tmp_path)
+    run.note(model=str(model_folder))
+    # Random weights may differ in their last digit from one processor to another.
+    f = tm.ActivationMap.from_prompts(tm.load_model(model_folder), PROMPT, 1, 4, chat=True)
+    old = replace(run.found, story={**run.found.story, "weights": f.story().get("weights")})
+    old.save(tmp_path / "vectors.safetensors")
+    texts = (tmp_path / "completions.csv").read_bytes()
+    result = run_command("page", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "completions.csv").read_bytes() == texts
+    assert "(MELBO)" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert discover(model_folder, tmp_path).exit_code == 0
+    assert len(run.found) == 3
+    assert torch.equal(run.found.vectors[:2], old.vectors)
+
+
+def test_a_method_is_asked_for_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tm, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    for arguments, message in (
+        (["--method=sgd"], "--method='sgd': known are"),
+        (["--method=melbo_ortho", "--p=2"], "--p: --method melbo_ortho does not take it"),
+        (["--method=melbo_ortho"], "needs theta0; use tl-melbo ortho"),
+    ):
+        out = tmp_path / "run"
+        result = run_command("discover", Path(PROMPT), f"--out={out}", *arguments)
+        assert result.exit_code == 1
+        assert message in one_line(result.stderr)
+        assert not out.exists()
+
+
+def test_measuring_and_the_page_are_commands_of_their_own(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    assert discover(model_folder, tmp_path).exit_code == 0
+    result = run_command("measure", tmp_path)
+    assert result.exit_code == 0, result.output
+    run = tm.Run(tmp_path)
+    model, _ = run.load()
+    written = (tmp_path / "side_effects.csv").stat().st_mtime_ns
+    assert run.side_effects(model)["vector"].tolist() == [0, 1, 2]
+    assert (tmp_path / "side_effects.csv").stat().st_mtime_ns == written
+    (tmp_path / "report.html").unlink()
+    result = run_command("page", tmp_path, "--max-new-tokens=2")
+    assert result.exit_code == 0, result.output
+    assert "<h2>Side effects" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert tm.Run(tmp_path).settings["max_new_tokens"] == 2
+    assert run_command("page", tmp_path / "nowhere").exit_code == 1
+    assert not (tmp_path / "nowhere").exists()

@@ -121,7 +121,7 @@ def test_another_question_refuses_or_overwrites(run: Path) -> None:
     before = (run / "ortho-1" / "vectors.safetensors").read_bytes()
     result = ortho(run, "--norm-penalty=0.1")
     assert result.exit_code == 1
-    assert "--norm-penalty=0.0 (asked for now: 0.1)" in one_line(result.stderr)
+    assert "--norm-penalty=0.0 (here 0.1)" in one_line(result.stderr)
     assert "pass --overwrite" in one_line(result.stderr)
     assert (run / "ortho-1" / "vectors.safetensors").read_bytes() == before
     assert ortho(run, "--norm-penalty=0.1", "--overwrite", n_vectors=1).exit_code == 0

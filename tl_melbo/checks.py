@@ -3,8 +3,10 @@
 Every one names the argument, says what came and what is allowed, and what to do.
 """
 
+import difflib
+import inspect
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -217,3 +219,25 @@ def positive(**numbers: float) -> None:
     for name, number in numbers.items():
         if not 0 < number < math.inf:
             raise ValueError(f"{name}={number}: a positive finite number")
+
+
+def argument_names(
+    name: str, settings: Mapping[str, Any], function: Callable[..., Any], given: Sequence[str] = ()
+) -> None:
+    """Make sure that a function takes these settings.
+
+    Args:
+        name: what errors call the function that was called.
+        settings: by name, what came.
+        function: what takes them.
+        given: arguments of the function that are not the caller's to set.
+
+    Raises:
+        TypeError: it does not take one of them.
+    """
+    allowed = [each for each in inspect.signature(function).parameters if each not in given]
+    for setting in settings:
+        if setting not in allowed:
+            near = difflib.get_close_matches(setting, allowed, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"allowed are {', '.join(allowed)}"
+            raise TypeError(f"{name}(): got an unexpected argument {setting!r}; {hint}")

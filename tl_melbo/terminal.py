@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
@@ -21,6 +21,9 @@ from rich.table import Table
 from rich.text import Text
 
 from tl_melbo.text import printable
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _INTERRUPTED = 130
 _SHOWN_CHARACTERS = 60
@@ -49,7 +52,7 @@ class Progress:
         self.finish()
         self._task = self._bars.add_task(stage, total=None)
 
-    def update(self, done: int, total: int) -> None:
+    def update(self, done: int, total: int | None) -> None:
         """Say how much of the stage is done."""
         self._bars.update(self._task, completed=done, total=total)
 
@@ -57,6 +60,11 @@ class Progress:
         """End the stage."""
         if self._task is not None:
             self._bars.update(self._task, total=1, completed=1)
+
+    def close(self) -> None:
+        """End the last stage; what is printed from now on stands below."""
+        self.finish()
+        self._bars.stop()
 
 
 @contextmanager
@@ -99,9 +107,10 @@ def messages(context: typer.Context) -> Iterator[None]:
 @contextmanager
 def telling_what_is_kept(folder: Path) -> Iterator[None]:
     """After Ctrl-C, say what the folder holds: every vector is on disk before the next begins."""
-    from tl_melbo import SteeringVectors, runs
+    from tl_melbo.run import VECTORS
+    from tl_melbo.vectors import SteeringVectors
 
-    path = folder / runs.VECTORS
+    path = folder / VECTORS
     try:
         yield
     except KeyboardInterrupt:
@@ -139,6 +148,40 @@ def print_rows(
         # columns may, so it is these that give way to a narrow screen.
         shown.add_row(*row, *(Text(line, no_wrap=True, overflow="ellipsis") for line in lines))
     Console(highlight=False).print(shown)
+
+
+def print_found(table: "pd.DataFrame", measure: Mapping[str, Any] | None) -> None:
+    """Print the page's table: what the method measured, KL and completions."""
+    measured = [] if measure is None else [measure["column"]]
+    many_prompts = len(set(table["prompt"])) > 1
+    print_rows(
+        ("vector", *measured, "KL (nats)"),
+        [
+            (str(row["index"]), *(f"{row[name]:#.4g}" for name in measured), f"{row['kl']:.3f}")
+            for row in table.to_dict("records")
+        ],
+        {name: table[name] for name in ("prompt", "completion")[0 if many_prompts else 1 :]},
+    )
+
+
+def print_family(table: "pd.DataFrame") -> None:
+    """Print what was measured of a family, as `analysis.family` gives it."""
+    shown = ("unsteered", "reference", "family")
+    rows = [row for row in table.to_dict("records") if row["kind"] in shown]
+    names = {"unsteered": "none", "reference": "theta0"}
+    print_rows(
+        ("vector", "norm", "distance", "KL to theta0"),
+        [
+            (
+                names.get(row["kind"], str(row["index"])),
+                f"{row['norm']:#.4g}",
+                f"{row['distance']:#.4g}",
+                f"{row['kl_to_reference']:.3f}",
+            )
+            for row in rows
+        ],
+        {"completion": [row["completion"] for row in rows]},
+    )
 
 
 def _cut(text: str) -> str:

@@ -6,6 +6,7 @@ Source: Mack & Turner 2024, "Mechanistically eliciting latent behaviors in langu
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -89,7 +90,7 @@ def check_settings(
     check_powers(p, q)
 
 
-@method
+@partial(method, check=check_settings)
 def melbo(
     f: EffectMap,
     n_vectors: int = 32,

@@ -42,7 +42,19 @@ _LONGEST = 1e3
 _TRIES = 3
 
 
-@method
+def check_ortho_settings(norm_penalty: float, steps: int | None) -> None:
+    """Check what can be checked without a model, so before one is loaded.
+
+    Raises:
+        ValueError: a number is out of its range.
+    """
+    if not 0 <= norm_penalty < math.inf:
+        raise ValueError(f"norm_penalty={norm_penalty}: a finite number, 0 or more")
+    if steps is not None and steps < 2:
+        raise ValueError(f"steps={steps}: at least 2; the first gradient is taken at the start")
+
+
+@functools.partial(method, check=check_ortho_settings)
 def melbo_ortho(
     f: EffectMap,
     theta0: SteeringVectors | Vector | OneRow,
@@ -155,18 +167,6 @@ def join_family(parts: Sequence[SteeringVectors]) -> SteeringVectors:
                 "with concatenate"
             )
     return join(parts)
-
-
-def check_ortho_settings(norm_penalty: float, steps: int | None) -> None:
-    """Check what can be checked without a model, so before one is loaded.
-
-    Raises:
-        ValueError: a number is out of its range.
-    """
-    if not 0 <= norm_penalty < math.inf:
-        raise ValueError(f"norm_penalty={norm_penalty}: a finite number, 0 or more")
-    if steps is not None and steps < 2:
-        raise ValueError(f"steps={steps}: at least 2; the first gradient is taken at the start")
 
 
 def _next_of_family(search: "QuasiNewton | Adam", k: int, basis: Tensor) -> Part | None:

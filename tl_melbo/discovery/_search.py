@@ -226,12 +226,16 @@ class Method(Protocol[Arguments]):
         ...
 
 
-def method(function: Callable[Arguments, Search]) -> Method[Arguments]:
+def method(
+    function: Callable[Arguments, Search], check: Callable[..., None] | None = None
+) -> Method[Arguments]:
     """Make a method of a function from f and settings to a `Search`.
 
     Its arguments are checked by their types and shapes. `function(f, ...)` then gives one library,
     `function.parts(f, ...)` the `Search`. By convention the map is called `f`, the number of
     vectors `n_vectors`, and what is there already `previous`: `Run.keep` passes these by name.
+    `check` takes some of its settings and refuses wrong ones without a map: the command line calls
+    it before it loads a model.
     """
     parts = shape_checked(function)
     parts.__doc__ = (
@@ -247,7 +251,7 @@ def method(function: Callable[Arguments, Search]) -> Method[Arguments]:
     whole = cast(Any, call)
     whole.__signature__ = inspect.signature(function).replace(return_annotation=SteeringVectors)
     whole.__annotations__ = {**function.__annotations__, "return": SteeringVectors}
-    whole.parts = parts
+    whole.parts, whole.check = parts, check
     return whole
 
 

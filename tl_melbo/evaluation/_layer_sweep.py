@@ -11,14 +11,13 @@ import torch
 from tl_melbo.activation_map import ActivationMap
 from tl_melbo.analysis import behaviours, kl_divergence
 from tl_melbo.analysis._embedding import Embedder
-from tl_melbo.checks import as_texts
+from tl_melbo.checks import argument_names, as_texts
 from tl_melbo.discovery import melbo
 from tl_melbo.discovery._melbo import Radius, check_settings
 from tl_melbo.evaluation._backdoor import Backdoor
 from tl_melbo.evaluation._hits import check_clean, count_hits
 from tl_melbo.generation import generate
 from tl_melbo.model.bridge import Model, check_layer, check_model
-from tl_melbo.run import check_names
 from tl_melbo.shapes import shape_checked
 from tl_melbo.vectors import SteeringVectors
 
@@ -89,7 +88,7 @@ def layer_sweep(
         check_layer(model, target, "pairs: target")
         if source >= target:
             raise ValueError(f"pairs: ({source}, {target}): the source comes before the target")
-    check_names("layer_sweep", settings, melbo)
+    argument_names("layer_sweep", settings, melbo)
     defaults = inspect.signature(melbo).parameters
     names = ("p", "q", "steps", "seed")
     numbers = {name: settings.get(name, defaults[name].default) for name in names}
