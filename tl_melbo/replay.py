@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tl_melbo.model.bridge import Model, frozen, residual_hook_name, whole_model
+from tl_melbo.model.bridge import Model, frozen, model_name, residual_hook_name, whole_model
+from tl_melbo.model.tokens import to_tokens
+from tl_melbo.text import quoted
 
 BlockCall = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -88,7 +90,40 @@ def run_layers(
     return rows if positions is None else rows[:, positions]
 
 
-def capture(
+def capture_prompts(
+    model: Model, texts: Sequence[str], chat: bool, source_layer: int, target_layer: int
+) -> tuple[Tensor, Tensor, Tensor, tuple[Group, ...]]:
+    """x, y and mask of the prompts, padded on the left, and the prompts of each length.
+
+    Raises:
+        ValueError: activations that are not finite.
+    """
+    tokens = [to_tokens(model, text, chat) for text in texts]
+    lengths = torch.tensor([row.shape[1] for row in tokens])
+    longest = int(lengths.max())
+    calls, x_rows, y_rows = {}, [], []
+    for text, row in zip(texts, tokens, strict=True):
+        x_row, y_row, blocks = _capture(model, row, source_layer, target_layer)
+        if not torch.isfinite(y_row).all():
+            raise ValueError(
+                f"prompt {quoted(text)}: the residual stream of {model_name(model)} after "
+                f"layer {target_layer} holds values that are not finite in {y_row.dtype}; "
+                "load the model in a wider type, for example dtype=torch.float32"
+            )
+        padding = (0, 0, longest - row.shape[1], 0)
+        x_rows.append(nn.functional.pad(x_row, padding))
+        y_rows.append(nn.functional.pad(y_row, padding))
+        calls.setdefault(row.shape[1], blocks)
+    x, y = torch.cat(x_rows), torch.cat(y_rows)
+    mask = (torch.arange(longest) >= longest - lengths[:, None]).to(x.device)
+    groups = []
+    for length, blocks in calls.items():
+        prompts = None if len(calls) == 1 else (lengths == length).nonzero().flatten().to(x.device)
+        groups.append(Group(length, prompts, blocks))
+    return x, y, mask, tuple(groups)
+
+
+def _capture(
     model: Model, tokens: Tensor, source_layer: int, target_layer: int
 ) -> tuple[Tensor, Tensor, list[BlockCall]]:
     """One ordinary pass: resid(source), resid(target), and how the blocks between were called."""

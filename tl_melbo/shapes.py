@@ -108,8 +108,8 @@ def _check_dense(name: str, argument: str, value: Tensor) -> None:
 
 def _explain(name: str, message: str, given: dict[str, Any]) -> str:
     culprit = re.search(r"typechecking parameter '(\w+)'", message)
-    expected = re.search(r"Expected type: (.*?)\.?$", message, re.MULTILINE)
-    allowed = expected[1].removeprefix("<class '").removesuffix("'>") if expected else "another"
+    typed = re.search(r"Expected type: (.*?)\.?$", message, re.MULTILINE)
+    allowed = typed[1].removeprefix("<class '").removesuffix("'>") if typed else "another"
     allowed = re.sub(r"\b(?:typing|collections\.abc|tl_melbo(?:\.\w+)*)\.", "", allowed)
     if culprit is None or culprit[1] not in given:
         return f"{name}(): a value has the wrong type or shape, expected {allowed:.300}"
@@ -119,9 +119,17 @@ def _explain(name: str, message: str, given: dict[str, Any]) -> str:
             f"{name}(): argument {argument!r} is a model, expected an activation map; make one: "
             "tm.ActivationMap.from_prompts(model, prompt)"
         )
+    literal = re.search(r"\bLiteral\[(.*?)\]", allowed)
+    if literal and isinstance(given[argument], str):
+        words = re.findall(r"'([^']*)'", literal[1])
+        near = difflib.get_close_matches(given[argument], words, 1)
+        expected = f"one of {', '.join(map(repr, words))}"
+        help_text = f"did you mean {near[0]!r}?" if near else f"see help({name})"
+    else:
+        expected, help_text = f"{allowed:.300}", f"see help({name})"
     return (
-        f"{name}(): argument {argument!r} is {_describe(given[argument])}, expected "
-        f"{allowed:.300}; see help({name})"
+        f"{name}(): argument {argument!r} is {_describe(given[argument])}, expected {expected}; "
+        f"{help_text}"
     )
 
 
