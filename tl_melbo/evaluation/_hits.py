@@ -6,7 +6,7 @@ import pandas as pd
 
 from tl_melbo import checks
 from tl_melbo.analysis._embedding import Embedder, default_embedder, embeddings
-from tl_melbo.evaluation._backdoor import Backdoor
+from tl_melbo.evaluation._planted import Backdoor
 from tl_melbo.generation import generate
 from tl_melbo.model.bridge import Model, check_model
 from tl_melbo.shapes import shape_checked

@@ -14,8 +14,8 @@ from tl_melbo.analysis._embedding import Embedder
 from tl_melbo.checks import argument_names, as_texts
 from tl_melbo.discovery import melbo
 from tl_melbo.discovery._melbo import Radius, check_settings
-from tl_melbo.evaluation._backdoor import Backdoor
 from tl_melbo.evaluation._hits import check_clean, count_hits
+from tl_melbo.evaluation._planted import Backdoor
 from tl_melbo.generation import generate
 from tl_melbo.model.bridge import Model, check_layer, check_model
 from tl_melbo.shapes import shape_checked
