@@ -40,7 +40,8 @@ def test_groups_agree_with_labels_given_by_hand(model):
     texts = [row["completion"] for row in LABELLED["completions"]]
     labels = ["assistant", *(row["label"] for row in LABELLED["completions"])]
     assert len(texts) == 60
-    found = tm.analysis.behaviours(model, frame(texts, LABELLED["unsteered"], LABELLED["prompt"]))
+    completions = frame(texts, LABELLED["unsteered"], LABELLED["prompt"])
+    found = tm.analysis.behaviours(model, completions, chat=True)
     assert found.embedder == "sentences"
     assert adjusted_rand_score(labels, found.texts["behaviour"]) >= LOWEST_AGREEMENT
     # What was labelled as gibberish is nearly all put aside, and little else.

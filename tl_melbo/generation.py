@@ -59,7 +59,7 @@ def generate(
 
     Returns:
         A frame with the columns vector (position in `vectors`, or -1 for unsteered), scale, prompt,
-        completion.
+        completion. Its `attrs["chat"]` tells how the prompts were formatted.
 
     Raises:
         TypeError, ValueError: as `steered` and `to_tokens` do; also for a negative temperature,
@@ -98,6 +98,7 @@ def generate(
             frame = pd.DataFrame(labels, columns=["vector", "scale"])
             frames.append(frame.assign(prompt=text, completion=completions))
     frame = Table(pd.concat(frames, ignore_index=True))
+    frame.attrs["chat"] = chat
     _warn_of_texts(model, layer, frame, not_finite)
     return frame
 

@@ -44,8 +44,9 @@ def kl_from_log_probs(log_p: LogProbs, log_q: LogProbs) -> Float[Tensor, "vector
 def mean_losses(
     logits: Float[Tensor, "row pos d_vocab"], targets: Int[Tensor, "row pos"]
 ) -> Float[Tensor, "row"]:
-    """Each row's mean cross-entropy, in nats a token: float64, on the CPU."""
+    """Each row's mean cross-entropy, in nats a token: float64, on the CPU; -100 is no target."""
     losses = nn.functional.cross_entropy(
         logits.flatten(0, 1).float(), targets.flatten(), reduction="none"
     )
-    return losses.view_as(targets).double().mean(-1).cpu()
+    # Where there is no target, the loss is 0.
+    return (losses.view_as(targets).double().sum(-1) / (targets != -100).sum(-1)).cpu()

@@ -1,7 +1,5 @@
 """How many different things do they make the model do? Completions grouped into behaviours."""
 
-import math
-import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,36 +7,25 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
-from torch import Tensor
 
 from tl_melbo import checks
+from tl_melbo.analysis._coherence import DEFAULT_PERPLEXITY, DEFAULT_REPETITION, judged
 from tl_melbo.analysis._embedding import Embedder, default_embedder, embeddings
-from tl_melbo.analysis._scaling import repetition_of
-from tl_melbo.memory import map_batches
-from tl_melbo.model.bridge import Model, check_model, frozen, whole_model
-from tl_melbo.model.tokens import context_length, to_tokens
-from tl_melbo.probability import mean_losses
+from tl_melbo.model.bridge import Model, check_model
 from tl_melbo.shapes import shape_checked
+from tl_melbo.tables import Table
 from tl_melbo.text import printable
 
 # Average-linkage clusters are cut where two are this far apart (one minus the mean cosine). These
 # numbers are where the hand-labelled completions of the tests agree best; neighbours do nearly so.
 DEFAULT_DISTANCES = {"sentences": 0.65, "words": 0.85}
 _DISTANCE_OF_OTHERS = 0.5
-DEFAULT_PERPLEXITY = 11.0
-DEFAULT_REPETITION = 0.4
-# A short text, whose perplexity hangs on a few words, may be surprising, up to so many nats in all
-# beyond the limit, if its words in another order are more so: tokens, nats, and nats a token.
-COHERENCE_OF_SHORT = {"tokens": 25, "surprise": 55.0, "order": 1.0}
-_SHUFFLES = 4
 INCOHERENT = -1
 _UNSTEERED = 0
 _NAME_WORDS, _LONGEST_WORD = 3, 24
-# Why a text is put aside.
-EMPTY, REPEATS, SURPRISING = "empty", "repeats itself", "surprising"
 # Of a longer text, its beginning is looked at.
 _MOST_CHARACTERS = 2_000
+_GROUP_COLUMNS = ["behaviour", "name", "prompt", "n_texts", "vectors", "example"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,13 +78,13 @@ def behaviours(
     model: Model,
     completions: pd.DataFrame,
     *,
-    chat: bool = True,
+    chat: bool | None = None,
     n_behaviours: int | None = None,
     distance: float | None = None,
     largest_perplexity: float = DEFAULT_PERPLEXITY,
     largest_repetition: float = DEFAULT_REPETITION,
     embedder: Embedder | None = None,
-    batch_size: int = 8,
+    batch_size: int = 32,
 ) -> Behaviours:
     """Group what the model writes under many vectors into distinct behaviours.
 
@@ -121,7 +108,8 @@ def behaviours(
         completions: as `generate` or `report.collect_completions` return them: the columns vector
             (-1 for unsteered), prompt, completion. Every row is one text to group; of a long one,
             the first 2,000 characters.
-        chat: whether the prompts were formatted as chat.
+        chat: whether the prompts were formatted as chat; None goes by what `generate` noted in
+            the frame, or else takes them as raw.
         n_behaviours: how many groups to make for each prompt, that of the unsteered text included;
             None lets `distance` decide.
         distance: two groups stay apart if one minus the mean cosine between them is more; None
@@ -131,7 +119,7 @@ def behaviours(
         largest_repetition: of a coherent text, the share of its runs of three tokens that came
             before.
         embedder: see `embeddings`; None takes sentences where the embedder is installed.
-        batch_size: texts at once when perplexity is measured.
+        batch_size: the most texts at once when perplexity is measured.
 
     Returns:
         The texts with their groups, and the groups. Where no text is coherent, no group but the
@@ -142,8 +130,6 @@ def behaviours(
             coherent texts than `n_behaviours`.
         ModuleNotFoundError: scikit-learn, or what the embedder needs, is not installed.
     """
-    from tl_melbo.tables import Table
-
     check_model(model)
     _check(completions, n_behaviours, distance, largest_perplexity, largest_repetition)
     checks.batch_size(batch_size)
@@ -151,52 +137,30 @@ def behaviours(
     label = "custom" if callable(chosen) else chosen
     if distance is None:
         distance = DEFAULT_DISTANCES.get(label, _DISTANCE_OF_OTHERS)
+    chat = bool(completions.attrs.get("chat")) if chat is None else chat
     texts = Table(completions).reset_index(drop=True)
     whole = texts["completion"].fillna("").astype(str)
+    # Not the completions, which may be long or hold what cannot be shown.
     written = [printable(text[:_MOST_CHARACTERS]) for text in whole]
-    asked = texts["prompt"].astype(str).tolist()
-    pairs = list(zip(asked, written, strict=True))
-    measured = perplexities(model, list(dict.fromkeys(pairs)), chat, batch_size)
-    texts["perplexity"] = [measured[pair] for pair in pairs]
-    texts["repetition"] = [repetition_of(model, text) for text in written]
-    surprising = [
-        pair
-        for pair, perplexity in measured.items()
-        if perplexity > largest_perplexity or perplexity == math.inf
-    ]
-    sensible = _sensible(
-        model, surprising, measured, math.log(largest_perplexity), chat, batch_size
-    )
-    nonsense = {*surprising} - sensible
-    texts["put_aside"] = [
-        EMPTY if not pair[1].strip()
-        else REPEATS if repetition > largest_repetition
-        else SURPRISING if pair in nonsense
-        else ""
-        for pair, repetition in zip(pairs, texts["repetition"], strict=True)
-    ]  # fmt: skip
+    pairs = list(zip(texts["prompt"].astype(str), written, strict=True))
+    limits = (largest_perplexity, largest_repetition)
+    measured = judged(model, pairs, chat, *limits, batch_size)
+    texts[[*measured.columns]] = measured
     texts["coherent"] = texts["put_aside"] == ""
     texts["behaviour"] = INCOHERENT
-    groups, next_number = [], _UNSTEERED + 1
+    groups: list[dict[str, Any]] = []
     for prompt in dict.fromkeys(texts["prompt"]):
-        is_unsteered = texts["vector"] < 0
-        inside = (texts["prompt"] == prompt) & (texts["coherent"] | is_unsteered)
-        rows = pd.DataFrame(texts[inside])
+        inside = texts["coherent"] | (texts["vector"] < 0)
+        rows = pd.DataFrame(texts[inside & (texts["prompt"] == prompt)])
         if rows.empty:
             continue
-        # Not the completions, which may be long or hold what cannot be shown.
-        said = pd.Series([written[place] for place in rows.index], rows.index)
+        said = pd.Series(written)[rows.index]
         clusters = _clusters(str(prompt), said.tolist(), n_behaviours, distance, chosen)
-        unsteered = np.array([vector < 0 for vector in rows["vector"]])
-        numbers = _numbered(clusters, unsteered, next_number)
+        n_there = max([_UNSTEERED, *(group["behaviour"] for group in groups)])
+        numbers = _numbered(clusters, (rows["vector"] < 0).to_numpy(), n_there + 1)
         texts.loc[rows.index, "behaviour"] = numbers
-        for number in sorted({*numbers.tolist()}):
-            members = pd.DataFrame(rows[numbers == number])
-            own, others = said[numbers == number].tolist(), said[numbers != number].tolist()
-            groups.append(_group(number, str(prompt), members, own, others))
-            next_number = max(next_number, number + 1)
-    table = Table(groups, columns=["behaviour", "name", "prompt", "n_texts", "vectors", "example"])
-    return Behaviours(texts, table, label)
+        groups += _groups(str(prompt), rows, said, numbers)
+    return Behaviours(texts, Table(groups, columns=_GROUP_COLUMNS), label)
 
 
 def _check(
@@ -225,66 +189,6 @@ def _check(
             f"{DEFAULT_PERPLEXITY:g} by default"
         )
     checks.between(0, 1, "a share", largest_repetition=largest_repetition)
-
-
-def perplexities(
-    model: Model, pairs: Sequence[tuple[str, str]], chat: bool, batch_size: int
-) -> dict[tuple[str, str], float]:
-    """Of each completion after its prompt; infinite for one that holds nothing."""
-    prompts = {prompt: to_tokens(model, prompt, chat) for prompt in {pair[0] for pair in pairs}}
-    found = dict.fromkeys(pairs, math.inf)
-    # Rows of one shape run together, so that none needs padding.
-    groups: dict[tuple[int, int], list[tuple[tuple[str, str], Tensor]]] = {}
-    for prompt, text in pairs:
-        before = prompts[prompt]
-        written = model.tokenizer.encode(text, add_special_tokens=False) if text.strip() else []
-        if room := context_length(model):
-            written = written[: max(0, room - before.shape[1])]
-        if written:
-            row = torch.cat([before, torch.tensor([written], device=before.device)], 1)
-            shape = (before.shape[1], len(written))
-            groups.setdefault(shape, []).append(((prompt, text), row))
-    for (n_before, _), group in groups.items():
-
-        def losses(rows: Tensor, n_before: int = n_before) -> Tensor:
-            with torch.no_grad(), frozen(*whole_model(model)):
-                logits = model(rows)[:, n_before - 1 : -1]
-            return mean_losses(logits, rows[:, n_before:])
-
-        parts, batch_size = map_batches(losses, torch.cat([row for _, row in group]), batch_size)
-        for (pair, _), value in zip(group, torch.cat(parts).exp().tolist(), strict=True):
-            found[pair] = value if math.isfinite(value) else math.inf
-    return found
-
-
-def _sensible(
-    model: Model,
-    surprising: Sequence[tuple[str, str]],
-    measured: dict[tuple[str, str], float],
-    limit: float,
-    chat: bool,
-    batch_size: int,
-) -> set[tuple[str, str]]:
-    """Those of the surprising texts whose words are in an order that the model expects."""
-    shuffled: dict[tuple[str, str], list[tuple[str, str]]] = {}
-    for prompt, text in surprising:
-        words = text.split()
-        n_tokens = len(model.tokenizer.encode(text, add_special_tokens=False))
-        beyond = n_tokens * (math.log(measured[prompt, text]) - limit)
-        is_short = n_tokens <= COHERENCE_OF_SHORT["tokens"]
-        if len(words) > 2 and is_short and beyond <= COHERENCE_OF_SHORT["surprise"]:
-            order = random.Random(text)  # the same text is judged alike each time
-            shuffled[prompt, text] = [
-                (prompt, " ".join(order.sample(words, len(words)))) for _ in range(_SHUFFLES)
-            ]
-    every = dict.fromkeys(pair for some in shuffled.values() for pair in some)
-    mixed = perplexities(model, list(every), chat, batch_size)
-
-    def gain(pair: tuple[str, str]) -> float:
-        losses = [math.log(mixed[other]) for other in shuffled[pair]]
-        return sum(losses) / len(losses) - math.log(measured[pair])
-
-    return {pair for pair in shuffled if gain(pair) >= COHERENCE_OF_SHORT["order"]}
 
 
 def _clusters(
@@ -333,22 +237,25 @@ def _numbered(
     return np.array([number_of[int(cluster)] for cluster in clusters])
 
 
-def _group(
-    number: int,
-    prompt: str,
-    members: pd.DataFrame,
-    texts: Sequence[str],
-    others: Sequence[str],
-) -> dict[str, Any]:
-    by_perplexity = sorted(range(len(texts)), key=lambda i: members["perplexity"].iloc[i])
-    return {
-        "behaviour": number,
-        "name": "near the unsteered text" if number == _UNSTEERED else _name(texts, others),
-        "prompt": prompt,
-        "n_texts": len(texts),
-        "vectors": sorted({int(vector) for vector in members["vector"] if vector >= 0}),
-        "example": texts[by_perplexity[0]],
-    }
+def _groups(
+    prompt: str, rows: pd.DataFrame, said: pd.Series, numbers: "np.ndarray[Any, Any]"
+) -> list[dict[str, Any]]:
+    """What is told of the groups of one prompt."""
+    groups = []
+    for number in sorted({*numbers.tolist()}):
+        members, texts = rows[numbers == number], said[numbers == number]
+        name = _name(texts.tolist(), said[numbers != number].tolist())
+        groups.append(
+            {
+                "behaviour": number,
+                "name": "near the unsteered text" if number == _UNSTEERED else name,
+                "prompt": prompt,
+                "n_texts": len(texts),
+                "vectors": sorted({int(vector) for vector in members["vector"] if vector >= 0}),
+                "example": texts[members["perplexity"].idxmin()],
+            }
+        )
+    return groups
 
 
 def _name(texts: Sequence[str], others: Sequence[str]) -> str:

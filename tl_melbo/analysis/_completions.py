@@ -61,4 +61,6 @@ def collect_completions(
     frame = pd.concat(frames, ignore_index=True)
     rows = frame.to_dict("records")
     rows.sort(key=lambda row: (texts.index(row["prompt"]), row["vector"], -row["scale"]))
-    return Table(rows, columns=COMPLETION_COLUMNS)
+    found_texts = Table(rows, columns=COMPLETION_COLUMNS)
+    found_texts.attrs["chat"] = chat
+    return found_texts

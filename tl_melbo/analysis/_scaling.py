@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tl_melbo import checks
+from tl_melbo.analysis._coherence import repetition_of
 from tl_melbo.generation import generate
 from tl_melbo.model.bridge import Model
 from tl_melbo.probability import LogProbs, kl_from_log_probs
@@ -127,27 +128,3 @@ def scale_sweep(
     frame.insert(4, "entropy", entropy.numpy())
     frame.insert(5, "repetition", [repetition_of(model, text) for text in frame["completion"]])
     return frame.sort_values("vector", kind="stable", ignore_index=True)
-
-
-@shape_checked
-def repetition(tokens: Sequence[int], n: int = 3) -> float:
-    """The share of a text's n-grams that already occurred in it.
-
-    Args:
-        tokens: token ids, or anything else to count.
-        n: how many tokens in a row are compared.
-
-    Returns:
-        From 0, every n-gram is new, to nearly 1; 0 for texts of fewer than n + 1 tokens.
-
-    Raises:
-        ValueError: n below one.
-    """
-    checks.at_least(1, n=n)
-    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
-def repetition_of(model: Model, text: str) -> float:
-    """`repetition` of the tokens that the model's tokenizer makes of a text; 0 for no text."""
-    return repetition(model.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else 0.0
