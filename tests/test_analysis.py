@@ -73,6 +73,7 @@ def test_kl_refuses_logits(vectors: torch.Tensor) -> None:
         kl_from_log_probs(vectors.log_softmax(-1), vectors)
 
 
+@pytest.mark.everywhere
 def test_kl_divergence_of_a_model_is_scipys(
     tiny_llama: torch.nn.Module, library: tm.SteeringVectors
 ) -> None:
@@ -87,6 +88,7 @@ def test_kl_divergence_of_a_model_is_scipys(
     assert not torch.allclose(to, back, rtol=1e-2)
 
 
+@pytest.mark.everywhere
 def test_kl_to_itself_is_zero(
     tiny_llama: torch.nn.Module, library: tm.SteeringVectors, unchanged
 ) -> None:

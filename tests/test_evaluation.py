@@ -382,6 +382,7 @@ def test_hit_rate_lets_the_model_write(planted_tiny):
         tm.evaluation.hit_rate(planted_tiny, theta, BACKDOORS, "Hello", layer=1)
 
 
+@pytest.mark.everywhere
 def test_side_effects_are_what_their_parts_say(tiny_llama):
     theta = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
     theta[3] = 0
@@ -412,6 +413,7 @@ def test_side_effects_are_what_their_parts_say(tiny_llama):
     assert table["loss_increase"][3] == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.everywhere
 @pytest.mark.parametrize("n_vectors", [1, 2, 4, 7])
 def test_a_vector_that_does_nothing_is_specific_to_nothing(tiny_llama, n_vectors):
     theta = torch.randn(n_vectors, 32, generator=torch.Generator().manual_seed(0))
@@ -456,6 +458,7 @@ def test_numbers_that_are_not_finite_stay_so(tiny_llama, monkeypatch):
         tm.plots.specificity_points(table[1:])
 
 
+@pytest.mark.everywhere
 def test_reach_of_nothing_and_of_something(tiny_llama):
     theta = torch.randn(2, 32, generator=torch.Generator().manual_seed(0)) * 3
     theta[1] = 0

@@ -56,6 +56,7 @@ def test_objective_of_no_effect_has_a_zero_gradient(p, norm):
     assert torch.equal(delta.grad, torch.zeros_like(delta))
 
 
+@pytest.mark.everywhere
 @pytest.mark.parametrize(
     ("p", "q", "norm", "positions"),
     [(2, 2, "l2", slice(-3, None)), (4, 1, "l2", slice(None)), (4, 4, "lp", slice(1, None))],
@@ -79,6 +80,7 @@ def test_adamw_matches_the_reference_step_by_step(tiny, p, q, norm, positions, o
             earlier.append(found.vectors[k])
 
 
+@pytest.mark.everywhere
 def test_ascent_is_monotone_and_returns_its_best(tiny):
     f = tiny_map(tiny, PROMPTS)
     for orthogonal in (True, False):
@@ -95,6 +97,7 @@ def test_ascent_is_monotone_and_returns_its_best(tiny):
         assert (found.columns["evaluations"] <= 12).all()
 
 
+@pytest.mark.everywhere
 @pytest.mark.parametrize("radius", [0.5, 2])
 def test_ascent_climbs_above_adamw_on_every_architecture(every_tiny, radius):
     slow = recorded(f"tiny_adamw_{radius}")[every_tiny.cfg.model_name.removeprefix("tiny-")]
@@ -116,6 +119,7 @@ def test_ascent_reaches_300_published_steps_in_10_gradients(f, radius):
     assert (fast.objective >= objective).all(), (fast.objective, objective)
 
 
+@pytest.mark.everywhere
 def test_orthogonal_library_until_the_space_is_used_up(tiny_llama, unchanged):
     unchanged(tiny_llama)
     found = tm.melbo(tiny_map(tiny_llama), 32, 2.0, steps=4)
@@ -124,6 +128,7 @@ def test_orthogonal_library_until_the_space_is_used_up(tiny_llama, unchanged):
     torch.testing.assert_close(found.norms, torch.full((32,), 2.0))
 
 
+@pytest.mark.everywhere
 @pytest.mark.boundary
 def test_order_means_greedy_and_starts_do_not_depend_on_the_count(tiny_llama):
     f = tiny_map(tiny_llama)
@@ -131,6 +136,7 @@ def test_order_means_greedy_and_starts_do_not_depend_on_the_count(tiny_llama):
     assert torch.equal(few.vectors, many.vectors[:3])
 
 
+@pytest.mark.everywhere
 def test_same_seed_same_vectors_other_seed_others(tiny_llama):
     f = tiny_map(tiny_llama)
     first = tm.melbo(f, 2, 2.0, seed=7)
@@ -139,6 +145,7 @@ def test_same_seed_same_vectors_other_seed_others(tiny_llama):
     assert not torch.equal(first.vectors, tm.melbo(f, 2, 2.0, seed=8).vectors)
 
 
+@pytest.mark.everywhere
 def test_batch_size_does_not_matter(tiny_llama):
     options = {"radius": 2.0, "orthogonal": False}
     whole = tm.melbo(tiny_map(tiny_llama, batch_size=5), 5, **options)
@@ -146,6 +153,7 @@ def test_batch_size_does_not_matter(tiny_llama):
     torch.testing.assert_close(whole.vectors, split.vectors, rtol=0, atol=1e-3)
 
 
+@pytest.mark.everywhere
 def test_linear_map_gives_its_singular_vectors():
     """A map with a known answer: for delta = theta M, the library is M's left singular vectors."""
     generator = torch.Generator().manual_seed(0)
@@ -267,6 +275,7 @@ def test_nothing_is_not_hidden():
         assert tm.melbo_objective(delta, p, 1, norm).isnan().all()
 
 
+@pytest.mark.everywhere
 def test_a_radius_without_effect_is_named(tiny_llama):
     with pytest.raises(ValueError, match="radius: a random vector of this length changes nothing"):
         tm.melbo(tiny_map(tiny_llama), 2, 1e-12)

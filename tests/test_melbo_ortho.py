@@ -30,6 +30,7 @@ def mean_effect(f, theta):
         return f.delta(theta).sum(2) / f.mask.sum(-1, keepdim=True)
 
 
+@pytest.mark.everywhere
 @pytest.mark.parametrize("norm_penalty", [0.0, 0.05])
 def test_adam_matches_the_reference_step_by_step(every_tiny, norm_penalty, monkeypatch):
     # So few steps leave short vectors, and the family is not to end there.
@@ -50,6 +51,7 @@ def test_adam_matches_the_reference_step_by_step(every_tiny, norm_penalty, monke
         earlier.append(ours.vectors[k])
 
 
+@pytest.mark.everywhere
 def test_fast_comes_nearer_than_adam_in_an_eighth_of_its_gradients(every_tiny):
     f = tiny_map(every_tiny)
     slow = recorded("tiny_adam_320")[every_tiny.cfg.model_name.removeprefix("tiny-")]
@@ -73,6 +75,7 @@ def test_fast_comes_nearer_than_the_published_run(f):
     torch.testing.assert_close(reached, fast.columns["distance"][0], rtol=1e-3, atol=0)
 
 
+@pytest.mark.everywhere
 def test_family_until_the_space_is_used_up(tiny_llama, unchanged):
     unchanged(tiny_llama)
     f = tiny_map(tiny_llama)
@@ -86,6 +89,7 @@ def test_family_until_the_space_is_used_up(tiny_llama, unchanged):
     assert family.table()["index"].tolist() == list(range(len(family)))
 
 
+@pytest.mark.everywhere
 def test_a_space_that_a_map_does_not_feel_ends_the_family():
     """delta = theta M with M of rank 2: what is left after the felt directions has no effect."""
     matrix = torch.zeros(5, 5)
@@ -120,6 +124,7 @@ def test_a_space_that_a_map_does_not_feel_ends_the_family():
     torch.testing.assert_close(float(shorter.norms[0]), 2.0, rtol=1e-3, atol=0)
 
 
+@pytest.mark.everywhere
 @pytest.mark.boundary
 def test_interrupted_and_continued_is_the_same_bit_for_bit(tiny_llama):
     f = tiny_map(tiny_llama, PROMPTS)

@@ -12,6 +12,7 @@ import tl_melbo as tm
 from tests.test_activation_map import HonestFloat64
 from tests.tiny_models import tiny_bridge
 
+pytestmark = pytest.mark.everywhere
 PROMPTS = ["Tell me about yourself.", "Hi!", "Bye.", "Write a short poem about ships."]
 POSITIONS = (slice(None), slice(-3, None), slice(0, 1), slice(0, -1, 2))
 with HonestFloat64():

@@ -85,6 +85,7 @@ def test_another_search_is_not_continued(f, change, message):
         tm.iter_melbo(f, 2, previous=tm.melbo(f, 3, **SETTINGS)[[0, 2]], **SETTINGS)
 
 
+@pytest.mark.everywhere
 def test_a_run_goes_on_where_it_was(f, tmp_path):
     run, seen = tm.Run(tmp_path / "run"), []
     few = run.melbo(f, 3, **SETTINGS, on_vector=lambda *counts: seen.append(counts))
@@ -100,6 +101,7 @@ def test_a_run_goes_on_where_it_was(f, tmp_path):
         run.melbo(f, 5, **{**SETTINGS, "radius": 4.0})
 
 
+@pytest.mark.everywhere
 def test_a_family_goes_on_where_it_was(f, tmp_path):
     run = tm.Run(tmp_path)
     found = run.melbo(f, 2, **SETTINGS)
@@ -267,6 +269,7 @@ def test_a_disk_that_fills_up(f, tmp_path):
         subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.everywhere
 def test_what_ran_before_does_not_matter(f):
     """Neither other searches, nor other maps of the model, nor the global random state."""
     first = tm.melbo(f, 3, **SETTINGS)
@@ -351,6 +354,7 @@ def test_lost_vectors_do_not_stop_a_run_that_is_continued(f, tmp_path):
         tm.melbo(Holed(everywhere=True), 1, **settings)
 
 
+@pytest.mark.everywhere
 def test_what_overwrites_replaces_only_what_it_has(f, tmp_path):
     run = tm.Run(tmp_path)
     found = run.melbo(f, 2, **SETTINGS)
@@ -431,6 +435,7 @@ def test_an_empty_library_is_continued(f, tmp_path):
     assert torch.equal(tm.Run(tmp_path).melbo(f, 2, **SETTINGS).vectors, found.vectors)
 
 
+@pytest.mark.everywhere
 @pytest.mark.parametrize("search", ["melbo", "melbo_ortho"])
 def test_surroundings_do_not_matter(f, search):
     theta0 = tm.melbo(f, 1, **SETTINGS)

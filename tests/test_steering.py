@@ -32,6 +32,7 @@ def by_hand(model, tokens, layer, addend):
         )
 
 
+@pytest.mark.everywhere
 def test_adds_the_vector_at_every_position(every_tiny, unchanged):
     unchanged(every_tiny)
     tokens = to_tokens(every_tiny, PROMPT)
@@ -43,6 +44,7 @@ def test_adds_the_vector_at_every_position(every_tiny, unchanged):
         assert not torch.allclose(steered, every_tiny(tokens), atol=1e-2)
 
 
+@pytest.mark.everywhere
 def test_nests_scales_and_takes_a_vector_for_each_row(tiny):
     tokens = to_tokens(tiny, PROMPT).expand(3, -1)
     one, three = random_vectors(1), random_vectors(3, seed=1)
@@ -55,6 +57,7 @@ def test_nests_scales_and_takes_a_vector_for_each_row(tiny):
     torch.testing.assert_close(steered, by_hand(tiny, tokens, 2, (one - 0.5 * three)[:, None]))
 
 
+@pytest.mark.everywhere
 @pytest.mark.parametrize(
     ("positions", "chosen"),
     [
@@ -74,6 +77,7 @@ def test_steers_a_subset_of_positions(tiny, positions, chosen):
     torch.testing.assert_close(steered, by_hand(tiny, tokens, 2, addend))
 
 
+@pytest.mark.everywhere
 @pytest.mark.parametrize(
     ("positions", "new_too"), [(slice(-2, None), True), (slice(0, 3), False), ([1], False)]
 )
@@ -120,6 +124,7 @@ def test_resetting_hooks_inside_does_not_break_the_exit(tiny_llama, unchanged):
         tiny_llama.reset_hooks()
 
 
+@pytest.mark.everywhere
 def test_next_token_log_probs(tiny, unchanged):
     unchanged(tiny)
     theta = random_vectors(5)
@@ -136,6 +141,7 @@ def test_next_token_log_probs(tiny, unchanged):
         torch.testing.assert_close(plain, tiny(tokens)[:, -1].log_softmax(-1))
 
 
+@pytest.mark.everywhere
 def test_greedy_text_is_what_whole_passes_give(every_tiny, unchanged):
     """Each row its own vector and scale, with a cache, against one row at a time without."""
     unchanged(every_tiny)
@@ -342,6 +348,7 @@ def texts_both_ways(model, monkeypatch, *arguments, **options):
         return fast, tm.generate(model, *arguments, **options)
 
 
+@pytest.mark.everywhere
 def test_rows_that_end_early_leave_the_others_alone(tiny, monkeypatch):
     """With more and more tokens named as ends, rows end here and there."""
     vectors = random_vectors(12, size=6.0)
@@ -367,6 +374,7 @@ def test_rows_that_end_early_leave_the_others_alone(tiny, monkeypatch):
     assert len(lengths) > 1
 
 
+@pytest.mark.everywhere
 def test_without_the_bridge_the_same_is_written(tiny, monkeypatch):
     assert plain_model(tiny) is not None
     fast, slow = texts_both_ways(
