@@ -159,12 +159,12 @@ def _writer(
     # With no settings but ours: some models bring a penalty or a temperature along.
     writes = copy.copy(getattr(model, "original_model", None) if plain is None else plain)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+    only_ours = {"top_k": 0} if temperature > 0 else {}
+    config = GenerationConfig(
+        eos_token_id=ends or None, pad_token_id=(ends or [None])[0], **options, **only_ours
+    )
     if writes is not None:
         writes.generation_config = GenerationConfig()
-        only_ours = {"top_k": 0} if temperature > 0 else {}
-        config = GenerationConfig(
-            eos_token_id=ends or None, pad_token_id=(ends or [None])[0], **options, **only_ours
-        )
 
     def write(tokens: Tokens, theta: Theta) -> _Written:
         rows = tokens.expand(len(theta), -1)

@@ -154,7 +154,7 @@ def behaviours(
         rows = pd.DataFrame(texts[inside & (texts["prompt"] == prompt)])
         if rows.empty:
             continue
-        said = pd.Series(written)[rows.index]
+        said = pd.Series([written[row] for row in rows.index], index=rows.index)
         clusters = _clusters(str(prompt), said.tolist(), n_behaviours, distance, chosen)
         n_there = max([_UNSTEERED, *(group["behaviour"] for group in groups)])
         numbers = _numbered(clusters, (rows["vector"] < 0).to_numpy(), n_there + 1)
@@ -243,7 +243,7 @@ def _groups(
     """What is told of the groups of one prompt."""
     groups = []
     for number in sorted({*numbers.tolist()}):
-        members, texts = rows[numbers == number], said[numbers == number]
+        members, texts = rows[numbers == number], pd.Series(said[numbers == number])
         name = _name(texts.tolist(), said[numbers != number].tolist())
         groups.append(
             {
@@ -252,7 +252,7 @@ def _groups(
                 "prompt": prompt,
                 "n_texts": len(texts),
                 "vectors": sorted({int(vector) for vector in members["vector"] if vector >= 0}),
-                "example": texts[members["perplexity"].idxmin()],
+                "example": texts.iloc[int(np.argmin(members["perplexity"]))],
             }
         )
     return groups
