@@ -17,9 +17,9 @@ import pandas as pd
 
 import tl_melbo as tm
 from benchmarks.tables import markdown
-from tl_melbo.analysis._behaviours import (
+from tl_melbo.analysis._behaviours import DEFAULT_DISTANCES
+from tl_melbo.analysis._coherence import (
     COHERENCE_OF_SHORT,
-    DEFAULT_DISTANCES,
     DEFAULT_PERPLEXITY,
     DEFAULT_REPETITION,
 )

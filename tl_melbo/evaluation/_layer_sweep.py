@@ -3,7 +3,7 @@
 import inspect
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +13,8 @@ from tl_melbo.analysis import behaviours, kl_divergence
 from tl_melbo.analysis._embedding import Embedder
 from tl_melbo.checks import argument_names, as_texts
 from tl_melbo.discovery import melbo
-from tl_melbo.discovery._melbo import Radius, check_settings
+from tl_melbo.discovery._calibration import Radius
+from tl_melbo.discovery._search import Method
 from tl_melbo.evaluation._hits import check_clean, count_hits
 from tl_melbo.evaluation._planted import Backdoor
 from tl_melbo.generation import generate
@@ -36,6 +37,7 @@ def layer_sweep(
     prompts: str | Sequence[str],
     pairs: Sequence[tuple[int, int]] | None = None,
     *,
+    method: Method = melbo,
     n_vectors: int = 16,
     radius: Radius = "auto",
     chat: bool = True,
@@ -52,14 +54,17 @@ def layer_sweep(
         prompts: one text or several.
         pairs: (source layer, target layer) of each search; None takes five that are spread over
             the model's depth.
+        method: how to search: `tm.melbo`, or another discovery method.
         n_vectors: of each search.
-        radius: the same for all, or "auto", calibrated for each pair.
-        chat: format the prompts as chat.
+        radius: the same for all, or "auto", calibrated for each pair. A method that has no radius
+            takes "auto" only.
+        chat: format the prompts as chat. True unless said otherwise: before a search there are no
+            vectors whose format could be taken over.
         max_new_tokens: the most tokens to write under each vector.
         backdoors: what was planted, if anything: then hits are counted, too.
         embedder: see `analysis.embeddings`; None takes sentences where the embedder is installed.
         on_pair: called after each pair with the rows so far, so that none is lost.
-        settings: other arguments of `melbo`.
+        settings: other arguments of the method.
 
     Returns:
         One row a pair: source_layer, target_layer, radius; kl, the median divergence of the next
@@ -69,18 +74,59 @@ def layer_sweep(
         problem, why a pair could not be searched, or "": its numbers are NaN then.
 
     Raises:
-        TypeError: a setting that `melbo` does not have.
+        TypeError: a setting that the method does not have.
         ValueError: no prompt or pair, layers out of order or beyond the model; a prompt that holds
-            a trigger or a behaviour, fewer new tokens than a behaviour has; as `melbo` does.
-        FloatingPointError: as `melbo` does. Both only where no pair can be searched.
+            a trigger or a behaviour, fewer new tokens than a behaviour has; an argument that the
+            method refuses for the first pair. Also as the method does, as FloatingPointError, but
+            only where no pair can be searched.
     """
-    import pandas as pd
-
     from tl_melbo.tables import Table
 
     check_model(model)
-    texts = as_texts(prompts, "prompts")
-    chosen = _default_pairs(int(model.cfg.n_layers)) if pairs is None else list(pairs)
+    texts = as_texts(prompts)
+    chosen = _checked_pairs(model, pairs)
+    settings = _checked_settings(method, radius, settings)
+    check_clean(model, backdoors, texts, max_new_tokens)
+    if on_pair is not None and not callable(on_pair):
+        raise TypeError(f"on_pair: got {type(on_pair).__name__}, expected a function or None")
+
+    def map_between(source: int, target: int) -> ActivationMap:
+        return ActivationMap.from_prompts(model, texts, source, target, chat=chat)
+
+    # A method checks its arguments at the call: do this before anything that takes long. A radius
+    # in place of "auto", which would be calibrated at once.
+    fixed = {"radius": 1.0} if settings.get("radius") == "auto" else {}
+    method.parts(map_between(*chosen[0]), n_vectors=n_vectors, **{**settings, **fixed})
+    unsteered = generate(model, texts, max_new_tokens=max_new_tokens, chat=chat)
+    columns = [*_COLUMNS, *map(_hits_of, backdoors), "seconds", "problem"]
+    rows: list[dict[str, Any]] = []
+    for source, target in chosen:
+        row: dict[str, Any] = {"source_layer": source, "target_layer": target, "problem": ""}
+        rows.append(row)
+        began = time.monotonic()
+        f = map_between(source, target)
+        try:
+            found = method(f, n_vectors=n_vectors, **settings)
+        except (ValueError, FloatingPointError) as error:
+            # The other pairs are still searched. Where none can be, the caller gets the error.
+            row["problem"] = str(error)
+            if len(rows) == len(chosen) and all(each["problem"] for each in rows):
+                raise
+        else:
+            row["seconds"] = round(time.monotonic() - began, 2)
+            row["radius"] = found.story["hyperparameters"].get("radius", math.nan)
+            row["kl"] = _median_kl(model, texts, found, chat)
+            frame = generate(model, texts, found, max_new_tokens=max_new_tokens, chat=chat)
+            row |= _counted(model, unsteered, frame, backdoors, chat, embedder)
+        if on_pair is not None:
+            on_pair(Table(rows, columns=columns))
+    return Table(rows, columns=columns)
+
+
+def _checked_pairs(
+    model: Model, pairs: Sequence[tuple[int, int]] | None
+) -> Sequence[tuple[int, int]]:
+    chosen = _default_pairs(int(model.cfg.n_layers)) if pairs is None else pairs
     if not chosen:
         raise ValueError("pairs: none given; pass at least one, such as (8, 16)")
     for source, target in chosen:
@@ -88,50 +134,49 @@ def layer_sweep(
         check_layer(model, target, "pairs: target")
         if source >= target:
             raise ValueError(f"pairs: ({source}, {target}): the source comes before the target")
-    argument_names("layer_sweep", settings, melbo)
-    defaults = inspect.signature(melbo).parameters
-    names = ("p", "q", "steps", "seed")
-    numbers = {name: settings.get(name, defaults[name].default) for name in names}
-    check_settings(n_vectors, radius, **numbers)
-    check_clean(model, backdoors, texts, max_new_tokens)
-    if on_pair is not None and not callable(on_pair):
-        raise TypeError(f"on_pair: got {type(on_pair).__name__}, expected a function or None")
-    unsteered = generate(model, texts, max_new_tokens=max_new_tokens, chat=chat)
-    hits = [f"hits: {backdoor.behaviour}" for backdoor in backdoors]
-    columns = [*_COLUMNS, *hits, "seconds", "problem"]
-    rows: list[dict[str, Any]] = []
-    for place, (source, target) in enumerate(chosen):
-        row: dict[str, Any] = {"source_layer": source, "target_layer": target}
-        began = time.monotonic()
-        f = ActivationMap.from_prompts(model, texts, source, target, chat=chat)
-        try:
-            found = melbo(f, n_vectors, radius, **settings)
-        except (ValueError, FloatingPointError) as error:
-            # What one pair cannot do shall not cost the others; what none can is the caller's.
-            if place == len(chosen) - 1 and all(row["problem"] for row in rows):
-                raise
-            row["problem"] = str(error)
-        else:
-            row |= {"seconds": round(time.monotonic() - began, 2), "problem": ""}
-            frame = generate(model, texts, found, max_new_tokens=max_new_tokens)
-            both = pd.concat([unsteered, frame], ignore_index=True)
-            groups = behaviours(model, both, chat=chat, embedder=embedder)
-            is_coherent = groups.texts["coherent"][groups.texts["vector"] >= 0]
-            row |= {
-                "radius": found.story["hyperparameters"]["radius"],
-                "kl": _median_kl(model, texts, found, chat),
-                "coherent": sum(is_coherent) / len(is_coherent),
-                "distinct": groups.n_distinct,
-                "per_100_vectors": groups.per_100_vectors,
-            }
-            if backdoors:
-                counted = count_hits(frame, backdoors, embedder=embedder)
-                exact = counted[counted["match"] == "exact"]
-                row |= dict(zip(hits, map(int, exact["hits"]), strict=True))
-        rows.append(row)
-        if on_pair is not None:
-            on_pair(Table(rows, columns=columns))
-    return Table(rows, columns=columns)
+    return chosen
+
+
+def _checked_settings(
+    method: Method, radius: Radius, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What to pass to the method, the radius among it where the method has one."""
+    argument_names("layer_sweep", settings, method, ("f", "n_vectors", "radius", "previous"))
+    if "radius" in inspect.signature(method).parameters:
+        return {"radius": radius, **settings}
+    if radius != "auto":
+        raise TypeError(f"radius={radius}: {method.__name__} has no radius; leave it out")
+    return dict(settings)
+
+
+def _hits_of(backdoor: Backdoor) -> str:
+    return f"hits: {backdoor.behaviour}"
+
+
+def _counted(
+    model: Model,
+    unsteered: "pd.DataFrame",
+    steered: "pd.DataFrame",
+    backdoors: Sequence[Backdoor],
+    chat: bool,
+    embedder: Embedder | None,
+) -> dict[str, Any]:
+    """What the completions under the vectors of one search bring."""
+    import pandas as pd
+
+    both = pd.concat([unsteered, steered], ignore_index=True)
+    groups = behaviours(model, both, chat=chat, embedder=embedder)
+    is_coherent = groups.texts["coherent"][groups.texts["vector"] >= 0]
+    row: dict[str, Any] = {
+        "coherent": sum(is_coherent) / len(is_coherent),
+        "distinct": groups.n_distinct,
+        "per_100_vectors": groups.per_100_vectors,
+    }
+    if backdoors:
+        hits = count_hits(steered, backdoors, embedder=embedder)
+        exact = hits[hits["match"] == "exact"]
+        row |= dict(zip(map(_hits_of, backdoors), map(int, exact["hits"]), strict=True))
+    return row
 
 
 def _median_kl(model: Model, texts: Sequence[str], found: SteeringVectors, chat: bool) -> float:
