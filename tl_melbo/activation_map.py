@@ -29,8 +29,8 @@ _REPLAY_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 _CPU_ROWS, _GPU_VECTORS = 1200, 1024
 # Slices whose positions are remembered.
 _MOST_SLICES = 64
-# Between any two paths f(x) differed by at most 5.4 eps |y| in float32, and by 2.0 eps |y| in narrow
-# types, whose products are summed in float32: see `resolution`.
+# Between any two paths f(x) differed by at most 5.4 eps |y| in float32, and by 2.0 eps |y| in
+# narrow types, whose products are summed in float32: see `resolution`.
 _ROUNDING = {torch.float64: 8.0, torch.float32: 8.0}
 _NARROW_ROUNDING = 3.0
 
