@@ -100,17 +100,25 @@ def test_the_code_runs_as_printed(tiny_llama, tmp_path, monkeypatch):
     assert len(names["found"]) == 8
 
 
-def test_the_code_about_trust_runs_as_printed(tiny_llama, tmp_path, monkeypatch, capsys):
+def test_the_code_about_trust_runs_as_printed(tiny_llama, tmp_path, monkeypatch, capsys, by_words):
+    """With a tiny model, fewer vectors, and room for a whole behaviour in its small vocabulary."""
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "docs" / "trust.md").read_text(encoding="utf-8")
     first, second = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     first = first.replace("source_layer=8, target_layer=16", "source_layer=1, target_layer=4")
     monkeypatch.setattr(tm, "load_model", lambda: tiny_llama)
+    for long, short in (("layer=8", "layer=1"), ("n_vectors=8", "n_vectors=2"), ("(8,", "(2,")):
+        assert long in first
+        first = first.replace(long, short)
     names = {}
-    exec(compile(first.replace("layer=8", "layer=1"), "trust.md", "exec"), names)
+    exec(compile(first, "trust.md", "exec"), names)
     assert "specificity" in capsys.readouterr().out
     planted = SimpleNamespace(model=tiny_llama, backdoors=tm.evaluation.BACKDOORS)
     monkeypatch.setattr(tm.evaluation, "load_planted", lambda folder: planted)
     second = second.replace("source_layer=7, target_layer=24", "source_layer=1, target_layer=4")
-    exec(compile(second.replace("n_vectors=100", "n_vectors=2"), "trust.md", "exec"), names)
+    second = second.replace("n_vectors=100", "n_vectors=2")
+    second = second.replace(
+        "planted.backdoors, clean", "planted.backdoors, clean, max_new_tokens=32"
+    )
+    exec(compile(second, "trust.md", "exec"), names)
     assert "exact" in capsys.readouterr().out

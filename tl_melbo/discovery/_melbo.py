@@ -33,6 +33,7 @@ from tl_melbo.discovery._search import (
 )
 from tl_melbo.errors import warn_user
 from tl_melbo.geometry import complement, normalise, numbered_sphere, tangent
+from tl_melbo.shapes import shape_checked
 from tl_melbo.story import about_of, measure
 from tl_melbo.vectors import SteeringVectors
 
@@ -66,6 +67,7 @@ class Step(NamedTuple):
 OnStep = Callable[[Step], None]
 
 
+@shape_checked
 def check_settings(
     n_vectors: int,
     radius: Radius,
