@@ -20,8 +20,9 @@ from tl_melbo.discovery import (
 from tl_melbo.generation import generate
 from tl_melbo.model.load import load_model
 from tl_melbo.presets import PRESETS
+from tl_melbo.reading import next_token_log_probs
 from tl_melbo.run import Run
-from tl_melbo.steering import next_token_log_probs, steered
+from tl_melbo.steering import steered
 from tl_melbo.vectors import SteeringVectors
 
 if TYPE_CHECKING:

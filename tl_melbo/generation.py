@@ -16,8 +16,9 @@ from tl_melbo.errors import warn_of_rows
 from tl_melbo.memory import map_batches
 from tl_melbo.model.bridge import Model, check_model, model_name, plain_model
 from tl_melbo.model.tokens import context_length, to_tokens
+from tl_melbo.reading import adding
 from tl_melbo.shapes import Theta, Tokens, shape_checked
-from tl_melbo.steering import Vectors, adding, as_chat, scaled, steering_layer
+from tl_melbo.steering import Vectors, as_chat, scaled, steering_layer
 from tl_melbo.text import quoted
 
 if TYPE_CHECKING:

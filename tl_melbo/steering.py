@@ -1,6 +1,6 @@
 """Put vectors into a model: hooks, next-token log-probabilities, generation."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,23 +9,14 @@ from torch import Tensor, nn
 
 from tl_melbo import checks
 from tl_melbo.activation_map import ActivationMap
-from tl_melbo.errors import NotFinite, warn_of_rows
-from tl_melbo.memory import map_batches
 from tl_melbo.model.bridge import (
     Model,
-    block_below,
     check_layer,
     check_model,
-    frozen,
     model_name,
-    plain_model,
     residual_hook_name,
-    whole_model,
 )
-from tl_melbo.model.tokens import to_tokens
-from tl_melbo.probability import LogProbs
-from tl_melbo.shapes import Float, Theta, Tokens, checked_slice, shape_checked
-from tl_melbo.text import quoted
+from tl_melbo.shapes import Float, Theta, checked_slice, shape_checked
 from tl_melbo.vectors import SteeringVectors
 
 Vectors = SteeringVectors | Float[Tensor, "d_model"] | Theta
@@ -68,12 +59,13 @@ def steered(
     check_model(model)
     theta = scaled(model, vectors, scale)
     layer = steering_layer(model, vectors, layer)
-    with _hooked(model, theta, layer, _checked_positions(positions)):
+    with hooked(model, theta, layer, _checked_positions(positions)):
         yield model
 
 
 @contextmanager
-def _hooked(model: Model, theta: Theta, layer: int, positions: Positions) -> Iterator[None]:
+def hooked(model: Model, theta: Theta, layer: int, positions: Positions) -> Iterator[None]:
+    """`steered`, of arguments that were checked."""
     past_length = _PastLength(layer)
 
     def add(module: nn.Module, args: Any, residual: Tensor) -> Tensor:
@@ -98,152 +90,6 @@ def _hooked(model: Model, theta: Theta, layer: int, positions: Positions) -> Ite
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def adding(model: Model, plain: Any, theta: Theta, layer: int) -> Iterator[Any]:
-    """Add a vector to each row, everywhere, for whatever runs inside; without gradients.
-
-    Args:
-        model: a TransformerLens model.
-        plain: `plain_model(model)`: where it is None, the model itself is steered.
-        theta: exactly one vector for each row of the batch.
-        layer: after which block.
-
-    Yields:
-        What to run: the plain model, or else the model.
-    """
-    if plain is None:
-        with (
-            torch.no_grad(),
-            frozen(*whole_model(model)),
-            _hooked(model, theta, layer, slice(None)),
-        ):
-            yield model
-        return
-    added = theta.to(next(plain.parameters()))[:, None]
-
-    def add(block: nn.Module, args: Any, output: Any) -> Any:
-        if isinstance(output, tuple):
-            return (output[0] + added, *output[1:])
-        return output + added
-
-    handle = block_below(model, plain, layer).register_forward_hook(add)
-    try:
-        with torch.no_grad():
-            yield plain
-    finally:
-        handle.remove()
-
-
-@shape_checked
-def next_token_log_probs(
-    model: Model,
-    prompt: str,
-    vectors: Vectors | None = None,
-    layer: int | None = None,
-    *,
-    scale: float = 1.0,
-    chat: bool | None = None,
-    batch_size: int = 32,
-) -> Float[Tensor, "vector d_vocab"]:
-    """Log-probabilities of the token after the prompt, one row a vector.
-
-    Args:
-        model: a TransformerLens model.
-        prompt: one text.
-        vectors: which vectors to add, each in a row of its own; None for the unsteered model.
-        layer: after which block to add them; None takes the layer that they were found at.
-        scale: a factor on every vector.
-        chat: format the prompt as chat; None does as was done when the vectors were found, or
-            else does not.
-        batch_size: rows of the batch.
-
-    Returns:
-        Natural logarithms, float32, on the CPU; their exponentials sum to one in each row.
-
-    Raises:
-        TypeError, ValueError: as `steered` and `to_tokens` do.
-        NotFinite: the logits are not finite under any of the vectors, or without.
-
-    Warns:
-        UserWarning: they are not finite under some vectors, whose rows are NaN.
-    """
-    check_model(model)
-    checks.batch_size(batch_size)
-    tokens = to_tokens(model, prompt, as_chat(vectors, chat))
-    if vectors is None:
-        # A row of zeros is the unsteered model.
-        theta, layer = torch.zeros(1, int(model.cfg.d_model), dtype=torch.float32), 0
-    else:
-        layer = steering_layer(model, vectors, layer)
-        theta = scaled(model, vectors, scale)
-    log_probs = _log_probs_or_nan(model, tokens, theta, layer, batch_size)
-    if vectors is None and log_probs.isnan().any():
-        raise NotFinite(
-            f"what {model_name(model)} makes of {quoted(prompt)} is not finite; load the model "
-            "in a wider type, for example dtype=torch.float32"
-        )
-    warn_of_log_probs(model, prompt, layer, log_probs.isnan().all(-1))
-    return log_probs
-
-
-def map_next_token(
-    model: Model,
-    prompt: str,
-    theta: Theta,
-    layer: int,
-    measure: Callable[[LogProbs], Tensor],
-    *,
-    chat: bool,
-    batch_size: int = 32,
-) -> Tensor:
-    """What `measure` says of the token after the prompt, from log-probabilities under each vector.
-
-    A vocabulary is large: only one batch's distributions are held at a time. Rows of logits that
-    are not finite are NaN throughout, and nothing is said of them.
-    """
-    tokens = to_tokens(model, prompt, chat)
-    return torch.cat(
-        [
-            measure(_log_probs_or_nan(model, tokens, rows, layer, batch_size))
-            for rows in theta.split(batch_size)
-        ]
-    )
-
-
-def _log_probs_or_nan(
-    model: Model, tokens: Tokens, theta: Theta, layer: int, batch_size: int
-) -> LogProbs:
-    plain = plain_model(model)
-
-    def of_batch(rows: Theta) -> Tensor:
-        repeated = tokens.expand(len(rows), -1)
-        with adding(model, plain, rows, layer) as runs:
-            if plain is None:
-                logits = runs(repeated)[:, -1]
-            else:
-                logits = runs(repeated, use_cache=False, logits_to_keep=1).logits[:, -1]
-        return logits.float().log_softmax(-1).cpu()
-
-    # What adds nothing is the unsteered model to the last bit, whatever runs beside it.
-    silent = ~theta.to(next(model.parameters()).dtype).any(-1).cpu()
-    parts, _ = map_batches(of_batch, theta[~silent], batch_size)
-    if silent.any():
-        parts.append(of_batch(torch.zeros_like(theta[:1])).expand(int(silent.sum()), -1))
-    # Back in their order: the silent ones were put at the end.
-    log_probs = torch.cat(parts)[silent.to(torch.uint8).argsort(stable=True).argsort()]
-    return log_probs.masked_fill(log_probs.isnan().any(-1, keepdim=True), torch.nan)
-
-
-def warn_of_log_probs(model: Model, prompt: str, layer: int, bad: Tensor) -> None:
-    """Say under which vectors the logits after a prompt are not finite.
-
-    Raises:
-        NotFinite: under all of them.
-    """
-    what = f"what {model_name(model)}, steered after layer {layer}, makes of {quoted(prompt)}"
-    warn_of_rows(bad.tolist(), what, "what is measured there is NaN")
 
 
 def as_theta(model: Model, vectors: Vectors) -> Theta:

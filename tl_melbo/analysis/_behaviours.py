@@ -154,8 +154,8 @@ def behaviours(
         rows = pd.DataFrame(texts[inside & (texts["prompt"] == prompt)])
         if rows.empty:
             continue
-        said = pd.Series([written[row] for row in rows.index], index=rows.index)
-        clusters = _clusters(str(prompt), said.tolist(), n_behaviours, distance, chosen)
+        said = [written[place] for place in rows.index]
+        clusters = _clusters(str(prompt), said, n_behaviours, distance, chosen)
         n_there = max([_UNSTEERED, *(group["behaviour"] for group in groups)])
         numbers = _numbered(clusters, (rows["vector"] < 0).to_numpy(), n_there + 1)
         texts.loc[rows.index, "behaviour"] = numbers
@@ -238,13 +238,16 @@ def _numbered(
 
 
 def _groups(
-    prompt: str, rows: pd.DataFrame, said: pd.Series, numbers: "np.ndarray[Any, Any]"
+    prompt: str, rows: pd.DataFrame, said: Sequence[str], numbers: "np.ndarray[Any, Any]"
 ) -> list[dict[str, Any]]:
     """What is told of the groups of one prompt."""
     groups = []
     for number in sorted({*numbers.tolist()}):
-        members, texts = rows[numbers == number], pd.Series(said[numbers == number])
-        name = _name(texts.tolist(), said[numbers != number].tolist())
+        members = pd.DataFrame(rows[numbers == number])
+        is_member = [bool(other == number) for other in numbers]
+        texts = [text for text, inside in zip(said, is_member, strict=True) if inside]
+        others = [text for text, inside in zip(said, is_member, strict=True) if not inside]
+        name = _name(texts, others)
         groups.append(
             {
                 "behaviour": number,
@@ -252,7 +255,7 @@ def _groups(
                 "prompt": prompt,
                 "n_texts": len(texts),
                 "vectors": sorted({int(vector) for vector in members["vector"] if vector >= 0}),
-                "example": texts.iloc[int(np.argmin(members["perplexity"]))],
+                "example": texts[int(members["perplexity"].to_numpy().argmin())],
             }
         )
     return groups

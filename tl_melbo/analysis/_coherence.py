@@ -15,6 +15,7 @@ from tl_melbo.memory import map_batches
 from tl_melbo.model.bridge import Model, frozen, plain_model, whole_model
 from tl_melbo.model.tokens import context_length, to_tokens
 from tl_melbo.probability import mean_losses
+from tl_melbo.reading import rows_at_once
 from tl_melbo.shapes import Int, Tokens, shape_checked
 
 DEFAULT_PERPLEXITY = 11.0
@@ -27,9 +28,6 @@ _SHUFFLES = 4
 EMPTY, REPEATS, SURPRISING = "empty", "repeats itself", "surprising"
 # Stands where a shorter text has no token.
 _NO_TOKEN = -100
-# How many logits are held at once: 128 MiB.
-_MOST_LOGITS = 2**25
-
 # A prompt, and the text after it.
 Pair = tuple[str, str]
 
@@ -44,7 +42,10 @@ def judged(
 ) -> pd.DataFrame:
     """For each text after its prompt: perplexity, repetition, and why it is put aside, or ""."""
     tokens = {text: _tokens(model, text) for _, text in pairs}
-    prompts = {prompt: to_tokens(model, prompt, chat) for prompt, _ in pairs}
+    prompts = {
+        prompt: to_tokens(model, prompt, chat)
+        for prompt in dict.fromkeys(asked for asked, _ in pairs)
+    }
     measured = _perplexities(model, dict.fromkeys(pairs), prompts, tokens, batch_size)
     surprising = [
         pair
@@ -154,8 +155,8 @@ def _read(
         with torch.no_grad():
             return mean_losses(plain(rows, past_key_values=cache).logits, batch)
 
-    held = written.shape[1] * int(model.cfg.d_vocab)
-    parts, _ = map_batches(of_batch, written, max(1, min(batch_size, _MOST_LOGITS // held)))
+    at_once = rows_at_once(model, written.shape[1], batch_size)
+    parts, _ = map_batches(of_batch, written, at_once)
     return torch.cat(parts).exp().nan_to_num(math.inf, math.inf).tolist()
 
 

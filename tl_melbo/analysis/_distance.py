@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from tl_melbo.activation_map import ActivationMap
-from tl_melbo.errors import place, warn_of_rows
+from tl_melbo.errors import NotFinite, place, warn_of_rows
 from tl_melbo.memory import map_batches
 from tl_melbo.shapes import Float, shape_checked
 from tl_melbo.steering import (
@@ -37,7 +37,7 @@ def effect_distance(
     Raises:
         ValueError: no vectors; more or fewer than one reference; another model's width or another
             layer than those of `f`.
-        FloatingPointError: the residual stream is not finite under the reference, or any vector.
+        NotFinite: the residual stream is not finite under the reference, or any vector.
 
     Warns:
         UserWarning: it is not finite under some vectors; their distances are NaN.
@@ -59,6 +59,6 @@ def effect_distance(
     if bad.any():
         what = f"the residual stream of {place(f.story())}"
         if not means[0].isfinite().all():
-            raise FloatingPointError(f"reference: {what} is not finite under it; use a shorter one")
+            raise NotFinite(f"reference: {what} is not finite under it; use a shorter one")
         warn_of_rows(bad.tolist(), what, "their distances are NaN")
     return distances.masked_fill(bad, torch.nan)

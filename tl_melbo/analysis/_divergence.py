@@ -9,17 +9,9 @@ from tl_melbo import checks
 from tl_melbo.geometry import random_sphere
 from tl_melbo.model.bridge import Model
 from tl_melbo.probability import LogProbs, kl_from_log_probs
+from tl_melbo.reading import map_next_token, next_token_log_probs, warn_of_log_probs
 from tl_melbo.shapes import Float, Theta, shape_checked
-from tl_melbo.steering import (
-    Reference,
-    Vectors,
-    as_chat,
-    as_theta,
-    map_next_token,
-    next_token_log_probs,
-    steering_layer,
-    warn_of_log_probs,
-)
+from tl_melbo.steering import Reference, Vectors, as_chat, as_theta, steering_layer
 from tl_melbo.vectors import SteeringVectors
 
 Direction = Literal["to_reference", "from_reference"]

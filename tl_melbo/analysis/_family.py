@@ -16,17 +16,9 @@ from tl_melbo.analysis._scaling import rescale
 from tl_melbo.generation import generate
 from tl_melbo.model.bridge import Model
 from tl_melbo.probability import LogProbs, kl_from_log_probs
+from tl_melbo.reading import map_next_token, next_token_log_probs
 from tl_melbo.shapes import shape_checked
-from tl_melbo.steering import (
-    Reference,
-    Vectors,
-    as_library,
-    as_theta,
-    check_place,
-    map_next_token,
-    next_token_log_probs,
-    one_vector,
-)
+from tl_melbo.steering import Reference, Vectors, as_library, as_theta, check_place, one_vector
 from tl_melbo.tables import Table
 from tl_melbo.vectors import SteeringVectors
 

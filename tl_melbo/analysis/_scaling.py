@@ -13,6 +13,7 @@ from tl_melbo.analysis._coherence import repetition_of
 from tl_melbo.generation import generate
 from tl_melbo.model.bridge import Model
 from tl_melbo.probability import LogProbs, kl_from_log_probs
+from tl_melbo.reading import map_next_token, next_token_log_probs
 from tl_melbo.shapes import shape_checked
 from tl_melbo.steering import (
     Reference,
@@ -20,8 +21,6 @@ from tl_melbo.steering import (
     as_chat,
     as_library,
     as_theta,
-    map_next_token,
-    next_token_log_probs,
     one_vector,
     steering_layer,
 )

@@ -1,8 +1,8 @@
 """What does a vector cost where nobody asked for it, and how far does it reach?"""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -11,15 +11,13 @@ from tl_melbo.analysis import kl_divergence, transfer
 from tl_melbo.analysis._embedding import Embedder, default_embedder, embeddings
 from tl_melbo.analysis._texts import PASSAGES, UNRELATED_PROMPTS
 from tl_melbo.checks import as_texts
-from tl_melbo.memory import map_batches
-from tl_melbo.model.bridge import Model, check_model, frozen, whole_model
+from tl_melbo.model.bridge import Model, check_model, plain_model
 from tl_melbo.model.tokens import to_tokens
 from tl_melbo.probability import mean_losses
-from tl_melbo.shapes import Float, Theta, Tokens, shape_checked
-from tl_melbo.steering import Vectors, as_library, as_theta, steered, steering_layer
-
-if TYPE_CHECKING:
-    import pandas as pd
+from tl_melbo.reading import map_rows, rows_at_once
+from tl_melbo.shapes import Float, shape_checked
+from tl_melbo.steering import Vectors, as_library, as_theta, steering_layer
+from tl_melbo.tables import Table
 
 COLUMNS = ("vector", "kl_target", "kl_unrelated", "specificity", "loss_increase")
 # Below this (nats), a divergence is the rounding of a vector that does nothing.
@@ -39,9 +37,9 @@ def side_effects(
     passages: str | Sequence[str] | None = None,
     layer: int | None = None,
     chat: bool | None = None,
-    batch_size: int = 8,
+    batch_size: int = 32,
     on_text: OnText | None = None,
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """Measure each vector on the prompt that it is meant for, on others, and on ordinary prose.
 
     Args:
@@ -69,8 +67,6 @@ def side_effects(
         ValueError: no vectors or texts, an empty text, an unrelated prompt that is one of the
             prompts; as `kl_divergence` does.
     """
-    from tl_melbo.tables import Table
-
     library = as_library(vectors)
     meant = as_texts(prompts, "prompts")
     others = _others(unrelated, meant, "unrelated")
@@ -135,19 +131,15 @@ def passage_losses(
     if tokens.shape[1] < 2:
         raise ValueError(f"passages: {text!r} is a single token; pass a sentence")
 
-    def of_batch(theta: Theta) -> Tensor:
-        with torch.no_grad(), frozen(*whole_model(model)), steered(model, theta, layer):
-            return _loss(model, tokens.expand(len(theta), -1))
+    def loss(logits: Tensor) -> Tensor:
+        return mean_losses(logits[:, :-1], tokens[:, 1:].expand(len(logits), -1))
 
-    theta = as_theta(model, vectors)
-    parts, _ = map_batches(of_batch, theta, batch_size)
-    with torch.no_grad(), frozen(*whole_model(model)):
-        unsteered = _loss(model, tokens)
-    return torch.cat(parts) - unsteered
-
-
-def _loss(model: Model, tokens: Tokens) -> Float[Tensor, "vector"]:
-    return mean_losses(model(tokens)[:, :-1], tokens[:, 1:])
+    theta, plain = as_theta(model, vectors), plain_model(model)
+    at_once = rows_at_once(model, tokens.shape[1], batch_size)
+    # The last row is the unsteered model.
+    theta = torch.cat([theta, torch.zeros_like(theta[:1])])
+    losses = map_rows(model, plain, tokens, theta, layer, loss, at_once)
+    return losses[:-1] - losses[-1]
 
 
 @shape_checked
@@ -161,7 +153,7 @@ def reach(
     layer: int | None = None,
     chat: bool | None = None,
     embedder: Embedder | None = None,
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """Say how far each vector transfers: over a set of prompts, does it do there what it does here?
 
     Its texts on two prompts are compared by their embeddings, beyond how alike the unsteered texts
@@ -189,8 +181,6 @@ def reach(
     Raises:
         ValueError: no vectors or prompts; as `analysis.transfer` does.
     """
-    from tl_melbo.tables import Table
-
     check_model(model)
     library = as_library(vectors)
     as_texts(prompt, "prompt")
