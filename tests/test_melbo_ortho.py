@@ -61,6 +61,7 @@ def test_fast_comes_nearer_than_adam_in_an_eighth_of_its_gradients(every_tiny):
     assert fast.columns["distance"].mean() <= sum(slow["distance"]) / 2
 
 
+@pytest.mark.slow
 def test_fast_comes_nearer_than_the_published_run(f):
     """On the embedded model; 125 steps are an eighth of the published 1000."""
     eighth, whole = recorded("adam_125"), recorded("adam_1000")

@@ -1,7 +1,8 @@
 """No vector, no effect: exactly zero on every path, and a bound on what rounding alone can do."""
 
 import dataclasses
-from contextlib import contextmanager
+import itertools
+from functools import cache
 
 import pytest
 import torch
@@ -15,14 +16,15 @@ from tests.tiny_models import tiny_bridge
 pytestmark = pytest.mark.everywhere
 PROMPTS = ["Tell me about yourself.", "Hi!", "Bye.", "Write a short poem about ships."]
 POSITIONS = (slice(None), slice(-3, None), slice(0, 1), slice(0, -1, 2))
-with HonestFloat64():
-    MAPS = {
-        (architecture, dtype): tm.ActivationMap.from_prompts(
-            tiny_bridge(architecture, dtype), PROMPTS, 1, 4
-        )
-        for architecture in ("llama", "gpt2")
-        for dtype in (torch.float32, torch.float64, torch.bfloat16)
-    }
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+KEYS = sorted(itertools.product(("llama", "gpt2"), DTYPES), key=str)
+
+
+@cache
+def made(key):
+    architecture, dtype = key
+    with HonestFloat64():
+        return tm.ActivationMap.from_prompts(tiny_bridge(architecture, dtype), PROMPTS, 1, 4)
 
 
 def through(f, path):
@@ -35,22 +37,6 @@ def through(f, path):
     return f
 
 
-pytestmark = pytest.mark.everywhere
-KEYS = sorted(MAPS, key=str)
-
-
-@contextmanager
-def surroundings(n_threads=1):
-    """Some threads; and float64 throughout, where Hugging Face's norms go through float32."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(n_threads)
-    try:
-        with HonestFloat64():
-            yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def vectors_for(f, is_there, seed=0):
     generator = torch.Generator().manual_seed(seed)
     theta = torch.randn(len(is_there), f.d_model, generator=generator)
@@ -59,14 +45,13 @@ def vectors_for(f, is_there, seed=0):
 
 
 def test_the_paths_are_the_ones_that_are_meant():
-    paths = {key: f.path for key, f in MAPS.items()}
+    paths = {key: made(key).path for key in KEYS}
     assert paths["llama", torch.float32] == paths["llama", torch.float64] == "fast"
     assert paths["llama", torch.bfloat16] == paths["gpt2", torch.float32] == "unhooked"
-    assert through(MAPS["llama", torch.float32], "hooked").path == "hooked"
+    assert through(made(("llama", torch.float32)), "hooked").path == "hooked"
 
 
 @pytest.mark.parametrize("path", ["own", "hooked", "differentiable"])
-@pytest.mark.parametrize("n_threads", [1, 2])
 @settings(max_examples=15)
 @given(
     st.sampled_from(KEYS),
@@ -76,12 +61,12 @@ def test_the_paths_are_the_ones_that_are_meant():
     st.booleans(),
 )
 def test_rows_of_zeros_have_none_and_the_others_their_own(
-    path, n_threads, key, is_there, positions, batch_size, wants_gradient
+    path, key, is_there, positions, batch_size, wants_gradient
 ):
-    f = dataclasses.replace(through(MAPS[key], path), batch_size=batch_size)
+    f = dataclasses.replace(through(made(key), path), batch_size=batch_size)
     theta = vectors_for(f, is_there).requires_grad_(wants_gradient)
     there = torch.tensor(is_there)
-    with surroundings(n_threads):
+    with HonestFloat64():
         effect = f.delta(theta, positions).detach()
         alone = f.delta(theta.detach()[there], positions)
     assert (effect[~there] == 0).all()
@@ -92,7 +77,7 @@ def test_rows_of_zeros_have_none_and_the_others_their_own(
 
 @pytest.mark.parametrize("key", KEYS, ids=str)
 def test_a_vector_that_the_type_cannot_see_has_none(key):
-    f = MAPS[key]
+    f = made(key)
     # 0 + 1e-30 is another number.
     tiny = 1e-30 * (f.x[f.mask] != 0).all(0)[None]
     tiny = tiny.to(torch.promote_types(f.x.dtype, torch.float32))
@@ -106,14 +91,14 @@ def test_a_vector_that_the_type_cannot_see_has_none(key):
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_the_gradient_at_zero_is_that_of_the_float64_model(architecture, path):
     """The value is made zero; what MELBO-ortho needs, its gradient, is not."""
-    weights = torch.randn(3, *MAPS["llama", torch.float64].x.shape).double()
+    weights = torch.randn(3, *made(("llama", torch.float64)).x.shape).double()
     gradients = []
     for f in (
-        through(MAPS[architecture, torch.float32], path),
-        through(MAPS[architecture, torch.float64], "hooked"),
+        through(made((architecture, torch.float32)), path),
+        through(made((architecture, torch.float64)), "hooked"),
     ):
         theta = vectors_for(f, [False, True, False]).requires_grad_()
-        with surroundings():
+        with HonestFloat64():
             loss = (f.delta(theta).double() * weights).sum()
             gradients.append(torch.autograd.grad(loss, theta)[0].double())
     assert gradients[0][0].norm() > 0
@@ -123,11 +108,11 @@ def test_the_gradient_at_zero_is_that_of_the_float64_model(architecture, path):
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_tangents_and_second_gradients_at_zero_stay(architecture):
-    f = MAPS[architecture, torch.float64]
+    f = made((architecture, torch.float64))
     theta = torch.zeros(1, f.d_model, dtype=torch.float64)
     heading = vectors_for(f, [True])
     step, leaf = 1e-4, theta.clone().requires_grad_()
-    with surroundings():
+    with HonestFloat64():
         value, slope = torch.func.jvp(f.delta, (theta,), (heading,))
         difference = (f.delta(step * heading) - f.delta(-step * heading)) / (2 * step)
         (gradient,) = torch.autograd.grad(f.delta(leaf).square().sum(), leaf, create_graph=True)
@@ -140,14 +125,13 @@ def test_tangents_and_second_gradients_at_zero_stay(architecture):
 
 @pytest.mark.parametrize("positions", POSITIONS[:2], ids=str)
 @pytest.mark.parametrize("path", ["own", "hooked", "differentiable"])
-@pytest.mark.parametrize("n_threads", [1, 2])
-def test_rounding_is_smaller_than_the_resolution(monkeypatch, path, positions, n_threads):
+def test_rounding_is_smaller_than_the_resolution(monkeypatch, path, positions):
     monkeypatch.setattr(tm.ActivationMap, "_unchanged", lambda *_: None)
-    for key, whole in MAPS.items():
-        f = through(whole, path)
+    for key in KEYS:
+        f = through(made(key), path)
         wide = torch.promote_types(f.x.dtype, torch.float32)
         for n_vectors in (1, 3, 16):
-            with surroundings(n_threads):
+            with HonestFloat64():
                 rounding = f.delta(torch.zeros(n_vectors, f.d_model, dtype=wide), positions)
             largest = float(rounding.double().flatten(1).norm(dim=-1).max())
             assert largest <= f.resolution(positions) / 2, key
@@ -155,7 +139,7 @@ def test_rounding_is_smaller_than_the_resolution(monkeypatch, path, positions, n
 
 
 def test_the_resolution_checks_its_positions():
-    f = MAPS["llama", torch.float32]
+    f = made(("llama", torch.float32))
     assert f.resolution(slice(-1, None)) < f.resolution()
     with pytest.raises(ValueError, match=r"picks no token of prompt 1 \('Hi!'"):
         f.resolution(slice(5, None))
