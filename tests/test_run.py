@@ -18,6 +18,7 @@ import torch
 
 import tl_melbo as tm
 from tests.tiny_models import tiny_bridge
+from tl_melbo import run as run_module
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "Tell me about yourself."
@@ -83,6 +84,22 @@ def test_another_search_is_not_continued(f, change, message):
         tm.iter_melbo(f, 2, previous=part[1:], **SETTINGS)
     with pytest.raises(tm.errors.DifferentSearch, match="not all from 0 on"):
         tm.iter_melbo(f, 2, previous=tm.melbo(f, 3, **SETTINGS)[[0, 2]], **SETTINGS)
+
+
+def test_other_arithmetic_goes_on_and_is_told(f, tmp_path):
+    run = tm.Run(tmp_path)
+    few = run.melbo(f, 2, **SETTINGS)
+    whole = tm.melbo(f, 4, **SETTINGS)
+    assert few.story["arithmetic"]["threads"] == torch.get_num_threads()
+    elsewhere = {**few.story["arithmetic"], "threads": 99, "cpu": "abacus"}
+    replace(few, story={**few.story, "arithmetic": elsewhere}).save(run.folder / run_module.VECTORS)
+    with pytest.warns(UserWarning, match=r"found with threads=99 \(here \d+\), cpu=abacus \(here"):
+        more = run.melbo(f, 4, **SETTINGS)
+    assert torch.equal(more.vectors, whole.vectors)
+    # Version 0.1 did not tell it, and nothing is to be said.
+    known = {name: fact for name, fact in few.story.items() if name not in ("arithmetic", "lost")}
+    replace(few, story=known).save(run.folder / run_module.VECTORS)
+    assert torch.equal(run.melbo(f, 4, **SETTINGS).vectors, whole.vectors)
 
 
 @pytest.mark.everywhere

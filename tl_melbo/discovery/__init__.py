@@ -3,7 +3,8 @@
 from tl_melbo.discovery._calibration import calibrate_radius
 from tl_melbo.discovery._gradient import value_and_gradient
 from tl_melbo.discovery._jacobian import jacobian
-from tl_melbo.discovery._melbo import Step, iter_melbo, join_library, melbo
+from tl_melbo.discovery._melbo import iter_melbo, join_library, melbo
+from tl_melbo.discovery._melbo_optimisers import Step
 from tl_melbo.discovery._melbo_ortho import iter_melbo_ortho, join_family, melbo_ortho
 from tl_melbo.discovery._objective import melbo_objective
 from tl_melbo.discovery._ortho_optimisers import OrthoStep

@@ -25,7 +25,7 @@ from tl_melbo.discovery._protocol import EffectMap
 from tl_melbo.discovery._search import Part, Search, join, method, one_by_one
 from tl_melbo.errors import DifferentSearch, place, warn_user
 from tl_melbo.shapes import Theta, shape_checked
-from tl_melbo.story import about_of, differences, measure
+from tl_melbo.story import about_of, differences, measure_of
 from tl_melbo.vectors import SteeringVectors
 
 OrthoOptimiser = Literal["quasi-newton", "adam"]
@@ -125,6 +125,8 @@ def melbo_ortho(
         last = first + (len(start) - 1 - len(earlier) if n_vectors is None else n_vectors)
         return one_by_one(taken, range(first, last), functools.partial(_next_of_family, search))
 
+    left = f"of norm {SMALLEST_NORM} or more does what it does" if room else "is left"
+    found = {"method": "melbo_ortho"}
     return Search(
         "melbo_ortho", f, n_vectors,
         {
@@ -135,16 +137,11 @@ def melbo_ortho(
         previous=previous,
         needs=("distance", "evaluations"),
         orthogonal_to={"theta0": start},
-        nothing=(
-            "theta0: nothing orthogonal to it "
-            + (f"and to {n_previous} previous vectors is left; the space is used up"
-               if not room else
-               f"of norm {SMALLEST_NORM} or more does what it does, or the norm penalty "
-               f"({norm_penalty}) or the number of steps forbids it, or theta0 is that short")
-        ),
+        nothing=f"theta0: nothing orthogonal to it and to {n_previous} previous vectors {left}: "
+        f"the space is used up, or the norm penalty ({norm_penalty}) or the steps forbid it",
         progress=progress,
-        measure=measure("distance", "distance |z − z₀|"),
-        about=about_of({"method": "melbo_ortho"}),
+        measure=measure_of(found),
+        about=about_of(found),
         theta0={"norm": float(start.norm()), "story": _story_of(theta0)},
         categories={"stopped": list(STOPPED)},
     )  # fmt: skip
