@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -177,7 +178,9 @@ def test_ctrl_c_stops_and_says_what_is_kept(model_folder: Path, tmp_path: Path) 
         *(f"--out={out}", "--source-layer=1", "--target-layer=4", "--radius=2", "--n-vectors=30"),
         *("--optimiser=adamw", "--steps=200", "--max-new-tokens=3"),
     ]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    # Whoever runs the tests in the background may ignore the signal, and so would the child.
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=listen) as process:
         deadline = time.monotonic() + 120
         while not (out / "vectors.safetensors").is_file():
             assert process.poll() is None
