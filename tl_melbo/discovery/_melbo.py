@@ -4,6 +4,7 @@ Source: Mack & Turner 2024, "Mechanistically eliciting latent behaviors in langu
 """
 
 from collections.abc import Iterator
+from functools import partial
 
 from torch import Tensor
 
