@@ -109,13 +109,7 @@ def melbo_ortho(
         _check_same("previous", previous, f.story())
         previous = previous.vectors
     n_previous = 0 if previous is None else len(previous)
-    room = len(start) - 1 - n_previous
-    least = 1 if previous is None else 0
-    if n_vectors is not None and not least <= n_vectors <= room:
-        raise ValueError(
-            f"n_vectors={n_vectors}: from 1 to {room}; {len(start)} dimensions hold theta0, "
-            f"{n_previous} previous vectors and {room} more, or pass None for all there are"
-        )
+    room = _room(len(start), n_previous, n_vectors, 1 if previous is None else 0)
     check_ortho_settings(norm_penalty, n_steps)
     problem = Problem(f, start, norm_penalty, n_steps, on_step)
     search = QuasiNewton(problem) if optimiser == "quasi-newton" else Adam(problem)
@@ -164,6 +158,17 @@ def join_family(parts: Sequence[SteeringVectors]) -> SteeringVectors:
                 "with concatenate"
             )
     return join(parts)
+
+
+def _room(d_model: int, n_previous: int, n_vectors: int | None, least: int) -> int:
+    """How many more vectors the space holds, which are enough."""
+    room = d_model - 1 - n_previous
+    if n_vectors is not None and not least <= n_vectors <= room:
+        raise ValueError(
+            f"n_vectors={n_vectors}: from 1 to {room}; {d_model} dimensions hold theta0, "
+            f"{n_previous} previous vectors and {room} more, or pass None for all there are"
+        )
+    return room
 
 
 def _next_of_family(search: "QuasiNewton | Adam", k: int, basis: Tensor) -> Part | None:
