@@ -216,18 +216,22 @@ def model_card(
     if len(table) > _MOST_CARD_ROWS:
         lines.append(f"The first {_MOST_CARD_ROWS} of {len(table)}; the file holds all of them.")
     if completions is not None:
-        # By the numbers that the table above has, which need not begin at 0.
-        numbers = {-1: -1, **dict(enumerate(table["index"].tolist()))}
-        rows = [
-            [numbers.get(row["vector"]), row["scale"], row["prompt"], row["completion"]]
-            for row in completions.head(_MOST_CARD_ROWS).to_dict("records")
-        ]
-        lines += [
-            "## What the model writes",
-            "Vector −1 is the model without one.",
-            _markdown_table(["vector", "scale", "prompt", "completion"], rows),
-        ]
+        lines += _written(table, completions)
     return "\n\n".join(lines) + "\n"
+
+
+def _written(table: pd.DataFrame, completions: pd.DataFrame) -> list[str]:
+    """The part of the card on completions, vectors called by the numbers that the table has."""
+    numbers = {-1: -1, **dict(enumerate(table["index"].tolist()))}
+    rows = [
+        [numbers.get(row["vector"]), row["scale"], row["prompt"], row["completion"]]
+        for row in completions.head(_MOST_CARD_ROWS).to_dict("records")
+    ]
+    return [
+        "## What the model writes",
+        "Vector −1 is the model without one.",
+        _markdown_table(["vector", "scale", "prompt", "completion"], rows),
+    ]
 
 
 def _markdown_table(header: list[str], rows: list[list[Any]]) -> str:
