@@ -60,7 +60,7 @@ def not_converged(found: SteeringVectors) -> str:
     """How many vectors still gained when their search ended; "" where none did, or none is told."""
     table = found.table()
     count = [*table["converged"]].count("no") if "converged" in table else 0
-    return f"{count} of {len(found)} not converged; more steps may help" if count else ""
+    return f"{count} of {len(found)} still gained more than 1% in their last step" if count else ""
 
 
 def vectors_table(
