@@ -228,7 +228,7 @@ def test_steps_are_reported(tiny_llama):
         ({"radius": 0.0}, r"radius=0.0: must be a positive finite number"),
         ({"radius": -1}, r"radius=-1"),
         ({"radius": math.nan}, r"radius=nan"),
-        ({"p": 0.5}, r"p=0.5: allowed are finite numbers from 1"),
+        ({"p": 0.5}, r"p=0.5: a power, from 1"),
         ({"q": 0}, r"q=0"),
         ({"p": math.inf}, r"p=inf"),
         ({"n_vectors": 0}, r"n_vectors=0: must be from 1"),

@@ -54,7 +54,6 @@ def calibrate_radius(
 
     Raises:
         ValueError: a number is out of its range; or no radius has that level.
-        FloatingPointError: the effects are not finite.
 
     Source: Mack & Turner 2024, "Deep causal transcoding".
     """
@@ -85,16 +84,13 @@ def chosen_radius(
     previous: SteeringVectors | None,
     positions: slice = slice(-3, None),
 ) -> tuple[float, dict[str, Any]]:
-    """The radius of a search, and what its metadata tells of the calibration, if there is one.
-
-    A search that is continued keeps its radius: on another machine, a calibration may come out a
-    digit different.
-    """
+    """The radius of a search, and what its metadata tells of the calibration, if there is one."""
     check_radius(radius)
     if not isinstance(radius, str):
         return radius, {}
     calibration = {"criterion": "nonlinearity", "level": DEFAULT_LEVEL}
     known = None
+    # A search that is continued keeps its radius: another machine may find another last digit.
     if previous is not None and previous.story.get("calibration") == calibration:
         known = (previous.story.get("hyperparameters") or {}).get("radius")
     if known is None:

@@ -1,8 +1,4 @@
-"""Two optimisers that bring a loss down inside the orthogonal complement of a basis.
-
-Source: Jacob G-W 2024, "I found >800 orthogonal 'write code' steering vectors", for Adam; the
-quasi-Newton method is ours.
-"""
+"""Two optimisers that bring a loss down inside the orthogonal complement of a basis."""
 
 import math
 from collections import deque
@@ -75,10 +71,10 @@ def adam(loss: Loss, start: Tensor, basis: Tensor, n_steps: int, note: Note) -> 
 
 
 def quasi_newton(loss: Loss, inverse: Tensor, basis: Tensor, n_steps: int, note: Note) -> Result:
-    """L-BFGS from zero, preconditioned with the inverse of a matrix like the Hessian at zero.
+    """L-BFGS from zero, preconditioned with `inverse`.
 
-    That matrix is half the Hessian of the squared distance, which is nearly quadratic near zero.
-    L-BFGS then only has to learn how the landscape differs from it farther out.
+    That is the inverse of half the Hessian of the squared distance at zero. L-BFGS then only has
+    to learn how the landscape differs from it farther out.
     """
 
     def at(theta: Tensor) -> Point:

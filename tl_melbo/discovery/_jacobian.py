@@ -1,8 +1,4 @@
-"""Jacobian directions: what the target layer responds to most, to first order.
-
-Source: O. Ayyub 2026, "Power steering"; the linear case of Mack & Turner 2024, "Deep causal
-transcoding".
-"""
+"""Jacobian directions: what the target layer responds to most, to first order."""
 
 from collections.abc import Iterator
 
@@ -52,7 +48,8 @@ def jacobian(
     Raises:
         NotFinite: the derivative is not finite.
 
-    Source: O. Ayyub 2026, "Power steering"; Mack & Turner 2024, "Deep causal transcoding".
+    Source: O. Ayyub 2026, "Power steering"; the linear case of Mack & Turner 2024, "Deep causal
+    transcoding".
     """
     counted = f.position_mask(positions)
     radius, calibration = chosen_radius(f, radius, previous, positions)

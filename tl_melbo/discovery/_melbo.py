@@ -1,7 +1,6 @@
 """MELBO: vectors at an early layer that change a later layer as much as possible."""
 
 import itertools
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -27,6 +26,7 @@ Optimiser = Literal["ascent", "adamw"]
 DEFAULT_STEPS = {"ascent": 10, "adamw": 300}
 # Each with the number of its first step: the ascent counts gradients.
 OPTIMISERS = {"ascent": (_sphere.ascent, 1), "adamw": (_sphere.adamw, 0)}
+_LARGEST_POWER = 1e6
 # Above this share of the objective, one position drowns all others.
 _DOMINATED = 0.9
 # Independent vectors that are searched together; a search is taken up again after a group.
@@ -54,19 +54,14 @@ def melbo_objective(
 
     Args:
         delta: effects; positions that are not to count hold zeros.
-        p: power of the norm, at least 1. Published: 2 and 4.
-        q: root of each prompt's sum, at least 1; None takes p. Published: p and 1.
+        p: at least 1. Published: 2 and 4.
+        q: at least 1; None takes p. Published: p and 1.
         norm: over d_model, "l2" (the original post) or "lp", the p-norm (a textbook chapter).
-            They agree at p = 2.
 
-    Raises:
-        ValueError: p or q is below 1 or not finite.
-
-    Source: Mack & Turner 2024. Their code takes the norm of a [1, pos, d_model] tensor over
-    dim=1, which is positions; that slip is not copied.
+    Source: Mack & Turner 2024. Their code takes the norm over positions, which is not copied.
     """
     q = p if q is None else q
-    _check_powers(p, q)
+    checks.between(1, _LARGEST_POWER, "a power", p=p, q=q)
     if norm == "l2":
         squares = delta.square().sum(-1)
         powers = squares if p == 2 else _safe_power(squares, p / 2)
@@ -83,30 +78,17 @@ def _safe_power(base: Tensor, exponent: float) -> Tensor:
     return torch.where(zero, 0.0, torch.where(zero, 1.0, base) ** exponent)
 
 
-def _check_powers(p: float, q: float | None) -> None:
-    for name, value in (("p", p), ("q", q)):
-        if value is not None and not 1 <= value < math.inf:
-            raise ValueError(
-                f"{name}={value}: allowed are finite numbers from 1; published are p = 2 or 4, "
-                "and q = p or 1"
-            )
-
-
 @shape_checked
 def check_settings(
     n_vectors: int, radius: Radius, p: float, q: float | None, steps: int | None, seed: int
 ) -> None:
-    """Check what can be checked of a search without a model, so before one is loaded.
-
-    Raises:
-        ValueError: a number is out of its range.
-    """
+    """Check what can be checked of a search without a model, so before one is loaded."""
     check_radius(radius)
     if not 1 <= n_vectors <= MOST_VECTORS:
         raise ValueError(f"n_vectors={n_vectors}: must be from 1 to {MOST_VECTORS:,}")
     checks.at_least(1, steps=steps)
     checks.seed(seed)
-    _check_powers(p, q)
+    checks.between(1, _LARGEST_POWER, "a power", p=p, q=p if q is None else q)
 
 
 @partial(method, check=check_settings)
@@ -141,11 +123,9 @@ def melbo(
             each climbs from its own start, and several may coincide.
         seed: of the random starts, uniform on the sphere; start k depends on the seed and k alone.
         optimiser: "ascent", fast, its objective never falls; or "adamw", as published.
-        steps: gradient evaluations for each vector at most ("ascent", 10 by default), or gradient
-            steps ("adamw", 300 by default).
-        previous: vectors 0 to k-1 of the same search, all of them. It goes on at vector k, finds
-            what it would have found without a break, and gives the new ones, `n_vectors` of them.
-        on_step: called after every step of the search.
+        steps: gradients for each vector at most ("ascent", 10 by default), or steps ("adamw", 300).
+        previous: vectors 0 to k-1 of the same search, all of them. The result is what follows,
+            `n_vectors` more, as if there had been no break.
 
     Returns:
         The vectors with their objective, how many gradients each took, `gain`, by how much of
@@ -154,8 +134,7 @@ def melbo(
         `history[:, i]` is the objective after i steps.
 
     Raises:
-        ValueError: a number out of its range, more orthogonal vectors than d_model, positions
-            that some prompt does not have, a radius too small to have any effect.
+        ValueError: a number out of its range, a radius too small to have any effect.
         DifferentSearch: `previous` is not the beginning of this search.
         NotFinite: the objective or its gradient is not finite for any vector.
 
@@ -264,8 +243,8 @@ class _Climb:
         share = float(powers[first].sum() / powers[counted].sum())
         if share > _DOMINATED:
             warn_user(
-                f"{share:.0%} of the first vector's objective comes from the first token: the "
-                "search sees little else, and its vectors may all do the same thing, or nothing. "
-                f"positions={self.positions} includes that token; leave it out with "
-                "slice(1, None), or measure where the next tokens are made with slice(-3, None)"
+                f"{share:.0%} of the first vector's objective comes from the first token, so that "
+                "all vectors may do the same thing, or nothing. Leave it out with "
+                "positions=slice(1, None), or measure where the next tokens are made with "
+                "slice(-3, None)"
             )

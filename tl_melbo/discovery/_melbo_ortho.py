@@ -46,11 +46,7 @@ OnOrthoStep = Callable[[OrthoStep], None]
 
 
 def check_ortho_settings(norm_penalty: float, steps: int | None) -> None:
-    """Check what can be checked without a model, so before one is loaded.
-
-    Raises:
-        ValueError: a number is out of its range.
-    """
+    """Check what can be checked without a model, so before one is loaded."""
     checks.between(0, sys.float_info.max, "a weight", norm_penalty=norm_penalty)
     checks.at_least(2, steps=steps)  # the first gradient is taken at the start
 
@@ -80,21 +76,18 @@ def melbo_ortho(
         n_vectors: how many to find, at most; None goes on until their norms fall below 0.1 or the
             space is used up (d_model - 1 vectors).
         norm_penalty: 0 as published; larger asks for shorter vectors.
-        previous: the vectors that this family has already, all of them. The new ones are the same
-            as if it had never been interrupted.
-        optimiser: "quasi-newton", fast: L-BFGS from zero, preconditioned with the Jacobian of z
-            at zero, which is measured once for the family; or "adam", as published.
+        previous: the vectors that this family has already, all of them. The result is what
+            follows, as if there had been no break.
+        optimiser: "quasi-newton", fast: L-BFGS from zero; or "adam", as published.
         steps: gradients for each vector, at most: 40 ("quasi-newton") or 1000 ("adam") by default.
-        on_step: called after every gradient.
 
     Returns:
         The new vectors in order, with their distance |z - z0|, how many gradients each took, and
         why its search stopped; `history[:, i]` is the distance after i + 1 gradients.
 
     Raises:
-        ValueError: theta0 not one finite vector of the right width, or zero, or of another model
-            or layer; more vectors than the space holds; a number out of its range; not one vector
-            that qualifies (`melbo_ortho.parts` then yields none).
+        ValueError: theta0 zero, not finite, or of another model or layer; a number out of its
+            range; not one vector that qualifies (`melbo_ortho.parts` then yields none).
         DifferentSearch: `previous` of another family, not all of it, or not orthogonal.
 
     Source: Jacob G-W 2024, "I found >800 orthogonal 'write code' steering vectors". The

@@ -45,25 +45,18 @@ class Part(NamedTuple):
     history: Tensor | None = None
 
 
-# Gives the parts of a search; called with the vectors that are there, and the next one's number.
-Find = Callable[[Tensor, int], Iterator[Part]]
-
-
 class Search(Iterator[SteeringVectors]):
     """A search that yields libraries, in order, as they are found.
 
     Args:
-        method: its name.
-        f: the activation map.
         n_vectors: how many to find beyond `previous`; None if the method itself knows the end.
         settings: the method's own arguments, for the metadata.
-        find: does the work, part by part.
+        find: called with the vectors that are there, and the next one's number; gives the parts.
         previous: vectors 0 to k-1 of the same search, all of them.
         needs: columns that must be finite, and which `previous` must have.
         orthogonal_to: vectors, by name, to which all are orthogonal, as they are to each other;
             None where they need not be.
         nothing: the error where not one vector is found.
-        progress: show a progress bar.
         facts: what else the metadata tells, such as `seed`, `measure` and `about`.
 
     Attributes:
@@ -80,7 +73,7 @@ class Search(Iterator[SteeringVectors]):
         f: EffectMap,
         n_vectors: int | None,
         settings: Mapping[str, Any],
-        find: Find,
+        find: Callable[[Tensor, int], Iterator[Part]],
         *,
         previous: SteeringVectors | None = None,
         needs: Sequence[str] = (),
@@ -107,11 +100,7 @@ class Search(Iterator[SteeringVectors]):
         return next(self._parts)
 
     def collect(self) -> SteeringVectors:
-        """All that is found, as one library.
-
-        Raises:
-            ValueError: nothing is.
-        """
+        """All that is found, as one library; a ValueError if nothing is."""
         parts = list(self)
         if not parts:
             raise ValueError(self.nothing)
@@ -161,8 +150,8 @@ class Search(Iterator[SteeringVectors]):
         if self.n_vectors == 0:
             return
         n_found, lost = len(self.earlier), []
-        name, hidden = self.story["method"], not self.progress
-        with tqdm(total=self.n_vectors, desc=name, unit="vector", disable=hidden) as bar:
+        shown = {"desc": self.story["method"], "unit": "vector", "disable": not self.progress}
+        with tqdm(total=self.n_vectors, **shown) as bar:
             for part in self._find(self.earlier, self.first):
                 finite = part.vectors.isfinite().all(-1)
                 for column in self._needs:

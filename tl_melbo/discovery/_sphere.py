@@ -1,8 +1,4 @@
-"""Two optimisers that climb a measure of effects on the sphere, for many vectors at once.
-
-Source: Mack & Turner 2024, "Mechanistically eliciting latent behaviors in language models", for
-AdamW; the ascent is ours.
-"""
+"""Two optimisers that climb a measure of effects on the sphere, for many vectors at once."""
 
 import math
 from collections.abc import Iterator
@@ -55,8 +51,8 @@ def ascent(
     cubic through both ends' values and slopes. So the measure never falls.
     """
     unit = normalise(complement(starts, basis))
-    value, gradient = evaluate(unit * radius)
-    value, gradient = _without(_lost(value, gradient), value, complement(gradient, basis))
+    value, gradient = _without_lost(*evaluate(unit * radius))
+    gradient = complement(gradient, basis)
     shortening, gain = torch.ones_like(value), torch.full_like(value, math.nan)
     evaluations = torch.ones(len(unit), dtype=torch.float32)
     yield State(unit, value, gradient, gain, evaluations)
@@ -89,22 +85,18 @@ def ascent(
 def adamw(
     evaluate: Evaluate, starts: Tensor, basis: Tensor, radius: float, n_steps: int
 ) -> Iterator[State]:
-    """The published optimiser: AdamW, projected to the sphere and to the complement of a basis.
-
-    AdamW works element by element, so that vectors optimised together are as if alone.
-    """
+    """The published optimiser: AdamW, projected to the sphere and to the complement of a basis."""
     theta = (normalise(complement(starts, basis)) * radius).float()
     optimiser = torch.optim.AdamW(
         [theta], lr=1e-3, betas=(0.9, 0.98), amsgrad=True, weight_decay=0.0
     )
-    history, lost = [], torch.zeros(len(theta), dtype=torch.bool)
+    history = []
     # Its steps are small: a tenth of them counts as one.
     window = max(1, n_steps // 10)
     for step in range(n_steps + 1):
         unit = theta.double() / radius
-        value, gradient = evaluate(unit * radius)
-        lost = lost | _lost(value, gradient)
-        value, gradient = _without(lost, value, gradient)
+        lost_before = history[-1].isnan() if history else False
+        value, gradient = _without_lost(*evaluate(unit * radius), lost_before)
         history.append(value)
         gain = value / history[max(0, step - window)] - 1
         evaluations = torch.full((len(theta),), step + 1, dtype=torch.float32)
@@ -115,11 +107,10 @@ def adamw(
             theta.copy_(normalise(complement(theta.double(), basis), radius))
 
 
-def _lost(value: Tensor, gradient: Tensor) -> Tensor:
-    return ~(value.isfinite() & gradient.isfinite().all(-1))
-
-
-def _without(lost: Tensor, value: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+def _without_lost(
+    value: Tensor, gradient: Tensor, lost_before: Tensor | bool = False
+) -> tuple[Tensor, Tensor]:
+    lost = ~(value.isfinite() & gradient.isfinite().all(-1)) | lost_before
     return value.masked_fill(lost, math.nan), gradient.masked_fill(lost[:, None], 0.0)
 
 
