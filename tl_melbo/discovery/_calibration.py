@@ -86,6 +86,7 @@ def chosen_radius(
 ) -> tuple[float, dict[str, Any]]:
     """The radius of a search, and what its metadata tells of the calibration, if there is one."""
     check_radius(radius)
+    f.position_mask(positions)  # refuses what some prompt does not have
     if not isinstance(radius, str):
         return radius, {}
     calibration = {"criterion": "nonlinearity", "level": DEFAULT_LEVEL}

@@ -51,8 +51,8 @@ def jacobian(
     Source: O. Ayyub 2026, "Power steering"; the linear case of Mack & Turner 2024, "Deep causal
     transcoding".
     """
-    counted = f.position_mask(positions)
     radius, calibration = chosen_radius(f, radius, previous, positions)
+    counted = f.position_mask(positions)
     effects = _map.effects_at(f, positions)
 
     def find(earlier: Tensor, first: int) -> Iterator[Part]:

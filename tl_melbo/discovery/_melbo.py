@@ -2,8 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -142,17 +141,15 @@ def melbo(
     """
     steps = DEFAULT_STEPS[optimiser] if steps is None else steps
     check_settings(max(1, n_vectors), radius, p, q, steps, seed)
-    f.position_mask(positions)  # refuses what some prompt does not have, before the calibration
     radius, calibration = chosen_radius(f, radius, previous, positions)
     chosen = {
         "radius": radius, "p": p, "q": p if q is None else q, "norm": norm, "positions": positions,
         "orthogonal": orthogonal, "optimiser": optimiser, "steps": steps,
     }  # fmt: skip
-    climb = _Climb(f, on_step, **chosen)
 
     def find(earlier: Tensor, first: int) -> Iterator[Part]:
         starts = numbered_sphere(first + n_vectors, int(f.x.shape[-1]), seed)
-        return climb.parts(starts, earlier, first)
+        return _parts(f, starts, earlier, first, on_step, **chosen)
 
     found = {"method": "melbo", "hyperparameters": chosen}
     return Search(
@@ -173,78 +170,69 @@ iter_melbo = melbo.parts
 join_library = join
 
 
-@dataclass(frozen=True)
-class _Climb:
-    f: EffectMap
-    on_step: OnStep | None
-    radius: float
-    p: float
-    q: float
-    norm: Norm
-    positions: slice
-    orthogonal: bool
-    optimiser: Optimiser
-    steps: int
+def _parts(
+    f: EffectMap,
+    starts: Tensor,
+    earlier: Tensor,
+    first: int,
+    on_step: OnStep | None,
+    *,
+    radius: float,
+    p: float,
+    q: float,
+    norm: Norm,
+    positions: slice,
+    orthogonal: bool,
+    optimiser: Optimiser,
+    steps: int,
+) -> Iterator[Part]:
+    """One vector after another if they are to be orthogonal, else group by group."""
+    objective = partial(melbo_objective, p=p, q=q, norm=norm)
+    evaluate = _map.value_and_gradient(f, objective, positions)
+    optimise, first_step = OPTIMISERS[optimiser]
+    counted = f.position_mask(positions).double()[None, :, :, None]
+    of_rounding = float(objective(counted * _map.rounding(f, positions)))
 
-    def objective(self, effect: Tensor) -> Tensor:
-        return melbo_objective(effect, self.p, self.q, self.norm)
-
-    @cached_property
-    def evaluate(self) -> _map.Evaluate:
-        return _map.value_and_gradient(self.f, self.objective, self.positions)
-
-    @cached_property
-    def nothing(self) -> float:
-        """The objective of effects that are rounding alone: all there is of it, everywhere."""
-        counted = self.f.position_mask(self.positions).double()[None, :, :, None]
-        return float(self.objective(counted * _map.rounding(self.f, self.positions)))
-
-    def parts(self, starts: Tensor, earlier: Tensor, first: int) -> Iterator[Part]:
-        """One vector after another if they are to be orthogonal, else group by group."""
-        if self.orthogonal:
-            numbers = range(first, len(starts))
-            parts = one_by_one(earlier, numbers, lambda k, taken: self.climb(starts[[k]], taken, k))
-        else:
-            groups = range(first, len(starts), _GROUP)
-            parts = (self.climb(starts[k : k + _GROUP], starts[:0], k) for k in groups)
-        for part in parts:
-            if part.first == first:
-                self.warn_if_dominated(part.vectors[:1])
-            yield part
-
-    def climb(self, starts: Tensor, basis: Tensor, first: int) -> Part:
-        """Climb from all these starts at once, in the complement of the basis."""
-        optimise, first_step = OPTIMISERS[self.optimiser]
-        states = optimise(self.evaluate, starts, basis, self.radius, self.steps)
-        state = started = next(states)
-        if (started.value <= self.nothing).any():
+    def climb(k: int, basis: Tensor, size: int = 1) -> Part:
+        states = optimise(evaluate, starts[k : k + size], basis, radius, steps)
+        started = state = next(states)
+        if (started.value <= of_rounding).any():
             raise ValueError(
                 "radius: a random vector of this norm changes nothing at the positions that count, "
-                f"as far as the model's type can tell (vector {first}); use a larger radius, or a "
+                f"as far as the model's type can tell (vector {k}); use a larger radius, or a "
                 "smaller p"
             )
         history = []
         for step, state in enumerate(itertools.chain([started], states), first_step):
             history.append(state.value)
-            if self.on_step is not None:
-                self.on_step(Step(first, len(starts), step, self.steps, state.value.clone()))
-        theta = (state.unit * self.radius).float()
-        return Part(first, theta, state.columns(), torch.stack(history, 1))
+            if on_step is not None:
+                on_step(Step(k, len(state.value), step, steps, state.value.clone()))
+        theta = (state.unit * radius).float()
+        return Part(k, theta, state.columns(), torch.stack(history, 1))
 
-    def warn_if_dominated(self, theta: Tensor) -> None:
-        """Say so where the first tokens alone make the objective: see `positions` in `melbo`."""
-        counted = self.f.position_mask(self.positions)
-        first = self.f.position_mask(slice(0, 1)) & counted
-        if not first.any() or torch.equal(first, counted):
-            return
-        with torch.no_grad():
-            effect = self.f.delta(theta.to(self.f.x.device))[0]
-        powers = effect.norm(dim=-1).double() ** self.p
-        share = float(powers[first].sum() / powers[counted].sum())
-        if share > _DOMINATED:
-            warn_user(
-                f"{share:.0%} of the first vector's objective comes from the first token, so that "
-                "all vectors may do the same thing, or nothing. Leave it out with "
-                "positions=slice(1, None), or measure where the next tokens are made with "
-                "slice(-3, None)"
-            )
+    if orthogonal:
+        parts = one_by_one(earlier, range(first, len(starts)), climb)
+    else:
+        groups = range(first, len(starts), _GROUP)
+        parts = (climb(k, starts[:0], _GROUP) for k in groups)
+    for part in parts:
+        if part.first == first:
+            _warn_if_dominated(f, part.vectors[:1], positions, p)
+        yield part
+
+
+def _warn_if_dominated(f: EffectMap, theta: Tensor, positions: slice, p: float) -> None:
+    """Say so where the first tokens alone make the objective: see `positions` in `melbo`."""
+    counted = f.position_mask(positions)
+    first = f.position_mask(slice(0, 1)) & counted
+    if not first.any() or torch.equal(first, counted):
+        return
+    with torch.no_grad():
+        powers = f.delta(theta.to(f.x.device))[0].norm(dim=-1).double() ** p
+    share = float(powers[first].sum() / powers[counted].sum())
+    if share > _DOMINATED:
+        warn_user(
+            f"{share:.0%} of the first vector's objective comes from the first token, so that all "
+            "vectors may do the same thing, or nothing. Leave it out with positions=slice(1, None),"
+            " or measure where the next tokens are made with slice(-3, None)"
+        )
