@@ -205,10 +205,8 @@ def method(
     takes some of the settings and refuses wrong ones before a model is loaded.
     """
     parts = shape_checked(function)
-    first = (
-        f"Check the arguments, and yield the vectors of `{function.__name__}` as they are found."
-    )
-    parts.__doc__ = f"{first}\n\n{inspect.getdoc(function) or ''}"
+    described = inspect.getdoc(function) or ""
+    parts.__doc__ = f"Check the arguments, and yield what is found as it comes.\n\n{described}"
 
     @functools.wraps(function)
     def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> SteeringVectors:
@@ -250,8 +248,8 @@ def join(parts: Sequence[SteeringVectors]) -> SteeringVectors:
             )
         expected = indices[-1] + 1 if indices else expected
     n_vectors = (last.get("hyperparameters") or {}).get("n_vectors")
-    joined = {**first, "hyperparameters": {**(first.get("hyperparameters") or {})}}
-    joined["hyperparameters"]["n_vectors"] = n_vectors
+    chosen = {**(first.get("hyperparameters") or {}), "n_vectors": n_vectors}
+    joined = {**first, "hyperparameters": chosen}
     if all("lost" in part.story for part in parts):
         joined["lost"] = sorted({number for part in parts for number in part.story["lost"]})
     # Columns that only later versions of this package write have their words in the last story.
