@@ -1,110 +1,31 @@
-"""One number a vector along the library, and the numbers of each vector along its search."""
+"""One number a vector, along the library: a point each, their moving average, and baselines.
+
+In each, `window` is how many points are averaged: those up to and with each, or as many as there
+are yet. Source: Jacob G-W 2024, "I found >800 orthogonal 'write code' steering vectors".
+"""
 
 import html
 from collections.abc import Mapping, Sequence
 from itertools import cycle
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
-from plotly.colors import sample_colorscale
 from torch import Tensor
 
-from tl_melbo import story
+from tl_melbo import checks
 from tl_melbo.plots._style import (
     BLUE,
     HOVER,
     OTHERS,
     PALE_BLUE,
-    SEQUENTIAL,
     SMALLEST_KL,
     axis,
-    colour_bar,
-    layout,
-    whole_numbers,
+    figure,
     wrapped,
 )
 from tl_melbo.shapes import Float, shape_checked
 from tl_melbo.vectors import SteeringVectors
-
-# More traces than this make a browser slow, and nobody tells more colours apart.
-_MOST_TRACES = 64
-# The last fifth of the colours is a yellow too pale for a line on white.
-_DARKEST_TO_PALEST = (0.0, 0.85)
-
-
-@shape_checked
-def objective_history(
-    found: SteeringVectors, title: str = "Objective during the search"
-) -> go.Figure:
-    """Draw what the search measured of every vector against its steps, one line a vector.
-
-    Args:
-        found: a library with a history. Its story says what was measured, in which unit, and what
-            the x axis counts: gradient evaluations, for example.
-        title: above the figure; "" for none.
-
-    Raises:
-        ValueError: the library has no vectors, or no history of its search.
-    """
-    if found.history is None or not found.history.numel():
-        raise ValueError(
-            "found: has no history of its search; scaling a library drops it, and vectors made "
-            "elsewhere never had one. Pass what melbo returned, or slices of it"
-        )
-    measure = story.measure_of(found.story) or story.measure("objective", "objective")
-    history = found.history.double().numpy()
-    x = np.arange(history.shape[1]) + measure["first"]
-    labels = found.columns["index"].numpy()
-    n_traces = min(len(found), _MOST_TRACES)
-    positions = np.array_split(np.arange(len(found)), n_traces)
-    traces = [
-        _lines(x, history[group], labels[group], colour)
-        for group, colour in zip(positions, _shades(n_traces), strict=True)
-    ]
-    if len(found) > 1:
-        traces.append(_colour_key(labels))
-    across = axis(measure["counts"], **whole_numbers(len(x)))
-    up = axis(f"{measure['label']} ({measure['unit']})", rangemode="tozero")
-    return go.Figure(traces, layout(title, xaxis=across, yaxis=up))
-
-
-def _lines(x: np.ndarray, history: np.ndarray, labels: np.ndarray, colour: str) -> go.Scatter:
-    """Several vectors' lines as one trace, with a gap after each."""
-    n_vectors, n_steps = history.shape
-    gap = np.full((n_vectors, 1), np.nan)
-    single = (~np.isnan(history)).sum(1).max(initial=0) <= 1
-    return go.Scatter(
-        x=np.tile(np.append(x, x[-1]), n_vectors),
-        y=np.hstack([history, gap]).ravel(),
-        customdata=np.repeat(labels, n_steps + 1),
-        mode="markers" if single else "lines",
-        line={"width": 1.3, "color": colour},
-        marker={"color": colour},
-        opacity=0.85,
-        showlegend=False,
-        hovertemplate="vector %{customdata}: %{y:.4g} at %{x}<extra></extra>",
-    )
-
-
-def _colour_key(labels: np.ndarray) -> go.Scatter:
-    """Nothing to see but a colour bar from the first vector to the last."""
-    ends = [str(labels[0]), str(labels[-1])]
-    marker = {
-        "color": [0],
-        "cmin": 0,
-        "cmax": 1,
-        "colorscale": [[i / 8, shade] for i, shade in enumerate(_shades(9))],
-        "colorbar": colour_bar("vector", tickvals=[0, 1], ticktext=ends),
-        "showscale": True,
-    }
-    return go.Scatter(
-        x=[None], y=[None], mode="markers", hoverinfo="skip", showlegend=False, marker=marker
-    )
-
-
-def _shades(count: int) -> list[str]:
-    points = np.linspace(*_DARKEST_TO_PALEST, count).tolist()
-    return [str(shade) for shade in sample_colorscale(SEQUENTIAL, points)]
 
 
 @shape_checked
@@ -124,19 +45,16 @@ def kl_curve(
         kl: as `analysis.kl_divergence` gives it, in nats.
         found: the library, for the index and norm of each vector; None numbers them from 0.
         completions: what the model writes under each, shown when a point is hovered over.
-        window: the average at a point is that of this many points up to and with it, or of as many
-            as there are yet.
+        window: how many points are averaged.
         baselines: what to compare with, by name, in nats: one number (the unsteered model) is a
             dashed line; one for each vector (random vectors of the same norms) small points and
             the dashed line of their moving average.
         log_y: a logarithmic axis; values under 1e-6 nats are drawn there.
-        title: above the figure; "" for none.
+        title: above the figure.
 
     Raises:
         ValueError: no values, or negative or not finite ones; another number of vectors,
             completions or baseline values; a window below one.
-
-    Source: Jacob G-W 2024, "I found >800 orthogonal 'write code' steering vectors".
     """
     values = _checked_kl(kl, "kl")
     for argument, things in (("found", found), ("completions", completions)):
@@ -144,53 +62,39 @@ def kl_curve(
             raise ValueError(
                 f"{argument}: {len(things)}, but kl holds {len(values)} values; pass one for each"
             )
-    labels = np.arange(len(values)) if found is None else found.columns["index"].numpy()
-    more = [[f"KL {value:.4g}"] for value in values]
+    hover = [[f"KL {value:.4g}"] for value in values]
     if found is not None:
-        more = [[*line, f"norm {norm:.4g}"] for line, norm in zip(more, found.norms, strict=True)]
+        hover = [[*line, f"norm {norm:.4g}"] for line, norm in zip(hover, found.norms, strict=True)]
     if completions is not None:
-        more = [[*line, wrapped(text)] for line, text in zip(more, completions, strict=True)]
-    levels = {name: level.flatten() for name, level in (baselines or {}).items()}
-    levels = {name: _checked_kl(level, f"baselines[{name!r}]") for name, level in levels.items()}
-    for name, level in levels.items():
-        if len(level) not in (1, len(values)):
+        hover = [[*line, wrapped(text)] for line, text in zip(hover, completions, strict=True)]
+    levels = {}
+    for name, level in (baselines or {}).items():
+        levels[name] = _checked_kl(level.flatten(), f"baselines[{name!r}]")
+        if len(levels[name]) not in (1, len(values)):
             raise ValueError(
-                f"baselines[{name!r}]: {len(level)} values, expected one, or one for each of the "
-                f"{len(values)} vectors"
+                f"baselines[{name!r}]: {len(levels[name])} values, expected one, or one for each "
+                f"of the {len(values)} vectors"
             )
+    more: dict[str, Any] = {"rangemode": "tozero"}
     if log_y:
-        values, *heights = (np.maximum(v, SMALLEST_KL) for v in (values, *levels.values()))
-        levels = dict(zip(levels, heights, strict=True))
-    hover = ["<br>".join(line) for line in more]
-    figure = _curve(labels, values, hover, window, levels, title, "KL (nats)")
-    return figure.update_yaxes(type="log", exponentformat="power") if log_y else figure
+        values = np.maximum(values, SMALLEST_KL)
+        levels = {name: np.maximum(level, SMALLEST_KL) for name, level in levels.items()}
+        more |= {"type": "log", "exponentformat": "power"}
+    labels = np.arange(len(values)) if found is None else found.columns["index"].numpy()
+    lines = ["<br>".join(line) for line in hover]
+    return _curve(labels, values, lines, window, levels, title, axis("KL (nats)", **more))
 
 
 @shape_checked
 def norm_curve(
     found: SteeringVectors, window: int = 50, title: str = "Norm of each vector"
 ) -> go.Figure:
-    """Draw norm against index: a point a vector, and their moving average.
-
-    Args:
-        found: the library. For a MELBO-ortho family, a dashed line is at the norm of its theta0.
-        window: the average at a point is that of this many points up to and with it, or of as many
-            as there are yet.
-        title: above the figure; "" for none.
-
-    Raises:
-        ValueError: no vectors, or a window below one.
-
-    Source: Jacob G-W 2024, "I found >800 orthogonal 'write code' steering vectors".
-    """
+    """Draw norm against index, with theta0's norm as a dashed line for a MELBO-ortho family."""
     if not len(found):
         raise ValueError("found: a library without vectors; pass at least one")
-    norms = found.norms.double().numpy()
-    start = (found.story.get("theta0") or {}).get("norm")
-    levels = {} if start is None else {"theta0": np.array([start])}
-    hover = [f"norm {norm:.4g}" for norm in norms]
-    labels = found.columns["index"].numpy()
-    return _curve(labels, norms, hover, window, levels, title, "norm (residual-stream units)")
+    level = (found.story.get("theta0") or {}).get("norm")
+    y_title = "norm (residual-stream units)"
+    return _of_library(found, "norm", found.norms, window, {"theta0": level}, title, y_title)
 
 
 @shape_checked
@@ -206,34 +110,41 @@ def distance_curve(
         found: a family, as `melbo_ortho` gives it.
         unsteered: the distance without a vector, |z(0) - z(theta0)|, for a dashed line: a vector
             that does not come under it has nothing of theta0's effect.
-        window: the average at a point is that of this many points up to and with it, or of as many
-            as there are yet.
-        title: above the figure; "" for none.
+        window: how many points are averaged.
+        title: above the figure.
 
     Raises:
         ValueError: no vectors, or no distances known of them; a window below one.
     """
     if not len(found) or "distance" not in found.columns:
         raise ValueError("found: has no distances; pass what melbo_ortho returned, not scaled")
-    distances = found.columns["distance"].double().numpy()
-    levels = {} if unsteered is None else {"unsteered": np.array([unsteered])}
-    hover = [f"distance {distance:.4g}" for distance in distances]
-    labels = found.columns["index"].numpy()
-    y_title = "|z − z₀| (residual-stream units)"
-    return _curve(labels, distances, hover, window, levels, title, y_title)
+    levels, y_title = {"unsteered": unsteered}, "|z − z₀| (residual-stream units)"
+    distances = found.columns["distance"]
+    return _of_library(found, "distance", distances, window, levels, title, y_title)
 
 
 @shape_checked
 def moving_average(values: np.ndarray, window: int) -> np.ndarray:
-    """The mean of the last `window` values at each point; of all so far where there are fewer.
-
-    Raises:
-        ValueError: a window below one.
-    """
-    if window < 1:
-        raise ValueError(f"window={window}: at least 1, the number of points to average over")
+    """The mean of the last `window` values at each point; of all so far where there are fewer."""
+    checks.at_least(1, window=window)
     # Window by window, not by differences of a running sum, which leave a large value's rounding.
     return np.array([values[max(0, i + 1 - window) : i + 1].mean() for i in range(len(values))])
+
+
+def _of_library(
+    found: SteeringVectors,
+    name: str,
+    values: Tensor,
+    window: int,
+    levels: Mapping[str, float | None],
+    title: str,
+    y_title: str,
+) -> go.Figure:
+    numbers = values.double().numpy()
+    hover = [f"{name} {number:.4g}" for number in numbers]
+    known = {name: np.array([level]) for name, level in levels.items() if level is not None}
+    labels, up = found.columns["index"].numpy(), axis(y_title, rangemode="tozero")
+    return _curve(labels, numbers, hover, window, known, title, up)
 
 
 def _curve(
@@ -243,7 +154,7 @@ def _curve(
     window: int,
     levels: Mapping[str, np.ndarray],
     title: str,
-    y_title: str,
+    up: dict[str, Any],
 ) -> go.Figure:
     """A point a vector, their moving average, and what to compare with."""
     points = go.Scatter(
@@ -268,8 +179,7 @@ def _curve(
         for (name, level), colour in zip(levels.items(), cycle(OTHERS), strict=False)
         for trace in _baseline(labels, level, window, name, colour)
     ]
-    across, up = axis("vector", tickformat=",d"), axis(y_title, rangemode="tozero")
-    return go.Figure([points, average, *baselines], layout(title, xaxis=across, yaxis=up))
+    return figure([points, average, *baselines], title, axis("vector", tickformat=",d"), up)
 
 
 def _baseline(
