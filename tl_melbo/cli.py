@@ -109,8 +109,7 @@ def discover(
     """
     # All that can be checked before the model is loaded, which takes a while.
     checks.at_least(1, max_new_tokens=max_new_tokens)
-    if not all(prompt.strip() for prompt in prompts):
-        raise ValueError("prompts: one is empty; leave it out, or give it a word")
+    checks.as_texts(prompts)
     if not 0 <= source_layer < target_layer:
         raise ValueError(
             f"source_layer={source_layer}, target_layer={target_layer}: the source comes "
@@ -150,7 +149,7 @@ def discover(
             radius = f"{found.story['hyperparameters']['radius']:g}"
             terminal.say(f"Radius {radius}, calibrated.")
         # What was measured once is measured of the vectors that came since, too.
-        if side_effects or "side_effects_of" in run.settings:
+        if side_effects or run.settings.get("side_effects_of"):
             stages.begin("Measuring side effects")
             run.side_effects(loaded, overwrite=overwrite, on_text=stages.count)
         _show_page(run, loaded, f, stages, max_new_tokens, overwrite)
@@ -309,23 +308,17 @@ def _method(name: str) -> "Method":
 def _given(method: "Method", n_vectors: int, **options: Any) -> dict[str, Any]:
     """The options that were given, after the method's own check of them."""
     given = {name: value for name, value in options.items() if value is not None}
-    parameters = inspect.signature(method).parameters
-    taken = [name for name in parameters if name not in _OWN]
-    name = method.__name__
-    for option in given:
-        if option not in taken:
-            raise ValueError(
-                f"--{option}: --method {name} does not take it; it takes {', '.join(taken)}"
-            )
-    for option in taken:
-        if parameters[option].default is inspect.Parameter.empty and option not in given:
-            command = "use tl-melbo ortho" if option == "theta0" else f"pass --{option}"
-            raise ValueError(f"--method {name}: needs {option}; {command}")
+    called = f"--method {method.__name__}"
+    checks.argument_names(called, given, method, _OWN)
+    values = {**_defaults(method), **given, "n_vectors": n_vectors}
+    for name in inspect.signature(method).parameters:
+        if name not in (*values, *_OWN):
+            command = "use tl-melbo ortho" if name == "theta0" else "use it in Python"
+            raise ValueError(f"{called}: needs {name}; {command}")
     check = getattr(method, "check", None)
     if check is not None:
-        values = {**_defaults(method), **given, "n_vectors": n_vectors}
         names = inspect.signature(check).parameters
-        check(**{name: value for name, value in values.items() if name in names})
+        check(**{name: values[name] for name in names if name in values})
     return given
 
 

@@ -120,7 +120,7 @@ def print_found(table: "pd.DataFrame", measure: Mapping[str, Any] | None) -> Non
     """Print the page's table: what the method measured, KL and completions."""
     measured = [] if measure is None else [measure["column"]]
     numbers = {name: map("{:#.4g}".format, table[name]) for name in measured}
-    prompts = {"prompt": table["prompt"]} if table["prompt"].nunique() > 1 else {}
+    prompts = {"prompt": table["prompt"]} if len({*table["prompt"]}) > 1 else {}
     _print_columns(
         {"vector": table["index"], **numbers, "KL (nats)": map("{:.3f}".format, table["kl"])},
         {**prompts, "completion": table["completion"]},

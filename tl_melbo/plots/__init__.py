@@ -3,7 +3,6 @@
 Every `title` stands above its figure; "" leaves it out.
 """
 
-from tl_melbo.plots._curves import distance_curve, kl_curve, moving_average, norm_curve
 from tl_melbo.plots._frames import (
     composition_curves,
     presence_points,
@@ -11,7 +10,14 @@ from tl_melbo.plots._frames import (
     specificity_points,
     transfer_heatmap,
 )
-from tl_melbo.plots._library import cosine_heatmap, objective_history
+from tl_melbo.plots._library import (
+    cosine_heatmap,
+    distance_curve,
+    kl_curve,
+    moving_average,
+    norm_curve,
+    objective_history,
+)
 from tl_melbo.plots._tokens import token_presence
 
 __all__ = [

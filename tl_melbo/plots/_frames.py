@@ -11,7 +11,18 @@ from plotly.subplots import make_subplots
 
 from tl_melbo import checks
 from tl_melbo.plots import _style
-from tl_melbo.plots._style import BLUE, DOTTED, GREY, HOVER, OTHERS, axis, figure, wrapped
+from tl_melbo.plots._style import (
+    BLUE,
+    DOTTED,
+    GREY,
+    HOVER,
+    OTHERS,
+    axis,
+    figure,
+    line,
+    points,
+    wrapped,
+)
 from tl_melbo.shapes import shape_checked
 
 Measure = Literal["kl_to_reference", "kl_to_unsteered", "distance"]
@@ -41,7 +52,6 @@ def composition_curves(
         composed: as `analysis.composition` gives it.
         measure: the column on the vertical axis; None takes "kl_to_reference", or without a
             reference "kl_to_unsteered".
-        title: above the figure.
     """
     columns = ("size", "members", "subset", "combination", "scaling", "norm", "completion")
     checks.columns(composed, (*columns, *get_args(Measure)), "composed", _ADVICE)
@@ -74,18 +84,13 @@ def _composition_trace(
         f"<br>{wrapped(row['completion'])}"
         for row in rows.to_dict("records")
     ]
-    return go.Scatter(
-        x=rows["size"],
-        y=rows[measure],
-        name=name if first else f"{name}, random",
-        legendgroup=name,
-        showlegend=first,
-        mode="lines+markers" if first else "markers",
-        line={"width": 1.8, "color": colour},
-        marker={"size": 8, "color": colour, "symbol": "circle" if first else "circle-open"},
-        customdata=hover,
-        hovertemplate=HOVER,
+    trace = line(rows["size"], rows[measure], {"width": 1.8, "color": colour}, legendgroup=name)
+    trace.update(name=name if first else f"{name}, random", showlegend=first)
+    trace.update(mode="lines+markers" if first else "markers")
+    trace.update(
+        marker={"size": 8, "color": colour, "symbol": "circle" if first else "circle-open"}
     )
+    return trace.update(customdata=hover, hovertemplate=HOVER)
 
 
 @shape_checked
@@ -106,7 +111,6 @@ def scale_curves(
         swept: as `analysis.scale_sweep` gives it.
         changed: KL to the unsteered model, in nats, from which on the output counts as changed.
         repetitive: share of repeated 3-grams up to which it counts as coherent.
-        title: above the figure.
     """
     columns = ("vector", "scale", "norm", "kl", "repetition", "completion")
     checks.columns(swept, columns, "swept", _ADVICE)
@@ -129,34 +133,19 @@ def scale_curves(
 
 
 def _scale_traces(swept: pd.DataFrame, median: pd.DataFrame, column: str) -> Iterator[go.Scatter]:
+    each = {"name": "each vector", "legendgroup": "each vector", "opacity": 0.6}
     for number, (_, rows) in enumerate(swept.sort_values("scale").groupby("vector")):
-        yield go.Scatter(
-            x=rows["scale"],
-            y=rows[column],
-            mode="lines+markers",
-            line={"width": 1, "color": _style.PALE_BLUE},
-            marker={"size": 5},
-            opacity=0.6,
-            name="each vector",
-            legendgroup="each vector",
-            showlegend=number == 0,
-            customdata=[
-                f"vector {row['vector']} at {row['scale']:g} (norm {row['norm']:.4g})<br>"
-                f"{column} {row[column]:.4g}<br>{wrapped(row['completion'])}"
-                for row in rows.to_dict("records")
-            ],
-            hovertemplate=HOVER,
-        )
-    yield go.Scatter(
-        x=median.index,
-        y=median[column],
-        mode="lines",
-        line={"width": 2.6, "color": BLUE},
-        name="median",
-        legendgroup="median",
-        showlegend=True,
-        hoverinfo="skip",
-    )
+        hover = [
+            f"vector {row['vector']} at {row['scale']:g} (norm {row['norm']:.4g})<br>"
+            f"{column} {row[column]:.4g}<br>{wrapped(row['completion'])}"
+            for row in rows.to_dict("records")
+        ]
+        look = {"width": 1, "color": _style.PALE_BLUE}
+        trace = line(rows["scale"], rows[column], look, customdata=hover, **each)
+        trace.update(mode="lines+markers", marker={"size": 5}, hovertemplate=HOVER)
+        yield trace.update(showlegend=number == 0)
+    middle = {"name": "median", "legendgroup": "median", "showlegend": True, "hoverinfo": "skip"}
+    yield line(median.index, median[column], {"width": 2.6, "color": BLUE}, **middle)
 
 
 def _windows(scales: np.ndarray, inside: np.ndarray) -> list[tuple[float, float]]:
@@ -214,19 +203,17 @@ def presence_points(
     Args:
         scanned: as `analysis.presence` gives it.
         q: adjusted p-values below this count as found.
-        title: above the figure.
     """
     numbers = ("mean_projection", "mean_projection_control", "p_value", "p_adjusted")
     checks.columns(scanned, ("index", "auroc", *numbers), "scanned", _ADVICE)
     found = scanned["p_adjusted"] < q
     traces = [
-        go.Scatter(
-            x=rows["index"],
-            y=rows["auroc"],
+        points(
+            rows["index"],
+            rows["auroc"],
+            {"size": 8, "color": colour, "symbol": symbol},
             name=f"{name} ({len(rows)})",
-            mode="markers",
-            marker={"size": 8, "color": colour, "symbol": symbol},
-            customdata=rows[[*numbers]].to_numpy(),
+            customdata=np.asarray(rows[[*numbers]]),
             hovertemplate="vector %{x}<br>AUROC %{y:.3f}<br>mean projection "
             "%{customdata[0]:.3g}, in control %{customdata[1]:.3g}<br>p %{customdata[2]:.3g}, "
             "adjusted %{customdata[3]:.3g}<extra></extra>",
@@ -237,8 +224,8 @@ def presence_points(
         )
     ]
     up = axis("AUROC, texts against control", range=[-0.03, 1.03])
-    points = figure(traces, title, axis("vector", tickformat=",d"), up, showlegend=True)
-    return points.add_hline(0.5, line=DOTTED)
+    drawn = figure(traces, title, axis("vector", tickformat=",d"), up, showlegend=True)
+    return drawn.add_hline(0.5, line=DOTTED)
 
 
 @shape_checked
@@ -257,19 +244,18 @@ def specificity_points(
     checks.columns(measured, columns, "measured", _ADVICE)
     elsewhere = measured["kl_unrelated"].clip(lower=_style.SMALLEST_KL).tolist()
     target = measured["kl_target"].clip(lower=_style.SMALLEST_KL).tolist()
-    dots = go.Scatter(
-        x=elsewhere,
-        y=target,
-        mode="markers+text",
+    dots = points(
+        elsewhere,
+        target,
+        _by_loss(measured["loss_increase"].to_numpy()),
         text=measured["vector"],
         textposition="top center",
         textfont={"size": 9, "color": GREY},
-        marker=_by_loss(measured["loss_increase"].to_numpy()),
         customdata=measured[["vector", "specificity", "loss_increase"]].to_numpy(),
         hovertemplate="vector %{customdata[0]}<br>KL on the prompt %{y:.3g}, elsewhere "
         "%{x:.3g}<br>specificity %{customdata[1]:.2f}<br>loss increase %{customdata[2]:.3g}"
         "<extra></extra>",
-    )
+    ).update(mode="markers+text")
     low, high = 0.6 * min(*elsewhere, *target), 1.7 * max(*elsewhere, *target)
     ticks = _round_numbers(low, high)
     logarithmic = {
@@ -279,28 +265,23 @@ def specificity_points(
         "range": [math.log10(low), math.log10(high)],
     }
     across = axis("mean KL on unrelated prompts (nats)", **logarithmic)
-    points = figure(dots, title, across, axis("KL on the prompt (nats)", **logarithmic), 620)
+    drawn = figure(dots, title, across, axis("KL on the prompt (nats)", **logarithmic), 620)
     diagonal = {"x0": low, "y0": low, "x1": high, "y1": high, "layer": "below"}
-    points.add_shape(type="line", **diagonal, line=DOTTED | {"color": GREY})
+    drawn.add_shape(type="line", **diagonal, line=DOTTED | {"color": GREY})
     corner: dict[str, Any] = {"xref": "paper", "yref": "paper", "font": {"color": GREY}}
     corner |= {"showarrow": False}
-    points.add_annotation(text="more on the prompt", x=0.02, y=0.98, xanchor="left", **corner)
-    return points.add_annotation(text="more elsewhere", x=0.98, y=0.02, xanchor="right", **corner)
+    drawn.add_annotation(text="more on the prompt", x=0.02, y=0.98, xanchor="left", **corner)
+    return drawn.add_annotation(text="more elsewhere", x=0.98, y=0.02, xanchor="right", **corner)
 
 
 def _by_loss(losses: np.ndarray) -> dict[str, object]:
     """Dots, the darker the more a vector costs."""
-    return {
-        "size": 10,
-        "color": losses,
-        "colorscale": _style.SEQUENTIAL,
-        "reversescale": True,
-        # A tenth of a nat at least: without it, noise would get every colour.
-        "cmin": min(0.0, losses.min()),
-        "cmax": max(0.1, losses.max()),
-        "line": {"width": 1, "color": GREY},
-        "colorbar": {"title": {"text": "loss increase<br>(nats a token)"}, "thickness": 10},
-    }
+    look = {"size": 10, "color": losses, "line": {"width": 1, "color": GREY}}
+    scale = {"colorscale": _style.SEQUENTIAL, "reversescale": True}
+    # A tenth of a nat at least: without it, noise would get every colour.
+    ends = {"cmin": min(0.0, losses.min()), "cmax": max(0.1, losses.max())}
+    bar = {"title": {"text": "loss increase<br>(nats a token)"}, "thickness": 10}
+    return {**look, **scale, **ends, "colorbar": bar}
 
 
 def _round_numbers(low: float, high: float) -> list[float]:

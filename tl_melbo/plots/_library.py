@@ -1,14 +1,23 @@
-"""A library's vectors against each other, and along their search."""
+"""A library's vectors: against each other, along their search, and one number of each by index.
 
-from collections.abc import Sequence
+In the curves by index, `window` is how many points are averaged: those up to and with each, or as
+many as there are yet. Source of these: Jacob G-W 2024, "I found >800 orthogonal 'write code'
+steering vectors".
+"""
+
+import html
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 from torch import Tensor
 
-from tl_melbo import story
-from tl_melbo.plots._style import DIVERGING, SEQUENTIAL, axis, colour_bar, figure, whole_numbers
+from tl_melbo import checks, story
+from tl_melbo.plots import _style
+from tl_melbo.plots._style import BLUE, HOVER, OTHERS, axis, colour_bar, figure, line, points
 from tl_melbo.shapes import Float, shape_checked
 from tl_melbo.vectors import SteeringVectors
 
@@ -29,7 +38,6 @@ def cosine_heatmap(
 
     Args:
         similarity: as `analysis.cosine_similarity` gives it, from -1 to 1.
-        title: above the figure.
         labels: what to call the vectors, which then are rows and columns; None counts from 0.
 
     Raises:
@@ -51,13 +59,13 @@ def cosine_heatmap(
         zmin=-1,
         zmid=0,
         zmax=1,
-        colorscale=DIVERGING,
+        colorscale=_style.DIVERGING,
         colorbar=colour_bar("cosine", tickvals=[-1, -0.5, 0, 0.5, 1]),
         hovertemplate="vector %{y} and vector %{x}<br>cosine %{z:.3f}<extra></extra>",
     )
     kind = "linear" if names is None else "category"
     across = axis("vector", showgrid=False, constrain="domain", type=kind)
-    across |= whole_numbers(max(z.shape))
+    across |= _style.whole_numbers(max(z.shape))
     down = across | {"autorange": "reversed", "scaleanchor": "x"}
     return figure(heatmap, title, across, down, 640, 740)
 
@@ -88,7 +96,7 @@ def objective_history(
     ]
     if len(found) > 1:
         traces.append(_colour_key(labels))
-    across = axis(measure["counts"], **whole_numbers(len(x)))
+    across = axis(measure["counts"], **_style.whole_numbers(len(x)))
     up = axis(f"{measure['label']} ({measure['unit']})", rangemode="tozero")
     return figure(traces, title, across, up)
 
@@ -98,35 +106,192 @@ def _lines(x: np.ndarray, history: np.ndarray, labels: np.ndarray, colour: str) 
     n_vectors, n_steps = history.shape
     gap = np.full((n_vectors, 1), np.nan)
     single = (~np.isnan(history)).sum(1).max(initial=0) <= 1
-    return go.Scatter(
-        x=np.tile(np.append(x, x[-1]), n_vectors),
-        y=np.hstack([history, gap]).ravel(),
-        customdata=np.repeat(labels, n_steps + 1),
-        mode="markers" if single else "lines",
-        line={"width": 1.3, "color": colour},
+    return line(
+        np.tile(np.append(x, x[-1]), n_vectors),
+        np.hstack([history, gap]).ravel(),
+        {"width": 1.3, "color": colour},
         marker={"color": colour},
         opacity=0.85,
-        showlegend=False,
+        customdata=np.repeat(labels, n_steps + 1),
         hovertemplate="vector %{customdata}: %{y:.4g} at %{x}<extra></extra>",
-    )
+        showlegend=False,
+    ).update(mode="markers" if single else "lines")
 
 
 def _colour_key(labels: np.ndarray) -> go.Scatter:
     """Nothing to see but a colour bar from the first vector to the last."""
     ends = [str(labels[0]), str(labels[-1])]
-    marker = {
-        "color": [0],
-        "cmin": 0,
-        "cmax": 1,
-        "colorscale": [[i / 8, shade] for i, shade in enumerate(_shades(9))],
-        "colorbar": colour_bar("vector", tickvals=[0, 1], ticktext=ends),
-        "showscale": True,
-    }
-    return go.Scatter(
-        x=[None], y=[None], mode="markers", hoverinfo="skip", showlegend=False, marker=marker
-    )
+    scale = [[i / 8, shade] for i, shade in enumerate(_shades(9))]
+    marker = {"color": [0], "cmin": 0, "cmax": 1, "colorscale": scale, "showscale": True}
+    marker["colorbar"] = colour_bar("vector", tickvals=[0, 1], ticktext=ends)
+    return points([None], [None], marker, hoverinfo="skip", showlegend=False)
 
 
 def _shades(count: int) -> list[str]:
-    points = np.linspace(*_DARKEST_TO_PALEST, count).tolist()
-    return [str(shade) for shade in sample_colorscale(SEQUENTIAL, points)]
+    places = np.linspace(*_DARKEST_TO_PALEST, count).tolist()
+    return [str(shade) for shade in sample_colorscale(_style.SEQUENTIAL, places)]
+
+
+@shape_checked
+def kl_curve(
+    kl: Float[Tensor, "vector"],
+    found: SteeringVectors | None = None,
+    *,
+    completions: Sequence[str] | None = None,
+    window: int = 50,
+    baselines: Mapping[str, Tensor] | None = None,
+    log_y: bool = False,
+    title: str = "Divergence from the reference",
+) -> go.Figure:
+    """Draw KL against index: a point a vector, and their moving average.
+
+    Args:
+        kl: as `analysis.kl_divergence` gives it, in nats.
+        found: the library, for the index and norm of each vector; None numbers them from 0.
+        completions: what the model writes under each, shown when a point is hovered over.
+        baselines: what to compare with, by name, in nats: one number (the unsteered model) is a
+            dashed line; one for each vector (random vectors of the same norms) small points and
+            the dashed line of their moving average.
+        log_y: a logarithmic axis; values under 1e-6 nats are drawn there.
+
+    Raises:
+        ValueError: no values, or negative or not finite ones; another number of vectors,
+            completions or baseline values; a window below one.
+    """
+    values = _checked_kl(kl, "kl")
+    for argument, things in (("found", found), ("completions", completions)):
+        if things is not None and len(things) != len(values):
+            raise ValueError(
+                f"{argument}: {len(things)}, but kl holds {len(values)} values; pass one for each"
+            )
+    parts = [[f"KL {value:.4g}" for value in values]]
+    if found is not None:
+        parts.append([f"norm {norm:.4g}" for norm in found.norms])
+    if completions is not None:
+        parts.append([_style.wrapped(text) for text in completions])
+    hover = ["<br>".join(lines) for lines in zip(*parts, strict=True)]
+    levels = {}
+    for name, level in (baselines or {}).items():
+        levels[name] = _checked_kl(level.flatten(), f"baselines[{name!r}]")
+        if len(levels[name]) not in (1, len(values)):
+            raise ValueError(
+                f"baselines[{name!r}]: {len(levels[name])} values, expected one, or one for each "
+                f"of the {len(values)} vectors"
+            )
+    more: dict[str, Any] = {"rangemode": "tozero"}
+    if log_y:
+        values = np.maximum(values, _style.SMALLEST_KL)
+        levels = {name: np.maximum(level, _style.SMALLEST_KL) for name, level in levels.items()}
+        more |= {"type": "log", "exponentformat": "power"}
+    labels = np.arange(len(values)) if found is None else found.columns["index"].numpy()
+    return _curve(labels, values, hover, window, levels, title, axis("KL (nats)", **more))
+
+
+@shape_checked
+def norm_curve(
+    found: SteeringVectors, window: int = 50, title: str = "Norm of each vector"
+) -> go.Figure:
+    """Draw norm against index, with theta0's norm as a dashed line for a MELBO-ortho family."""
+    if not len(found):
+        raise ValueError("found: a library without vectors; pass at least one")
+    level = (found.story.get("theta0") or {}).get("norm")
+    y_title = "norm (residual-stream units)"
+    return _of_library(found, "norm", found.norms, window, {"theta0": level}, title, y_title)
+
+
+@shape_checked
+def distance_curve(
+    found: SteeringVectors,
+    unsteered: float | None = None,
+    window: int = 50,
+    title: str = "Distance from the effect of theta0",
+) -> go.Figure:
+    """Draw how near each vector of a MELBO-ortho family came to theta0's effect, by index.
+
+    Args:
+        found: a family, as `melbo_ortho` gives it.
+        unsteered: the distance without a vector, |z(0) - z(theta0)|, for a dashed line: a vector
+            that does not come under it has nothing of theta0's effect.
+
+    Raises:
+        ValueError: no vectors, or no distances known of them; a window below one.
+    """
+    if not len(found) or "distance" not in found.columns:
+        raise ValueError("found: has no distances; pass what melbo_ortho returned, not scaled")
+    levels, y_title = {"unsteered": unsteered}, "|z − z₀| (residual-stream units)"
+    distances = found.columns["distance"]
+    return _of_library(found, "distance", distances, window, levels, title, y_title)
+
+
+@shape_checked
+def moving_average(values: np.ndarray, window: int) -> np.ndarray:
+    """The mean of the last `window` values at each point; of all so far where there are fewer."""
+    checks.at_least(1, window=window)
+    # Window by window, not by differences of a running sum, which leave a large value's rounding.
+    return np.array([values[max(0, i + 1 - window) : i + 1].mean() for i in range(len(values))])
+
+
+def _of_library(
+    found: SteeringVectors,
+    name: str,
+    values: Tensor,
+    window: int,
+    levels: Mapping[str, float | None],
+    title: str,
+    y_title: str,
+) -> go.Figure:
+    numbers = values.double().numpy()
+    hover = [f"{name} {number:.4g}" for number in numbers]
+    known = {name: np.array([level]) for name, level in levels.items() if level is not None}
+    labels, up = found.columns["index"].numpy(), axis(y_title, rangemode="tozero")
+    return _curve(labels, numbers, hover, window, known, title, up)
+
+
+def _curve(
+    labels: np.ndarray,
+    values: np.ndarray,
+    hover: Sequence[str],
+    window: int,
+    levels: Mapping[str, np.ndarray],
+    title: str,
+    up: dict[str, Any],
+) -> go.Figure:
+    """A point a vector, their moving average, and what to compare with."""
+    told = [f"vector {i}<br>{text}" for i, text in zip(labels, hover, strict=True)]
+    look = {"size": 6, "color": _style.PALE_BLUE, "opacity": 0.75}
+    average, name = moving_average(values, window), f"mean of the last {window}"
+    traces = [
+        points(labels, values, look, name="each vector", customdata=told, hovertemplate=HOVER),
+        line(labels, average, {"width": 2.2, "color": BLUE}, name=name, hoverinfo="skip"),
+    ]
+    for (name, level), colour in zip(levels.items(), cycle(OTHERS), strict=False):
+        traces += _baseline(labels, level, window, html.escape(name), colour)
+    return figure(traces, title, axis("vector", tickformat=",d"), up)
+
+
+def _baseline(
+    labels: np.ndarray, values: np.ndarray, window: int, name: str, colour: str
+) -> list[go.Scatter]:
+    """One value as a dashed line, or many as points with a dashed average."""
+    dashed = {"width": 1.6, "dash": "dash", "color": colour}
+    more = {"name": name, "legendgroup": name}
+    more["hovertemplate"] = f"{name}: %{{y:.4g}}<extra></extra>"
+    if len(values) == 1:
+        # A single vector has no width to draw a line across.
+        ends = np.array([labels.min() - 0.5, labels.max() + 0.5])
+        return [line(ends, np.repeat(values, 2), dashed, **more)]
+    look = {"size": 4, "color": colour, "opacity": 0.35}
+    each = {"legendgroup": name, "showlegend": False}
+    each["hovertemplate"] = f"{name} %{{x}}: %{{y:.4g}}<extra></extra>"
+    average = moving_average(values, window)
+    return [points(labels, values, look, **each), line(labels, average, dashed, **more)]
+
+
+def _checked_kl(kl: Tensor, argument: str) -> np.ndarray:
+    values = kl.detach().cpu().double().numpy()
+    if not len(values) or not (np.isfinite(values) & (values >= 0)).all():
+        raise ValueError(
+            f"{argument}: no values, or negative or not finite ones; pass what "
+            "analysis.kl_divergence returns, without the vectors whose KL is infinite"
+        )
+    return values

@@ -61,6 +61,16 @@ def figure(
     return go.Figure(traces, {**layout, "xaxis": across or {}, "yaxis": up or {}})
 
 
+def points(x: Any, y: Any, marker: dict[str, Any], **more: Any) -> go.Scatter:
+    """A dot at each place; `marker` is how it looks."""
+    return go.Scatter(x=x, y=y, mode="markers", marker=marker, **more)
+
+
+def line(x: Any, y: Any, look: dict[str, Any], **more: Any) -> go.Scatter:
+    """A line through all places."""
+    return go.Scatter(x=x, y=y, mode="lines", line=look, **more)
+
+
 def axis(title: str | None, **more: Any) -> dict[str, Any]:
     """An axis with small ticks and a pale grid."""
     look = {"ticks": "outside", "ticklen": 4, "tickcolor": "#8c959f", "zeroline": False}

@@ -1,4 +1,4 @@
-"""What the page shows: given, or computed here by asking the analyses."""
+"""What the page shows of a library and its families: given, or computed by the analyses."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,9 +6,10 @@ from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
+import torch
 from torch import Tensor
 
-from tl_melbo import checks
+from tl_melbo import checks, plots
 from tl_melbo.activation_map import ActivationMap
 from tl_melbo.analysis import behaviours, cosine_similarity, kl_divergence
 from tl_melbo.analysis._completions import COMPLETION_COLUMNS, collect_completions
@@ -16,12 +17,14 @@ from tl_melbo.analysis._family import Family
 from tl_melbo.analysis._side_effects import COLUMNS
 from tl_melbo.files import replacing
 from tl_melbo.model.bridge import Model
-from tl_melbo.plots import cosine_heatmap, objective_history, specificity_points
 from tl_melbo.report import _render, _tables
-from tl_melbo.report._family import family_part
 from tl_melbo.shapes import shape_checked
 from tl_melbo.steering import as_chat
 from tl_melbo.vectors import SteeringVectors
+
+# The first token's residual is far longer than the others' and would decide every cosine.
+_AFTER_THE_FIRST = slice(1, None)
+_SCALINGS = {"raw": "", "reference norm": " at theta0’s norm", "mean norm": " at members’ norm"}
 
 
 @shape_checked
@@ -109,7 +112,7 @@ def write(
             columns=_tables.vectors_columns(table, found),
             rows=table.to_dict("records"),
             figures=_figures(found, similarity, activation_map, side_effects),
-            families=[family_part(part, activation_map) for part in families],
+            families=[_family_part(part, activation_map) for part in families],
         )
         temporary.write_text(page, encoding="utf-8", newline="\n")
     return table
@@ -157,10 +160,82 @@ def _figures(
     figures: dict[str, go.Figure | None] = dict.fromkeys(("specificity", "history"))
     # Of rows without a finite number nothing can be drawn.
     if side_effects is not None and any(side_effects["specificity"].notna()):
-        figures["specificity"] = specificity_points(side_effects.assign(vector=numbers), "")
+        figures["specificity"] = plots.specificity_points(side_effects.assign(vector=numbers), "")
     if found.history is not None and found.history.numel():
-        figures["history"] = objective_history(found, "")
-    figures["vectors"] = cosine_heatmap(similarity, "", labels=labels)
+        figures["history"] = plots.objective_history(found, "")
+    figures["vectors"] = plots.cosine_heatmap(similarity, "", labels=labels)
     positions = _render.positions_of(found)
     figures["effects"] = _render.effects_heatmap(found, activation_map, positions, labels)
     return _render.figures_json(figures)
+
+
+def _family_part(part: Family, activation_map: ActivationMap | None) -> dict[str, Any]:
+    """What the page's template shows of a family."""
+    vectors, numbers = part.vectors, part.vectors.columns["index"].tolist()
+    rows = {kind: frame.to_dict("records") for kind, frame in part.table.groupby("kind")}
+    (unsteered,), (reference,) = rows["unsteered"], rows["reference"]
+    window = min(50, max(1, len(vectors) // 4))
+    both = SteeringVectors(torch.cat([part.reference.vectors, vectors.vectors]))
+    similarity = cosine_similarity(both)
+    labels = ["θ₀", *numbers]
+    figures = {
+        "kl": _kl_curve(part, rows, window),
+        "norm": plots.norm_curve(vectors, window, ""),
+        "distance": plots.distance_curve(vectors, float(unsteered["distance"]), window, ""),
+        "vectors": plots.cosine_heatmap(similarity, "", labels=labels),
+        "effects": _render.effects_heatmap(both, activation_map, _AFTER_THE_FIRST, labels),
+        "composition": plots.composition_curves(part.composition, title=""),
+    }
+    chosen = vectors.story.get("hyperparameters", {})
+    facts = {
+        "Vectors": len(vectors),
+        "Norms": f"{vectors.norms.min():.4g} to {vectors.norms.max():.4g}",
+        "Norm of theta0": f"{reference['norm']:.4g}",
+        "Optimiser": chosen.get("optimiser"),
+        "Norm penalty": chosen.get("norm_penalty") or None,
+        "Largest |cosine|": f"{float(similarity.fill_diagonal_(0.0).abs().max()):.1e}",
+    }
+    return {
+        "number": part.number,
+        "n_vectors": len(vectors),
+        "window": window,
+        "facts": _render.known(facts),
+        "settings": _render.settings(vectors.story),
+        "reference": reference["completion"],
+        "unsteered_kl": float(unsteered["kl_to_reference"]),
+        "figures": _render.figures_json(figures),
+        "columns": _tables.FAMILY,
+        "rows": rows["family"],
+        "composition_columns": _tables.COMPOSITION,
+        "composition_rows": _composition_rows(part.composition),
+    }
+
+
+def _kl_curve(part: Family, rows: dict[Any, list[dict[str, Any]]], window: int) -> Any:
+    names = {
+        "unsteered": "unsteered",
+        "random": "random vectors of the same norms",
+        "rescaled": f"the family at norm {part.reference.norms[0]:.4g}",
+    }
+    kl = {k: torch.tensor([row["kl_to_reference"] for row in some]) for k, some in rows.items()}
+    return plots.kl_curve(
+        kl["family"],
+        part.vectors,
+        completions=[str(row["completion"]) for row in rows["family"]],
+        window=window,
+        baselines={name: kl[kind] for kind, name in names.items()},
+        title="",
+    )
+
+
+def _composition_rows(composed: pd.DataFrame) -> list[dict[str, Any]]:
+    return [
+        {
+            **row,
+            "members": " ".join(map(str, row["members"])),
+            "what": row["combination"] + _SCALINGS[row["scaling"]],
+        }
+        for row in composed.to_dict("records")
+        # Rescaled, the sum is the mean: one row is enough.
+        if row["combination"] == "mean" or row["scaling"] == "raw"
+    ]

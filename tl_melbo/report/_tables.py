@@ -137,12 +137,14 @@ def _groups_rows(groups: Behaviours, found: SteeringVectors) -> Sequence[dict[st
     What was filtered out comes last, for whoever reads what a machine would not.
     """
     rows = [{**row, "name": _name(row["name"])} for row in groups.groups.to_dict("records")]
-    texts = groups.texts
-    aside = texts[(texts["vector"] >= 0) & ~texts["coherent"].astype(bool)]
-    for (prompt, reason), some in aside.groupby(["prompt", "put_aside"], sort=False):
-        best = some.iloc[some["perplexity"].to_numpy().argmin()]
+    aside: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in groups.texts.to_dict("records"):
+        if row["vector"] >= 0 and not row["coherent"]:
+            aside.setdefault((row["prompt"], row["put_aside"]), []).append(row)
+    for (prompt, reason), some in aside.items():
+        best = min(some, key=lambda row: row["perplexity"])
         about = {"name": _filtered_out(reason), "prompt": prompt, "example": best["completion"]}
-        rows.append({**about, "vectors": sorted({*some["vector"]})})
+        rows.append({**about, "vectors": sorted({row["vector"] for row in some})})
     indices = found.columns["index"].tolist()
     return [
         {

@@ -42,15 +42,8 @@ def absolute(model: str | None) -> str | None:
     return model
 
 
-def save_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Write what a folder says of itself: the model's name, whose texts it holds."""
-    with replacing(folder / SETTINGS) as temporary:
-        text = json.dumps(settings, indent=2, ensure_ascii=False)
-        temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
-
-
 def load_settings(folder: Path) -> dict[str, Any]:
-    """Read what `save_settings` wrote; empty where there is nothing. Raises Damaged."""
+    """The model's name, and what else a folder says of itself. Raises Damaged."""
     path = folder / SETTINGS
     if not path.is_file():
         return {}

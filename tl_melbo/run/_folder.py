@@ -1,5 +1,6 @@
 """A run's folder: one process at a time writes in it, and what it holds is read back here."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -10,11 +11,11 @@ import torch
 from filelock import FileLock, Timeout
 
 from tl_melbo.errors import Damaged, DifferentSearch
-from tl_melbo.files import clear_partial, writable_folder
+from tl_melbo.files import clear_partial, replacing, writable_folder
 from tl_melbo.run import _files
 from tl_melbo.run._files import COMPLETIONS, REFERENCE, SIDE_EFFECTS, VECTORS, family_folder
 from tl_melbo.shapes import shape_checked
-from tl_melbo.story import Difference, differences
+from tl_melbo.story import differences
 from tl_melbo.vectors import SteeringVectors
 
 # The page and the analyses take long to import: each method imports what it needs.
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from tl_melbo.analysis._family import Family
 
 UNKNOWN: Any = object()
+_BUNDLED = "the bundled one"
 
 
 class Folder:
@@ -56,7 +58,9 @@ class Folder:
         """Add to the settings. Nothing is written where nothing changes."""
         known = self.settings
         if {**known, **settings} != known:
-            _files.save_settings(self.folder, {**known, **settings})
+            text = json.dumps({**known, **settings}, indent=2, ensure_ascii=False)
+            with replacing(self.folder / _files.SETTINGS) as temporary:
+                temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -135,11 +139,11 @@ class Folder:
         chosen = dict(story["hyperparameters"])
         if chosen.get("radius") == "auto" and "calibration" in found.story:
             del chosen["radius"]
-        differing = differences(found.story, {**story, "hyperparameters": chosen})
         known = self.settings.get("model", model)
-        if model is not UNKNOWN and known != model:
-            names = ("the bundled one" if name is None else name for name in (known, model))
-            differing.insert(0, Difference("model", *names))
+        asked = known if model is UNKNOWN else model
+        theirs = {**found.story, "model": known or _BUNDLED}
+        ours = {**story, "model": asked or _BUNDLED, "hyperparameters": chosen}
+        differing = differences(theirs, ours)
         if differing:
             reason = f"found with {', '.join(map(str, differing))}"
             raise another_search(self._place(theta0), reason, differing)
@@ -228,7 +232,7 @@ class Folder:
 
     def _check_may_measure(self) -> None:
         path = self.folder / SIDE_EFFECTS
-        if path.is_file() and "side_effects_of" not in self.settings:
+        if path.is_file() and self.settings.get("side_effects_of") is None:
             raise ValueError(
                 f"{path}: no run left it; move it elsewhere, or pass overwrite=True to replace it "
                 "and the run"

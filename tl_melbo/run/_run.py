@@ -75,8 +75,7 @@ class Run(Folder):
             n_vectors: how many in all; None where the method itself knows the end.
             progress: show a progress bar.
             overwrite: begin anew; vectors that are there go when the first new one is found.
-            on_vector: called with how many vectors are there, and how many there shall be: before
-                the search, and whenever some more are on disk.
+            on_vector: called with the vectors saved, and those in all, at first and after each.
             settings: the other arguments of the method. With `theta0`, one vector of a library, the
                 vectors are saved in `ortho-` and its number, with theta0 beside them.
 
@@ -86,8 +85,8 @@ class Run(Folder):
         Raises:
             DifferentSearch: the folder holds vectors that were found in another way.
             ValueError: not one vector is found; or as the method does.
-            BlockingIOError: another process is writing in the folder.
-            OSError: the disk is full, or forbids it. What was there before is intact.
+            BlockingIOError, OSError: another process is writing in the folder, or the disk is full,
+                or forbids it. What was there before is intact.
         """
         checks.argument_names(method.__name__, settings, method, _OWN)
         checks.at_least(1, n_vectors=n_vectors)
@@ -141,22 +140,17 @@ class Run(Folder):
             writable_folder(place)
             (place / VECTORS).unlink(missing_ok=True)
             theta0.save(place / REFERENCE)
-        elif "side_effects_of" in self.settings:
+        elif self.settings.get("side_effects_of"):
             (self.folder / SIDE_EFFECTS).unlink(missing_ok=True)
-            others = {name: v for name, v in self.settings.items() if name != "side_effects_of"}
-            _files.save_settings(self.folder, others)
+            self.note(side_effects_of=None)
 
     def load(
         self, model: str | None = None, device: str | None = None
     ) -> "tuple[Model, ActivationMap]":
         """Load the model that the vectors were found in, and the map that they were found with.
 
-        Args:
-            model: hub id, folder or file; None takes what the settings tell.
-            device: as for `load_model`.
-
-        Raises:
-            ValueError: the vectors do not tell it, or are of another model.
+        None takes the name that the settings tell. Raises ValueError where the vectors do not tell
+        what they were found with, or are of another model.
         """
         import tl_melbo as tm
         from tl_melbo.model.bridge import model_name
@@ -196,11 +190,8 @@ class Run(Folder):
     ) -> "pd.DataFrame":
         """What the model writes unsteered and under each vector: read back, or written and saved.
 
-        Args:
-            model: the model that the vectors were found in.
-            max_new_tokens: the most tokens of each; None takes the length that is there, or 50.
-            overwrite: write them anew.
-            on_batch: as for `report.collect_completions`, whose result this is.
+        Without `max_new_tokens` the length that is there counts, or 50; `overwrite` writes them
+        anew. The result is that of `report.collect_completions`.
         """
         from tl_melbo import report
 
@@ -223,10 +214,8 @@ class Run(Folder):
     ) -> "pd.DataFrame":
         """What the vectors cost elsewhere: read back, or measured and saved.
 
-        Args:
-            model: the model that the vectors were found in.
-            overwrite: measure it anew, and replace a table that no run left.
-            on_text: as for `analysis.side_effects`, whose result this is.
+        `overwrite` measures it anew, and replaces a table that no run left. The result is that of
+        `analysis.side_effects`.
         """
         from tl_melbo.analysis._side_effects import side_effects
 
