@@ -1,8 +1,7 @@
 """A library's vectors: against each other, along their search, and one number of each by index.
 
-In the curves by index, `window` is how many points are averaged: those up to and with each, or as
-many as there are yet. Source of these: Jacob G-W 2024, "I found >800 orthogonal 'write code'
-steering vectors".
+Source of the curves by index: Jacob G-W 2024, "I found >800 orthogonal 'write code' steering
+vectors".
 """
 
 import html
@@ -149,6 +148,7 @@ def kl_curve(
         kl: as `analysis.kl_divergence` gives it, in nats.
         found: the library, for the index and norm of each vector; None numbers them from 0.
         completions: what the model writes under each, shown when a point is hovered over.
+        window: how many points are averaged: those up to and with each, or as many as there are.
         baselines: what to compare with, by name, in nats: one number (the unsteered model) is a
             dashed line; one for each vector (random vectors of the same norms) small points and
             the dashed line of their moving average.

@@ -46,23 +46,18 @@ def write(
 ) -> pd.DataFrame:
     """Write one HTML file about a library: its settings, completions, numbers and figures.
 
-    Completions that are not given are written. The file makes no network requests.
+    Completions that are not given are written. The file is replaced whole or not at all; it makes
+    no network requests.
 
     Args:
-        path: the file to write; replaced whole or not at all.
-        model: a TransformerLens model.
-        found: the vectors.
         completions: as `collect_completions` gives them.
-        activation_map: the map that the vectors were found with; None leaves out the comparison
-            of effects.
+        activation_map: the map that the vectors were found with; without it, effects are not shown.
         families: from `collect_family`; each gets a part of the page.
-        side_effects: as `analysis.side_effects` gives it for these vectors; None leaves them out.
+        side_effects: as `analysis.side_effects` gives it for these vectors.
         prompts: what to complete; None takes those of `completions`, or those of the story.
-        max_new_tokens: the most tokens of each completion.
         title: the page's heading; None takes the prompt.
         layer: after which block to add the vectors; None takes the layer they were found at.
         chat: format the prompts as chat; None does as was done when the vectors were found.
-        batch_size: rows of a batch.
 
     Returns:
         The page's table, one row a vector and prompt: index, prompt, what the method measured

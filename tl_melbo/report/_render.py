@@ -4,7 +4,6 @@ import hashlib
 import json
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,8 @@ def render(**contents: Any) -> str:
     )
     environment.filters["shown"] = _shown
     bundle = Path(itables.options.dt_bundle)
-    plotly_js, page_js = _plotly_js(), _normal(_beside("page.js"))
+    # Newlines as the browser will see them: the scripts' hashes depend on it.
+    plotly_js, page_js = map(_with_newlines, (get_plotlyjs(), _beside("page.js")))
     return environment.from_string(_beside("page.html.jinja")).render(
         **contents,
         css=Markup(_beside("page.css")),
@@ -134,10 +134,10 @@ def _figure_json(figure: go.Figure) -> Markup:
 
 def _shown(value: Any) -> str:
     """Text for the page: printable, and cut where a browser would choke on it."""
-    if isinstance(value, float):
-        return "–" if value != value else f"{value:#.4g}"
-    if value is None:
+    if value is None or value != value:
         return "–"
+    if isinstance(value, float):
+        return f"{value:#.4g}"
     text = str(value)
     if len(text) > _LONGEST_SHOWN:
         text = f"{text[:_LONGEST_SHOWN]}… [cut: {len(text):,} characters in all]"
@@ -148,13 +148,7 @@ def _beside(name: str) -> str:
     return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
-@cache
-def _plotly_js() -> str:
-    return _normal(get_plotlyjs())
-
-
-def _normal(script: str) -> str:
-    """Newlines as the browser will see them: the script's hash depends on it."""
+def _with_newlines(script: str) -> str:
     return script.replace("\r\n", "\n").replace("\r", "\n")
 
 

@@ -97,10 +97,8 @@ class Folder:
     def check(self, *, side_effects: bool = False) -> None:
         """Make sure, before the work, that all that the folder holds is a run's, and can be read.
 
-        Raises:
-            Damaged: a file cannot be read.
-            ValueError: a file is none of a run's, and would be replaced; with `side_effects`, also
-                their table.
+        With `side_effects`, also that they may be measured. Raises Damaged where a file cannot be
+        read, ValueError where one is not of a run, and would be replaced.
         """
         names = (COMPLETIONS, _files.REPORT, _files.SETTINGS, SIDE_EFFECTS)
         theirs = [name for name in names if (self.folder / name).exists()]
@@ -125,13 +123,9 @@ class Folder:
     ) -> int:
         """How many vectors of this search the folder holds, lost ones included.
 
-        Args:
-            story: what is known of the search without a model, as its metadata will have it.
-            theta0: the vector whose family is meant; None means the library.
-            model: the name of its model, as `load_model` takes it, if that is to be compared.
-
-        Raises:
-            DifferentSearch: the folder holds vectors of another one.
+        `story` is what its metadata will have, as far as that is known without a model; `theta0`
+        the vector whose family is meant; `model` the name that `load_model` takes, if that is to be
+        compared. Raises DifferentSearch where the folder holds vectors of another one.
         """
         found = self._vectors(theta0)
         if found is None:
