@@ -152,7 +152,8 @@ def discover(
         if side_effects or run.settings.get("side_effects_of"):
             stages.begin("Measuring side effects")
             run.side_effects(loaded, overwrite=overwrite, on_text=stages.count)
-        _show_page(run, loaded, f, stages, max_new_tokens, overwrite)
+        written = {"max_new_tokens": max_new_tokens, "overwrite": overwrite}
+        _show_page(run, loaded, f, stages, **written)
 
 
 @app.command(cls=terminal.Command)
@@ -210,9 +211,9 @@ def ortho(
         options = {"overwrite": overwrite, "on_vector": stages.count}
         run.keep(tm.melbo_ortho, f, size, **options, **settings)
         stages.begin("Measuring the family")
-        options = {"max_new_tokens": max_new_tokens, "on_batch": stages.count}
-        part = run.family(loaded, f, vector, **options)
-        _show_page(run, loaded, f, stages, max_new_tokens, family=part.table)
+        written = {"max_new_tokens": max_new_tokens}
+        part = run.family(loaded, f, vector, on_batch=stages.count, **written)
+        _show_page(run, loaded, f, stages, part.table, **written)
 
 
 @app.command(cls=terminal.Command)
@@ -242,7 +243,8 @@ def page(
     """Make the page anew, about all that a folder holds; completions that lack are written."""
     checks.at_least(1, max_new_tokens=max_new_tokens)
     with _opened(folder, model, device) as (run, loaded, f, stages):
-        _show_page(run, loaded, f, stages, max_new_tokens, overwrite)
+        written = {"max_new_tokens": max_new_tokens, "overwrite": overwrite}
+        _show_page(run, loaded, f, stages, **written)
 
 
 @contextmanager
@@ -262,27 +264,33 @@ def _opened(
 
 @contextmanager
 def _session(run: "Run", place: Path) -> Iterator[terminal.Stages]:
-    """The folder for this command alone, and the stages of its work on the screen."""
-    with run.writing(), terminal.telling_what_is_kept(place), terminal.Stages() as stages:
-        yield stages
+    """The folder for this command alone, and the stages of its work on the screen.
+
+    After Ctrl-C, say what is in `place`: every vector is saved before the next begins.
+    """
+    import tl_melbo as tm
+
+    try:
+        with run.writing(), terminal.Stages() as stages:
+            yield stages
+    except KeyboardInterrupt:
+        path = place / "vectors.safetensors"
+        n_kept = len(tm.SteeringVectors.load(path)) if path.is_file() else 0
+        what = f"{terminal.counted(n_kept)} {'is' if n_kept == 1 else 'are'} kept in {place}"
+        what = f"{what}; the same command continues" if n_kept else "nothing was finished"
+        raise KeyboardInterrupt(f"; {what}") from None
 
 
 def _show_page(
-    run: "Run",
-    model: Any,
-    f: Any,
-    stages: terminal.Stages,
-    max_new_tokens: int | None = None,
-    overwrite: bool = False,
-    family: Any = None,
+    run: "Run", model: Any, f: Any, stages: terminal.Stages, family: Any = None, **options: Any
 ) -> None:
     """Make the page, and show its table, or that of a family; the last line is its path."""
     from tl_melbo.report import measure_shown, not_converged
 
     stages.begin("Writing under each vector")
-    run.texts(model, max_new_tokens=max_new_tokens, overwrite=overwrite, on_batch=stages.count)
+    run.texts(model, on_batch=stages.count, **options)
     stages.begin("Making the page")
-    table = run.page(model, f, max_new_tokens=max_new_tokens)
+    table = run.page(model, f)
     stages.end()
     stages.stop()
     if family is not None:

@@ -2,9 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -66,14 +64,8 @@ class Stages(progress.Progress):
     """One line a stage on stderr, with the time left where a stage counts what it has done."""
 
     def __init__(self) -> None:
-        super().__init__(
-            progress.TextColumn("{task.description:<26}"),
-            progress.BarColumn(),
-            progress.TaskProgressColumn(),
-            progress.TimeElapsedColumn(),
-            progress.TimeRemainingColumn(),
-            console=_stderr(),
-        )
+        columns = (*self.get_default_columns(), progress.TimeElapsedColumn())
+        super().__init__(*columns, console=_stderr())
 
     def begin(self, stage: str) -> None:
         """End the stage before, and begin this one."""
@@ -88,22 +80,6 @@ class Stages(progress.Progress):
         """End the stage."""
         if self.task_ids:
             self.count(1, 1)
-
-
-@contextmanager
-def telling_what_is_kept(folder: Path) -> Iterator[None]:
-    """After Ctrl-C, say what the folder holds: every vector is on disk before the next begins."""
-    from tl_melbo.run import VECTORS
-    from tl_melbo.vectors import SteeringVectors
-
-    try:
-        yield
-    except KeyboardInterrupt:
-        path = folder / VECTORS
-        n_kept = len(SteeringVectors.load(path)) if path.is_file() else 0
-        what = f"{counted(n_kept)} {'is' if n_kept == 1 else 'are'} kept in {folder}"
-        what = f"{what}; the same command continues" if n_kept else "nothing was finished"
-        raise KeyboardInterrupt(f"; {what}") from None
 
 
 def counted(n_vectors: int) -> str:

@@ -174,21 +174,15 @@ def transfer_heatmap(
         f"unsteered:<br>{wrapped(row['unsteered_completion'])}"
         for row in transferred.to_dict("records")
     ]
-    heatmap = go.Heatmap(
-        z=transferred["kl"].to_numpy().reshape(-1, n_vectors),
-        x=transferred["vector"].to_numpy()[:n_vectors],
-        customdata=np.array(hover).reshape(-1, n_vectors),
-        zmin=0,
-        zmax=max(transferred["kl"]),
-        colorscale=_style.SEQUENTIAL,
-        colorbar=_style.colour_bar("KL to unsteered (nats)", side="bottom"),
-        hovertemplate=HOVER,
-    )
+    z = transferred["kl"].to_numpy().reshape(-1, n_vectors)
+    look = {"zmin": 0, "zmax": z.max(), "colorscale": _style.SEQUENTIAL}
+    look["colorbar"] = _style.colour_bar("KL to unsteered (nats)", side="bottom")
+    shown = {"customdata": np.array(hover).reshape(z.shape), "hovertemplate": HOVER}
+    numbers = transferred["vector"].to_numpy()[:n_vectors]
+    heatmap = go.Heatmap(z=z, x=numbers, **look, **shown)
     # By number, not by name: two prompts may begin alike.
-    ticks = {
-        "tickvals": list(range(len(prompts))),
-        "ticktext": [wrapped(prompt, 40) for prompt in prompts],
-    }
+    names = [wrapped(prompt, 40) for prompt in prompts]
+    ticks = {"tickvals": list(range(len(prompts))), "ticktext": names}
     down = axis(None, showgrid=False, autorange="reversed", automargin=True, **ticks)
     height = max(440, 240 + 32 * len(prompts))
     return figure(heatmap, title, axis("vector", showgrid=False), down, height=height)
@@ -207,22 +201,19 @@ def presence_points(
     numbers = ("mean_projection", "mean_projection_control", "p_value", "p_adjusted")
     checks.columns(scanned, ("index", "auroc", *numbers), "scanned", _ADVICE)
     found = scanned["p_adjusted"] < q
-    traces = [
-        points(
-            rows["index"],
-            rows["auroc"],
-            {"size": 8, "color": colour, "symbol": symbol},
-            name=f"{name} ({len(rows)})",
-            customdata=np.asarray(rows[[*numbers]]),
-            hovertemplate="vector %{x}<br>AUROC %{y:.3f}<br>mean projection "
-            "%{customdata[0]:.3g}, in control %{customdata[1]:.3g}<br>p %{customdata[2]:.3g}, "
-            "adjusted %{customdata[3]:.3g}<extra></extra>",
-        )
-        for rows, name, colour, symbol in (
-            (scanned[~found], "like random directions", "#8c959f", "circle-open"),
-            (scanned[found], f"adjusted p < {q:g}", OTHERS[0], "diamond"),
-        )
-    ]
+    hover = (
+        "vector %{x}<br>AUROC %{y:.3f}<br>mean projection %{customdata[0]:.3g}, in control "
+        "%{customdata[1]:.3g}<br>p %{customdata[2]:.3g}, adjusted %{customdata[3]:.3g}"
+        "<extra></extra>"
+    )
+    traces = []
+    for rows, name, colour, symbol in (
+        (scanned[~found], "like random directions", "#8c959f", "circle-open"),
+        (scanned[found], f"adjusted p < {q:g}", OTHERS[0], "diamond"),
+    ):
+        look = {"size": 8, "color": colour, "symbol": symbol}
+        more = {"name": f"{name} ({len(rows)})", "customdata": np.asarray(rows[[*numbers]])}
+        traces.append(points(rows["index"], rows["auroc"], look, hovertemplate=hover, **more))
     up = axis("AUROC, texts against control", range=[-0.03, 1.03])
     drawn = figure(traces, title, axis("vector", tickformat=",d"), up, showlegend=True)
     return drawn.add_hline(0.5, line=DOTTED)
@@ -244,18 +235,15 @@ def specificity_points(
     checks.columns(measured, columns, "measured", _ADVICE)
     elsewhere = measured["kl_unrelated"].clip(lower=_style.SMALLEST_KL).tolist()
     target = measured["kl_target"].clip(lower=_style.SMALLEST_KL).tolist()
-    dots = points(
-        elsewhere,
-        target,
-        _by_loss(measured["loss_increase"].to_numpy()),
-        text=measured["vector"],
-        textposition="top center",
-        textfont={"size": 9, "color": GREY},
-        customdata=measured[["vector", "specificity", "loss_increase"]].to_numpy(),
-        hovertemplate="vector %{customdata[0]}<br>KL on the prompt %{y:.3g}, elsewhere "
-        "%{x:.3g}<br>specificity %{customdata[1]:.2f}<br>loss increase %{customdata[2]:.3g}"
-        "<extra></extra>",
-    ).update(mode="markers+text")
+    hover = (
+        "vector %{customdata[0]}<br>KL on the prompt %{y:.3g}, elsewhere %{x:.3g}<br>specificity "
+        "%{customdata[1]:.2f}<br>loss increase %{customdata[2]:.3g}<extra></extra>"
+    )
+    told = measured[["vector", "specificity", "loss_increase"]].to_numpy()
+    look = _by_loss(measured["loss_increase"].to_numpy())
+    dots = points(elsewhere, target, look, customdata=told, hovertemplate=hover)
+    names = {"textposition": "top center", "textfont": {"size": 9, "color": GREY}}
+    dots.update(mode="markers+text", text=measured["vector"], **names)
     low, high = 0.6 * min(*elsewhere, *target), 1.7 * max(*elsewhere, *target)
     ticks = _round_numbers(low, high)
     logarithmic = {

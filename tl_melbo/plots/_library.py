@@ -24,6 +24,7 @@ from tl_melbo.vectors import SteeringVectors
 _MOST_TRACES = 64
 # The last fifth of the colours is a yellow too pale for a line on white.
 _DARKEST_TO_PALEST = (0.0, 0.85)
+_UNIT = "residual-stream units"
 
 
 @shape_checked
@@ -51,17 +52,10 @@ def cosine_heatmap(
     names = None if labels is None else [str(label) for label in labels]
     if names is not None and z.shape != (len(names), len(names)):
         raise ValueError(f"labels: {len(names)} labels for a matrix of shape {z.shape}")
-    heatmap = go.Heatmap(
-        z=z,
-        x=names,
-        y=names,
-        zmin=-1,
-        zmid=0,
-        zmax=1,
-        colorscale=_style.DIVERGING,
-        colorbar=colour_bar("cosine", tickvals=[-1, -0.5, 0, 0.5, 1]),
-        hovertemplate="vector %{y} and vector %{x}<br>cosine %{z:.3f}<extra></extra>",
-    )
+    look = {"zmin": -1, "zmid": 0, "zmax": 1, "colorscale": _style.DIVERGING}
+    look["colorbar"] = colour_bar("cosine", tickvals=[-1, -0.5, 0, 0.5, 1])
+    hover = "vector %{y} and vector %{x}<br>cosine %{z:.3f}<extra></extra>"
+    heatmap = go.Heatmap(z=z, x=names, y=names, hovertemplate=hover, **look)
     kind = "linear" if names is None else "category"
     across = axis("vector", showgrid=False, constrain="domain", type=kind)
     across |= _style.whole_numbers(max(z.shape))
@@ -103,18 +97,14 @@ def objective_history(
 def _lines(x: np.ndarray, history: np.ndarray, labels: np.ndarray, colour: str) -> go.Scatter:
     """Several vectors' lines as one trace, with a gap after each."""
     n_vectors, n_steps = history.shape
-    gap = np.full((n_vectors, 1), np.nan)
-    single = (~np.isnan(history)).sum(1).max(initial=0) <= 1
-    return line(
-        np.tile(np.append(x, x[-1]), n_vectors),
-        np.hstack([history, gap]).ravel(),
-        {"width": 1.3, "color": colour},
-        marker={"color": colour},
-        opacity=0.85,
-        customdata=np.repeat(labels, n_steps + 1),
-        hovertemplate="vector %{customdata}: %{y:.4g} at %{x}<extra></extra>",
-        showlegend=False,
-    ).update(mode="markers" if single else "lines")
+    x = np.tile(np.append(x, x[-1]), n_vectors)
+    y = np.hstack([history, np.full((n_vectors, 1), np.nan)]).ravel()
+    trace = line(x, y, {"width": 1.3, "color": colour}, opacity=0.85, showlegend=False)
+    hover = "vector %{customdata}: %{y:.4g} at %{x}<extra></extra>"
+    trace.update(customdata=np.repeat(labels, n_steps + 1), hovertemplate=hover)
+    if (~np.isnan(history)).sum(1).max(initial=0) <= 1:
+        trace.update(mode="markers", marker={"color": colour})
+    return trace
 
 
 def _colour_key(labels: np.ndarray) -> go.Scatter:
@@ -195,8 +185,7 @@ def norm_curve(
     if not len(found):
         raise ValueError("found: a library without vectors; pass at least one")
     level = (found.story.get("theta0") or {}).get("norm")
-    y_title = "norm (residual-stream units)"
-    return _of_library(found, "norm", found.norms, window, {"theta0": level}, title, y_title)
+    return _of_library(found, "norm", found.norms, window, {"theta0": level}, title)
 
 
 @shape_checked
@@ -218,9 +207,8 @@ def distance_curve(
     """
     if not len(found) or "distance" not in found.columns:
         raise ValueError("found: has no distances; pass what melbo_ortho returned, not scaled")
-    levels, y_title = {"unsteered": unsteered}, "|z − z₀| (residual-stream units)"
     distances = found.columns["distance"]
-    return _of_library(found, "distance", distances, window, levels, title, y_title)
+    return _of_library(found, "distance", distances, window, {"unsteered": unsteered}, title)
 
 
 @shape_checked
@@ -238,12 +226,12 @@ def _of_library(
     window: int,
     levels: Mapping[str, float | None],
     title: str,
-    y_title: str,
 ) -> go.Figure:
     numbers = values.double().numpy()
     hover = [f"{name} {number:.4g}" for number in numbers]
     known = {name: np.array([level]) for name, level in levels.items() if level is not None}
-    labels, up = found.columns["index"].numpy(), axis(y_title, rangemode="tozero")
+    label = {"norm": "norm", "distance": "|z − z₀|"}[name]
+    labels, up = found.columns["index"].numpy(), axis(f"{label} ({_UNIT})", rangemode="tozero")
     return _curve(labels, numbers, hover, window, known, title, up)
 
 

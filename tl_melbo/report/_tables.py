@@ -1,6 +1,5 @@
 """The page's tables: what each column is called, and what a reader should know about it."""
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -131,7 +130,7 @@ def groups_part(
     }
 
 
-def _groups_rows(groups: Behaviours, found: SteeringVectors) -> Sequence[dict[str, Any]]:
+def _groups_rows(groups: Behaviours, found: SteeringVectors) -> list[dict[str, Any]]:
     """The table of behaviours, vectors called by their numbers in the library.
 
     What was filtered out comes last, for whoever reads what a machine would not.
@@ -143,8 +142,9 @@ def _groups_rows(groups: Behaviours, found: SteeringVectors) -> Sequence[dict[st
             aside.setdefault((row["prompt"], row["put_aside"]), []).append(row)
     for (prompt, reason), some in aside.items():
         best = min(some, key=lambda row: row["perplexity"])
+        vectors = sorted({row["vector"] for row in some})
         about = {"name": _filtered_out(reason), "prompt": prompt, "example": best["completion"]}
-        rows.append({**about, "vectors": sorted({row["vector"] for row in some})})
+        rows.append({**about, "vectors": vectors})
     indices = found.columns["index"].tolist()
     return [
         {

@@ -71,9 +71,7 @@ class Run(Folder):
 
         Args:
             method: `tm.melbo`, `tm.melbo_ortho`, or another that takes `previous`.
-            f: the activation map.
             n_vectors: how many in all; None where the method itself knows the end.
-            progress: show a progress bar.
             overwrite: begin anew; vectors that are there go when the first new one is found.
             on_vector: called with the vectors saved, and those in all, at first and after each.
             settings: the other arguments of the method. With `theta0`, one vector of a library, the
