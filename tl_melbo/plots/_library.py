@@ -7,7 +7,6 @@ vectors".
 import html
 from collections.abc import Mapping, Sequence
 from itertools import cycle
-from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -154,12 +153,11 @@ def kl_curve(
             raise ValueError(
                 f"{argument}: {len(things)}, but kl holds {len(values)} values; pass one for each"
             )
-    parts = [[f"KL {value:.4g}" for value in values]]
+    more = []
     if found is not None:
-        parts.append([f"norm {norm:.4g}" for norm in found.norms])
+        more.append([f"norm {norm:.4g}" for norm in found.norms])
     if completions is not None:
-        parts.append([_style.wrapped(text) for text in completions])
-    hover = ["<br>".join(lines) for lines in zip(*parts, strict=True)]
+        more.append([_style.wrapped(text) for text in completions])
     levels = {}
     for name, level in (baselines or {}).items():
         levels[name] = _checked_kl(level.flatten(), f"baselines[{name!r}]")
@@ -168,13 +166,10 @@ def kl_curve(
                 f"baselines[{name!r}]: {len(levels[name])} values, expected one, or one for each "
                 f"of the {len(values)} vectors"
             )
-    more: dict[str, Any] = {"rangemode": "tozero"}
-    if log_y:
-        values = np.maximum(values, _style.SMALLEST_KL)
-        levels = {name: np.maximum(level, _style.SMALLEST_KL) for name, level in levels.items()}
-        more |= {"type": "log", "exponentformat": "power"}
     labels = np.arange(len(values)) if found is None else found.columns["index"].numpy()
-    return _curve(labels, values, hover, window, levels, title, axis("KL (nats)", **more))
+    least = _style.SMALLEST_KL if log_y else 0.0
+    drawn = _curve(labels, values, "KL", "KL (nats)", window, levels, title, more, least)
+    return drawn.update_yaxes(type="log", exponentformat="power") if log_y else drawn
 
 
 @shape_checked
@@ -184,8 +179,9 @@ def norm_curve(
     """Draw norm against index, with theta0's norm as a dashed line for a MELBO-ortho family."""
     if not len(found):
         raise ValueError("found: a library without vectors; pass at least one")
-    level = (found.story.get("theta0") or {}).get("norm")
-    return _of_library(found, "norm", found.norms, window, {"theta0": level}, title)
+    levels = {"theta0": (found.story.get("theta0") or {}).get("norm")}
+    labels, norms = found.columns["index"].numpy(), found.norms.double().numpy()
+    return _curve(labels, norms, "norm", f"norm ({_UNIT})", window, levels, title)
 
 
 @shape_checked
@@ -207,8 +203,9 @@ def distance_curve(
     """
     if not len(found) or "distance" not in found.columns:
         raise ValueError("found: has no distances; pass what melbo_ortho returned, not scaled")
-    distances = found.columns["distance"]
-    return _of_library(found, "distance", distances, window, {"unsteered": unsteered}, title)
+    levels, name = {"unsteered": unsteered}, f"|z − z₀| ({_UNIT})"
+    labels, distances = (found.columns[each].numpy() for each in ("index", "distance"))
+    return _curve(labels, distances.astype(float), "distance", name, window, levels, title)
 
 
 @shape_checked
@@ -219,33 +216,21 @@ def moving_average(values: np.ndarray, window: int) -> np.ndarray:
     return np.array([values[max(0, i + 1 - window) : i + 1].mean() for i in range(len(values))])
 
 
-def _of_library(
-    found: SteeringVectors,
-    name: str,
-    values: Tensor,
-    window: int,
-    levels: Mapping[str, float | None],
-    title: str,
-) -> go.Figure:
-    numbers = values.double().numpy()
-    hover = [f"{name} {number:.4g}" for number in numbers]
-    known = {name: np.array([level]) for name, level in levels.items() if level is not None}
-    label = {"norm": "norm", "distance": "|z − z₀|"}[name]
-    labels, up = found.columns["index"].numpy(), axis(f"{label} ({_UNIT})", rangemode="tozero")
-    return _curve(labels, numbers, hover, window, known, title, up)
-
-
 def _curve(
     labels: np.ndarray,
     values: np.ndarray,
-    hover: Sequence[str],
+    name: str,
+    y_title: str,
     window: int,
-    levels: Mapping[str, np.ndarray],
+    levels: Mapping[str, np.ndarray | float | None],
     title: str,
-    up: dict[str, Any],
+    more: Sequence[Sequence[str]] = (),
+    least: float = 0.0,
 ) -> go.Figure:
-    """A point a vector, their moving average, and what to compare with."""
-    told = [f"vector {i}<br>{text}" for i, text in zip(labels, hover, strict=True)]
+    """A point a vector, their moving average, and what to compare with; nothing below `least`."""
+    lines = ([f"vector {i}" for i in labels], [f"{name} {value:.4g}" for value in values], *more)
+    told = ["<br>".join(of_one) for of_one in zip(*lines, strict=True)]
+    values = np.maximum(values, least)
     look = {"size": 6, "color": _style.PALE_BLUE, "opacity": 0.75}
     average, name = moving_average(values, window), f"mean of the last {window}"
     traces = [
@@ -253,7 +238,10 @@ def _curve(
         line(labels, average, {"width": 2.2, "color": BLUE}, name=name, hoverinfo="skip"),
     ]
     for (name, level), colour in zip(levels.items(), cycle(OTHERS), strict=False):
-        traces += _baseline(labels, level, window, html.escape(name), colour)
+        if level is not None:
+            heights = np.maximum(np.atleast_1d(level), least)
+            traces += _baseline(labels, heights, window, html.escape(name), colour)
+    up = axis(y_title, rangemode="tozero")
     return figure(traces, title, axis("vector", tickformat=",d"), up)
 
 

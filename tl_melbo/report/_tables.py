@@ -46,6 +46,8 @@ _GROUPS = (
     Column("which", "IDs", "word", "Numbers of the vectors"),
     Column("example", "Example", "text", "The most fluent of its completions"),
 )
+_INDEX = Column("index", "Vector", "number", "found[0], found[1], ...")
+_KL = Column("kl", "KL", "number", "Divergence of the next token from unsteered, in nats")
 _COSTS = (
     Column("specificity", "Specificity", "number", "1: acts on the prompt alone; 0.5: anywhere"),
     Column("loss_increase", "Loss", "number", "What it costs on prose, in nats a token"),
@@ -100,21 +102,17 @@ def vectors_table(
 
 def vectors_columns(table: pd.DataFrame, found: SteeringVectors) -> list[Column]:
     """The columns of `vectors_table` that hold something."""
-    columns = [Column("index", "Vector", "number", "found[0], found[1], ...")]
-    if len(set(table["prompt"])) > 1:
-        columns.append(_PROMPT)
-    measure = measure_shown(found)
+    measured, measure = [], measure_shown(found)
     if measure is not None:
         label = measure["label"][:1].upper() + measure["label"][1:]
         hint = f"What the search measured of it, in {measure['unit']}"
-        columns.append(Column(measure["column"], label, "number", hint))
-    hint = "Divergence of the next token from unsteered, in nats"
-    columns.append(Column("kl", "KL", "number", hint))
-    columns += [column for column in _COSTS if column.name in table]
-    columns += [
-        column for column in _TEXTS if any(isinstance(text, str) for text in table[column.name])
+        measured = [Column(measure["column"], label, "number", hint)]
+    prompt = [_PROMPT] if len(set(table["prompt"])) > 1 else []
+    return [
+        column
+        for column in (_INDEX, *prompt, *measured, _KL, *_COSTS, *_TEXTS)
+        if column.name in table and (column.kind == "number" or table[column.name].notna().any())
     ]
-    return columns
 
 
 def groups_part(
