@@ -111,7 +111,7 @@ def vectors_columns(table: pd.DataFrame, found: SteeringVectors) -> list[Column]
     return [
         column
         for column in (_INDEX, *prompt, *measured, _KL, *_COSTS, *_TEXTS)
-        if column.name in table and (column.kind == "number" or table[column.name].notna().any())
+        if column.name in table and (column.kind == "number" or any(table[column.name].notna()))
     ]
 
 

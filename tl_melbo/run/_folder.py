@@ -157,11 +157,12 @@ class Folder:
             if not all(path.is_file() for path in (*paths, place / VECTORS, place / REFERENCE)):
                 continue
             vectors, reference = self._family(index)
+            if not torch.equal(reference.vectors, library[position].vectors):
+                continue
             columns = (("kind", "index", "norm", "completion"), ("size", "members", "completion"))
             table, composed = map(_files.load_table, paths, columns)
             norms = table.loc[table["kind"] == "family", "norm"].to_numpy()
-            same = torch.equal(reference.vectors, library[position].vectors)
-            if same and len(norms) == len(vectors) and np.allclose(norms, vectors.norms, 1e-3):
+            if len(norms) == len(vectors) and np.allclose(norms, vectors.norms, rtol=1e-3):
                 families.append(Family(reference, vectors, table, composed))
         return families
 
