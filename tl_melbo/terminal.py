@@ -22,7 +22,7 @@ _SHOWN_CHARACTERS = 60
 
 # What the package raises on purpose, its own errors among them; RuntimeError is torch's word for
 # full memory and bad devices.
-_EXPECTED_ERRORS = (ValueError, TypeError, OSError, ArithmeticError, ImportError, RuntimeError)
+_EXPECTED_ERRORS = (ValueError, TypeError, OSError, ModuleNotFoundError, RuntimeError)
 
 
 class Command(TyperCommand):

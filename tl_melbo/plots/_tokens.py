@@ -26,9 +26,8 @@ def token_presence(
     projection. The first token, whose residual is an outlier in most models, is left white.
 
     Args:
-        model: a TransformerLens model.
-        vector: exactly one vector; its length does not matter.
-        text: a raw text, of more than one token.
+        vector: exactly one; its length does not matter.
+        text: raw, of more than one token.
         layer: after which block to look; None takes the layer that the vector was found at.
 
     Returns:
