@@ -69,8 +69,8 @@ def main() -> None:
     given = arguments.parse_args()
     run, out = given.run, given.out
     out.mkdir(parents=True, exist_ok=True)
-    found = tm.SteeringVectors.load(run / runs.VECTORS)
-    families = {part.number: part for part in runs.load_families(run, found)}
+    found = tm.Run(run).found
+    families = {part.number: part for part in tm.Run(run).families()}
     missing = [number for number in FAMILIES if number not in families]
     if missing:
         raise SystemExit(
@@ -114,7 +114,7 @@ def main() -> None:
     runs.save_table(out / f"transfer_{part.number}.csv", rounded(transferred))
 
 
-def draw(part: runs.Family, f: tm.ActivationMap, out: Path) -> None:
+def draw(part: tm.report.Family, f: tm.ActivationMap, out: Path) -> None:
     """The curves and heatmaps of one family."""
     rows = dict(iter(part.table.groupby("kind")))
     kl = {kind: torch.tensor(group["kl_to_reference"].to_numpy()) for kind, group in rows.items()}
@@ -183,7 +183,7 @@ def penalised(model: object, f: tm.ActivationMap, theta0: tm.SteeringVectors) ->
     return pd.concat(frames, ignore_index=True)
 
 
-def presence(model: object, part: runs.Family) -> pd.DataFrame:
+def presence(model: object, part: tm.report.Family) -> pd.DataFrame:
     """Theta0 (index -1) and its family in texts of people about themselves, against others."""
     vectors = torch.cat([part.reference.vectors, part.vectors.vectors])
     library = tm.SteeringVectors(

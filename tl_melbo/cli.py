@@ -1,28 +1,39 @@
 """The same from a shell: `tl-melbo discover "Tell me about yourself." --out runs/me`."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from typer import Argument, Option
 
-from tl_melbo import asked, checks, terminal
+from tl_melbo import checks, terminal
+from tl_melbo.story import slice_to_json
 
 # transformers and plotly take seconds to import; each command imports what it needs when it runs,
 # so that --help answers at once.
 if TYPE_CHECKING:
     from tl_melbo import Run, SteeringVectors
+    from tl_melbo.discovery._search import Method
+
+
+def _option(text: str, default: str | None = None, *names: str) -> Any:
+    """An option; `default` is what is shown where the method decides."""
+    return Option(*names, help=text, show_default=default or True)
+
 
 # Options that several commands have.
-_Folder = Annotated[Path, typer.Argument(help="The folder that `discover` wrote.")]
-_Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda, ...", show_default="a GPU if there is one")
-]
-_Model = Annotated[
-    str | None, typer.Option(help="Hub id, folder or .gguf file.", show_default="as for discover")
-]
-_MaxNewTokens = Annotated[int, typer.Option(help="Length of each completion.")]
+_Folder = Annotated[Path, Argument(help="The folder that `discover` wrote.")]
+_Device = Annotated[str | None, _option("cpu, cuda, ...", "a GPU if there is one")]
+_Model = Annotated[str | None, _option("Hub id, folder or .gguf file.", "as for discover")]
+_MaxNewTokens = Annotated[int, _option("Length of each completion.")]
+
+# How many vectors a family has, if nothing else is said.
+_FAMILY_SIZE = 100
+# Arguments of a method that are no options of a command.
+_OWN = ("f", "n_vectors", "previous", "progress", "on_step")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -30,9 +41,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Find steering vectors of a language model without supervision, and look at what they do.",
 )
-
-# How many vectors a family has, if nothing else is said.
-_FAMILY_SIZE = 100
 
 
 def _show_version(asked: bool) -> None:
@@ -46,281 +54,320 @@ def _show_version(asked: bool) -> None:
 @app.callback()
 def _main(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it.")
+        bool, Option("--version", callback=_show_version, is_eager=True, help="Show it.")
     ] = False,
 ) -> None:
     pass
 
 
-@app.command()
+@app.command(cls=terminal.Command)
 def discover(
-    context: typer.Context,
-    prompts: Annotated[list[str], typer.Argument(help="What the model is asked; one or several.")],
-    out: Annotated[Path, typer.Option(help="Folder for the results; made if need be.")],
-    method: Annotated[str, typer.Option(help="How to search: melbo, or another of tl_melbo's.")] = (
-        "melbo"
-    ),
-    n_vectors: Annotated[int, typer.Option(help="How many vectors to find.")] = 32,
+    prompts: Annotated[list[str], Argument(help="What the model is asked; one or several.")],
+    out: Annotated[Path, _option("Folder for the results; made if need be.")],
+    method: Annotated[str, _option("How to search: melbo, or another of tl_melbo's.")] = "melbo",
+    n_vectors: Annotated[int, _option("How many vectors to find.")] = 32,
     radius: Annotated[
-        str | None,
-        typer.Option(help="Their norm, or 'auto': too small changes nothing.", show_default="auto"),
+        str | None, _option("Their norm, or 'auto': too small changes nothing.", "auto")
     ] = None,
     model: Annotated[
-        str | None,
-        typer.Option(help="Hub id, folder or .gguf file.", show_default="the bundled SmolLM2"),
+        str | None, _option("Hub id, folder or .gguf file.", "the bundled SmolLM2")
     ] = None,
-    source_layer: Annotated[int, typer.Option(help="Add the vectors after this block.")] = 8,
-    target_layer: Annotated[int, typer.Option(help="Measure their effect after this one.")] = 16,
+    source_layer: Annotated[int, _option("Add the vectors after this block.")] = 8,
+    target_layer: Annotated[int, _option("Measure their effect after this one.")] = 16,
     positions: Annotated[
-        str | None,
-        typer.Option(
-            help="Tokens to measure at, a slice of each prompt: 'start:stop'.", show_default="-3:"
-        ),
+        str | None, _option("Tokens to measure at, a slice of each prompt: 'start:stop'.", "-3:")
     ] = None,
-    p: Annotated[
-        float | None, typer.Option(help="Power of the norm in the objective.", show_default="2")
-    ] = None,
-    q: Annotated[float | None, typer.Option(help="Its root.", show_default="p")] = None,
+    p: Annotated[float | None, _option("Power of the norm in the objective.", "2")] = None,
+    q: Annotated[float | None, _option("Its root.", "p")] = None,
     norm: Annotated[
-        Literal["l2", "lp"] | None,
-        typer.Option(help="Norm over the residual stream.", show_default="l2"),
+        Literal["l2", "lp"] | None, _option("Norm over the residual stream.", "l2")
     ] = None,
     orthogonal: Annotated[
         bool | None,
-        typer.Option(
-            "--orthogonal/--independent",
-            help="Each at right angles to those before.",
-            show_default="orthogonal",
-        ),
+        _option("Each orthogonal to those before.", "orthogonal", "--orthogonal/--independent"),
     ] = None,
     optimiser: Annotated[
-        Literal["ascent", "adamw"] | None,
-        typer.Option(help="Fast, or as published.", show_default="ascent"),
+        Literal["ascent", "adamw"] | None, _option("Fast, or as published.", "ascent")
     ] = None,
-    steps: Annotated[
-        int | None, typer.Option(help="Of the optimiser.", show_default="10 ascent, 300 adamw")
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Of the random starts.", show_default="0")
-    ] = None,
-    chat: Annotated[bool, typer.Option(help="Put prompts into the model's chat template.")] = True,
+    steps: Annotated[int | None, _option("Of the optimiser.", "10 ascent, 300 adamw")] = None,
+    seed: Annotated[int | None, _option("Of the random starts.", "0")] = None,
+    chat: Annotated[bool, _option("Put prompts into the model's chat template.")] = True,
     max_new_tokens: _MaxNewTokens = 50,
     device: _Device = None,
     dtype: Annotated[
-        Literal["float32", "float64", "bfloat16", "float16"], typer.Option(help="Of the weights.")
+        Literal["float32", "float64", "bfloat16", "float16"], _option("Of the weights.")
     ] = "float32",
     side_effects: Annotated[
-        bool, typer.Option("--side-effects", help="Measure them on other prompts and prose, too.")
+        bool, Option("--side-effects", help="Measure them on other prompts and prose, too.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option(help="Replace an earlier run in --out.")] = False,
+    overwrite: Annotated[bool, _option("Replace an earlier run in --out.")] = False,
 ) -> None:
     """Find vectors that change the model most, let it write under each, and make a page of it.
 
     Writes vectors.safetensors, completions.csv and report.html; prints the page's path last. Every
     vector is kept as soon as it is found, and the same command continues an interrupted run.
     """
-    with terminal.messages(context):
-        # All that can be checked before the model is loaded, which takes a while.
-        checks.at_least(1, max_new_tokens=max_new_tokens)
-        for prompt in prompts:
-            if not prompt.strip():
-                raise ValueError("prompts: one is empty; leave it out, or give it a word")
-        if not 0 <= source_layer < target_layer:
-            raise ValueError(
-                f"source_layer={source_layer}, target_layer={target_layer}: the source comes "
-                "before the target, and the first layer is 0"
-            )
-        import torch
+    # All that can be checked before the model is loaded, which takes a while.
+    checks.at_least(1, max_new_tokens=max_new_tokens)
+    checks.as_texts(prompts)
+    if not 0 <= source_layer < target_layer:
+        raise ValueError(
+            f"source_layer={source_layer}, target_layer={target_layer}: the source comes "
+            "before the target, and the first layer is 0"
+        )
+    import torch
 
-        import tl_melbo as tm
-        from tl_melbo.run import absolute
+    import tl_melbo as tm
+    from tl_melbo.run import absolute
 
-        search = asked.method(method)
-        settings = asked.given(
-            search, n_vectors,
-            radius=asked.parse_radius(radius), positions=asked.parse_slice(positions),
-            p=p, q=q, norm=norm, orthogonal=orthogonal, optimiser=optimiser, steps=steps, seed=seed,
-        )  # fmt: skip
-        place = {"source_layer": source_layer, "target_layer": target_layer, "chat": chat}
-        run, name = tm.Run(out), absolute(model)
-        with _session(run) as progress:
-            known = 0
-            if not overwrite:
-                run.check(side_effects=side_effects)
-                story = {"prompts": list(prompts), "dtype": dtype, **place}
-                known = run.check_same({**story, **asked.story(search, settings)}, model=name)
-            _say_what_is_there(run.folder, known, n_vectors)
-            progress.start("Loading the model")
-            loaded = tm.load_model(model, device=device, dtype=getattr(torch, dtype))
-            f = tm.ActivationMap.from_prompts(loaded, prompts, **place)
-            progress.start("Finding vectors")
+    search = _method(method)
+    settings = _given(
+        search, n_vectors, radius=_radius(radius), positions=_slice(positions), p=p, q=q,
+        norm=norm, orthogonal=orthogonal, optimiser=optimiser, steps=steps, seed=seed,
+    )  # fmt: skip
+    place = {"source_layer": source_layer, "target_layer": target_layer, "chat": chat}
+    run, name, known = tm.Run(out), absolute(model), 0
+    with _session(run, run.folder) as stages:
+        if not overwrite:
+            run.check(side_effects=side_effects)
+            story = {"prompts": prompts, "dtype": dtype, **place, **_story(search, settings)}
+            known = run.check_same(story, model=name)
+        _say_what_is_there(run.folder, known, n_vectors)
+        stages.begin("Loading the model")
+        loaded = tm.load_model(model, device=device, dtype=getattr(torch, dtype))
+        f = tm.ActivationMap.from_prompts(loaded, prompts, **place)
+        stages.begin("Finding vectors")
 
-            def kept(there: int, wanted: int | None) -> None:
-                if there:  # whose vectors these are
-                    run.note(command="discover", model=name)
-                progress.update(there, wanted)
+        def count(there: int, wanted: int | None) -> None:
+            if there:  # whose vectors these are
+                run.note(command="discover", model=name)
+            stages.count(there, wanted)
 
-            options = {"overwrite": overwrite, "on_vector": kept}
-            found = run.keep(search, f, max(n_vectors, known), **options, **settings)
-            _say_radius(found)
-            # What was measured once is measured of the vectors that came since, too.
-            if side_effects or "side_effects_of" in run.settings:
-                progress.start("Measuring side effects")
-                run.side_effects(loaded, overwrite=overwrite, on_text=progress.update)
-            _show_page(run, loaded, f, progress, max_new_tokens, overwrite)
+        options = {"overwrite": overwrite, "on_vector": count}
+        found = run.keep(search, f, max(n_vectors, known), **options, **settings)
+        if "calibration" in found.story:
+            radius = f"{found.story['hyperparameters']['radius']:g}"
+            terminal.say(f"Radius {radius}, calibrated.")
+        # What was measured once is measured of the vectors that came since, too.
+        if side_effects or run.settings.get("side_effects_of"):
+            stages.begin("Measuring side effects")
+            run.side_effects(loaded, overwrite=overwrite, on_text=stages.count)
+        written = {"max_new_tokens": max_new_tokens, "overwrite": overwrite}
+        _show_page(run, loaded, f, stages, **written)
 
 
-@app.command()
+@app.command(cls=terminal.Command)
 def ortho(
-    context: typer.Context,
     folder: _Folder,
-    vector: Annotated[int, typer.Option(help="Number of the vector that the others shall follow.")],
+    vector: Annotated[int, _option("Number of the vector that the others shall follow.")],
     n_vectors: Annotated[
-        int | None,
-        typer.Option(
-            help="How many in all; those that are there already count.", show_default="100"
-        ),
+        int | None, _option("How many in all; those that are there already count.", "100")
     ] = None,
     everything: Annotated[
-        bool, typer.Option("--all", help="Until the space is used up, instead of --n-vectors.")
+        bool, Option("--all", help="Until the space is used up, instead of --n-vectors.")
     ] = False,
     norm_penalty: Annotated[
-        float, typer.Option(help="Weight of the squared norm: more asks for shorter vectors.")
+        float, _option("Weight of the squared norm: more asks for shorter vectors.")
     ] = 0.0,
     optimiser: Annotated[
-        Literal["quasi-newton", "adam"], typer.Option(help="Fast, or as published.")
+        Literal["quasi-newton", "adam"], _option("Fast, or as published.")
     ] = "quasi-newton",
     steps: Annotated[
-        int | None,
-        typer.Option(help="Gradients for each.", show_default="40 quasi-newton, 1000 adam"),
+        int | None, _option("Gradients for each.", "40 quasi-newton, 1000 adam")
     ] = None,
     model: _Model = None,
     max_new_tokens: _MaxNewTokens = 50,
     device: _Device = None,
-    overwrite: Annotated[bool, typer.Option(help="Begin this vector's family anew.")] = False,
+    overwrite: Annotated[bool, _option("Begin this vector's family anew.")] = False,
 ) -> None:
     """Find many vectors that do what one does, all orthogonal, and ask whether they are the same.
 
     Writes to FOLDER/ortho-VECTOR and extends the page in FOLDER; prints its path last. Every vector
     is kept as soon as it is found, and the same command continues an interrupted run.
     """
-    with terminal.messages(context):
-        checks.at_least(1, max_new_tokens=max_new_tokens)
-        import tl_melbo as tm
-        from tl_melbo.run import family_folder
+    checks.at_least(1, max_new_tokens=max_new_tokens)
+    import tl_melbo as tm
+    from tl_melbo.run import family_folder
 
-        run = tm.Run(folder)
-        theta0 = _numbered(run, vector)
-        room = theta0.vectors.shape[1] - 1
-        wanted = _family_size(n_vectors, everything, room)
-        options = {"norm_penalty": norm_penalty, "optimiser": optimiser, "steps": steps}
-        settings = asked.given(tm.melbo_ortho, wanted, theta0=theta0, **options)
-        place = family_folder(run.folder, vector)
-        # What is there is read under the lock, too: another process may have just added to it.
-        with _session(run, place) as progress:
-            run.check()
-            known = 0
-            if not overwrite:
-                known = run.check_same(asked.story(tm.melbo_ortho, settings), theta0)
-            _say_what_is_there(place, known, wanted)
-            progress.start("Loading the model")
-            loaded, f = run.load(model, device)
-            progress.start(f"Following vector {vector}")
-            run.keep(
-                tm.melbo_ortho, f, None if everything and known < room else max(wanted, known),
-                overwrite=overwrite, on_vector=progress.update, **settings,
-            )  # fmt: skip
-            progress.start("Measuring the family")
-            part = run.family(
-                loaded, f, vector, max_new_tokens=max_new_tokens, on_batch=progress.update
-            )
-            _show_page(run, loaded, f, progress, max_new_tokens, family=part.table)
+    run, known = tm.Run(folder), 0
+    theta0 = _numbered(run, vector)
+    room = theta0.vectors.shape[1] - 1
+    wanted = _family_size(n_vectors, everything, room)
+    settings = _given(
+        tm.melbo_ortho, wanted,
+        theta0=theta0, norm_penalty=norm_penalty, optimiser=optimiser, steps=steps,
+    )  # fmt: skip
+    place = family_folder(run.folder, vector)
+    # What is there is read under the lock, too: another process may have just added to it.
+    with _session(run, place) as stages:
+        run.check()
+        if not overwrite:
+            known = run.check_same(_story(tm.melbo_ortho, settings), theta0)
+        _say_what_is_there(place, known, wanted)
+        stages.begin("Loading the model")
+        loaded, f = run.load(model, device)
+        stages.begin(f"Following vector {vector}")
+        size = None if everything and known < room else max(wanted, known)
+        options = {"overwrite": overwrite, "on_vector": stages.count}
+        run.keep(tm.melbo_ortho, f, size, **options, **settings)
+        stages.begin("Measuring the family")
+        written = {"max_new_tokens": max_new_tokens}
+        part = run.family(loaded, f, vector, on_batch=stages.count, **written)
+        _show_page(run, loaded, f, stages, part.table, **written)
 
 
-@app.command()
+@app.command(cls=terminal.Command)
 def measure(
-    context: typer.Context,
     folder: _Folder,
     model: _Model = None,
     device: _Device = None,
-    overwrite: Annotated[bool, typer.Option(help="Measure anew what is there.")] = False,
+    overwrite: Annotated[bool, _option("Measure anew what is there.")] = False,
 ) -> None:
     """Measure what each vector does on other prompts and to prose, and show it on the page."""
-    with terminal.messages(context):
-        import tl_melbo as tm
-
-        run = tm.Run(folder)
-        run.found.story  # noqa: B018  # a folder without vectors is told before it is locked
-        with _session(run) as progress:
-            run.check(side_effects=not overwrite)
-            progress.start("Loading the model")
-            loaded, f = run.load(model, device)
-            progress.start("Measuring side effects")
-            run.side_effects(loaded, overwrite=overwrite, on_text=progress.update)
-            _show_page(run, loaded, f, progress)
+    with _opened(folder, model, device, side_effects=not overwrite) as (run, loaded, f, stages):
+        stages.begin("Measuring side effects")
+        run.side_effects(loaded, overwrite=overwrite, on_text=stages.count)
+        _show_page(run, loaded, f, stages)
 
 
-@app.command()
+@app.command(cls=terminal.Command)
 def page(
-    context: typer.Context,
     folder: _Folder,
     model: _Model = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(help="Length of each completion.", show_default="as it was")
+        int | None, _option("Length of each completion.", "as it was")
     ] = None,
     device: _Device = None,
-    overwrite: Annotated[bool, typer.Option(help="Write the completions anew, too.")] = False,
+    overwrite: Annotated[bool, _option("Write the completions anew, too.")] = False,
 ) -> None:
     """Make the page anew, about all that a folder holds; completions that lack are written."""
-    with terminal.messages(context):
-        checks.at_least(1, max_new_tokens=max_new_tokens)
-        import tl_melbo as tm
-
-        run = tm.Run(folder)
-        run.found.story  # noqa: B018
-        with _session(run) as progress:
-            run.check()
-            progress.start("Loading the model")
-            loaded, f = run.load(model, device)
-            _show_page(run, loaded, f, progress, max_new_tokens, overwrite)
+    checks.at_least(1, max_new_tokens=max_new_tokens)
+    with _opened(folder, model, device) as (run, loaded, f, stages):
+        written = {"max_new_tokens": max_new_tokens, "overwrite": overwrite}
+        _show_page(run, loaded, f, stages, **written)
 
 
 @contextmanager
-def _session(run: "Run", place: Path | None = None) -> Iterator[terminal.Progress]:
-    """The folder for this command alone, and the stages of its work on the screen."""
-    with (
-        run.writing(),
-        terminal.telling_what_is_kept(run.folder if place is None else place),
-        terminal.progress() as progress,
-    ):
-        yield progress
+def _opened(
+    folder: Path, model: str | None, device: str | None, side_effects: bool = False
+) -> Iterator[tuple[Any, ...]]:
+    """A folder that holds vectors already, their model and map, and the stages of the work."""
+    import tl_melbo as tm
+
+    run = tm.Run(folder)
+    run.found.story  # noqa: B018  # a folder without vectors is told before it is locked
+    with _session(run, run.folder) as stages:
+        run.check(side_effects=side_effects)
+        stages.begin("Loading the model")
+        yield run, *run.load(model, device), stages
+
+
+@contextmanager
+def _session(run: "Run", place: Path) -> Iterator[terminal.Stages]:
+    """The folder for this command alone, and the stages of its work on the screen.
+
+    After Ctrl-C, say what is in `place`: every vector is saved before the next begins.
+    """
+    import tl_melbo as tm
+
+    try:
+        with run.writing(), terminal.Stages() as stages:
+            yield stages
+    except KeyboardInterrupt:
+        path = place / "vectors.safetensors"
+        n_kept = len(tm.SteeringVectors.load(path)) if path.is_file() else 0
+        what = f"{terminal.counted(n_kept)} {'is' if n_kept == 1 else 'are'} kept in {place}"
+        what = f"{what}; the same command continues" if n_kept else "nothing was finished"
+        raise KeyboardInterrupt(f"; {what}") from None
 
 
 def _show_page(
-    run: "Run",
-    model: Any,
-    f: Any,
-    progress: terminal.Progress,
-    max_new_tokens: int | None = None,
-    overwrite: bool = False,
-    family: Any = None,
+    run: "Run", model: Any, f: Any, stages: terminal.Stages, family: Any = None, **options: Any
 ) -> None:
     """Make the page, and show its table, or that of a family; the last line is its path."""
     from tl_melbo.report import measure_shown, not_converged
 
-    progress.start("Writing under each vector")
-    run.texts(model, max_new_tokens=max_new_tokens, overwrite=overwrite, on_batch=progress.update)
-    progress.start("Making the page")
-    table = run.page(model, f, max_new_tokens=max_new_tokens)
-    progress.close()
-    if family is None:
-        terminal.print_found(table, measure_shown(run.found))
-    else:
+    stages.begin("Writing under each vector")
+    run.texts(model, on_batch=stages.count, **options)
+    stages.begin("Making the page")
+    table = run.page(model, f)
+    stages.end()
+    stages.stop()
+    if family is not None:
         terminal.print_family(family)
-    still = not_converged(run.found)
-    if still and family is None:
-        terminal.say(f"{still}.")
+    else:
+        terminal.print_found(table, measure_shown(run.found))
+        if still := not_converged(run.found):
+            terminal.say(f"{still}.")
     typer.echo(str((run.folder / "report.html").resolve()))
+
+
+def _method(name: str) -> "Method":
+    """The discovery method of that name: any that the package exports."""
+    import tl_melbo as tm
+    from tl_melbo.discovery._search import Method
+
+    known = {n: value for n, value in vars(tm).items() if isinstance(value, Method)}
+    if name not in known:
+        raise ValueError(f"--method={name!r}: known are {', '.join(sorted(known))}")
+    return known[name]
+
+
+def _given(method: "Method", n_vectors: int, **options: Any) -> dict[str, Any]:
+    """The options that were given, after the method's own check of them."""
+    given = {name: value for name, value in options.items() if value is not None}
+    called = f"--method {method.__name__}"
+    checks.argument_names(called, given, method, _OWN)
+    values = {**_defaults(method), **given, "n_vectors": n_vectors}
+    for name in inspect.signature(method).parameters:
+        if name not in (*values, *_OWN):
+            command = "use tl-melbo ortho" if name == "theta0" else "use it in Python"
+            raise ValueError(f"{called}: needs {name}; {command}")
+    check = getattr(method, "check", None)
+    if check is not None:
+        names = inspect.signature(check).parameters
+        check(**{name: values[name] for name in names if name in values})
+    return given
+
+
+def _defaults(method: "Method") -> dict[str, Any]:
+    parameters = inspect.signature(method).parameters
+    return {n: p.default for n, p in parameters.items() if p.default is not p.empty}
+
+
+def _story(method: "Method", settings: dict[str, Any]) -> dict[str, Any]:
+    """What the metadata will say of a search, as far as that is known without a model."""
+    chosen = {
+        name: slice_to_json(value) if isinstance(value, slice) else value
+        for name, value in {**_defaults(method), **settings}.items()
+        if value is not None and name not in (*_OWN, "theta0")
+    }
+    seed = chosen.pop("seed", None)
+    return {"method": method.__name__, "seed": seed, "hyperparameters": chosen}
+
+
+def _slice(text: str | None) -> slice | None:
+    """Read 'start:stop'; either may be missing."""
+    if text is None:
+        return None
+    try:
+        start, stop = (int(part) if part.strip() else None for part in text.split(":"))
+    except ValueError as error:
+        raise ValueError(
+            f"--positions={text!r}: expected start:stop, such as '-3:' for the last three tokens, "
+            "or ':' for all"
+        ) from error
+    return slice(start, stop)
+
+
+def _radius(text: str | None) -> float | str | None:
+    """Read a number or 'auto'."""
+    if text is None or text == "auto":
+        return text
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ValueError(f"--radius={text!r}: expected a number, such as 12, or 'auto'") from error
 
 
 def _numbered(run: "Run", vector: int) -> "SteeringVectors":
@@ -328,11 +375,8 @@ def _numbered(run: "Run", vector: int) -> "SteeringVectors":
     library = run.found
     numbers = library.columns["index"].tolist()
     if vector not in numbers:
-        raise ValueError(
-            f"--vector={vector}: {run.folder} holds vectors {min(numbers)} to {max(numbers)}"
-            if numbers
-            else f"{run.folder}: holds a library without vectors"
-        )
+        told = f"vectors {min(numbers)} to {max(numbers)}" if numbers else "no vectors"
+        raise ValueError(f"--vector={vector}: {run.folder} holds {told}")
     return library[numbers.index(vector)]
 
 
@@ -353,8 +397,3 @@ def _say_what_is_there(place: Path, known: int, wanted: int) -> None:
         terminal.say(f"{place} holds {terminal.counted(known)} of this search.")
     if wanted < known:
         terminal.say(f"Asked for {wanted} vectors, {known} are there: all of them are shown.")
-
-
-def _say_radius(found: "SteeringVectors") -> None:
-    if "calibration" in found.story:
-        terminal.say(f"Radius {found.story['hyperparameters']['radius']:g}, calibrated.")

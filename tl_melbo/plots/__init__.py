@@ -1,15 +1,23 @@
-"""Numbers to figures: plotly, returned and never shown, readable by colour-blind eyes."""
+"""Numbers to figures: plotly, returned and never shown, readable by colour-blind eyes.
 
-from tl_melbo.plots._composition import composition_curves, scale_curves
-from tl_melbo.plots._curves import (
+Every `title` stands above its figure; "" leaves it out.
+"""
+
+from tl_melbo.plots._frames import (
+    composition_curves,
+    presence_points,
+    scale_curves,
+    specificity_points,
+    transfer_heatmap,
+)
+from tl_melbo.plots._library import (
+    cosine_heatmap,
     distance_curve,
     kl_curve,
     moving_average,
     norm_curve,
     objective_history,
 )
-from tl_melbo.plots._heatmaps import cosine_heatmap, transfer_heatmap
-from tl_melbo.plots._points import presence_points, specificity_points
 from tl_melbo.plots._tokens import token_presence
 
 __all__ = [

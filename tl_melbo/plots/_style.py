@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-import pandas as pd
+import plotly.graph_objects as go
 
 from tl_melbo.text import printable
 
@@ -23,33 +23,52 @@ SMALLEST_KL = 1e-6
 # For traces whose `customdata` are whole labels.
 HOVER = "%{customdata}<extra></extra>"
 
-_FONT = {
-    "family": "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', sans-serif",
-    "size": 13,
-    "color": "#24292f",
+_LAYOUT = {
+    "template": "plotly_white",
+    "font": {
+        "family": "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', sans-serif",
+        "size": 13,
+        "color": "#24292f",
+    },
+    "paper_bgcolor": "#ffffff",
+    "plot_bgcolor": "#ffffff",
+    "hoverlabel": {"align": "left", "bgcolor": "#ffffff", "font": {"color": "#24292f"}},
+    # Under the axis, where it hides no point however many there are. Placed by the figure, not by
+    # the plot: it then keeps its distance at any size.
+    "legend": {"orientation": "h", "x": 0, "xanchor": "left", "yref": "container", "y": 0.01},
 }
-_HOVER_LABEL = {"align": "left", "bgcolor": "#ffffff", "font": {"color": "#24292f"}}
-# Under the axis, where it hides no point however many there are. Placed by the figure, not by the
-# plot: it then keeps its distance at any size.
-_LEGEND = {"orientation": "h", "x": 0, "xanchor": "left", "yref": "container", "y": 0.01}
 _HOVER_LENGTH, _HOVER_WIDTH = 200, 60
 
 
-def layout(title: str, width: int = 820, height: int = 520, **more: Any) -> dict[str, Any]:
-    """The layout of every figure, and what one has beside."""
-    return {
-        "template": "plotly_white",
-        "font": _FONT,
+def figure(
+    traces: go.Scatter | go.Heatmap | Sequence[go.Scatter],
+    title: str,
+    across: dict[str, Any] | None = None,
+    up: dict[str, Any] | None = None,
+    width: int = 820,
+    height: int = 520,
+    **more: Any,
+) -> go.Figure:
+    """A figure of these traces, on these two axes."""
+    layout = {
+        **_LAYOUT,
         "title": {"text": title or None, "x": 0.02, "xanchor": "left"},
         "margin": {"l": 64, "r": 24, "t": 56 if title else 16, "b": 108},
         "width": width,
         "height": height,
-        "paper_bgcolor": "#ffffff",
-        "plot_bgcolor": "#ffffff",
-        "hoverlabel": _HOVER_LABEL,
-        "legend": _LEGEND,
         **more,
     }
+    return go.Figure(traces, {**layout, "xaxis": across or {}, "yaxis": up or {}})
+
+
+def points(x: Any, y: Any, marker: dict[str, Any], **more: Any) -> go.Scatter:
+    """A dot at each place; `marker` is how it looks."""
+    return go.Scatter(x=x, y=y, mode="markers", marker=marker, **more)
+
+
+def line(x: Any, y: Any, look: dict[str, Any], **more: Any) -> go.Scatter:
+    """A line through all places."""
+    return go.Scatter(x=x, y=y, mode="lines", line=look, **more)
 
 
 def axis(title: str | None, **more: Any) -> dict[str, Any]:
@@ -61,16 +80,8 @@ def axis(title: str | None, **more: Any) -> dict[str, Any]:
 
 def colour_bar(title: str, side: str = "top", **more: Any) -> dict[str, Any]:
     """A bar of colours along the bottom of the figure."""
-    return {
-        "title": {"text": title, "side": side},
-        "orientation": "h",
-        "thickness": 10,
-        "len": 0.6,
-        "yref": "container",
-        "y": 0,
-        "yanchor": "bottom",
-        **more,
-    }
+    name = {"title": {"text": title, "side": side}, "orientation": "h", "thickness": 10}
+    return {**name, "len": 0.6, "yref": "container", "y": 0, "yanchor": "bottom", **more}
 
 
 def whole_numbers(count: int) -> dict[str, Any]:
@@ -82,18 +93,3 @@ def wrapped(text: str, length: int = _HOVER_LENGTH) -> str:
     """Text for a hover label: cut, wrapped, and with nothing in it that plotly takes for HTML."""
     short = printable(text[:length] if len(text) <= length else text[: length - 1] + "…")
     return "<br>".join(html.escape(line) for line in textwrap.wrap(short, _HOVER_WIDTH))
-
-
-def check_frame(frame: pd.DataFrame, argument: str, columns: Sequence[str]) -> None:
-    """Refuse a frame that lacks columns or rows.
-
-    Raises:
-        ValueError: it does.
-    """
-    missing = [column for column in columns if column not in frame]
-    if missing or not len(frame):
-        raise ValueError(
-            f"{argument}: "
-            + (f"lacks the columns {missing}" if missing else "has no rows")
-            + "; pass the frame as the analysis returned it"
-        )

@@ -26,18 +26,12 @@ def token_presence(
     projection. The first token, whose residual is an outlier in most models, is left white.
 
     Args:
-        model: a TransformerLens model.
-        vector: exactly one vector; its length does not matter.
-        text: a raw text, of more than one token.
+        vector: exactly one; its length does not matter.
+        text: raw, of more than one token.
         layer: after which block to look; None takes the layer that the vector was found at.
 
     Returns:
-        circuitsvis's coloured tokens, for a notebook or, as `str`, for a page. The script is in
-        it: nothing is asked of the internet.
-
-    Raises:
-        ValueError: more or fewer than one vector, or one that has no direction; unknown layer; a
-            text without a second token.
+        For a notebook or, as `str`, for a page; it makes no network requests.
     """
     tokens, values = token_projections(model, vector, text, layer)
     largest = max(map(abs, values))

@@ -1,26 +1,30 @@
-"""What the page shows: given, or computed here by asking the analyses."""
+"""What the page shows of a library and its families: given, or computed by the analyses."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
+import torch
 from torch import Tensor
 
-from tl_melbo import story
+from tl_melbo import checks, plots
 from tl_melbo.activation_map import ActivationMap
-from tl_melbo.analysis import Behaviours, behaviours, cosine_similarity, kl_divergence
+from tl_melbo.analysis import behaviours, cosine_similarity, kl_divergence
 from tl_melbo.analysis._completions import COMPLETION_COLUMNS, collect_completions
 from tl_melbo.analysis._family import Family
 from tl_melbo.analysis._side_effects import COLUMNS
 from tl_melbo.files import replacing
 from tl_melbo.model.bridge import Model
-from tl_melbo.plots import cosine_heatmap, objective_history, specificity_points
 from tl_melbo.report import _render, _tables
-from tl_melbo.report._family import family_part
 from tl_melbo.shapes import shape_checked
 from tl_melbo.steering import as_chat
 from tl_melbo.vectors import SteeringVectors
+
+# The first token's residual is far longer than the others' and would decide every cosine.
+_AFTER_THE_FIRST = slice(1, None)
+_SCALINGS = {"raw": "", "reference norm": " at theta0’s norm", "mean norm": " at members’ norm"}
 
 
 @shape_checked
@@ -42,37 +46,29 @@ def write(
 ) -> pd.DataFrame:
     """Write one HTML file about a library: its settings, completions, numbers and figures.
 
-    Whatever is not given is computed. The file needs nothing else and makes no network requests.
+    Completions that are not given are written. The file is replaced whole or not at all; it makes
+    no network requests.
 
     Args:
-        path: the file to write; replaced whole or not at all.
-        model: a TransformerLens model.
-        found: the vectors.
-        completions: what `collect_completions` gives.
-        activation_map: the map that the vectors were found with; None leaves out the comparison
-            of effects.
-        families: MELBO-ortho families of some of the vectors, from `collect_family`; each gets
-            a part of the page.
-        side_effects: what `evaluation.side_effects` gives for these vectors; None leaves them out.
+        completions: as `collect_completions` gives them.
+        activation_map: the map that the vectors were found with; without it, effects are not shown.
+        families: from `collect_family`; each gets a part of the page.
+        side_effects: as `analysis.side_effects` gives it for these vectors.
         prompts: what to complete; None takes those of `completions`, or those of the story.
-        max_new_tokens: the most tokens of each completion.
         title: the page's heading; None takes the prompt.
         layer: after which block to add the vectors; None takes the layer they were found at.
         chat: format the prompts as chat; None does as was done when the vectors were found.
-        batch_size: rows of a batch.
 
     Returns:
         The page's table, one row a vector and prompt: index, prompt, what the method measured
-        (objective, for example; where known), kl (of the next token's distribution to the unsteered
-        model's, KL(P_vector || P_unsteered), in nats), specificity and loss_increase (where side
-        effects are given), behaviour (what `analysis.behaviours` grouped its completion with),
-        completion, negated_completion.
+        (objective, for example; where known), kl (KL(P_vector || P_unsteered) of the next token, in
+        nats), specificity and loss_increase (where side effects are given), behaviour (what
+        `analysis.behaviours` grouped its completion with), completion, negated_completion.
 
     Raises:
-        ValueError: no vectors, no prompt given or known, completions or side effects of another
-            shape; a zero vector; also as `generate` and `kl_divergence` do.
-        FileNotFoundError: the folder does not exist.
-        PermissionError: the folder cannot be written to.
+        ValueError: no vectors or a zero one, no prompt, completions or side effects of others; also
+            as `generate` and `kl_divergence` do.
+        FileNotFoundError, PermissionError: the folder does not exist, or cannot be written to.
     """
     if not len(found):
         raise ValueError("found: holds no vectors; there is nothing to show")
@@ -93,31 +89,28 @@ def write(
                 model, texts, found, max_new_tokens=max_new_tokens, **options
             )
         kl = {text: kl_divergence(model, text, found, **options).tolist() for text in texts}
-        groups = _groups(model, completions, as_chat(found, chat), batch_size)
+        # A vector's negative has a completion, but is the same vector.
+        forward = pd.DataFrame(completions[completions["scale"] >= 0])
+        groups = None
+        if not forward.empty:
+            # Its logits are of whole texts: 8 at once take as much memory as many rows of others.
+            at_once = min(batch_size, 8)
+            groups = behaviours(model, forward, chat=as_chat(found, chat), batch_size=at_once)
         table = _tables.vectors_table(found, completions, kl, groups, side_effects)
         unsteered = completions[completions["vector"] == -1]
-        page = _page(
-            found,
-            table,
-            dict(zip(unsteered["prompt"], unsteered["completion"], strict=True)),
-            groups,
-            _figures(found, similarity, activation_map, side_effects),
-            [family_part(part, activation_map) for part in families],
-            title,
+        page = _render.render(
+            title=title,
+            prompts=texts,
+            unsteered=dict(zip(unsteered["prompt"], unsteered["completion"], strict=True)),
+            **_render.library_facts(found),
+            **_tables.groups_part(groups, found, many_prompts=len(texts) > 1),
+            columns=_tables.vectors_columns(table, found),
+            rows=table.to_dict("records"),
+            figures=_figures(found, similarity, activation_map, side_effects),
+            families=[_family_part(part, activation_map) for part in families],
         )
         temporary.write_text(page, encoding="utf-8", newline="\n")
     return table
-
-
-def _groups(
-    model: Model, completions: pd.DataFrame, chat: bool, batch_size: int
-) -> Behaviours | None:
-    """The behaviours of the vectors; their negatives have completions, but are the same vectors."""
-    forward = pd.DataFrame(completions[completions["scale"] >= 0])
-    if forward.empty:
-        return None
-    # Its logits are of whole texts: 8 at once take as much memory as many rows of the others.
-    return behaviours(model, forward, chat=chat, batch_size=min(batch_size, 8))
 
 
 def _prompts(found: SteeringVectors, prompts: str | Sequence[str] | None) -> list[str]:
@@ -131,10 +124,8 @@ def _prompts(found: SteeringVectors, prompts: str | Sequence[str] | None) -> lis
 
 
 def _check_completions(completions: pd.DataFrame, found: SteeringVectors) -> None:
-    missing = [name for name in COMPLETION_COLUMNS if name not in completions.columns]
-    if missing or completions.empty:
-        what = f"lacks the columns {missing}" if missing else "is empty"
-        raise ValueError(f"completions: {what}; pass what report.collect_completions returns")
+    advice = "pass what report.collect_completions returns"
+    checks.columns(completions, COMPLETION_COLUMNS, "completions", advice)
     unknown = sorted(set(completions["vector"]) - set(range(-1, len(found))))
     if unknown:
         raise ValueError(
@@ -144,14 +135,8 @@ def _check_completions(completions: pd.DataFrame, found: SteeringVectors) -> Non
 
 
 def _check_side_effects(side_effects: pd.DataFrame, found: SteeringVectors) -> None:
-    is_number = pd.api.types.is_numeric_dtype
-    columns = side_effects.columns
-    missing = [name for name in COLUMNS if name not in columns or not is_number(side_effects[name])]
-    if missing:
-        raise ValueError(
-            f"side_effects: lacks the columns {missing}, or holds no numbers there; pass what "
-            "evaluation.side_effects returns"
-        )
+    advice = "pass what analysis.side_effects returns"
+    checks.columns(side_effects, COLUMNS, "side_effects", advice, numbers=True)
     if [*side_effects["vector"]] != [*range(len(found))]:
         raise ValueError(
             f"side_effects: {len(side_effects)} rows that are not those of vectors 0 to "
@@ -164,57 +149,88 @@ def _figures(
     similarity: Tensor,
     activation_map: ActivationMap | None,
     side_effects: pd.DataFrame | None,
-) -> dict[str, go.Figure | None]:
+) -> dict[str, Any]:
     numbers = found.columns["index"].tolist()
     labels = None if numbers == list(range(len(found))) else numbers
-    specificity = None
+    figures: dict[str, go.Figure | None] = dict.fromkeys(("specificity", "history"))
     # Of rows without a finite number nothing can be drawn.
     if side_effects is not None and any(side_effects["specificity"].notna()):
-        specificity = specificity_points(side_effects.assign(vector=numbers), "")
-    has_history = found.history is not None and found.history.numel() > 0
+        figures["specificity"] = plots.specificity_points(side_effects.assign(vector=numbers), "")
+    if found.history is not None and found.history.numel():
+        figures["history"] = plots.objective_history(found, "")
+    figures["vectors"] = plots.cosine_heatmap(similarity, "", labels=labels)
+    positions = _render.positions_of(found)
+    figures["effects"] = _render.effects_heatmap(found, activation_map, positions, labels)
+    return _render.figures_json(figures)
+
+
+def _family_part(part: Family, activation_map: ActivationMap | None) -> dict[str, Any]:
+    """What the page's template shows of a family."""
+    vectors, numbers = part.vectors, part.vectors.columns["index"].tolist()
+    rows = {kind: frame.to_dict("records") for kind, frame in part.table.groupby("kind")}
+    (unsteered,), (reference,) = rows["unsteered"], rows["reference"]
+    window = min(50, max(1, len(vectors) // 4))
+    both = SteeringVectors(torch.cat([part.reference.vectors, vectors.vectors]))
+    similarity = cosine_similarity(both)
+    labels = ["θ₀", *numbers]
+    figures = {
+        "kl": _kl_curve(part, rows, window),
+        "norm": plots.norm_curve(vectors, window, ""),
+        "distance": plots.distance_curve(vectors, float(unsteered["distance"]), window, ""),
+        "vectors": plots.cosine_heatmap(similarity, "", labels=labels),
+        "effects": _render.effects_heatmap(both, activation_map, _AFTER_THE_FIRST, labels),
+        "composition": plots.composition_curves(part.composition, title=""),
+    }
+    chosen = vectors.story.get("hyperparameters", {})
+    facts = {
+        "Vectors": len(vectors),
+        "Norms": f"{vectors.norms.min():.4g} to {vectors.norms.max():.4g}",
+        "Norm of theta0": f"{reference['norm']:.4g}",
+        "Optimiser": chosen.get("optimiser"),
+        "Norm penalty": chosen.get("norm_penalty") or None,
+        "Largest |cosine|": f"{float(similarity.fill_diagonal_(0.0).abs().max()):.1e}",
+    }
     return {
-        "vectors": cosine_heatmap(similarity, "", labels=labels),
-        "effects": _render.effects_heatmap(found, activation_map, _positions(found), labels),
-        "specificity": specificity,
-        "history": objective_history(found, "") if has_history else None,
+        "number": part.number,
+        "n_vectors": len(vectors),
+        "window": window,
+        "facts": _render.known(facts),
+        "settings": _render.settings(vectors.story),
+        "reference": reference["completion"],
+        "unsteered_kl": float(unsteered["kl_to_reference"]),
+        "figures": _render.figures_json(figures),
+        "columns": _tables.FAMILY,
+        "rows": rows["family"],
+        "composition_columns": _tables.COMPOSITION,
+        "composition_rows": _composition_rows(part.composition),
     }
 
 
-def _positions(found: SteeringVectors) -> slice:
-    return story.slice_from_json(found.story.get("hyperparameters", {}).get("positions"))
-
-
-def _page(
-    found: SteeringVectors,
-    table: pd.DataFrame,
-    unsteered: Mapping[str, str],
-    groups: Behaviours | None,
-    figures: Mapping[str, go.Figure | None],
-    families: Sequence[Mapping[str, object]],
-    title: str | None,
-) -> str:
-    prompts = list(dict.fromkeys(table["prompt"]))
-    measure = _tables.measure_shown(found)
-    return _render.render(
-        title=title,
-        prompts=prompts,
-        about=story.about_of(found.story),
-        facts=_render.facts(found),
-        settings=_render.settings(found.story),
-        layer=found.story.get("source_layer"),
-        positions=story.slice_text(_positions(found)),
-        orthogonal=bool(found.story.get("hyperparameters", {}).get("orthogonal")),
-        n_vectors=len(found),
-        measure=measure,
-        not_converged=_tables.not_converged(found),
-        unsteered=unsteered,
-        groups=None if groups is None else _tables.groups_rows(groups, found),
-        n_distinct=0 if groups is None else groups.n_distinct,
-        n_incoherent=0 if groups is None else [*groups.texts["coherent"]].count(False),
-        grouped_by_words=groups is not None and groups.embedder == "words",
-        group_columns=_tables.groups_columns(many_prompts=len(prompts) > 1),
-        columns=_tables.vectors_columns(table, measure),
-        rows=table.to_dict("records"),
-        figures=_render.figures_json(figures),
-        families=families,
+def _kl_curve(part: Family, rows: dict[Any, list[dict[str, Any]]], window: int) -> Any:
+    names = {
+        "unsteered": "unsteered",
+        "random": "random vectors of the same norms",
+        "rescaled": f"the family at norm {part.reference.norms[0]:.4g}",
+    }
+    kl = {k: torch.tensor([row["kl_to_reference"] for row in some]) for k, some in rows.items()}
+    return plots.kl_curve(
+        kl["family"],
+        part.vectors,
+        completions=[str(row["completion"]) for row in rows["family"]],
+        window=window,
+        baselines={name: kl[kind] for kind, name in names.items()},
+        title="",
     )
+
+
+def _composition_rows(composed: pd.DataFrame) -> list[dict[str, Any]]:
+    return [
+        {
+            **row,
+            "members": " ".join(map(str, row["members"])),
+            "what": row["combination"] + _SCALINGS[row["scaling"]],
+        }
+        for row in composed.to_dict("records")
+        # Rescaled, the sum is the mean: one row is enough.
+        if row["combination"] == "mean" or row["scaling"] == "raw"
+    ]

@@ -4,7 +4,6 @@ import hashlib
 import json
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,11 @@ from markupsafe import Markup
 from plotly.io.json import to_json_plotly
 from plotly.offline import get_plotlyjs
 
+from tl_melbo import story
 from tl_melbo.activation_map import ActivationMap
 from tl_melbo.analysis import cosine_similarity
 from tl_melbo.plots import cosine_heatmap
-from tl_melbo.story import slice_from_json, slice_text
+from tl_melbo.report._tables import measure_shown, not_converged
 from tl_melbo.text import printable
 from tl_melbo.vectors import SteeringVectors
 
@@ -34,7 +34,8 @@ def render(**contents: Any) -> str:
     )
     environment.filters["shown"] = _shown
     bundle = Path(itables.options.dt_bundle)
-    plotly_js, page_js = _plotly_js(), _normal(_beside("page.js"))
+    # Newlines as the browser will see them: the scripts' hashes depend on it.
+    plotly_js, page_js = map(_with_newlines, (get_plotlyjs(), _beside("page.js")))
     return environment.from_string(_beside("page.html.jinja")).render(
         **contents,
         css=Markup(_beside("page.css")),
@@ -63,37 +64,54 @@ def effects_heatmap(
     return cosine_heatmap(cosine_similarity(delta), "", labels=labels)
 
 
-def facts(found: SteeringVectors) -> list[tuple[str, str]]:
-    """What a reader wants to know first."""
-    story, chosen = found.story, found.story.get("hyperparameters", {})
-    source, target = story.get("source_layer"), story.get("target_layer")
-    norms = found.norms
-    same = float(norms.max() - norms.min()) <= 1e-3 * float(norms.max())
-    radius = f"{norms.max():.4g}" if same else f"{norms.min():.4g} to {norms.max():.4g}"
-    if "calibration" in story:
-        radius += " (calibrated)"
-    named = {
-        "Model": story.get("model"),
-        "Method": story.get("method"),
+def library_facts(found: SteeringVectors) -> dict[str, Any]:
+    """What the page's template tells of a library."""
+    about, chosen = found.story, found.story.get("hyperparameters", {})
+    source, target = about.get("source_layer"), about.get("target_layer")
+    low, high = float(found.norms.min()), float(found.norms.max())
+    radius = f"{high:.4g}" if high - low <= 1e-3 * high else f"{low:.4g} to {high:.4g}"
+    facts = {
+        "Model": about.get("model"),
+        "Method": about.get("method"),
         "Layers": source if target is None else f"{source} → {target}",
         "Vectors": len(found),
-        "Norm": radius,
+        "Norm": f"{radius} (calibrated)" if "calibration" in about else radius,
         "Optimiser": chosen.get("optimiser"),
-        "Seed": story.get("seed"),
-        "Date": str(story.get("date", ""))[:10] or None,
+        "Seed": about.get("seed"),
+        "Date": str(about.get("date", ""))[:10] or None,
     }
-    return [(name, str(value)) for name, value in named.items() if value is not None]
+    return {
+        "facts": known(facts),
+        "settings": settings(about),
+        "about": story.about_of(about),
+        "layer": source,
+        "positions": story.slice_text(positions_of(found)),
+        "orthogonal": bool(chosen.get("orthogonal")),
+        "n_vectors": len(found),
+        "measure": measure_shown(found),
+        "not_converged": not_converged(found),
+    }
 
 
-def settings(story: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+def positions_of(found: SteeringVectors) -> slice:
+    """Where the effects of a library's vectors were measured."""
+    return story.slice_from_json(found.story.get("hyperparameters", {}).get("positions"))
+
+
+def known(facts: Mapping[str, object]) -> list[tuple[str, str]]:
+    """The facts that are not None, as texts."""
+    return [(name, str(value)) for name, value in facts.items() if value is not None]
+
+
+def settings(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """Every fact of the metadata as name and text, nested ones flattened."""
     pairs: list[tuple[str, str]] = []
-    for name, value in story.items():
+    for name, value in facts.items():
         if isinstance(value, Mapping):
             inner = "" if name == "hyperparameters" else f"{name}: "
             pairs += settings(value, prefix + inner)
         elif name == "positions" and isinstance(value, list) and len(value) == 3:
-            pairs.append((prefix + name, slice_text(slice_from_json(value))))
+            pairs.append((prefix + name, story.slice_text(story.slice_from_json(value))))
         elif name == "prompts" and isinstance(value, list):
             pairs.append((prefix + name, "\n".join(map(str, value))))
         else:
@@ -103,7 +121,7 @@ def settings(story: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]
 
 
 def figures_json(figures: Mapping[str, go.Figure | None]) -> dict[str, Markup | None]:
-    """Figures as JSON that fill the width they get and cannot end the script they lie in."""
+    """Figures as JSON that fill the width they get and cannot end the script that holds them."""
     return {name: figure and _figure_json(figure) for name, figure in figures.items()}
 
 
@@ -116,10 +134,10 @@ def _figure_json(figure: go.Figure) -> Markup:
 
 def _shown(value: Any) -> str:
     """Text for the page: printable, and cut where a browser would choke on it."""
-    if isinstance(value, float):
-        return "–" if value != value else f"{value:#.4g}"
-    if value is None:
+    if value is None or value != value:
         return "–"
+    if isinstance(value, float):
+        return f"{value:#.4g}"
     text = str(value)
     if len(text) > _LONGEST_SHOWN:
         text = f"{text[:_LONGEST_SHOWN]}… [cut: {len(text):,} characters in all]"
@@ -130,13 +148,7 @@ def _beside(name: str) -> str:
     return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
-@cache
-def _plotly_js() -> str:
-    return _normal(get_plotlyjs())
-
-
-def _normal(script: str) -> str:
-    """Newlines as the browser will see them: the script's hash depends on it."""
+def _with_newlines(script: str) -> str:
     return script.replace("\r\n", "\n").replace("\r", "\n")
 
 

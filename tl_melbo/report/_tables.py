@@ -1,7 +1,6 @@
 """The page's tables: what each column is called, and what a reader should know about it."""
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -10,44 +9,54 @@ from tl_melbo.analysis import Behaviours
 from tl_melbo.tables import Table
 from tl_melbo.vectors import SteeringVectors
 
-# Name, label, kind and hint of each column.
-Column = tuple[str, str, str, str]
 
-PROMPT: Column = ("prompt", "Prompt", "text", "What the model was asked")
-_KL: tuple[Column, ...] = (
-    ("kl_to_reference", "KL to theta0", "number", "Divergence of the next token, in nats"),
-    ("kl_to_unsteered", "KL to unsteered", "number", "Divergence of the next token, in nats"),
-)
-_DISTANCE: Column = ("distance", "Distance", "number", "From the mean effect of theta0 to its own")
-FAMILY: tuple[Column, ...] = (
-    ("index", "Vector", "number", "Its number in the family"),
-    ("norm", "Norm", "number", "In units of the residual stream"),
-    _DISTANCE,
-    *_KL,
-    ("completion", "+v", "text", "The completion with the vector added"),
-)
-COMPOSITION: tuple[Column, ...] = (
-    ("size", "Vectors", "number", "How many are added up"),
-    ("subset", "Subset", "word", "The first of the family, or a random choice"),
-    ("members", "IDs", "word", "Numbers of the vectors"),
-    ("what", "Combined", "word", "Mean or sum, and at which norm"),
-    ("norm", "Norm", "number", "Of the combination, in units of the residual stream"),
-    _DISTANCE,
-    *_KL,
-    ("completion", "Completion", "text", "With the combination added"),
-)
-_GROUPS: tuple[Column, ...] = (
-    ("name", "Behaviour", "text", "Words that set its completions apart from the others"),
-    ("n_vectors", "Vectors", "number", "How many bring it out"),
-    ("which", "IDs", "word", "Numbers of the vectors"),
-    ("example", "Example", "text", "The most fluent of its completions"),
-)
+class Column(NamedTuple):
+    """One column; its kind is "number", "word" or "text"."""
+
+    name: str
+    label: str
+    kind: str
+    hint: str
 
 
-def described(columns: Sequence[Column]) -> list[dict[str, str]]:
-    """Columns as the template wants them."""
-    names = ("name", "label", "kind", "hint")
-    return [dict(zip(names, column, strict=True)) for column in columns]
+_PROMPT = Column("prompt", "Prompt", "text", "What the model was asked")
+_EFFECT = (
+    Column("distance", "Distance", "number", "From the mean effect of theta0 to its own"),
+    Column("kl_to_reference", "KL to theta0", "number", "Divergence of the next token, in nats"),
+    Column("kl_to_unsteered", "KL to unsteered", "number", "Divergence of the next token, in nats"),
+)
+FAMILY = (
+    Column("index", "Vector", "number", "Its number in the family"),
+    Column("norm", "Norm", "number", "In units of the residual stream"),
+    *_EFFECT,
+    Column("completion", "+v", "text", "The completion with the vector added"),
+)
+COMPOSITION = (
+    Column("size", "Vectors", "number", "How many are added up"),
+    Column("subset", "Subset", "word", "The first of the family, or a random choice"),
+    Column("members", "IDs", "word", "Numbers of the vectors"),
+    Column("what", "Combined", "word", "Mean or sum, and at which norm"),
+    Column("norm", "Norm", "number", "Of the combination, in units of the residual stream"),
+    *_EFFECT,
+    Column("completion", "Completion", "text", "With the combination added"),
+)
+_GROUPS = (
+    Column("name", "Behaviour", "text", "Words that set its completions apart from the others"),
+    Column("n_vectors", "Vectors", "number", "How many bring it out"),
+    Column("which", "IDs", "word", "Numbers of the vectors"),
+    Column("example", "Example", "text", "The most fluent of its completions"),
+)
+_INDEX = Column("index", "Vector", "number", "found[0], found[1], ...")
+_KL = Column("kl", "KL", "number", "Divergence of the next token from unsteered, in nats")
+_COSTS = (
+    Column("specificity", "Specificity", "number", "1: acts on the prompt alone; 0.5: anywhere"),
+    Column("loss_increase", "Loss", "number", "What it costs on prose, in nats a token"),
+)
+_TEXTS = (
+    Column("behaviour", "Behaviour", "text", "The group of its completion"),
+    Column("completion", "+v", "text", "The completion with the vector added"),
+    Column("negated_completion", "−v", "text", "The completion with the vector subtracted"),
+)
 
 
 def measure_shown(found: SteeringVectors) -> dict[str, Any] | None:
@@ -74,61 +83,52 @@ def vectors_table(
     names = {} if groups is None else _behaviour_names(groups)
     keys = zip(completions["prompt"], completions["vector"], completions["scale"], strict=True)
     written = dict(zip(keys, completions["completion"], strict=True))
-    measure = measure_shown(found)
-    numbers = {} if measure is None else {measure["column"]: found.columns[measure["column"]]}
-    costs = {}
-    if side_effects is not None:
-        costs = {
-            name: side_effects[name].astype(float) for name in ("specificity", "loss_increase")
-        }
-    rows = []
+    measure, costs = measure_shown(found), [column.name for column in _COSTS]
+    frames = []
     for prompt, kl in divergences.items():
-        for vector, index in enumerate(found.columns["index"].tolist()):
-            row = {"index": index, "prompt": prompt}
-            row |= {name: column[vector].item() for name, column in numbers.items()}
-            row |= {"kl": kl[vector]}
-            row |= {name: column.iloc[vector] for name, column in costs.items()}
-            row |= {
-                "behaviour": names.get((prompt, vector)),
-                "completion": written.get((prompt, vector, 1.0)),
-                "negated_completion": written.get((prompt, vector, -1.0)),
-            }
-            rows.append(row)
-    return Table(rows)
+        vectors = range(len(found))
+        frame = Table({"index": found.columns["index"].tolist(), "prompt": prompt})
+        if measure is not None:
+            frame[measure["column"]] = found.columns[measure["column"]].tolist()
+        frame["kl"] = kl
+        if side_effects is not None:
+            frame[costs] = side_effects[costs].astype(float).to_numpy()
+        frame["behaviour"] = [names.get((prompt, vector)) for vector in vectors]
+        for name, scale in (("completion", 1.0), ("negated_completion", -1.0)):
+            frame[name] = [written.get((prompt, vector, scale)) for vector in vectors]
+        frames.append(frame)
+    return Table(pd.concat(frames, ignore_index=True))
 
 
-def vectors_columns(table: pd.DataFrame, measure: dict[str, Any] | None) -> list[dict[str, str]]:
+def vectors_columns(table: pd.DataFrame, found: SteeringVectors) -> list[Column]:
     """The columns of `vectors_table` that hold something."""
-    columns: list[Column] = [("index", "Vector", "number", "found[0], found[1], ...")]
-    if len(set(table["prompt"])) > 1:
-        columns.append(PROMPT)
+    measured, measure = [], measure_shown(found)
     if measure is not None:
         label = measure["label"][:1].upper() + measure["label"][1:]
         hint = f"What the search measured of it, in {measure['unit']}"
-        columns.append((measure["column"], label, "number", hint))
-    columns.append(("kl", "KL", "number", "Divergence of the next token from unsteered, in nats"))
-    if "specificity" in table.columns:
-        columns += [
-            ("specificity", "Specificity", "number", "1: acts on the prompt alone; 0.5: anywhere"),
-            ("loss_increase", "Loss", "number", "What it costs on prose, in nats a token"),
-        ]
-    texts: tuple[Column, ...] = (
-        ("behaviour", "Behaviour", "text", "The group of its completion"),
-        ("completion", "+v", "text", "The completion with the vector added"),
-        ("negated_completion", "−v", "text", "The completion with the vector subtracted"),
-    )
-    columns += [
-        column for column in texts if any(isinstance(text, str) for text in table[column[0]])
+        measured = [Column(measure["column"], label, "number", hint)]
+    prompt = [_PROMPT] if len(set(table["prompt"])) > 1 else []
+    return [
+        column
+        for column in (_INDEX, *prompt, *measured, _KL, *_COSTS, *_TEXTS)
+        if column.name in table and (column.kind == "number" or any(table[column.name].notna()))
     ]
-    return described(columns)
 
 
-def groups_columns(many_prompts: bool) -> list[dict[str, str]]:
-    """The columns of `groups_rows`."""
-    return described([PROMPT, *_GROUPS] if many_prompts else _GROUPS)
+def groups_part(
+    groups: Behaviours | None, found: SteeringVectors, many_prompts: bool
+) -> dict[str, Any]:
+    """What the page's template shows of the behaviours."""
+    return {
+        "groups": None if groups is None else _groups_rows(groups, found),
+        "n_distinct": 0 if groups is None else groups.n_distinct,
+        "n_incoherent": 0 if groups is None else [*groups.texts["coherent"]].count(False),
+        "grouped_by_words": groups is not None and groups.embedder == "words",
+        "group_columns": [_PROMPT, *_GROUPS] if many_prompts else _GROUPS,
+    }
 
 
-def groups_rows(groups: Behaviours, found: SteeringVectors) -> list[dict[str, Any]]:
+def _groups_rows(groups: Behaviours, found: SteeringVectors) -> list[dict[str, Any]]:
     """The table of behaviours, vectors called by their numbers in the library.
 
     What was filtered out comes last, for whoever reads what a machine would not.

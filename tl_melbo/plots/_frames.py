@@ -1,0 +1,280 @@
+"""The frames that the analyses return, as figures. A frame without its columns: ValueError."""
+
+import math
+from collections.abc import Iterator
+from typing import Any, Literal, get_args
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from tl_melbo import checks
+from tl_melbo.plots import _style
+from tl_melbo.plots._style import (
+    BLUE,
+    DOTTED,
+    GREY,
+    HOVER,
+    OTHERS,
+    axis,
+    figure,
+    line,
+    points,
+    wrapped,
+)
+from tl_melbo.shapes import shape_checked
+
+Measure = Literal["kl_to_reference", "kl_to_unsteered", "distance"]
+
+_ADVICE = "pass the frame as the analysis returned it"
+_AXIS_TITLES = {
+    "kl_to_reference": "KL to the reference (nats)",
+    "kl_to_unsteered": "KL to the unsteered model (nats)",
+    "distance": "distance (residual-stream units)",
+}
+# Combination, scaling, and what to call them. Rescaled, the sum is the mean: drawn once.
+_KINDS = (
+    ("mean", "raw", "mean"),
+    ("sum", "raw", "sum"),
+    ("mean", "reference norm", "at the reference's norm"),
+    ("mean", "mean norm", "at the members' mean norm"),
+)
+
+
+@shape_checked
+def composition_curves(
+    composed: pd.DataFrame, measure: Measure | None = None, title: str = "Vectors added up"
+) -> go.Figure:
+    """Draw what adding up does against how many are added: lines for the first k, rings for random.
+
+    Args:
+        composed: as `analysis.composition` gives it.
+        measure: the column on the vertical axis; None takes "kl_to_reference", or without a
+            reference "kl_to_unsteered".
+    """
+    columns = ("size", "members", "subset", "combination", "scaling", "norm", "completion")
+    checks.columns(composed, (*columns, *get_args(Measure)), "composed", _ADVICE)
+    if measure is None:
+        known = np.isfinite(composed["kl_to_reference"].to_numpy()).any()
+        measure = "kl_to_reference" if known else "kl_to_unsteered"
+    if np.isnan(composed[measure].to_numpy()).all():
+        raise ValueError(
+            f"measure={measure!r}: not known without a reference; compose with reference=, or "
+            "choose 'kl_to_unsteered'"
+        )
+    groups = dict(iter(composed.groupby(["combination", "scaling", "subset"])))
+    traces = [
+        _composition_trace(groups[combination, scaling, subset], measure, name, subset, colour)
+        for (combination, scaling, name), colour in zip(_KINDS, (BLUE, *OTHERS), strict=False)
+        for subset in ("first", "random")
+        if (combination, scaling, subset) in groups
+    ]
+    across = axis("vectors added up", tickvals=sorted(set(composed["size"])), tickformat=",d")
+    return figure(traces, title, across, axis(_AXIS_TITLES[measure], rangemode="tozero"))
+
+
+def _composition_trace(
+    rows: pd.DataFrame, measure: str, name: str, subset: str, colour: str
+) -> go.Scatter:
+    first = subset == "first"
+    hover = [
+        f"{subset} {row['size']}, {name}<br>members {wrapped(str(list(row['members'])), 100)}"
+        f"<br>{measure.replace('_', ' ')} {row[measure]:.4g}, norm {row['norm']:.4g}"
+        f"<br>{wrapped(row['completion'])}"
+        for row in rows.to_dict("records")
+    ]
+    trace = line(rows["size"], rows[measure], {"width": 1.8, "color": colour}, legendgroup=name)
+    trace.update(name=name if first else f"{name}, random", showlegend=first)
+    trace.update(mode="lines+markers" if first else "markers")
+    trace.update(
+        marker={"size": 8, "color": colour, "symbol": "circle" if first else "circle-open"}
+    )
+    return trace.update(customdata=hover, hovertemplate=HOVER)
+
+
+@shape_checked
+def scale_curves(
+    swept: pd.DataFrame,
+    *,
+    changed: float = 0.5,
+    repetitive: float = 0.2,
+    title: str = "Changed and still coherent",
+) -> go.Figure:
+    """Draw KL and repetition against scale, with the window between too weak and too strong shaded.
+
+    Thin lines are vectors, thick ones their median. The window is where the median KL is at least
+    `changed` and the median repetition at most `repetitive`. Text can be incoherent without
+    repeating itself: read the completions too.
+
+    Args:
+        swept: as `analysis.scale_sweep` gives it.
+        changed: KL to the unsteered model, in nats, from which on the output counts as changed.
+        repetitive: share of repeated 3-grams up to which it counts as coherent.
+    """
+    columns = ("vector", "scale", "norm", "kl", "repetition", "completion")
+    checks.columns(swept, columns, "swept", _ADVICE)
+    median = swept.groupby("scale").median(numeric_only=True)
+    inside = (median["kl"] >= changed) & (median["repetition"] <= repetitive)
+    windows = _windows(median.index.to_numpy(), inside.to_numpy())
+    empty = figure([], title, height=600)
+    panels = make_subplots(2, 1, shared_xaxes=True, vertical_spacing=0.06, figure=empty)
+    shown = (("kl", "KL (nats)", changed), ("repetition", "repetition", repetitive))
+    for row, (column, name, threshold) in enumerate(shown, start=1):
+        place: dict[str, Any] = {"row": row, "col": 1}
+        for trace in _scale_traces(swept, median, column):
+            panels.add_trace(trace.update(showlegend=row == 1 and trace.showlegend), **place)
+        panels.add_hline(threshold, line=DOTTED, **place)
+        window = {"fillcolor": OTHERS[1], "opacity": 0.14, "line_width": 0, "layer": "below"}
+        for left, right in windows:
+            panels.add_vrect(left, right, **window, **place)
+        panels.update_yaxes(axis(name, rangemode="tozero"), **place)
+    return panels.update_xaxes(axis(None)).update_xaxes(axis("scale"), row=2, col=1)
+
+
+def _scale_traces(swept: pd.DataFrame, median: pd.DataFrame, column: str) -> Iterator[go.Scatter]:
+    each = {"name": "each vector", "legendgroup": "each vector", "opacity": 0.6}
+    for number, (_, rows) in enumerate(swept.sort_values("scale").groupby("vector")):
+        hover = [
+            f"vector {row['vector']} at {row['scale']:g} (norm {row['norm']:.4g})<br>"
+            f"{column} {row[column]:.4g}<br>{wrapped(row['completion'])}"
+            for row in rows.to_dict("records")
+        ]
+        look = {"width": 1, "color": _style.PALE_BLUE}
+        trace = line(rows["scale"], rows[column], look, customdata=hover, **each)
+        trace.update(mode="lines+markers", marker={"size": 5}, hovertemplate=HOVER)
+        yield trace.update(showlegend=number == 0)
+    middle = {"name": "median", "legendgroup": "median", "showlegend": True, "hoverinfo": "skip"}
+    yield line(median.index, median[column], {"width": 2.6, "color": BLUE}, **middle)
+
+
+def _windows(scales: np.ndarray, inside: np.ndarray) -> list[tuple[float, float]]:
+    """From half-way before each scale inside to half-way after it."""
+    if len(scales) < 2:
+        return []
+    middles = (scales[1:] + scales[:-1]) / 2
+    edges = np.concatenate([scales[:1], middles, scales[-1:]])
+    return [(float(edges[i]), float(edges[i + 1])) for i in np.flatnonzero(inside)]
+
+
+@shape_checked
+def transfer_heatmap(
+    transferred: pd.DataFrame, title: str = "Effect on other prompts"
+) -> go.Figure:
+    """Draw the KL of every vector on every prompt, as `analysis.transfer` gives it.
+
+    Hovering shows what the model writes.
+    """
+    columns = ("prompt", "vector", "kl", "completion", "unsteered_completion")
+    checks.columns(transferred, columns, "transferred", _ADVICE)
+    n_vectors = len(set(transferred["vector"]))
+    prompts = transferred["prompt"].to_numpy()[::n_vectors]
+    hover = [
+        f"vector {row['vector']}, KL {row['kl']:.4g}<br>{wrapped(row['completion'])}<br><br>"
+        f"unsteered:<br>{wrapped(row['unsteered_completion'])}"
+        for row in transferred.to_dict("records")
+    ]
+    z = transferred["kl"].to_numpy().reshape(-1, n_vectors)
+    look = {"zmin": 0, "zmax": z.max(), "colorscale": _style.SEQUENTIAL}
+    look["colorbar"] = _style.colour_bar("KL to unsteered (nats)", side="bottom")
+    shown = {"customdata": np.array(hover).reshape(z.shape), "hovertemplate": HOVER}
+    numbers = transferred["vector"].to_numpy()[:n_vectors]
+    heatmap = go.Heatmap(z=z, x=numbers, **look, **shown)
+    # By number, not by name: two prompts may begin alike.
+    names = [wrapped(prompt, 40) for prompt in prompts]
+    ticks = {"tickvals": list(range(len(prompts))), "ticktext": names}
+    down = axis(None, showgrid=False, autorange="reversed", automargin=True, **ticks)
+    height = max(440, 240 + 32 * len(prompts))
+    return figure(heatmap, title, axis("vector", showgrid=False), down, height=height)
+
+
+@shape_checked
+def presence_points(
+    scanned: pd.DataFrame, q: float = 0.05, title: str = "Presence in the unsteered model"
+) -> go.Figure:
+    """Draw the AUROC of every vector, those beyond the random-direction null apart.
+
+    Args:
+        scanned: as `analysis.presence` gives it.
+        q: adjusted p-values below this count as found.
+    """
+    numbers = ("mean_projection", "mean_projection_control", "p_value", "p_adjusted")
+    checks.columns(scanned, ("index", "auroc", *numbers), "scanned", _ADVICE)
+    found = scanned["p_adjusted"] < q
+    hover = (
+        "vector %{x}<br>AUROC %{y:.3f}<br>mean projection %{customdata[0]:.3g}, in control "
+        "%{customdata[1]:.3g}<br>p %{customdata[2]:.3g}, adjusted %{customdata[3]:.3g}"
+        "<extra></extra>"
+    )
+    traces = []
+    for rows, name, colour, symbol in (
+        (scanned[~found], "like random directions", "#8c959f", "circle-open"),
+        (scanned[found], f"adjusted p < {q:g}", OTHERS[0], "diamond"),
+    ):
+        look = {"size": 8, "color": colour, "symbol": symbol}
+        more = {"name": f"{name} ({len(rows)})", "customdata": np.asarray(rows[[*numbers]])}
+        traces.append(points(rows["index"], rows["auroc"], look, hovertemplate=hover, **more))
+    up = axis("AUROC, texts against control", range=[-0.03, 1.03])
+    drawn = figure(traces, title, axis("vector", tickformat=",d"), up, showlegend=True)
+    return drawn.add_hline(0.5, line=DOTTED)
+
+
+@shape_checked
+def specificity_points(
+    measured: pd.DataFrame, title: str = "Effect on the prompt and elsewhere"
+) -> go.Figure:
+    """Draw what every vector does on its prompt against what it does elsewhere.
+
+    On the dotted diagonal a vector acts alike on both: specificity 0.5. The darker a dot, the more
+    the vector costs on ordinary prose. The frame is that of `analysis.side_effects`.
+    """
+    columns = ("vector", "kl_target", "kl_unrelated", "specificity", "loss_increase")
+    checks.columns(measured, columns, "measured", _ADVICE)
+    # A row that was not finite has no place.
+    measured = pd.DataFrame(measured[measured["specificity"].notna()])
+    checks.columns(measured, columns, "measured", _ADVICE)
+    elsewhere = measured["kl_unrelated"].clip(lower=_style.SMALLEST_KL).tolist()
+    target = measured["kl_target"].clip(lower=_style.SMALLEST_KL).tolist()
+    hover = (
+        "vector %{customdata[0]}<br>KL on the prompt %{y:.3g}, elsewhere %{x:.3g}<br>specificity "
+        "%{customdata[1]:.2f}<br>loss increase %{customdata[2]:.3g}<extra></extra>"
+    )
+    told = measured[["vector", "specificity", "loss_increase"]].to_numpy()
+    look = _by_loss(measured["loss_increase"].to_numpy())
+    dots = points(elsewhere, target, look, customdata=told, hovertemplate=hover)
+    names = {"textposition": "top center", "textfont": {"size": 9, "color": GREY}}
+    dots.update(mode="markers+text", text=measured["vector"], **names)
+    low, high = 0.6 * min(*elsewhere, *target), 1.7 * max(*elsewhere, *target)
+    ticks = _round_numbers(low, high)
+    logarithmic = {
+        "type": "log",
+        "tickvals": ticks,
+        "ticktext": [f"{tick:g}" for tick in ticks],
+        "range": [math.log10(low), math.log10(high)],
+    }
+    across = axis("mean KL on unrelated prompts (nats)", **logarithmic)
+    drawn = figure(dots, title, across, axis("KL on the prompt (nats)", **logarithmic), 620)
+    diagonal = {"x0": low, "y0": low, "x1": high, "y1": high, "layer": "below"}
+    drawn.add_shape(type="line", **diagonal, line=DOTTED | {"color": GREY})
+    corner: dict[str, Any] = {"xref": "paper", "yref": "paper", "font": {"color": GREY}}
+    corner |= {"showarrow": False}
+    drawn.add_annotation(text="more on the prompt", x=0.02, y=0.98, xanchor="left", **corner)
+    return drawn.add_annotation(text="more elsewhere", x=0.98, y=0.02, xanchor="right", **corner)
+
+
+def _by_loss(losses: np.ndarray) -> dict[str, object]:
+    """Dots, the darker the more a vector costs."""
+    look = {"size": 10, "color": losses, "line": {"width": 1, "color": GREY}}
+    scale = {"colorscale": _style.SEQUENTIAL, "reversescale": True}
+    # A tenth of a nat at least: without it, noise would get every colour.
+    ends = {"cmin": min(0.0, losses.min()), "cmax": max(0.1, losses.max())}
+    bar = {"title": {"text": "loss increase<br>(nats a token)"}, "thickness": 10}
+    return {**look, **scale, **ends, "colorbar": bar}
+
+
+def _round_numbers(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times the powers of ten in a range; only the powers where those are many."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    steps = (1, 2, 5) if len(decades) <= 4 else (1,)
+    numbers = [float(f"{step}e{decade}") for decade in decades for step in steps]
+    return [number for number in numbers if low <= number <= high]
