@@ -4,19 +4,17 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
+import torch
 import typer
 from typer import Argument, Option
 
+import tl_melbo as tm
 from tl_melbo import checks, terminal
+from tl_melbo.discovery import Method
+from tl_melbo.run import absolute, family_folder
 from tl_melbo.story import slice_to_json
-
-# transformers and plotly take seconds to import; each command imports what it needs when it runs,
-# so that --help answers at once.
-if TYPE_CHECKING:
-    from tl_melbo import Run, SteeringVectors
-    from tl_melbo.discovery._search import Method
 
 
 def _option(text: str, default: str | None = None, *names: str) -> Any:
@@ -43,21 +41,11 @@ app = typer.Typer(
 )
 
 
-def _show_version(asked: bool) -> None:
-    if asked:
-        from tl_melbo import __version__
-
-        typer.echo(f"tl-melbo {__version__}")
+@app.callback(invoke_without_command=True)
+def _main(version: Annotated[bool, Option("--version", help="Show it.")] = False) -> None:
+    if version:
+        typer.echo(f"tl-melbo {tm.__version__}")
         raise typer.Exit
-
-
-@app.callback()
-def _main(
-    version: Annotated[
-        bool, Option("--version", callback=_show_version, is_eager=True, help="Show it.")
-    ] = False,
-) -> None:
-    pass
 
 
 @app.command(cls=terminal.Command)
@@ -115,23 +103,18 @@ def discover(
             f"source_layer={source_layer}, target_layer={target_layer}: the source comes "
             "before the target, and the first layer is 0"
         )
-    import torch
-
-    import tl_melbo as tm
-    from tl_melbo.run import absolute
-
     search = _method(method)
-    settings = _given(
+    settings, story = _asked(
         search, n_vectors, radius=_radius(radius), positions=_slice(positions), p=p, q=q,
         norm=norm, orthogonal=orthogonal, optimiser=optimiser, steps=steps, seed=seed,
     )  # fmt: skip
     place = {"source_layer": source_layer, "target_layer": target_layer, "chat": chat}
+    story |= {"prompts": prompts, "dtype": dtype}
     run, name, known = tm.Run(out), absolute(model), 0
     with _session(run, run.folder) as stages:
         if not overwrite:
             run.check(side_effects=side_effects)
-            story = {"prompts": prompts, "dtype": dtype, **place, **_story(search, settings)}
-            known = run.check_same(story, model=name)
+            known = run.check_same({**story, **place, "model": name})
         _say_what_is_there(run.folder, known, n_vectors)
         stages.begin("Loading the model")
         loaded = tm.load_model(model, device=device, dtype=getattr(torch, dtype))
@@ -143,8 +126,8 @@ def discover(
                 run.note(command="discover", model=name)
             stages.count(there, wanted)
 
-        options = {"overwrite": overwrite, "on_vector": count}
-        found = run.keep(search, f, max(n_vectors, known), **options, **settings)
+        settings |= {"overwrite": overwrite, "on_vector": count}
+        found = run.keep(search, f, max(n_vectors, known), **settings)
         if "calibration" in found.story:
             radius = f"{found.story['hyperparameters']['radius']:g}"
             terminal.say(f"Radius {radius}, calibrated.")
@@ -152,8 +135,7 @@ def discover(
         if side_effects or run.settings.get("side_effects_of"):
             stages.begin("Measuring side effects")
             run.side_effects(loaded, overwrite=overwrite, on_text=stages.count)
-        written = {"max_new_tokens": max_new_tokens, "overwrite": overwrite}
-        _show_page(run, loaded, f, stages, **written)
+        _show_page(run, loaded, f, stages, max_new_tokens=max_new_tokens, overwrite=overwrite)
 
 
 @app.command(cls=terminal.Command)
@@ -186,14 +168,11 @@ def ortho(
     is kept as soon as it is found, and the same command continues an interrupted run.
     """
     checks.at_least(1, max_new_tokens=max_new_tokens)
-    import tl_melbo as tm
-    from tl_melbo.run import family_folder
-
     run, known = tm.Run(folder), 0
     theta0 = _numbered(run, vector)
     room = theta0.vectors.shape[1] - 1
     wanted = _family_size(n_vectors, everything, room)
-    settings = _given(
+    settings, story = _asked(
         tm.melbo_ortho, wanted,
         theta0=theta0, norm_penalty=norm_penalty, optimiser=optimiser, steps=steps,
     )  # fmt: skip
@@ -202,18 +181,18 @@ def ortho(
     with _session(run, place) as stages:
         run.check()
         if not overwrite:
-            known = run.check_same(_story(tm.melbo_ortho, settings), theta0)
+            known = run.check_same(story, theta0)
         _say_what_is_there(place, known, wanted)
         stages.begin("Loading the model")
         loaded, f = run.load(model, device)
         stages.begin(f"Following vector {vector}")
         size = None if everything and known < room else max(wanted, known)
-        options = {"overwrite": overwrite, "on_vector": stages.count}
-        run.keep(tm.melbo_ortho, f, size, **options, **settings)
+        settings |= {"overwrite": overwrite, "on_vector": stages.count}
+        run.keep(tm.melbo_ortho, f, size, **settings)
         stages.begin("Measuring the family")
-        written = {"max_new_tokens": max_new_tokens}
-        part = run.family(loaded, f, vector, on_batch=stages.count, **written)
-        _show_page(run, loaded, f, stages, part.table, **written)
+        length: dict[str, Any] = {"max_new_tokens": max_new_tokens}
+        part = run.family(loaded, f, vector, on_batch=stages.count, **length)
+        _show_page(run, loaded, f, stages, part.table, **length)
 
 
 @app.command(cls=terminal.Command)
@@ -243,8 +222,7 @@ def page(
     """Make the page anew, about all that a folder holds; completions that lack are written."""
     checks.at_least(1, max_new_tokens=max_new_tokens)
     with _opened(folder, model, device) as (run, loaded, f, stages):
-        written = {"max_new_tokens": max_new_tokens, "overwrite": overwrite}
-        _show_page(run, loaded, f, stages, **written)
+        _show_page(run, loaded, f, stages, max_new_tokens=max_new_tokens, overwrite=overwrite)
 
 
 @contextmanager
@@ -252,8 +230,6 @@ def _opened(
     folder: Path, model: str | None, device: str | None, side_effects: bool = False
 ) -> Iterator[tuple[Any, ...]]:
     """A folder that holds vectors already, their model and map, and the stages of the work."""
-    import tl_melbo as tm
-
     run = tm.Run(folder)
     run.found.story  # noqa: B018  # a folder without vectors is told before it is locked
     with _session(run, run.folder) as stages:
@@ -263,29 +239,27 @@ def _opened(
 
 
 @contextmanager
-def _session(run: "Run", place: Path) -> Iterator[terminal.Stages]:
+def _session(run: tm.Run, place: Path) -> Iterator[terminal.Stages]:
     """The folder for this command alone, and the stages of its work on the screen.
 
     After Ctrl-C, say what is in `place`: every vector is saved before the next begins.
     """
-    import tl_melbo as tm
-
     try:
         with run.writing(), terminal.Stages() as stages:
             yield stages
     except KeyboardInterrupt:
         path = place / "vectors.safetensors"
         n_kept = len(tm.SteeringVectors.load(path)) if path.is_file() else 0
-        what = f"{terminal.counted(n_kept)} {'is' if n_kept == 1 else 'are'} kept in {place}"
-        what = f"{what}; the same command continues" if n_kept else "nothing was finished"
+        kept = f"{terminal.counted(n_kept)} {'is' if n_kept == 1 else 'are'} kept in {place}"
+        what = f"{kept}; the same command continues" if n_kept else "nothing was finished"
         raise KeyboardInterrupt(f"; {what}") from None
 
 
 def _show_page(
-    run: "Run", model: Any, f: Any, stages: terminal.Stages, family: Any = None, **options: Any
+    run: tm.Run, model: Any, f: Any, stages: terminal.Stages, family: Any = None, **options: Any
 ) -> None:
     """Make the page, and show its table, or that of a family; the last line is its path."""
-    from tl_melbo.report import measure_shown, not_converged
+    from tl_melbo.report import measure_shown, not_converged  # plotly takes long to import
 
     stages.begin("Writing under each vector")
     run.texts(model, on_batch=stages.count, **options)
@@ -302,48 +276,36 @@ def _show_page(
     typer.echo(str((run.folder / "report.html").resolve()))
 
 
-def _method(name: str) -> "Method":
-    """The discovery method of that name: any that the package exports."""
-    import tl_melbo as tm
-    from tl_melbo.discovery._search import Method
-
+def _method(name: str) -> Method:
     known = {n: value for n, value in vars(tm).items() if isinstance(value, Method)}
     if name not in known:
         raise ValueError(f"--method={name!r}: known are {', '.join(sorted(known))}")
     return known[name]
 
 
-def _given(method: "Method", n_vectors: int, **options: Any) -> dict[str, Any]:
-    """The options that were given, after the method's own check of them."""
+def _asked(method: Method, n_vectors: int, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options that were given, checked, and what the metadata will say, as far as is known."""
     given = {name: value for name, value in options.items() if value is not None}
     called = f"--method {method.__name__}"
     checks.argument_names(called, given, method, _OWN)
-    values = {**_defaults(method), **given, "n_vectors": n_vectors}
-    for name in inspect.signature(method).parameters:
+    parameters = inspect.signature(method).parameters
+    defaults = {n: p.default for n, p in parameters.items() if p.default is not p.empty}
+    values = {**defaults, **given}
+    for name in parameters:
         if name not in (*values, *_OWN):
             command = "use tl-melbo ortho" if name == "theta0" else "use it in Python"
             raise ValueError(f"{called}: needs {name}; {command}")
-    check = getattr(method, "check", None)
-    if check is not None:
+    if check := getattr(method, "check", None):
         names = inspect.signature(check).parameters
-        check(**{name: values[name] for name in names if name in values})
-    return given
-
-
-def _defaults(method: "Method") -> dict[str, Any]:
-    parameters = inspect.signature(method).parameters
-    return {n: p.default for n, p in parameters.items() if p.default is not p.empty}
-
-
-def _story(method: "Method", settings: dict[str, Any]) -> dict[str, Any]:
-    """What the metadata will say of a search, as far as that is known without a model."""
+        checked = {**values, "n_vectors": n_vectors}
+        check(**{name: checked[name] for name in names if name in checked})
     chosen = {
         name: slice_to_json(value) if isinstance(value, slice) else value
-        for name, value in {**_defaults(method), **settings}.items()
+        for name, value in values.items()
         if value is not None and name not in (*_OWN, "theta0")
     }
     seed = chosen.pop("seed", None)
-    return {"method": method.__name__, "seed": seed, "hyperparameters": chosen}
+    return given, {"method": method.__name__, "seed": seed, "hyperparameters": chosen}
 
 
 def _slice(text: str | None) -> slice | None:
@@ -370,7 +332,7 @@ def _radius(text: str | None) -> float | str | None:
         raise ValueError(f"--radius={text!r}: expected a number, such as 12, or 'auto'") from error
 
 
-def _numbered(run: "Run", vector: int) -> "SteeringVectors":
+def _numbered(run: tm.Run, vector: int) -> tm.SteeringVectors:
     """The vector of the run's library with that number."""
     library = run.found
     numbers = library.columns["index"].tolist()
