@@ -1,7 +1,6 @@
-"""A library's vectors: against each other, along their search, and one number of each by index.
+"""A library's vectors against each other, along their search, and by index.
 
-Source of the curves by index: Jacob G-W 2024, "I found >800 orthogonal 'write code' steering
-vectors".
+Source of the curves: Jacob G-W 2024, "I found >800 orthogonal 'write code' steering vectors".
 """
 
 import html
@@ -35,12 +34,8 @@ def cosine_heatmap(
 ) -> go.Figure:
     """Draw a matrix of cosines: red for same direction, white for orthogonal, blue for opposite.
 
-    Args:
-        similarity: as `analysis.cosine_similarity` gives it, from -1 to 1.
-        labels: what to call the vectors, which then are rows and columns; None counts from 0.
-
-    Raises:
-        ValueError: values outside -1 to 1 or not finite, or as many labels as there are not rows.
+    `labels` name the vectors, None counts from 0. Raises ValueError where a value is outside -1 to
+    1 or not finite, or the labels are of another number.
     """
     z = similarity.detach().cpu().float().numpy()
     if not (np.abs(z) <= 1 + 1e-6).all():
@@ -66,10 +61,9 @@ def cosine_heatmap(
 def objective_history(
     found: SteeringVectors, title: str = "Objective during the search"
 ) -> go.Figure:
-    """Draw what the search measured against its steps (or gradient evaluations), a line a vector.
+    """Draw what the search measured against its steps, a line a vector.
 
-    Raises:
-        ValueError: the library has no vectors, or no history of its search.
+    Raises ValueError where the library has no history.
     """
     if found.history is None or not found.history.numel():
         raise ValueError(
@@ -137,15 +131,12 @@ def kl_curve(
         kl: as `analysis.kl_divergence` gives it, in nats.
         found: the library, for the index and norm of each vector; None numbers them from 0.
         completions: what the model writes under each, shown when a point is hovered over.
-        window: how many points are averaged: those up to and with each, or as many as there are.
-        baselines: what to compare with, by name, in nats: one number (the unsteered model) is a
-            dashed line; one for each vector (random vectors of the same norms) small points and
-            the dashed line of their moving average.
+        window: how many points, up to and with each, are averaged.
+        baselines: what to compare with, by name, in nats: one number, or one for each vector.
         log_y: a logarithmic axis; values under 1e-6 nats are drawn there.
 
     Raises:
-        ValueError: no values, or negative or not finite ones; another number of vectors,
-            completions or baseline values; a window below one.
+        ValueError: no values, or negative or not finite ones, or lengths that differ.
     """
     values = _checked_kl(kl, "kl")
     for argument, things in (("found", found), ("completions", completions)):
@@ -193,13 +184,8 @@ def distance_curve(
 ) -> go.Figure:
     """Draw how near each vector of a MELBO-ortho family came to theta0's effect, by index.
 
-    Args:
-        found: a family, as `melbo_ortho` gives it.
-        unsteered: the distance without a vector, |z(0) - z(theta0)|, for a dashed line: a vector
-            that does not come under it has nothing of theta0's effect.
-
-    Raises:
-        ValueError: no vectors, or no distances known of them; a window below one.
+    `unsteered` is the distance without a vector, |z(0) - z(theta0)|, for a dashed line. Raises
+    ValueError where no distances are known.
     """
     if not len(found) or "distance" not in found.columns:
         raise ValueError("found: has no distances; pass what melbo_ortho returned, not scaled")

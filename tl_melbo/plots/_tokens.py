@@ -22,16 +22,13 @@ def token_presence(
 ) -> RenderedHTML:
     """Show a text's tokens coloured by their projection on a vector, in the unsteered model.
 
-    Red tokens point against the vector and blue ones along it, darkest at the text's longest
-    projection. The first token, whose residual is an outlier in most models, is left white.
+    Blue tokens point along the vector, red ones against it; the first, an attention sink in most
+    models, is left white. It makes no network requests; `str` is HTML.
 
     Args:
-        vector: exactly one; its length does not matter.
+        vector: exactly one; its norm does not matter.
         text: raw, of more than one token.
         layer: after which block to look; None takes the layer that the vector was found at.
-
-    Returns:
-        For a notebook or, as `str`, for a page; it makes no network requests.
     """
     tokens, values = token_projections(model, vector, text, layer)
     largest = max(map(abs, values))

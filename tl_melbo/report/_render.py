@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,12 +36,14 @@ def render(**contents: Any) -> str:
     environment.filters["shown"] = _shown
     bundle = Path(itables.options.dt_bundle)
     # Newlines as the browser will see them: the scripts' hashes depend on it.
-    plotly_js, page_js = map(_with_newlines, (get_plotlyjs(), _beside("page.js")))
+    plotly_js, page_js = re.sub("\r\n?", "\n", get_plotlyjs()), _beside("page.js")
+    # Kept as text: nothing in it may end the element that holds it.
+    tables_js = bundle.read_text(encoding="utf-8").replace("</script", "<\\/script")
     return environment.from_string(_beside("page.html.jinja")).render(
         **contents,
         css=Markup(_beside("page.css")),
         datatables_css=Markup(bundle.with_suffix(".css").read_text(encoding="utf-8")),
-        datatables_js=_inert(bundle.read_text(encoding="utf-8")),
+        datatables_js=Markup(tables_js.replace("<!--", "<\\!--")),
         plotly_js=Markup(plotly_js),
         page_js=Markup(page_js),
         script_hashes=[_sha256(plotly_js), _sha256(page_js)],
@@ -58,7 +61,6 @@ def effects_heatmap(
         return None
     with torch.no_grad():
         delta = activation_map.delta(found.vectors.to(activation_map.x.device), positions)
-    # A vector without any effect points nowhere: then there is nothing to compare.
     if not (delta.flatten(1).norm(dim=-1) > 0).all():
         return None
     return cosine_heatmap(cosine_similarity(delta), "", labels=labels)
@@ -122,14 +124,14 @@ def settings(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]
 
 def figures_json(figures: Mapping[str, go.Figure | None]) -> dict[str, Markup | None]:
     """Figures as JSON that fill the width they get and cannot end the script that holds them."""
-    return {name: figure and _figure_json(figure) for name, figure in figures.items()}
-
-
-def _figure_json(figure: go.Figure) -> Markup:
-    # Not by a copy of the figure: plotly would validate all of it again.
-    parts = figure.to_plotly_json()
-    parts["layout"] = {**parts["layout"], "width": None, "height": None, "autosize": True}
-    return Markup(str(to_json_plotly(parts)).replace("<", "\\u003c"))
+    drawn: dict[str, Markup | None] = dict.fromkeys(figures)
+    for name, figure in figures.items():
+        if figure is not None:
+            # Not by a copy of the figure: plotly would validate all of it again.
+            parts = figure.to_plotly_json()
+            parts["layout"] |= {"width": None, "height": None, "autosize": True}
+            drawn[name] = Markup(str(to_json_plotly(parts)).replace("<", "\\u003c"))
+    return drawn
 
 
 def _shown(value: Any) -> str:
@@ -146,15 +148,6 @@ def _shown(value: Any) -> str:
 
 def _beside(name: str) -> str:
     return Path(__file__).with_name(name).read_text(encoding="utf-8")
-
-
-def _with_newlines(script: str) -> str:
-    return script.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def _inert(script: str) -> Markup:
-    """JavaScript to be kept as text: nothing in it may end the element that holds it."""
-    return Markup(script.replace("</script", "<\\/script").replace("<!--", "<\\!--"))
 
 
 def _sha256(script: str) -> str:

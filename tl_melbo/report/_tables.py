@@ -120,10 +120,10 @@ def groups_part(
 ) -> dict[str, Any]:
     """What the page's template shows of the behaviours."""
     return {
-        "groups": None if groups is None else _groups_rows(groups, found),
-        "n_distinct": 0 if groups is None else groups.n_distinct,
-        "n_incoherent": 0 if groups is None else [*groups.texts["coherent"]].count(False),
-        "grouped_by_words": groups is not None and groups.embedder == "words",
+        "groups": groups and _groups_rows(groups, found),
+        "n_distinct": groups and groups.n_distinct,
+        "n_incoherent": groups and [*groups.texts["coherent"]].count(False),
+        "grouped_by_words": groups and groups.embedder == "words",
         "group_columns": [_PROMPT, *_GROUPS] if many_prompts else _GROUPS,
     }
 
@@ -134,15 +134,11 @@ def _groups_rows(groups: Behaviours, found: SteeringVectors) -> list[dict[str, A
     What was filtered out comes last, for whoever reads what a machine would not.
     """
     rows = [{**row, "name": _name(row["name"])} for row in groups.groups.to_dict("records")]
-    aside: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in groups.texts.to_dict("records"):
-        if row["vector"] >= 0 and not row["coherent"]:
-            aside.setdefault((row["prompt"], row["put_aside"]), []).append(row)
-    for (prompt, reason), some in aside.items():
-        best = min(some, key=lambda row: row["perplexity"])
-        vectors = sorted({row["vector"] for row in some})
-        about = {"name": _filtered_out(reason), "prompt": prompt, "example": best["completion"]}
-        rows.append({**about, "vectors": vectors})
+    aside = groups.texts.query("vector >= 0 and coherent == False")
+    for (prompt, reason), some in aside.groupby(["prompt", "put_aside"], sort=False):
+        example = some.sort_values("perplexity")["completion"].iloc[0]
+        about = {"name": _filtered_out(str(reason)), "prompt": prompt, "example": example}
+        rows.append({**about, "vectors": sorted({*some["vector"]})})
     indices = found.columns["index"].tolist()
     return [
         {
