@@ -13,7 +13,7 @@ from typer import Argument, Option
 import tl_melbo as tm
 from tl_melbo import checks, terminal
 from tl_melbo.discovery import Method
-from tl_melbo.run import absolute, family_folder
+from tl_melbo.run import VECTORS, absolute, family_folder
 from tl_melbo.story import slice_to_json
 
 
@@ -28,8 +28,6 @@ _Device = Annotated[str | None, _option("cpu, cuda, ...", "a GPU if there is one
 _Model = Annotated[str | None, _option("Hub id, folder or .gguf file.", "as for discover")]
 _MaxNewTokens = Annotated[int, _option("Length of each completion.")]
 
-# How many vectors a family has, if nothing else is said.
-_FAMILY_SIZE = 100
 # Arguments of a method that are no options of a command.
 _OWN = ("f", "n_vectors", "previous", "progress", "on_step")
 
@@ -54,22 +52,14 @@ def discover(
     out: Annotated[Path, _option("Folder for the results; made if need be.")],
     method: Annotated[str, _option("How to search: melbo, or another of tl_melbo's.")] = "melbo",
     n_vectors: Annotated[int, _option("How many vectors to find.")] = 32,
-    radius: Annotated[
-        str | None, _option("Their norm, or 'auto': too small changes nothing.", "auto")
-    ] = None,
-    model: Annotated[
-        str | None, _option("Hub id, folder or .gguf file.", "the bundled SmolLM2")
-    ] = None,
+    radius: Annotated[str | None, _option("Their norm, or 'auto'.", "auto")] = None,
+    model: Annotated[str | None, _option("Hub id, folder or .gguf file.", "bundled")] = None,
     source_layer: Annotated[int, _option("Add the vectors after this block.")] = 8,
     target_layer: Annotated[int, _option("Measure their effect after this one.")] = 16,
-    positions: Annotated[
-        str | None, _option("Tokens to measure at, a slice of each prompt: 'start:stop'.", "-3:")
-    ] = None,
+    positions: Annotated[str | None, _option("Tokens to measure at: 'start:stop'.", "-3:")] = None,
     p: Annotated[float | None, _option("Power of the norm in the objective.", "2")] = None,
     q: Annotated[float | None, _option("Its root.", "p")] = None,
-    norm: Annotated[
-        Literal["l2", "lp"] | None, _option("Norm over the residual stream.", "l2")
-    ] = None,
+    norm: Annotated[Literal["l2", "lp"] | None, _option("Over the residual stream.", "l2")] = None,
     orthogonal: Annotated[
         bool | None,
         _option("Each orthogonal to those before.", "orthogonal", "--orthogonal/--independent"),
@@ -85,9 +75,7 @@ def discover(
     dtype: Annotated[
         Literal["float32", "float64", "bfloat16", "float16"], _option("Of the weights.")
     ] = "float32",
-    side_effects: Annotated[
-        bool, Option("--side-effects", help="Measure them on other prompts and prose, too.")
-    ] = False,
+    side_effects: Annotated[bool, _option("Measure effects on other prompts and prose.")] = False,
     overwrite: Annotated[bool, _option("Replace an earlier run in --out.")] = False,
 ) -> None:
     """Find vectors that change the model most, let it write under each, and make a page of it.
@@ -142,21 +130,13 @@ def discover(
 def ortho(
     folder: _Folder,
     vector: Annotated[int, _option("Number of the vector that the others shall follow.")],
-    n_vectors: Annotated[
-        int | None, _option("How many in all; those that are there already count.", "100")
-    ] = None,
-    everything: Annotated[
-        bool, Option("--all", help="Until the space is used up, instead of --n-vectors.")
-    ] = False,
-    norm_penalty: Annotated[
-        float, _option("Weight of the squared norm: more asks for shorter vectors.")
-    ] = 0.0,
+    n_vectors: Annotated[int | None, _option("How many, with those that are there.", "100")] = None,
+    everything: Annotated[bool, Option("--all", help="Until the space is used up.")] = False,
+    norm_penalty: Annotated[float, _option("Weight of the squared norm.")] = 0.0,
     optimiser: Annotated[
         Literal["quasi-newton", "adam"], _option("Fast, or as published.")
     ] = "quasi-newton",
-    steps: Annotated[
-        int | None, _option("Gradients for each.", "40 quasi-newton, 1000 adam")
-    ] = None,
+    steps: Annotated[int | None, _option("Of the optimiser.", "40 quasi-newton, 1000 adam")] = None,
     model: _Model = None,
     max_new_tokens: _MaxNewTokens = 50,
     device: _Device = None,
@@ -203,7 +183,7 @@ def measure(
     overwrite: Annotated[bool, _option("Measure anew what is there.")] = False,
 ) -> None:
     """Measure what each vector does on other prompts and to prose, and show it on the page."""
-    with _opened(folder, model, device, side_effects=not overwrite) as (run, loaded, f, stages):
+    with _opened(folder, model, device, not overwrite) as (run, loaded, f, stages):
         stages.begin("Measuring side effects")
         run.side_effects(loaded, overwrite=overwrite, on_text=stages.count)
         _show_page(run, loaded, f, stages)
@@ -213,9 +193,7 @@ def measure(
 def page(
     folder: _Folder,
     model: _Model = None,
-    max_new_tokens: Annotated[
-        int | None, _option("Length of each completion.", "as it was")
-    ] = None,
+    max_new_tokens: Annotated[int | None, _option("Of each completion.", "as it was")] = None,
     device: _Device = None,
     overwrite: Annotated[bool, _option("Write the completions anew, too.")] = False,
 ) -> None:
@@ -240,15 +218,12 @@ def _opened(
 
 @contextmanager
 def _session(run: tm.Run, place: Path) -> Iterator[terminal.Stages]:
-    """The folder for this command alone, and the stages of its work on the screen.
-
-    After Ctrl-C, say what is in `place`: every vector is saved before the next begins.
-    """
+    """The folder for this command alone; after Ctrl-C, say which vectors are saved in `place`."""
     try:
         with run.writing(), terminal.Stages() as stages:
             yield stages
     except KeyboardInterrupt:
-        path = place / "vectors.safetensors"
+        path = place / VECTORS
         n_kept = len(tm.SteeringVectors.load(path)) if path.is_file() else 0
         kept = f"{terminal.counted(n_kept)} {'is' if n_kept == 1 else 'are'} kept in {place}"
         what = f"{kept}; the same command continues" if n_kept else "nothing was finished"
@@ -345,7 +320,7 @@ def _numbered(run: tm.Run, vector: int) -> tm.SteeringVectors:
 def _family_size(n_vectors: int | None, everything: bool, room: int) -> int:
     if everything and n_vectors is not None:
         raise ValueError(f"--all, n_vectors={n_vectors}: the one or the other")
-    wanted = room if everything else _FAMILY_SIZE if n_vectors is None else n_vectors
+    wanted = room if everything else 100 if n_vectors is None else n_vectors
     if not 1 <= wanted <= room:
         raise ValueError(
             f"n_vectors={wanted}: from 1 to {room}, which is all that can be orthogonal to one "

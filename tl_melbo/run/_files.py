@@ -37,7 +37,7 @@ _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "�
 
 @contextmanager
 def locked(folder: Path, lock: FileLock) -> Iterator[None]:
-    """Keep a folder for this process; see `Run.writing`."""
+    """Keep a folder for this process; one made for it in which nothing was saved is removed."""
     existed = folder.exists()
     writable_folder(folder)
     try:

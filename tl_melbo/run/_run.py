@@ -1,8 +1,8 @@
 """A folder that keeps a search and all that is made of it, whatever happens to the process."""
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,14 +85,9 @@ class Run:
         if {**known, **settings} != known:
             _files.save_settings(self.folder, {**known, **settings})
 
-    @contextmanager
-    def writing(self) -> Iterator[None]:
-        """Lock the folder for this process; a folder made for it that stays empty is removed.
-
-        Raises BlockingIOError where another process has it, and as `files.writable_folder` does.
-        """
-        with _files.locked(self.folder, self._lock):
-            yield
+    def writing(self) -> AbstractContextManager[None]:
+        """Lock the folder for this process, in a `with`; BlockingIOError where another has it."""
+        return _files.locked(self.folder, self._lock)
 
     def check(self, *, side_effects: bool = False) -> None:
         """Make sure, before the work, that all that the folder holds is a run's, and can be read.
@@ -157,11 +152,8 @@ class Run:
             n_vectors: how many in all; None where the method itself knows the end.
             overwrite: begin anew; vectors that are there go when the first new one is found.
             on_vector: called with the vectors saved, and those in all, at first and after each.
-            settings: the other arguments of the method. With `theta0`, one vector of a library, the
+            settings: the method's own arguments; with `theta0`, one vector of a library, the
                 vectors are saved in `ortho-` and its number.
-
-        Returns:
-            Vectors 0 to n_vectors - 1, or fewer where the method ends before.
 
         Raises:
             DifferentSearch: the folder holds vectors that were found in another way.
@@ -203,12 +195,10 @@ class Run:
         """Find the vectors of `tm.melbo`, or those of them that are not there yet: see `keep`."""
         return self.keep(melbo, f, n_vectors, **settings)
 
-    @shape_checked
     def melbo_ortho(
         self, f: EffectMap, theta0: SteeringVectors, n_vectors: int | None = 100, **settings: Any
     ) -> SteeringVectors:
         """Find the family of `tm.melbo_ortho`, or what of it is not there yet: see `keep`."""
-        checks.exactly_one(theta0, "theta0")
         return self.keep(melbo_ortho, f, n_vectors, theta0=theta0, **settings)
 
     def load(
