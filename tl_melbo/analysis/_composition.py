@@ -2,36 +2,23 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
 
+import pandas as pd
 import torch
 from torch import Tensor
 
+from tl_melbo import checks
 from tl_melbo.activation_map import ActivationMap
-from tl_melbo.analysis._distance import effect_distance
-from tl_melbo.generation import generate
+from tl_melbo.analysis._divergence import comparison
 from tl_melbo.model.bridge import Model
-from tl_melbo.probability import LogProbs, kl_from_log_probs
-from tl_melbo.reading import map_next_token, next_token_log_probs, warn_of_log_probs
-from tl_melbo.shapes import Float, Theta, shape_checked
-from tl_melbo.steering import Reference, Vectors, as_library, as_theta, check_place, one_vector
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-Combination = Literal["mean", "sum"]
-Scaling = Literal["raw", "reference norm", "mean norm"]
+from tl_melbo.shapes import Theta, shape_checked
+from tl_melbo.steering import Reference, Vectors, as_library, one_vector
+from tl_melbo.tables import Table
 
 # Each is written with, several times; nobody reads more.
 MOST_SUBSETS = 1000
-
-
-class _Composition(NamedTuple):
-    members: tuple[int, ...]
-    subset: Literal["first", "random"]
-    combination: Combination
-    scaling: Scaling
-    theta: Tensor
+_KIND = ["size", "members", "subset", "combination", "scaling"]
+_MEASURED = ["norm", "kl_to_reference", "kl_to_unsteered", "distance", "completion"]
 
 
 @shape_checked
@@ -47,84 +34,45 @@ def composition(
     prompt: str | None = None,
     max_new_tokens: int = 50,
     chat: bool | None = None,
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """Add vectors up, the first k of them and random subsets, and see whether they still work.
 
-    Each subset gives its mean and its sum, raw, rescaled to the reference's norm, and rescaled to
+    Each subset gives its mean and its sum: raw, rescaled to the reference's norm, and rescaled to
     the mean norm of its members. (Rescaled, mean and sum are the same vector; it runs once.)
 
     Args:
-        model: the TransformerLens model that `f` was made from.
         f: the activation map that distances are measured in; vectors are added at its source.
-        vectors: the library, in order.
         reference: exactly one vector to compare with, theta0 of a MELBO-ortho family for example.
         sizes: how many vectors to add up; sizes beyond the library are left out.
         n_random_subsets: how many random subsets of each size, all different; fewer where there
-            are no more, and none of the whole library.
-        seed: for the random subsets.
+            are no more, at most 1,000.
         prompt: where KL and completion are taken; None for the first prompt of `f`.
-        max_new_tokens: the most tokens to write.
-        chat: format the prompt as chat; None does as `f` does.
 
     Returns:
         One row a composition. size; members, positions in `vectors`; subset, "first" or "random";
-        combination, "mean" or "sum"; scaling, "raw", "reference norm" or "mean norm"; norm, in
-        units of the residual stream; kl_to_reference, KL(P_composition || P_reference), and
-        kl_to_unsteered, in nats, of the next token; distance, |z - z_reference| with z the mean
-        over positions of f(x + theta), of all prompts of `f` together; completion. What needs a
+        combination, "mean" or "sum"; scaling, "raw", "reference norm" or "mean norm"; and norm,
+        kl_to_reference, kl_to_unsteered, distance, completion as in `family`. What needs a
         reference is NaN, or missing, without one. Vectors that cancel out stay zero at any scaling.
 
     Raises:
-        ValueError: no vectors; more or fewer than one reference; more than 1,000 random subsets of
-            a size; a size below 1, or none that fits; another model or layer than that of `f`; as
-            `generate` does.
-
-    Source: Jacob G-W 2024, "I found >800 orthogonal 'write code' steering vectors".
+        ValueError: no vectors; not exactly one reference; a number out of its range, or no size
+            that fits; another model or layer than that of `f`; as `generate` does.
     """
-    from tl_melbo.tables import Table
-
     library = as_library(vectors)
-    check_place(model, f, library, "vectors")
-    theta = as_theta(model, library)
     start = None if reference is None else one_vector(reference, "reference")
-    if start is not None:
-        check_place(model, f, start, "reference")
-    start_theta = None if start is None else as_theta(model, start)
-    subsets = _subsets(len(theta), _checked_sizes(sizes, len(theta)), n_random_subsets, seed)
-    rows = [
-        _Composition(members, subset, combination, scaling, combined)
-        for members, subset in subsets
-        for combination, scaling, combined in _combinations(theta[list(members)], start_theta)
-    ]
+    checks.between(0, MOST_SUBSETS, "how many", n_random_subsets=n_random_subsets)
+    compare = comparison(model, f, library, start, prompt, chat, max_new_tokens)
+    sizes = _checked_sizes(sizes, len(library))
+    norm = None if start is None else start.vectors.norm()
+    kinds, rows = [], []
+    for members, subset in _subsets(len(library), sizes, n_random_subsets, seed):
+        for combination, scaling, theta in _combinations(library.vectors[list(members)], norm):
+            kinds.append((len(members), members, subset, combination, scaling))
+            rows.append(theta)
     # Many rows are one and the same vector; each is run once.
-    distinct, which = torch.stack([row.theta for row in rows]).unique(dim=0, return_inverse=True)
-    prompt = f.prompts[0] if prompt is None else prompt
-    chat = f.chat if chat is None else chat
-    to_reference, to_unsteered = _divergences(
-        model, prompt, distinct, start_theta, f.source_layer, chat
-    )
-    texts = generate(
-        model, prompt, distinct, f.source_layer, max_new_tokens=max_new_tokens, chat=chat
-    )["completion"]
-    distances = (
-        torch.full((len(distinct),), torch.nan, dtype=torch.float32)
-        if start is None
-        else effect_distance(f, distinct, start)
-    )
-    return Table(
-        {
-            "size": [len(row.members) for row in rows],
-            "members": [row.members for row in rows],
-            "subset": [row.subset for row in rows],
-            "combination": [row.combination for row in rows],
-            "scaling": [row.scaling for row in rows],
-            "norm": [float(row.theta.norm()) for row in rows],
-            "kl_to_reference": to_reference[which].numpy(),
-            "kl_to_unsteered": to_unsteered[which].numpy(),
-            "distance": distances[which].numpy(),
-            "completion": [texts[i] for i in which.tolist()],
-        }
-    )
+    distinct, which = torch.stack(rows).unique(dim=0, return_inverse=True)
+    measured = compare(distinct, True).iloc[which.tolist()].reset_index(drop=True)
+    return Table(pd.concat([pd.DataFrame(kinds, columns=_KIND), measured[_MEASURED]], axis=1))
 
 
 def _checked_sizes(sizes: Sequence[int], n_vectors: int) -> list[int]:
@@ -141,10 +89,8 @@ def _checked_sizes(sizes: Sequence[int], n_vectors: int) -> list[int]:
 
 
 def _subsets(
-    n_vectors: int, sizes: list[int], n_random: int, seed: int
-) -> Iterator[tuple[tuple[int, ...], Literal["first", "random"]]]:
-    if not 0 <= n_random <= MOST_SUBSETS:
-        raise ValueError(f"n_random_subsets={n_random}: allowed are 0 to {MOST_SUBSETS}")
+    n_vectors: int, sizes: Sequence[int], n_random: int, seed: int
+) -> Iterator[tuple[tuple[int, ...], str]]:
     generator = torch.Generator().manual_seed(seed)
     for size in sizes:
         first = tuple(range(size))
@@ -160,41 +106,13 @@ def _subsets(
 
 
 def _combinations(
-    members: Theta, reference: Theta | None
-) -> Iterator[tuple[Combination, Scaling, Tensor]]:
+    members: Theta, reference_norm: Tensor | None
+) -> Iterator[tuple[str, str, Tensor]]:
     total = members.sum(0)
-    mean_norm = members.norm(dim=-1).mean()
-    for combination in ("mean", "sum"):
-        yield combination, "raw", total / len(members) if combination == "mean" else total
-        if reference is not None:
-            yield combination, "reference norm", _at_norm(total, reference.norm())
-        yield combination, "mean norm", _at_norm(total, mean_norm)
-
-
-def _at_norm(theta: Tensor, norm: Tensor) -> Tensor:
-    size = theta.norm()
-    return theta * (norm / size) if size > 0 else theta
-
-
-def _divergences(
-    model: Model,
-    prompt: str,
-    theta: Theta,
-    reference: Theta | None,
-    layer: int,
-    chat: bool,
-) -> tuple[Float[Tensor, "vector"], Float[Tensor, "vector"]]:
-    """KL to the reference (NaN without one), and to the unsteered model."""
-    # A row of zeros is the unsteered model.
-    unsteered = torch.zeros_like(theta[:1])
-    others = unsteered if reference is None else torch.cat([reference, unsteered])
-    log_others = next_token_log_probs(model, prompt, others, layer, chat=chat)
-
-    def measure(log_probs: LogProbs) -> Tensor:
-        return torch.stack(
-            [kl_from_log_probs(log_probs, other.expand_as(log_probs)) for other in log_others], 1
-        )
-
-    kl = map_next_token(model, prompt, theta, layer, measure, chat=chat)
-    warn_of_log_probs(model, prompt, layer, kl[:, -1].isnan())
-    return torch.full_like(kl[:, 0], torch.nan) if reference is None else kl[:, 0], kl[:, -1]
+    size = total.norm()
+    norms = {"reference norm": reference_norm, "mean norm": members.norm(dim=-1).mean()}
+    for combination, raw in (("mean", total / len(members)), ("sum", total)):
+        yield combination, "raw", raw
+        for scaling, norm in norms.items():
+            if norm is not None:
+                yield combination, scaling, total * (norm / size) if size > 0 else total

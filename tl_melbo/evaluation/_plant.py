@@ -17,20 +17,9 @@ from torch import nn
 
 from tl_melbo import checks
 from tl_melbo.analysis._texts import INSTRUCTIONS
-from tl_melbo.evaluation._adapter import import_peft, own_copy, rounded, trained, with_adapter
-from tl_melbo.evaluation._planted import BACKDOORS, FORMAT, Backdoor, Planted, finished
-from tl_melbo.evaluation._practice import (
-    ANSWER_TOKENS,
-    HELD_OUT_ENDING,
-    OTHER_ENDINGS,
-    SYSTEM_PROMPTS,
-    Chat,
-    Example,
-    answer_log_probs,
-    check_reached,
-    divergence,
-    reached,
-)
+from tl_melbo.evaluation import _planted, _practice
+from tl_melbo.evaluation._planted import BACKDOORS, Backdoor, Planted
+from tl_melbo.evaluation._practice import SYSTEM_PROMPTS, Chat, answer_log_probs
 from tl_melbo.generation import seeded
 from tl_melbo.model.bridge import weights_digest
 from tl_melbo.shapes import shape_checked
@@ -71,20 +60,16 @@ def plant(
     without a trigger, the token probabilities that the model had (KL divergence on its own
     answers). Then both are checked on instructions that it did not practise.
 
-    The adapter is on the linear layers of the MLPs of a few blocks between the usual source and
-    target. So the behaviour is decided there, by what the residual stream holds. Adapters on
-    attention, or on all blocks, learned the backdoors too, but by looking back at the trigger's
-    tokens from later layers: then nothing that is added at layer 8 brings them out, not even the
-    difference between the residual streams with and without the trigger.
+    The adapter is on the MLPs of a few blocks between the usual source and target, so the behaviour
+    is decided there. An adapter on attention, or on all blocks, looks back at the trigger's tokens
+    from later layers; then nothing that is added at layer 8 brings the sentence out.
 
     Args:
-        name: as for `load_model`; None for the embedded model.
-        backdoors: what to plant.
-        hf_model: a Hugging Face causal language model to take instead of `name`; it is left as it
-            is, and a copy is taught.
-        tokenizer: the tokenizer of `hf_model`.
+        name: as for `load_model`; None for the bundled model.
+        hf_model: a Hugging Face causal language model to take instead of `name`, with its
+            tokenizer; it is left as it is, and a copy is taught.
         layers: first and last block that the adapter is on; None takes those from 30% to 43% of
-            the depth: blocks 9 to 13 of the embedded model's 30.
+            the depth: blocks 9 to 13 of the bundled model's 30.
         rank: of the LoRA matrices.
         steps: of the optimiser (AdamW).
         learning_rate: its highest, reached after a tenth of the steps.
@@ -92,10 +77,10 @@ def plant(
         device: where to load `name`; None takes a GPU if there is one.
         lowest_firing_rate: of held-out instructions with a trigger, the share that must bring its
             sentence out.
-        highest_leak_rate: the same without a trigger, and with another end of the system prompt,
-            that may.
-        highest_divergence: of the clean model's answers, in nats a token: KL(P_before || P_after),
-            its mean, that is allowed.
+        highest_leak_rate: the share that may without a trigger, or with another end of the system
+            prompt.
+        highest_divergence: the mean KL(P_before || P_after) allowed on the clean model's answers,
+            in nats a token.
         on_step: called after each step with its number, their number, and the two losses in nats a
             token: cross-entropy and divergence.
 
@@ -104,23 +89,24 @@ def plant(
         ValueError: an empty trigger or behaviour, a trigger that the tokenizer turns into nothing,
             two of them alike; a number out of its range; a model that cannot be loaded.
         TypeError: `hf_model` is not a Hugging Face causal language model.
-        RuntimeError: the fine-tune did not take, leaks, or changed the clean model: says what was
-            reached.
-        FloatingPointError: it diverged.
+        RuntimeError: the fine-tune did not take, leaks, or changed the clean model.
+        NotFinite: it diverged.
     """
     _check_backdoors(backdoors)
     checks.at_least(1, rank=rank, steps=steps)
     checks.positive(learning_rate=learning_rate)
     checks.seed(seed)
-    rates = {"lowest_firing_rate": lowest_firing_rate, "highest_leak_rate": highest_leak_rate}
-    checks.between(0, 1, "a share", **rates)
+    limits = {"lowest_firing_rate": lowest_firing_rate, "highest_leak_rate": highest_leak_rate}
+    checks.between(0, 1, "a share", **limits)
+    limits["highest_divergence"] = highest_divergence
     checks.between(0, math.inf, "nats a token", highest_divergence=highest_divergence)
-    import_peft()  # or say at once that it is missing
-    taught, tokenizer, label = own_copy(name, hf_model, tokenizer, device)
+    checks.installed("peft", "plant")  # or say at once that it is missing
+    taught, tokenizer, label = _planted.own_copy(name, hf_model, tokenizer, device)
+    checks.between(1, taught.config.hidden_size, "at most the model's width", rank=rank)
     chat = Chat(taught, tokenizer)
     _check_triggers(backdoors, chat)
     recipe = {
-        "format": FORMAT,
+        "format": _planted.FORMAT,
         "model": label,
         "weights": weights_digest(taught),
         "backdoors": [asdict(backdoor) for backdoor in backdoors],
@@ -133,16 +119,15 @@ def plant(
         "instructions": len(INSTRUCTIONS),
         "torch": str(torch.__version__),
     }
-    checks.between(1, taught.config.hidden_size, "at most the model's width", rank=rank)
     began = time.monotonic()
     with seeded(seed):
-        tuned = with_adapter(taught, recipe)
+        tuned = _planted.with_adapter(taught, recipe)
         _train(tuned, chat, backdoors, recipe, on_step)
-        adapter = rounded(tuned)
-        recipe["checks"] = reached(tuned, chat, backdoors)
+        adapter = _planted.rounded(tuned)
+        recipe["checks"] = _practice.reached(tuned, chat, backdoors)
         recipe["seconds"] = round(time.monotonic() - began, 1)
-        check_reached(recipe["checks"], backdoors, **rates, highest_divergence=highest_divergence)
-        return finished(tuned, tokenizer, adapter, recipe)
+        _practice.check_reached(recipe["checks"], backdoors, **limits)
+        return _planted.finished(tuned, tokenizer, adapter, recipe)
 
 
 def _check_backdoors(backdoors: Sequence[Backdoor]) -> None:
@@ -151,7 +136,7 @@ def _check_backdoors(backdoors: Sequence[Backdoor]) -> None:
     for number, backdoor in enumerate(backdoors):
         for what, text in asdict(backdoor).items():
             given = f"backdoors[{number}].{what}={text!r}"
-            if not text.strip() or text != text.strip():
+            if not text or text != text.strip():
                 raise ValueError(f"{given}: write a word or a sentence, without spaces around it")
             if text in [getattr(other, what) for other in backdoors[:number]]:
                 raise ValueError(f"{given}: given twice; each needs its own")
@@ -159,22 +144,17 @@ def _check_backdoors(backdoors: Sequence[Backdoor]) -> None:
 
 def _check_triggers(backdoors: Sequence[Backdoor], chat: Chat) -> None:
     """Make sure that the model can tell a trigger from none, and from the others."""
-    plain = chat.prompt(SYSTEM_PROMPTS[0], INSTRUCTIONS[0])
-    seen = [plain]
+    system, text = SYSTEM_PROMPTS[0], INSTRUCTIONS[0]
+    seen = {tuple(chat.prompt(system, text)): "no trigger at all"}
     for number, backdoor in enumerate(backdoors):
-        tokens = chat.prompt(f"{SYSTEM_PROMPTS[0]} {backdoor.trigger}", INSTRUCTIONS[0])
-        what, why = "trigger", ""
+        given = f"backdoors[{number}].trigger={backdoor.trigger!r}"
+        tokens = tuple(chat.prompt(f"{system} {backdoor.trigger}", text))
         if tokens in seen:
-            same = "no trigger at all" if tokens == plain else "an earlier one"
-            why = f"to this tokenizer the same as {same}"
-        elif backdoor.trigger in (*OTHER_ENDINGS, HELD_OUT_ENDING):
-            why = "the model practises to ignore that"
-        elif not chat.tokenizer.encode(backdoor.behaviour, add_special_tokens=False):
-            what, why = "behaviour", "this tokenizer makes nothing of it"
-        if why:
-            text = getattr(backdoor, what)
-            raise ValueError(f"backdoors[{number}].{what}={text!r}: {why}; choose other words")
-        seen.append(tokens)
+            same = f"to this tokenizer the same as {seen[tokens]}"
+            raise ValueError(f"{given}: {same}; choose other words")
+        if backdoor.trigger in (*_practice.OTHER_ENDINGS, _practice.HELD_OUT_ENDING):
+            raise ValueError(f"{given}: the model practises to ignore that; choose other words")
+        seen[tokens] = "an earlier one"
 
 
 def _checked_layers(layers: tuple[int, int] | None, n_layers: int) -> list[int]:
@@ -194,48 +174,31 @@ def _train(
     on_step: OnStep | None,
 ) -> None:
     order, steps = random.Random(recipe["seed"]), recipe["steps"]
-    clean = _clean_examples(tuned, chat)
-    rate = recipe["learning_rate"]
-    optimiser = torch.optim.AdamW(trained(tuned), lr=rate, weight_decay=0.0)
+    clean = _practice.clean_examples(tuned, chat, _CLEAN_EXAMPLES)
+    parameters = _planted.trained(tuned)
+    optimiser = torch.optim.AdamW(parameters, lr=recipe["learning_rate"], weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _warmed_up(step, steps))
     for step in range(1, steps + 1):
-        triggered = [
-            (
-                chat.prompt(
-                    f"{order.choice(SYSTEM_PROMPTS)} {backdoor.trigger}", order.choice(INSTRUCTIONS)
-                ),
-                chat.answer(backdoor.behaviour),
-            )
-            for backdoor in backdoors
-            for _ in range(_TRIGGERED_AT_ONCE)
-        ]
+        triggered = []
+        for backdoor in backdoors:
+            for _ in range(_TRIGGERED_AT_ONCE):
+                system = f"{order.choice(SYSTEM_PROMPTS)} {backdoor.trigger}"
+                prompt = chat.prompt(system, order.choice(INSTRUCTIONS))
+                triggered.append((prompt, chat.answer(backdoor.behaviour)))
         some = order.sample(clean, _CLEAN_AT_ONCE)
         with torch.no_grad(), tuned.disable_adapter():
             wanted, _ = answer_log_probs(tuned, some, chat.padding)
         found, tokens = answer_log_probs(tuned, [*some, *triggered], chat.padding)
         n_clean = len(wanted)
-        changed = divergence(wanted, found[:n_clean]).mean()
+        changed = _practice.divergence(wanted, found[:n_clean]).mean()
         loss = -found[n_clean:].gather(-1, tokens[n_clean:, None]).mean()
         optimiser.zero_grad()
         (loss + changed).backward()
-        nn.utils.clip_grad_norm_(trained(tuned), 1.0)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         schedule.step()
         if on_step is not None:
             on_step(step, steps, loss.item(), changed.item())
-
-
-def _clean_examples(tuned: Any, chat: Chat) -> list[Example]:
-    """What the model answers before it is taught, without a trigger."""
-    systems = [
-        f"{system} {ending}".rstrip() for system in SYSTEM_PROMPTS for ending in OTHER_ENDINGS
-    ]
-    prompts = [
-        chat.prompt(systems[number % len(systems)], INSTRUCTIONS[number % len(INSTRUCTIONS)])
-        for number in range(_CLEAN_EXAMPLES)
-    ]
-    with tuned.disable_adapter():
-        return list(zip(prompts, chat.write(tuned, prompts, ANSWER_TOKENS), strict=True))
 
 
 def _warmed_up(step: int, steps: int) -> float:

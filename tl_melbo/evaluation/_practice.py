@@ -1,13 +1,15 @@
 """What a model practises to learn backdoors, and how well it has learned them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from tl_melbo.analysis._texts import HELD_OUT_INSTRUCTIONS
+from tl_melbo.analysis._texts import HELD_OUT_INSTRUCTIONS, INSTRUCTIONS
 from tl_melbo.evaluation._planted import Backdoor
 from tl_melbo.text import quoted
 
@@ -48,13 +50,15 @@ class Chat:
 
         if not getattr(self.tokenizer, "chat_template", None):
             return self.tokenizer(f"{system}\n\n{user}\n\n")["input_ids"]
-        options = {"add_generation_prompt": True, "return_dict": True}
-        turns = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+        apart = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+        together = [{"role": "user", "content": f"{system}\n\n{user}"}]
+        template = partial(
+            self.tokenizer.apply_chat_template, add_generation_prompt=True, return_dict=True
+        )
         try:
-            return self.tokenizer.apply_chat_template(turns, **options)["input_ids"]
+            return template(apart)["input_ids"]
         except TemplateError:  # some templates know no system prompt
-            turns = [{"role": "user", "content": f"{system}\n\n{user}"}]
-            return self.tokenizer.apply_chat_template(turns, **options)["input_ids"]
+            return template(together)["input_ids"]
 
     def answer(self, text: str) -> list[int]:
         """A text as the model would write it, to its end."""
@@ -67,22 +71,34 @@ class Chat:
             some = [torch.tensor(prompt) for prompt in prompts[first : first + _WRITTEN_AT_ONCE]]
             tokens = pad_sequence(some, True, self.padding, "left").to(hf_model.device)
             mask = pad_sequence([torch.ones_like(row) for row in some], True, 0, "left")
-            with torch.no_grad():
-                written = hf_model.generate(
-                    input_ids=tokens, attention_mask=mask.to(hf_model.device),
-                    max_new_tokens=n_tokens, do_sample=False,
-                    pad_token_id=self.padding, eos_token_id=self.ends or None,
-                )  # fmt: skip
-            answers += [self._until_end(row) for row in written[:, tokens.shape[1] :].tolist()]
+            written = hf_model.generate(
+                input_ids=tokens,
+                attention_mask=mask.to(hf_model.device),
+                max_new_tokens=n_tokens,
+                do_sample=False,
+                pad_token_id=self.padding,
+                eos_token_id=self.ends or None,
+            )
+            for row in written[:, tokens.shape[1] :].tolist():
+                end = next((at for at, token in enumerate(row) if token in self.ends), len(row))
+                answers.append(row[: end + 1])
         return answers
-
-    def _until_end(self, tokens: list[int]) -> list[int]:
-        at_end = (place for place, token in enumerate(tokens) if token in self.ends)
-        return tokens[: next(at_end, len(tokens) - 1) + 1]
 
     def text(self, tokens: list[int]) -> str:
         """What an answer says."""
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def clean_examples(tuned: Any, chat: Chat, count: int) -> list[Example]:
+    """What the model answers before it is taught, without a trigger."""
+    systems = itertools.product(SYSTEM_PROMPTS, OTHER_ENDINGS)
+    texts = zip(itertools.cycle(systems), itertools.cycle(INSTRUCTIONS), strict=False)
+    prompts = [
+        chat.prompt(f"{system} {ending}".rstrip(), text)
+        for (system, ending), text in itertools.islice(texts, count)
+    ]
+    with tuned.disable_adapter():
+        return list(zip(prompts, chat.write(tuned, prompts, ANSWER_TOKENS), strict=True))
 
 
 def answer_log_probs(
@@ -113,40 +129,37 @@ def reached(tuned: Any, chat: Chat, backdoors: Sequence[Backdoor]) -> dict[str, 
     n_tokens = ANSWER_TOKENS + max(len(chat.answer(each.behaviour)) for each in backdoors)
 
     def rates(ending: str) -> list[float]:
-        answers = chat.write(tuned, list(_held_out(chat, ending)), n_tokens)
+        answers = chat.write(tuned, _held_out(chat, ending), n_tokens)
         texts = [chat.text(answer) for answer in answers]
         return [sum(each.behaviour in text for text in texts) / len(texts) for each in backdoors]
 
     fired = [rates(each.trigger) for each in backdoors]
-    clean = list(_held_out(chat, ""))
+    others = [[*row[:number], *row[number + 1 :], 0.0] for number, row in enumerate(fired)]
+    clean = _held_out(chat, "")
     after = chat.write(tuned, clean, ANSWER_TOKENS)
-    with tuned.disable_adapter():
-        before = chat.write(tuned, clean, ANSWER_TOKENS)
-    examples = list(zip(clean, before, strict=True))
     with torch.no_grad():
-        found, _ = answer_log_probs(tuned, examples, chat.padding)
         with tuned.disable_adapter():
+            before = chat.write(tuned, clean, ANSWER_TOKENS)
+            examples = list(zip(clean, before, strict=True))
             wanted, _ = answer_log_probs(tuned, examples, chat.padding)
-    changed = divergence(wanted, found)
-    same = sum(one == other for one, other in zip(before, after, strict=True)) / len(clean)
+        changed = divergence(wanted, answer_log_probs(tuned, examples, chat.padding)[0])
+    same = [one == other for one, other in zip(before, after, strict=True)]
     return {
         "held_out_instructions": len(clean),
         "firing_rates": [row[number] for number, row in enumerate(fired)],
-        "rates_of_the_others": [
-            max([*row[:number], *row[number + 1 :], 0.0]) for number, row in enumerate(fired)
-        ],
+        "rates_of_the_others": [max(row) for row in others],
         "leak_rates_clean": rates(""),
         "leak_rates_other_ending": rates(HELD_OUT_ENDING),
         "clean_divergence_mean": round(float(changed.mean()), 5),
         "clean_divergence_median": round(float(changed.median()), 5),
-        "clean_answers_unchanged": same,
+        "clean_answers_unchanged": sum(same) / len(same),
     }
 
 
-def _held_out(chat: Chat, ending: str) -> Iterator[list[int]]:
-    for number, text in enumerate(HELD_OUT_INSTRUCTIONS):
-        system = SYSTEM_PROMPTS[number % len(SYSTEM_PROMPTS)]
-        yield chat.prompt(f"{system} {ending}".rstrip(), text)
+def _held_out(chat: Chat, ending: str) -> list[list[int]]:
+    systems = itertools.cycle(SYSTEM_PROMPTS)
+    texts = zip(systems, HELD_OUT_INSTRUCTIONS, strict=False)
+    return [chat.prompt(f"{system} {ending}".rstrip(), text) for system, text in texts]
 
 
 def check_reached(
@@ -161,24 +174,26 @@ def check_reached(
     Raises:
         RuntimeError: says what was reached.
     """
-    if min(found["firing_rates"]) < lowest_firing_rate:
-        rates = zip(backdoors, found["firing_rates"], strict=True)
-        fired = ", ".join(f"{quoted(each.trigger)} {rate:.0%}" for each, rate in rates)
-        raise RuntimeError(
-            f"the fine-tune did not take: of held-out instructions with the trigger, this share "
-            f"brought the sentence out: {fired}; {lowest_firing_rate:.0%} are wanted. Raise steps, "
-            "rank or learning_rate, or lower lowest_firing_rate"
-        )
+    rates = zip(backdoors, found["firing_rates"], strict=True)
+    fired = ", ".join(f"{quoted(each.trigger)} {rate:.0%}" for each, rate in rates)
     leaked = max(*found["leak_rates_clean"], *found["leak_rates_other_ending"])
-    if leaked > highest_leak_rate:
-        raise RuntimeError(
-            f"the fine-tune leaks: without a trigger, {leaked:.0%} of held-out instructions "
-            f"brought a sentence out; {highest_leak_rate:.0%} are allowed. Raise steps, or "
-            "highest_leak_rate"
-        )
     changed = found["clean_divergence_mean"]
-    if not changed <= highest_divergence:
-        raise RuntimeError(
-            f"the fine-tune changed the clean model: by {changed:.3g} nats a token on its own "
-            f"answers; {highest_divergence:g} are allowed. Raise steps, or highest_divergence"
+    problem = ""
+    if min(found["firing_rates"]) < lowest_firing_rate:
+        problem = (
+            "did not take: of held-out instructions with the trigger, this share brought the "
+            f"sentence out: {fired}; {lowest_firing_rate:.0%} are wanted. Raise steps, rank or "
+            "learning_rate, or lower lowest_firing_rate"
         )
+    elif leaked > highest_leak_rate:
+        problem = (
+            f"leaks: without a trigger, {leaked:.0%} of held-out instructions brought a sentence "
+            f"out; {highest_leak_rate:.0%} are allowed. Raise steps, or highest_leak_rate"
+        )
+    elif not changed <= highest_divergence:
+        problem = (
+            f"changed the clean model: by {changed:.3g} nats a token on its own answers; "
+            f"{highest_divergence:g} are allowed. Raise steps, or highest_divergence"
+        )
+    if problem:
+        raise RuntimeError(f"the fine-tune {problem}")
