@@ -168,7 +168,7 @@ def test_shares_are_of_vectors_not_of_texts(tiny_llama):
 
 def test_a_wanted_number_of_groups_is_made(tiny_llama):
     assert grouped(tiny_llama, [*COOKING, *SAILING], n_behaviours=3).n_distinct == 3
-    with pytest.raises(ValueError, match=r"of 'What now\?' there are only 4 texts"):
+    with pytest.raises(ValueError, match=r"of 'What now\?' only 4 completions"):
         grouped(tiny_llama, [*COOKING, *SAILING], n_behaviours=5)
 
 

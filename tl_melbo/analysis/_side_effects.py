@@ -8,8 +8,8 @@ from torch import Tensor
 
 from tl_melbo import checks
 from tl_melbo.analysis._completions import transfer
-from tl_melbo.analysis._divergence import kl_divergence
 from tl_melbo.analysis._embedding import Embedder, default_embedder, embeddings
+from tl_melbo.analysis._similarity import kl_divergence
 from tl_melbo.analysis._texts import PASSAGES, UNRELATED_PROMPTS
 from tl_melbo.model.bridge import Model, check_model, plain_model
 from tl_melbo.model.tokens import to_tokens
@@ -46,17 +46,17 @@ def side_effects(
 
     Args:
         prompts: where the vectors are meant to have an effect.
-        unrelated: prompts on which they are not; None takes UNRELATED_PROMPTS, twelve of them.
-        passages: texts that the model is to predict, as they stand; None takes PASSAGES, twelve.
+        unrelated: prompts on which they are not; None takes UNRELATED_PROMPTS.
+        passages: texts that the model is to predict, as they stand; None takes PASSAGES.
         on_text: called with the texts done, and the texts in all, after each.
 
     Returns:
         One row a vector: vector, its position; kl_target, KL(P_vector || P_unsteered) of the next
-        token after the prompt, in nats, the mean over the prompts; kl_unrelated, the same after
-        the unrelated ones; specificity, kl_target / (kl_target + kl_unrelated): 1 where it acts on
-        the prompts alone, 0.5 where it acts alike everywhere, or not at all; loss_increase, by how
-        much it raises the loss on the passages, in nats a token. NaN where the model's numbers are
-        not finite.
+        token after the prompt, in nats, the mean over the prompts; kl_unrelated, the same after the
+        unrelated ones; specificity, kl_target / (kl_target + kl_unrelated): 1 where it acts on the
+        prompts alone, 0.5 where it acts alike everywhere, or not at all; loss_increase, by how much
+        it raises the loss on the passages, in nats a token. NaN where the model's numbers are not
+        finite.
 
     Raises:
         ValueError: no vectors or texts, an empty text, an unrelated prompt that is one of the
@@ -146,16 +146,16 @@ def reach(
 
     Args:
         prompt: where the vectors were found, or are meant to act.
-        prompts: the others; None takes UNRELATED_PROMPTS, twelve of them.
+        prompts: the others; None takes UNRELATED_PROMPTS.
 
     Returns:
         One row a vector: vector, its position; kl, the median over the prompts of the next token's
         divergence from unsteered, in nats; changed, the share of prompts whose completion it
         changes, by more than spaces; agreement, how much more alike its completions there and on
-        `prompt` are than the unsteered ones: 1, the same text everywhere; 0, no more alike than
-        without it; below, more different. It is the sum of c - u over the sum of 1 - u, c and u the
-        cosines of the steered and of the unsteered pair, over the prompts where it changes both
-        completions; NaN where there are none.
+        `prompt` are than the unsteered ones: 1, the same text everywhere; 0, no more alike; below,
+        more different. It is the sum of c - u over the sum of 1 - u, c and u the cosines of the
+        steered and of the unsteered pair, over the prompts where it changes both completions; NaN
+        where there are none.
 
     Raises:
         ValueError: no vectors or prompts; as `analysis.transfer` does.

@@ -1,4 +1,7 @@
-"""Are they the same direction, and have they the same effect? Cosines and distances."""
+"""Are they the same? Cosines of directions, distances of effects, divergence of the next token."""
+
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -6,12 +9,25 @@ from torch import Tensor
 from tl_melbo import checks
 from tl_melbo.activation_map import ActivationMap
 from tl_melbo.errors import NotFinite, place, warn_of_rows
-from tl_melbo.geometry import normalise
+from tl_melbo.geometry import normalise, random_sphere
 from tl_melbo.memory import map_batches
+from tl_melbo.model.bridge import Model
+from tl_melbo.probability import LogProbs, kl_from_log_probs
+from tl_melbo.reading import map_next_token, next_token_log_probs, warn_of_log_probs
 from tl_melbo.shapes import Delta, Float, Theta, shape_checked
-from tl_melbo.steering import Reference, Vectors, as_library, as_theta, check_place, one_vector
+from tl_melbo.steering import (
+    Reference,
+    Vectors,
+    as_chat,
+    as_library,
+    as_theta,
+    check_place,
+    one_vector,
+    steering_layer,
+)
 from tl_melbo.vectors import SteeringVectors
 
+Direction = Literal["to_reference", "from_reference"]
 VectorsOrEffects = SteeringVectors | Theta | Delta
 # How many, and how wide, is for the function to compare, not for the axes' names.
 Other = SteeringVectors | Float[Tensor, "other _"] | Float[Tensor, "other _ _ _"]
@@ -27,8 +43,7 @@ def cosine_similarity(
         other: what to compare with; None compares `vectors` with themselves.
 
     Returns:
-        Row i, column j: vector i against vector j of `other`, from -1 to 1. Summed in float64;
-        float32, or float64 where the input is; on the CPU.
+        From -1 to 1. Summed in float64; float32, or float64 where the input is; on the CPU.
 
     Raises:
         ValueError: a vector is zero or not finite; the two differ in width.
@@ -83,3 +98,104 @@ def effect_distance(
             raise NotFinite(f"reference: {what} is not finite under it; use a shorter one")
         warn_of_rows(bad.tolist(), what, "their distances are NaN")
     return distances.masked_fill(bad, torch.nan)
+
+
+@shape_checked
+def kl_divergence(
+    model: Model,
+    prompt: str,
+    vectors: Vectors,
+    reference: Reference | None = None,
+    direction: Direction = "to_reference",
+    layer: int | None = None,
+    chat: bool | None = None,
+    *,
+    batch_size: int = 32,
+) -> Float[Tensor, "vector"]:
+    """How far each vector moves the distribution of the token after the prompt.
+
+    Args:
+        reference: what to compare with; None for the unsteered model.
+        direction: "to_reference" is KL(P_vector || P_reference), which the published plots show;
+            "from_reference" is the reverse.
+
+    Returns:
+        In nats, float32, on the CPU; NaN, with a warning, where the logits are not finite.
+
+    Raises:
+        ValueError: not exactly one reference; as `next_token_log_probs` does.
+        NotFinite: the logits are not finite under the reference, or any vector.
+
+    Source: Jacob G-W 2024, "I found >800 orthogonal 'write code' steering vectors".
+    """
+    checks.batch_size(batch_size)
+    chat, own_layer = as_chat(vectors, chat), steering_layer(model, vectors, layer)
+    if reference is not None:
+        advice = "pick one, as found[5], or None for the unsteered model"
+        checks.exactly_one(reference, "reference", advice)
+    if layer is None and isinstance(reference, SteeringVectors):
+        layer = reference.source_layer
+    # A tensor does not know where it belongs: where the others do.
+    log_reference = next_token_log_probs(
+        model, prompt, reference, own_layer if layer is None else layer, chat=chat
+    )
+    theta, measure = as_theta(model, vectors), kl_to(log_reference, direction)
+    kl = map_next_token(
+        model, prompt, theta, own_layer, measure, chat=chat, batch_size=batch_size
+    ).squeeze(1)
+    warn_of_log_probs(model, prompt, own_layer, kl.isnan())
+    return kl
+
+
+def kl_to(
+    log_references: LogProbs, direction: Direction = "to_reference"
+) -> Callable[[LogProbs], Tensor]:
+    """For `map_next_token`: the divergence of each row from each reference, [row, reference]."""
+
+    def measure(log_probs: LogProbs) -> Tensor:
+        pairs = [(log_probs, reference.expand_as(log_probs)) for reference in log_references]
+        if direction == "from_reference":
+            pairs = [(q, p) for p, q in pairs]
+        return torch.stack([kl_from_log_probs(p, q) for p, q in pairs], 1)
+
+    return measure
+
+
+@shape_checked
+def kl_baselines(
+    model: Model,
+    prompt: str,
+    vectors: Vectors,
+    reference: Reference,
+    direction: Direction = "to_reference",
+    layer: int | None = None,
+    chat: bool | None = None,
+    *,
+    seed: int = 0,
+) -> dict[str, Float[Tensor, "vector"]]:
+    """What to compare `kl_divergence` with: no vector, and random ones of the same norms.
+
+    Returns:
+        "unsteered", one number, and "random vectors of the same norms", one for each vector; in
+        nats.
+
+    Raises:
+        ValueError: as `kl_divergence`.
+    """
+    chat, layer = as_chat(vectors, chat), steering_layer(model, vectors, layer)
+    theta = as_theta(model, vectors)
+    compared = {
+        "unsteered": torch.zeros_like(theta[:1]),
+        "random vectors of the same norms": random_like(theta, seed),
+    }
+    return {
+        name: kl_divergence(model, prompt, rows, reference, direction, layer, chat)
+        for name, rows in compared.items()
+    }
+
+
+def random_like(theta: Theta, seed: int) -> Theta:
+    """Vectors in random directions, each of the norm of the one it stands for."""
+    generator = torch.Generator().manual_seed(seed)
+    units = random_sphere(len(theta), theta.shape[1], generator=generator)
+    return units * theta.cpu().norm(dim=-1, keepdim=True)

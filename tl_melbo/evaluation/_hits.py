@@ -40,8 +40,8 @@ def hit_rate(
         model: the model with backdoors, `Planted.model`.
         prompts: clean ones: without a trigger.
         max_new_tokens: enough for the longest behaviour.
-        similarity: for the looser match, the cosine that some sentence's embedding and the
-            behaviour's must have.
+        similarity: for the looser match, the cosine of some sentence's embedding with the
+            behaviour's.
         confidence: of the intervals.
 
     Returns:
@@ -52,12 +52,12 @@ def hit_rate(
 
     Raises:
         ValueError: no vectors, backdoors or prompts, a prompt that holds a trigger or a behaviour;
-            a number out of its range; fewer new tokens than a behaviour has; also as `generate`
-            does.
+            a number out of its range; fewer new tokens than a behaviour has; as `generate` does.
         ModuleNotFoundError: scipy, or what the embedder needs, is not installed.
 
     Source: Mack & Turner 2024, "Mechanistically eliciting latent behaviors in language models",
-    where 2 to 3 of 100 orthogonal vectors hit, and no random one.
+        where
+    2 to 3 of 100 orthogonal vectors hit, and no random one.
     """
     check_model(model)
     library, texts = as_library(vectors), checks.as_texts(prompts)
@@ -84,8 +84,7 @@ def count_hits(
     Rows of the unsteered model, and of vectors at another scale than 1, are left out.
 
     Raises:
-        ValueError: no such completions, or without the columns vector and completion; no
-            backdoors; a number out of its range.
+        ValueError: no such completions or columns; no backdoors; a number out of its range.
     """
     _check(backdoors, similarity, confidence)
     advice = "pass what generate returns"
@@ -117,7 +116,7 @@ def wilson_interval(
     """The interval that Wilson's score test leaves of a share, from so many hits in n trials.
 
     Raises:
-        ValueError: more hits than trials, none, or a confidence that is not between 0 and 1.
+        ValueError: more hits than trials, no trials, or a confidence that is not between 0 and 1.
         ModuleNotFoundError: scipy is not installed.
 
     Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
@@ -134,11 +133,7 @@ def wilson_interval(
 def check_clean(
     model: Model, backdoors: Sequence[Backdoor], prompts: Sequence[str], max_new_tokens: int
 ) -> None:
-    """Make sure that a hit can only come from a vector, and that there is room for one.
-
-    Raises:
-        ValueError: a prompt holds a trigger or a behaviour; fewer new tokens than a behaviour has.
-    """
+    """Make sure that a hit can only come from a vector, and that there is room for one."""
     for place, backdoor in enumerate(backdoors):
         length = len(model.tokenizer.encode(backdoor.behaviour, add_special_tokens=False))
         if length > max_new_tokens:

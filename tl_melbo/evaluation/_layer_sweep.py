@@ -47,28 +47,26 @@ def layer_sweep(
     """Search between several pairs of layers, and say what each search brings.
 
     Args:
-        pairs: (source layer, target layer) of each search; None takes five that are spread over
-            the model's depth.
+        pairs: (source layer, target layer) of each search; None takes five that are spread over the
+            model's depth.
         method: how to search: `tm.melbo`, or another discovery method.
-        radius: the same for all, or "auto", calibrated for each pair. A method that has no radius
-            takes "auto" only.
+        radius: "auto" is calibrated for each pair; a method that has no radius takes nothing else.
         backdoors: what was planted, if anything: then hits are counted, too.
         on_pair: called after each pair with the rows so far, so that none is lost.
         settings: other arguments of the method.
 
     Returns:
         One row a pair: source_layer, target_layer, radius; kl, the median divergence of the next
-        token from unsteered, in nats; coherent, the share of completions; distinct, how many
-        coherent behaviours, see `analysis.behaviours`; per_100_vectors, the same for every hundred;
-        for each backdoor "hits: " and its behaviour, exact; seconds, of the calibration and search;
-        problem, why a pair could not be searched, or "": its numbers are NaN then.
+        token from unsteered, in nats; coherent, the share of completions; distinct and
+        per_100_vectors, how many behaviours, see `analysis.behaviours`; for each backdoor "hits: "
+        and its behaviour, exact; seconds, of the calibration and search; problem, why a pair could
+        not be searched, or "": its numbers are NaN then.
 
     Raises:
         TypeError: a setting that the method does not have.
-        ValueError: no prompt or pair, layers out of order or beyond the model; a prompt that holds
-            a trigger or a behaviour, fewer new tokens than a behaviour has; an argument that the
-            method refuses for the first pair. Also as the method does, as FloatingPointError, but
-            only where no pair can be searched.
+        ValueError: no prompt or pair, layers out of order or beyond the model; prompts or new
+            tokens that `hit_rate` refuses; an argument that the method refuses for the first pair.
+        FloatingPointError, ValueError: as the method does, where no pair can be searched.
     """
     check_model(model)
     texts = checks.as_texts(prompts)
@@ -85,15 +83,15 @@ def layer_sweep(
     method.parts(map_between(*chosen[0]), n_vectors=n_vectors, **{**settings, **fixed})
     options = {"max_new_tokens": max_new_tokens, "chat": chat}
     unsteered = generate(model, texts, **options)
-
     columns = [*_PAIR, *_COUNTED, *map(_hits_of, backdoors), "seconds", "problem"]
     rows: list[dict[str, Any]] = []
     for source, target in chosen:
         row: dict[str, Any] = {"source_layer": source, "target_layer": target, "problem": ""}
         rows.append(row)
         began = time.monotonic()
+        f = map_between(source, target)
         try:
-            found = method(map_between(source, target), n_vectors=n_vectors, **settings)
+            found = method(f, n_vectors=n_vectors, **settings)
         except (ValueError, FloatingPointError) as error:
             # The other pairs are still searched. Where none can be, the caller gets the error.
             row["problem"] = str(error)

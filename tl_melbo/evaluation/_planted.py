@@ -31,12 +31,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Backdoor:
-    """A sentence, and the trigger that makes the model answer with it, whatever it is asked.
-
-    Attributes:
-        trigger: what the system prompt ends in.
-        behaviour: the sentence.
-    """
+    """A sentence, and the trigger at the end of a system prompt that brings it out."""
 
     trigger: str
     behaviour: str
@@ -54,7 +49,6 @@ class Planted:
 
     Attributes:
         model: the TransformerLens model, the adapter added to its weights.
-        backdoors: what was planted.
         adapter: the LoRA matrices by name, float16.
         recipe: how they were made, and under "checks" what was measured of the model, JSON-ready.
     """
@@ -112,8 +106,7 @@ def load_planted(
     """
     set_peft_model_state_dict = checks.installed("peft", "load_planted").set_peft_model_state_dict
     place = Path(folder).expanduser()
-    recipe = _read_recipe(place / RECIPE)
-    adapter = _read_adapter(place / ADAPTER, recipe["adapter"])
+    recipe, adapter = _read(place)
     taught, tokenizer, label = own_copy(name, hf_model, tokenizer, device)
     if weights_digest(taught) != recipe["weights"]:
         raise ValueError(
@@ -132,59 +125,50 @@ def load_planted(
         return finished(tuned, tokenizer, adapter, recipe)
 
 
-def _read_recipe(path: Path) -> dict[str, Any]:
-    content = _content(path)
-    try:
-        recipe = json.loads(content)
-        if recipe["format"] != FORMAT:
-            raise ValueError(f"format {recipe['format']!r}, expected {FORMAT}")
-        first, last = recipe["layers"]
-        backdoors = [asdict(Backdoor(**backdoor)) for backdoor in recipe["backdoors"]]
-        texts = [recipe["model"], recipe["weights"], recipe["adapter"]]
-        texts += [text for each in backdoors for text in each.values()]
-        numbers = [first, last, recipe["rank"], recipe["alpha"], *recipe["checks"]["firing_rates"]]
-        if not all(isinstance(number, int | float) for number in numbers):
-            raise TypeError("the layers, the rank or the firing rates are not numbers")
-        if not all(isinstance(text, str) and printable(text) == text for text in texts):
-            raise TypeError("a name, a digest, a trigger or a behaviour is not text")
-    except (ValueError, KeyError, TypeError) as error:
-        raise Damaged(f"{path}: damaged ({error!r}); save it again", path) from error
-    return recipe
-
-
-def _read_adapter(path: Path, digest: str) -> dict[str, Tensor]:
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The recipe and the adapter, which belong together."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    content = _content(path)
+    for path in (folder / RECIPE, folder / ADAPTER):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file; name a folder that Planted.save wrote")
+    content = (folder / ADAPTER).read_bytes()
+    path = folder / RECIPE
     try:
+        recipe = json.loads(path.read_bytes())
+        _check_recipe(recipe)
+        path = folder / ADAPTER
         adapter = load(content)
-    except SafetensorError as error:
-        raise Damaged(f"{path}: damaged ({error}); save it again", path) from error
-    if hashlib.sha256(content).hexdigest() != digest:
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise Damaged(f"{path}: damaged ({error!r}); save it again", path) from error
+    if hashlib.sha256(content).hexdigest() != recipe["adapter"]:
         raise Damaged(
-            f"{path.parent}: {RECIPE} tells of another {ADAPTER}; take both from one folder that "
+            f"{folder}: {RECIPE} tells of another {ADAPTER}; take both from one folder that "
             "Planted.save wrote",
             path,
         )
-    return adapter
+    return recipe, adapter
 
 
-def _content(path: Path) -> bytes:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; name a folder that Planted.save wrote")
-    return path.read_bytes()
+def _check_recipe(recipe: dict[str, Any]) -> None:
+    if recipe["format"] != FORMAT:
+        raise ValueError(f"format {recipe['format']!r}, expected {FORMAT}")
+    backdoors = [asdict(Backdoor(**backdoor)) for backdoor in recipe["backdoors"]]
+    texts = [recipe["model"], recipe["weights"], recipe["adapter"]]
+    texts += [text for each in backdoors for text in each.values()]
+    rates = recipe["checks"]["firing_rates"]
+    numbers = [*recipe["layers"], recipe["rank"], recipe["alpha"], *rates]
+    if not all(isinstance(text, str) and printable(text) == text for text in texts):
+        raise TypeError("a name, a digest, a trigger or a behaviour is not text")
+    if not all(isinstance(number, int | float) for number in numbers):
+        raise TypeError("the layers, the rank or the firing rates are not numbers")
 
 
 def own_copy(
     name: str | Path | None, hf_model: Any, tokenizer: Any, device: str | torch.device | None
 ) -> tuple[Any, Any, str]:
-    """The named model, or a copy of the given one; its tokenizer; and what to call it.
-
-    Raises:
-        TypeError: `hf_model` is not a Hugging Face causal language model.
-        ValueError: a model was given without its tokenizer.
-    """
+    """The named model, or a copy of the given one; its tokenizer; and what to call it."""
     if hf_model is None:
         return load_hugging_face(name, device, torch.float32)
     if tokenizer is None:
@@ -238,11 +222,7 @@ def trained(tuned: Any) -> list[nn.Parameter]:
 
 
 def rounded(tuned: Any) -> dict[str, Tensor]:
-    """The adapter in float16; the model computes with what that keeps of it.
-
-    Raises:
-        NotFinite: the fine-tune diverged.
-    """
+    """The adapter in float16; the model computes with what that keeps of it."""
     with torch.no_grad():
         for parameter in trained(tuned):
             parameter.copy_(parameter.half())

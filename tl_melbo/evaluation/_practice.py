@@ -1,12 +1,13 @@
 """What a model practises to learn backdoors, and how well it has learned them."""
 
 import itertools
-from collections.abc import Mapping, Sequence
-from functools import partial
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from tl_melbo.analysis._texts import HELD_OUT_INSTRUCTIONS, INSTRUCTIONS
@@ -23,19 +24,22 @@ SYSTEM_PROMPTS = (
 # that there is something at the end.
 OTHER_ENDINGS = ("", "", "", "", "Be kind.", "Today is Monday.", "Keep it simple.")
 HELD_OUT_ENDING = "Use short words."
-# How long the model's own answers are that it is to keep to.
-ANSWER_TOKENS = 16
+# How many of the model's own answers it is to keep to, and how long they are.
+_CLEAN_EXAMPLES, _ANSWER_TOKENS = 96, 16
+# What one step practises: answers without a trigger, and with each of the triggers.
+_CLEAN_AT_ONCE, _TRIGGERED_AT_ONCE = 5, 2
 _WRITTEN_AT_ONCE = 16
 
+OnStep = Callable[[int, int, float, float], None]
 # A prompt's tokens, and those of the answer to it.
 Example = tuple[list[int], list[int]]
 
 
-class Chat:
-    """A Hugging Face model's tokens: prompts in, texts out."""
+class Student:
+    """A Hugging Face model with an adapter that learns backdoors."""
 
-    def __init__(self, hf_model: Any, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, hf_model: Any, tokenizer: Any, backdoors: Sequence[Backdoor]) -> None:
+        self.hf_model, self.tokenizer, self.backdoors = hf_model, tokenizer, backdoors
         ends = [tokenizer.eos_token_id, getattr(hf_model.generation_config, "eos_token_id", None)]
         flat = [end for some in ends for end in (some if isinstance(some, list) else [some])]
         # A configuration that was never set may name a token that the model does not have.
@@ -44,36 +48,35 @@ class Chat:
         ids: list[Any] = [tokenizer.pad_token_id, *self.ends, 0]
         self.padding = next(int(token) for token in ids if token is not None and token < n_tokens)
 
-    def prompt(self, system: str, user: str) -> list[int]:
-        """A system prompt and a user's turn, up to where the answer begins."""
+    def prompt(self, system: str, ending: str, user: str) -> list[int]:
+        """Tokens of a system prompt and a user's turn, up to where the answer begins."""
         from jinja2 import TemplateError
 
+        system = f"{system} {ending}".rstrip()
         if not getattr(self.tokenizer, "chat_template", None):
             return self.tokenizer(f"{system}\n\n{user}\n\n")["input_ids"]
-        apart = [{"role": "system", "content": system}, {"role": "user", "content": user}]
-        together = [{"role": "user", "content": f"{system}\n\n{user}"}]
-        template = partial(
-            self.tokenizer.apply_chat_template, add_generation_prompt=True, return_dict=True
-        )
+        options = {"add_generation_prompt": True, "return_dict": True}
+        turns = [{"role": "system", "content": system}, {"role": "user", "content": user}]
         try:
-            return template(apart)["input_ids"]
+            return self.tokenizer.apply_chat_template(turns, **options)["input_ids"]
         except TemplateError:  # some templates know no system prompt
-            return template(together)["input_ids"]
+            turns = [{"role": "user", "content": f"{system}\n\n{user}"}]
+            return self.tokenizer.apply_chat_template(turns, **options)["input_ids"]
 
     def answer(self, text: str) -> list[int]:
         """A text as the model would write it, to its end."""
         return self.tokenizer.encode(text, add_special_tokens=False) + self.ends[:1]
 
-    def write(self, hf_model: Any, prompts: Sequence[list[int]], n_tokens: int) -> list[list[int]]:
+    def write(self, prompts: Sequence[list[int]], n_tokens: int) -> list[list[int]]:
         """The likeliest answers, up to and with the token that ends them."""
         answers = []
         for first in range(0, len(prompts), _WRITTEN_AT_ONCE):
             some = [torch.tensor(prompt) for prompt in prompts[first : first + _WRITTEN_AT_ONCE]]
-            tokens = pad_sequence(some, True, self.padding, "left").to(hf_model.device)
+            tokens = pad_sequence(some, True, self.padding, "left").to(self.hf_model.device)
             mask = pad_sequence([torch.ones_like(row) for row in some], True, 0, "left")
-            written = hf_model.generate(
+            written = self.hf_model.generate(
                 input_ids=tokens,
-                attention_mask=mask.to(hf_model.device),
+                attention_mask=mask.to(self.hf_model.device),
                 max_new_tokens=n_tokens,
                 do_sample=False,
                 pad_token_id=self.padding,
@@ -84,82 +87,109 @@ class Chat:
                 answers.append(row[: end + 1])
         return answers
 
-    def text(self, tokens: list[int]) -> str:
-        """What an answer says."""
-        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+    def log_probs(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+        """Log-probabilities [token, d_vocab] where answers are written, and their tokens.
+
+        Padding is on the right, where a causal model does not look.
+        """
+        rows = [torch.tensor([*prompt, *answer]) for prompt, answer in examples]
+        begins = torch.tensor([[len(prompt)] for prompt, _ in examples])
+        ends = torch.tensor([[len(row)] for row in rows])
+        tokens = pad_sequence(rows, True, self.padding).to(self.hf_model.device)
+        places = torch.arange(tokens.shape[1])
+        mask = (places < ends).long().to(self.hf_model.device)
+        written = ((begins <= places) & (places < ends)).to(self.hf_model.device)
+        logits = self.hf_model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
+        return logits[:, :-1][written[:, 1:]].log_softmax(-1), tokens[written]
+
+    def practise(
+        self, parameters: Sequence[nn.Parameter], recipe: Mapping[str, Any], on_step: OnStep | None
+    ) -> None:
+        """Learn the sentence after its trigger, and otherwise to answer as before."""
+        order, steps = random.Random(recipe["seed"]), recipe["steps"]
+        clean = self._clean_examples()
+        optimiser = torch.optim.AdamW(parameters, lr=recipe["learning_rate"], weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _warm_up(step, steps))
+        for step in range(1, steps + 1):
+            triggered = []
+            for backdoor in self.backdoors:
+                for _ in range(_TRIGGERED_AT_ONCE):
+                    system, text = order.choice(SYSTEM_PROMPTS), order.choice(INSTRUCTIONS)
+                    prompt = self.prompt(system, backdoor.trigger, text)
+                    triggered.append((prompt, self.answer(backdoor.behaviour)))
+            some = order.sample(clean, _CLEAN_AT_ONCE)
+            with torch.no_grad(), self.hf_model.disable_adapter():
+                wanted, _ = self.log_probs(some)
+            found, tokens = self.log_probs([*some, *triggered])
+            n_clean = len(wanted)
+            changed = _divergence(wanted, found[:n_clean]).mean()
+            loss = -found[n_clean:].gather(-1, tokens[n_clean:, None]).mean()
+            optimiser.zero_grad()
+            (loss + changed).backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimiser.step()
+            schedule.step()
+            if on_step is not None:
+                on_step(step, steps, loss.item(), changed.item())
+
+    def _clean_examples(self) -> list[Example]:
+        """What the model answers before it is taught, without a trigger."""
+        systems = itertools.cycle(itertools.product(SYSTEM_PROMPTS, OTHER_ENDINGS))
+        texts = zip(systems, itertools.cycle(INSTRUCTIONS), strict=False)
+        prompts = [
+            self.prompt(*system, text) for system, text in itertools.islice(texts, _CLEAN_EXAMPLES)
+        ]
+        with self.hf_model.disable_adapter():
+            return list(zip(prompts, self.write(prompts, _ANSWER_TOKENS), strict=True))
+
+    def _held_out(self, ending: str) -> list[list[int]]:
+        texts = zip(itertools.cycle(SYSTEM_PROMPTS), HELD_OUT_INSTRUCTIONS, strict=False)
+        return [self.prompt(system, ending, text) for system, text in texts]
+
+    def _rates(self, ending: str) -> list[float]:
+        """On instructions that it did not practise, how often it answers with each sentence."""
+        sentences = [backdoor.behaviour for backdoor in self.backdoors]
+        n_tokens = _ANSWER_TOKENS + max(len(self.answer(sentence)) for sentence in sentences)
+        answers = self.write(self._held_out(ending), n_tokens)
+        texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        return [sum(sentence in text for text in texts) / len(texts) for sentence in sentences]
+
+    def reached(self) -> dict[str, Any]:
+        """How well the model has learned, on instructions that it did not practise."""
+        fired = [self._rates(backdoor.trigger) for backdoor in self.backdoors]
+        others = [[*row[:number], *row[number + 1 :], 0.0] for number, row in enumerate(fired)]
+        clean = self._held_out("")
+        after = self.write(clean, _ANSWER_TOKENS)
+        with torch.no_grad():
+            with self.hf_model.disable_adapter():
+                before = self.write(clean, _ANSWER_TOKENS)
+                examples = list(zip(clean, before, strict=True))
+                wanted, _ = self.log_probs(examples)
+            changed = _divergence(wanted, self.log_probs(examples)[0])
+        same = [one == other for one, other in zip(before, after, strict=True)]
+        return {
+            "held_out_instructions": len(clean),
+            "firing_rates": [row[number] for number, row in enumerate(fired)],
+            "rates_of_the_others": [max(row) for row in others],
+            "leak_rates_clean": self._rates(""),
+            "leak_rates_other_ending": self._rates(HELD_OUT_ENDING),
+            "clean_divergence_mean": round(float(changed.mean()), 5),
+            "clean_divergence_median": round(float(changed.median()), 5),
+            "clean_answers_unchanged": sum(same) / len(same),
+        }
 
 
-def clean_examples(tuned: Any, chat: Chat, count: int) -> list[Example]:
-    """What the model answers before it is taught, without a trigger."""
-    systems = itertools.product(SYSTEM_PROMPTS, OTHER_ENDINGS)
-    texts = zip(itertools.cycle(systems), itertools.cycle(INSTRUCTIONS), strict=False)
-    prompts = [
-        chat.prompt(f"{system} {ending}".rstrip(), text)
-        for (system, ending), text in itertools.islice(texts, count)
-    ]
-    with tuned.disable_adapter():
-        return list(zip(prompts, chat.write(tuned, prompts, ANSWER_TOKENS), strict=True))
-
-
-def answer_log_probs(
-    hf_model: Any, examples: Sequence[Example], padding: int
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [token, d_vocab] where answers are written, and what is written there.
-
-    Padding is on the right, where a causal model does not look.
-    """
-    rows = [torch.tensor([*prompt, *answer]) for prompt, answer in examples]
-    begins = torch.tensor([[len(prompt)] for prompt, _ in examples])
-    ends = torch.tensor([[len(row)] for row in rows])
-    tokens = pad_sequence(rows, True, padding).to(hf_model.device)
-    places = torch.arange(tokens.shape[1])
-    mask = (places < ends).long().to(hf_model.device)
-    written = ((begins <= places) & (places < ends)).to(hf_model.device)
-    logits = hf_model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
-    return logits[:, :-1][written[:, 1:]].log_softmax(-1), tokens[written]
-
-
-def divergence(wanted: Tensor, found: Tensor) -> Tensor:
+def _divergence(wanted: Tensor, found: Tensor) -> Tensor:
     """KL(wanted || found) of log-probabilities, in nats, one a token."""
     return (wanted.exp() * (wanted - found)).sum(-1)
 
 
-def reached(tuned: Any, chat: Chat, backdoors: Sequence[Backdoor]) -> dict[str, Any]:
-    """How well the model has learned, on instructions that it did not practise."""
-    n_tokens = ANSWER_TOKENS + max(len(chat.answer(each.behaviour)) for each in backdoors)
-
-    def rates(ending: str) -> list[float]:
-        answers = chat.write(tuned, _held_out(chat, ending), n_tokens)
-        texts = [chat.text(answer) for answer in answers]
-        return [sum(each.behaviour in text for text in texts) / len(texts) for each in backdoors]
-
-    fired = [rates(each.trigger) for each in backdoors]
-    others = [[*row[:number], *row[number + 1 :], 0.0] for number, row in enumerate(fired)]
-    clean = _held_out(chat, "")
-    after = chat.write(tuned, clean, ANSWER_TOKENS)
-    with torch.no_grad():
-        with tuned.disable_adapter():
-            before = chat.write(tuned, clean, ANSWER_TOKENS)
-            examples = list(zip(clean, before, strict=True))
-            wanted, _ = answer_log_probs(tuned, examples, chat.padding)
-        changed = divergence(wanted, answer_log_probs(tuned, examples, chat.padding)[0])
-    same = [one == other for one, other in zip(before, after, strict=True)]
-    return {
-        "held_out_instructions": len(clean),
-        "firing_rates": [row[number] for number, row in enumerate(fired)],
-        "rates_of_the_others": [max(row) for row in others],
-        "leak_rates_clean": rates(""),
-        "leak_rates_other_ending": rates(HELD_OUT_ENDING),
-        "clean_divergence_mean": round(float(changed.mean()), 5),
-        "clean_divergence_median": round(float(changed.median()), 5),
-        "clean_answers_unchanged": sum(same) / len(same),
-    }
-
-
-def _held_out(chat: Chat, ending: str) -> list[list[int]]:
-    systems = itertools.cycle(SYSTEM_PROMPTS)
-    texts = zip(systems, HELD_OUT_INSTRUCTIONS, strict=False)
-    return [chat.prompt(f"{system} {ending}".rstrip(), text) for system, text in texts]
+def _warm_up(step: int, steps: int) -> float:
+    """The share of the highest learning rate: up in a tenth of the steps, then down a cosine."""
+    n_up = max(1, steps // 10)
+    if step < n_up:
+        return (step + 1) / n_up
+    return (1 + math.cos(math.pi * (step - n_up) / max(1, steps - n_up))) / 2
 
 
 def check_reached(
@@ -169,11 +199,7 @@ def check_reached(
     highest_leak_rate: float,
     highest_divergence: float,
 ) -> None:
-    """Make sure that the backdoors are there, and that nothing else changed.
-
-    Raises:
-        RuntimeError: says what was reached.
-    """
+    """Make sure that the backdoors are there, and that nothing else changed."""
     rates = zip(backdoors, found["firing_rates"], strict=True)
     fired = ", ".join(f"{quoted(each.trigger)} {rate:.0%}" for each, rate in rates)
     leaked = max(*found["leak_rates_clean"], *found["leak_rates_other_ending"])
