@@ -108,37 +108,38 @@ def comparison(
     """
     check_place(model, f, vectors, "vectors")
     unsteered = torch.zeros_like(as_theta(model, vectors)[:1])
-    others = unsteered
+    start = unsteered
     if reference is not None:
         check_place(model, f, reference, "reference")
-        others = torch.cat([as_theta(model, reference), unsteered])
+        start = as_theta(model, reference)
     text = f.prompts[0] if prompt is None else prompt
     layer, chat = f.source_layer, f.chat if chat is None else chat
+    others = torch.cat([start, unsteered])
     log_others = next_token_log_probs(model, text, others, layer, chat=chat)
     to, back = kl_to(log_others), kl_to(log_others[:1], "from_reference")
 
     def measure(log_probs: LogProbs) -> Tensor:
-        return torch.cat([back(log_probs), to(log_probs)], 1)
+        return torch.cat([to(log_probs), back(log_probs)], 1)
 
     def compare(rows: Theta, writes: bool) -> pd.DataFrame:
         kl = map_next_token(model, text, rows, layer, measure, chat=chat)
-        unknown = torch.full_like(kl[:, 0], torch.nan)
-        distance = unknown if reference is None else effect_distance(f, rows, reference)
-        frame = pd.DataFrame(
-            {
-                "norm": rows.norm(dim=-1).cpu().numpy(),
-                "distance": distance.numpy(),
-                "kl_to_reference": (unknown if reference is None else kl[:, 1]).numpy(),
-                "kl_from_reference": (unknown if reference is None else kl[:, 0]).numpy(),
-                "kl_to_unsteered": kl[:, -1].numpy(),
-                "completion": None,
-            }
-        )
+        to_reference, to_unsteered, from_reference = kl.unbind(1)
+        distance = to_reference if reference is None else effect_distance(f, rows, reference)
+        columns = {
+            "norm": rows.norm(dim=-1),
+            "distance": distance,
+            "kl_to_reference": to_reference,
+            "kl_from_reference": from_reference,
+            "kl_to_unsteered": to_unsteered,
+        }
+        frame = pd.DataFrame({name: column.cpu().numpy() for name, column in columns.items()})
+        if reference is None:
+            frame[["distance", "kl_to_reference", "kl_from_reference"]] = torch.nan
+        frame["completion"] = None
         if writes:
-            warn_of_log_probs(model, text, layer, kl[:, -1].isnan())
-            frame["completion"] = generate(
-                model, text, rows, layer, max_new_tokens=max_new_tokens, chat=chat
-            )["completion"]
+            warn_of_log_probs(model, text, layer, to_unsteered.isnan())
+            options = {"max_new_tokens": max_new_tokens, "chat": chat}
+            frame["completion"] = generate(model, text, rows, layer, **options)["completion"]
         return frame
 
     return compare

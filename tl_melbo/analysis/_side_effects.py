@@ -94,17 +94,13 @@ def side_effects(
 def _others(texts: str | Sequence[str] | None, prompts: Sequence[str], argument: str) -> list[str]:
     """Other prompts than these: those given, or some that come with the package."""
     if texts is None:
-        left = [text for text in UNRELATED_PROMPTS if text not in prompts]
-        if not left:
-            raise ValueError(
-                f"{argument}: those that come with the package are all among the prompts; pass "
-                "others"
-            )
-        return left
+        others = [text for text in UNRELATED_PROMPTS if text not in prompts]
+        if not others:
+            raise ValueError(f"{argument}: those that come with the package are prompts; pass some")
+        return others
     others = checks.as_texts(texts, argument)
-    for prompt in prompts:
-        if prompt in others:
-            raise ValueError(f"{argument}: holds the prompt itself, {prompt!r}; leave it out")
+    for prompt in set(prompts).intersection(others):
+        raise ValueError(f"{argument}: holds the prompt itself, {prompt!r}; leave it out")
     return others
 
 

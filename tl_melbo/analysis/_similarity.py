@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tl_melbo import checks
+from tl_melbo import checks, steering
 from tl_melbo.activation_map import ActivationMap
 from tl_melbo.errors import NotFinite, place, warn_of_rows
 from tl_melbo.geometry import normalise, random_sphere
@@ -15,16 +15,7 @@ from tl_melbo.model.bridge import Model
 from tl_melbo.probability import LogProbs, kl_from_log_probs
 from tl_melbo.reading import map_next_token, next_token_log_probs, warn_of_log_probs
 from tl_melbo.shapes import Delta, Float, Theta, shape_checked
-from tl_melbo.steering import (
-    Reference,
-    Vectors,
-    as_chat,
-    as_library,
-    as_theta,
-    check_place,
-    one_vector,
-    steering_layer,
-)
+from tl_melbo.steering import Reference, Vectors
 from tl_melbo.vectors import SteeringVectors
 
 Direction = Literal["to_reference", "from_reference"]
@@ -80,10 +71,10 @@ def effect_distance(
 
     Source: Jacob G-W 2024, "I found >800 orthogonal 'write code' steering vectors".
     """
-    library, start = as_library(vectors), one_vector(reference, "reference")
-    check_place(f.model, f, library, "vectors")
-    check_place(f.model, f, start, "reference")
-    theta = torch.cat([as_theta(f.model, start), as_theta(f.model, library)])
+    library, start = steering.as_library(vectors), steering.one_vector(reference, "reference")
+    steering.check_place(f.model, f, library, "vectors")
+    steering.check_place(f.model, f, start, "reference")
+    theta = torch.cat([steering.as_theta(f.model, start), steering.as_theta(f.model, library)])
     counts = f.mask.sum(-1, keepdim=True)
     # Averaged batch by batch: effects at every position of every vector would fill the memory.
     means, _ = map_batches(
@@ -129,7 +120,8 @@ def kl_divergence(
     Source: Jacob G-W 2024, "I found >800 orthogonal 'write code' steering vectors".
     """
     checks.batch_size(batch_size)
-    chat, own_layer = as_chat(vectors, chat), steering_layer(model, vectors, layer)
+    chat = steering.as_chat(vectors, chat)
+    own_layer = steering.steering_layer(model, vectors, layer)
     if reference is not None:
         advice = "pick one, as found[5], or None for the unsteered model"
         checks.exactly_one(reference, "reference", advice)
@@ -139,7 +131,7 @@ def kl_divergence(
     log_reference = next_token_log_probs(
         model, prompt, reference, own_layer if layer is None else layer, chat=chat
     )
-    theta, measure = as_theta(model, vectors), kl_to(log_reference, direction)
+    theta, measure = steering.as_theta(model, vectors), kl_to(log_reference, direction)
     kl = map_next_token(
         model, prompt, theta, own_layer, measure, chat=chat, batch_size=batch_size
     ).squeeze(1)
@@ -182,8 +174,8 @@ def kl_baselines(
     Raises:
         ValueError: as `kl_divergence`.
     """
-    chat, layer = as_chat(vectors, chat), steering_layer(model, vectors, layer)
-    theta = as_theta(model, vectors)
+    chat, layer = steering.as_chat(vectors, chat), steering.steering_layer(model, vectors, layer)
+    theta = steering.as_theta(model, vectors)
     compared = {
         "unsteered": torch.zeros_like(theta[:1]),
         "random vectors of the same norms": random_like(theta, seed),

@@ -142,11 +142,11 @@ def check_clean(
                 "tokens, so it could never be written whole; allow more"
             )
         for number, text in enumerate(prompts):
-            held = [f"the trigger {backdoor.trigger!r}"] if backdoor.trigger in text else []
+            if backdoor.trigger in text:
+                held = f"the trigger {backdoor.trigger!r}"
+                raise ValueError(f"prompts[{number}]: holds {held}; pass clean prompts")
             if _plain(backdoor.behaviour) in _plain(text):
-                held.append(f"the behaviour {backdoor.behaviour!r}")
-            if held:
-                held = " and ".join(held)
+                held = f"the behaviour {backdoor.behaviour!r}"
                 raise ValueError(f"prompts[{number}]: holds {held}; pass clean prompts")
 
 
