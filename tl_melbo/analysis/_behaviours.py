@@ -19,7 +19,8 @@ from tl_melbo.text import printable, quoted
 
 # Average-linkage clusters are cut where two are this far apart (one minus the mean cosine). These
 # numbers are where the hand-labelled completions of the tests agree best; neighbours do nearly so.
-DEFAULT_DISTANCES = {"sentences": 0.65, "words": 0.85, "custom": 0.5}
+DEFAULT_DISTANCES = {"sentences": 0.65, "words": 0.85}
+_DISTANCE_OF_OTHERS = 0.5
 _INCOHERENT, _UNSTEERED = -1, 0
 _NAME_WORDS, _LONGEST_WORD = 3, 24
 # A word of a name. Not "i'm", "don't" or "you're": they are no topics.
@@ -110,7 +111,8 @@ def behaviours(
     check_model(model)
     chosen: Embedder = default_embedder() if embedder is None else embedder
     label = "custom" if callable(chosen) else chosen
-    distance = DEFAULT_DISTANCES[label] if distance is None else distance
+    if distance is None:
+        distance = DEFAULT_DISTANCES.get(label, _DISTANCE_OF_OTHERS)
     _check(completions)
     checks.at_least(1, n_behaviours=n_behaviours, batch_size=batch_size)
     if not 0 < distance <= 2:
