@@ -4,6 +4,7 @@ Every one names the argument, says what came and what is allowed, and what to do
 """
 
 import difflib
+import importlib
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -241,3 +242,17 @@ def argument_names(
             near = difflib.get_close_matches(setting, allowed, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"allowed are {', '.join(allowed)}"
             raise TypeError(f"{name}(): got an unexpected argument {setting!r}; {hint}")
+
+
+def installed(module: str, purpose: str) -> Any:
+    """A module of a library that comes with an extra.
+
+    Raises:
+        ModuleNotFoundError: it is not installed; says how to install it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{purpose}: needs {module.partition('.')[0]}; pip install 'tl_melbo[evaluation]'"
+        ) from error

@@ -133,15 +133,15 @@ def _groups_rows(groups: Behaviours, found: SteeringVectors) -> list[dict[str, A
 
     What was filtered out comes last, for whoever reads what a machine would not.
     """
-    rows = [{**row, "name": _name(row["name"])} for row in groups.groups.to_dict("records")]
+    rows = groups.groups.to_dict("records")
     aside: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in groups.texts.to_dict("records"):
         if row["vector"] >= 0 and not row["coherent"]:
-            aside.setdefault((row["prompt"], row["put_aside"]), []).append(row)
+            aside.setdefault((row["prompt"], row["filtered_out"]), []).append(row)
     for (prompt, reason), some in aside.items():
         best = min(some, key=lambda row: row["perplexity"])
         vectors = sorted({row["vector"] for row in some})
-        about = {"name": _filtered_out(reason), "prompt": prompt, "example": best["completion"]}
+        about = {"name": f"filtered out: {reason}", "prompt": prompt, "example": best["completion"]}
         rows.append({**about, "vectors": vectors})
     indices = found.columns["index"].tolist()
     return [
@@ -159,16 +159,8 @@ def _behaviour_names(groups: Behaviours) -> dict[tuple[str, int], str]:
     """What each prompt and vector's completion was grouped with."""
     names = dict(zip(groups.groups["behaviour"], groups.groups["name"], strict=True))
     return {
-        (row["prompt"], row["vector"]): _name(names[row["behaviour"]])
-        if row["behaviour"] in names
-        else _filtered_out(row["put_aside"])
+        (row["prompt"], row["vector"]): names.get(
+            row["behaviour"], f"filtered out: {row['filtered_out']}"
+        )
         for row in groups.texts.to_dict("records")
     }
-
-
-def _name(name: str) -> str:
-    return "≈ baseline" if name == "near the unsteered text" else name
-
-
-def _filtered_out(reason: str) -> str:
-    return f"filtered out: {'high perplexity' if reason == 'surprising' else reason}"
