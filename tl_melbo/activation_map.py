@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tl_melbo import checks
 from tl_melbo.memory import free_memory, map_batches
 from tl_melbo.model.bridge import Model, check_model, model_name, model_type, weights_digest
 from tl_melbo.replay import Group, Picked, capture_prompts, push
@@ -27,10 +28,8 @@ from tl_melbo.shortcut import (
 _REPLAY_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 # Tokens at once beyond which a CPU gains nothing; vectors at once that fill a large GPU.
 _CPU_ROWS, _GPU_VECTORS = 1200, 1024
-# Slices whose positions are remembered.
-_MOST_SLICES = 64
-# Between any two paths f(x) differed by at most 5.4 eps |y| in float32, and 2.0 eps |y| in narrow
-# types, whose products are summed in float32: see `resolution`.
+# Between any two paths f(x) differed by at most 5.4 eps |y| on five architectures in float32, and
+# by 2.0 eps |y| in narrow types, whose products are summed in float32: see `resolution`.
 _ROUNDING = {torch.float64: 8.0, torch.float32: 8.0}
 _NARROW_ROUNDING = 3.0
 
@@ -56,7 +55,6 @@ class ActivationMap:
             the longest are padded with zeros on the left.
         y: f(x).
         mask: True where `x` holds a token, False where it is padding.
-        prompts: the texts.
         batch_size: vectors pushed through at once by `delta`; None picks what fits in memory.
 
     Source: Mack & Turner 2024, "Mechanistically eliciting latent behaviors in language models".
@@ -70,10 +68,10 @@ class ActivationMap:
     x: Residual
     y: Residual
     mask: PositionMask
-    batch_size: int | None = None
-    _groups: tuple[Group, ...] = ()
-    _watched: Watched = field(default_factory=lambda: Watched.of(()))
-    _state: State = ((), (), (), True)
+    batch_size: int | None
+    _groups: tuple[Group, ...]
+    _watched: Watched
+    _state: State
     _shortcut: Shortcut | None = None
     # f(x) under the hooks that are there now; what each slice picks.
     _unsteered_memo: dict[State, Residual] = field(default_factory=dict)
@@ -94,7 +92,6 @@ class ActivationMap:
         """Run the prompts once and remember what the blocks in between need.
 
         Args:
-            model: a TransformerLens model. It is left exactly as it is.
             prompts: one text or several, of any lengths.
             source_layer: s; vectors are added to the residual stream after block s.
             target_layer: t; their effect is read in the residual stream after block t.
@@ -103,36 +100,20 @@ class ActivationMap:
 
         Raises:
             TypeError: `model` is not a TransformerLens model.
-            ValueError: layers out of order or beyond the model, an empty prompt, no prompt,
-                a batch size below one, activations that are not finite.
+            ValueError: no such layers, no prompt or an empty one, activations that are not finite.
             RuntimeError: the blocks called alone do not do what they do inside the model.
         """
         check_model(model)
         _check_layers(model, source_layer, target_layer)
-        texts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
-        if not texts:
-            raise ValueError("prompts: none given; pass one text or a list of texts")
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: at least 1, or None to pick what fits")
-
-        x, y, mask, groups = capture_prompts(model, texts, chat, source_layer, target_layer)
+        checks.batch_size(batch_size)
+        texts = tuple(checks.as_texts(prompts))
+        layers = source_layer, target_layer
+        x, y, mask, groups = capture_prompts(model, texts, chat, *layers)
         watched = Watched.of(model.blocks[source_layer + 1 : target_layer + 1])
-        f = cls(
-            model=model,
-            prompts=texts,
-            chat=chat,
-            source_layer=source_layer,
-            target_layer=target_layer,
-            x=x,
-            y=y,
-            mask=mask,
-            batch_size=batch_size,
-            _groups=groups,
-            _watched=watched,
-            _state=watched.state(),
-        )
+        state = watched.state()
+        f = cls(model, texts, chat, *layers, x, y, mask, batch_size, groups, watched, state)
         f._check_replay()
-        if f._state[0]:
+        if state[0]:
             return f
         return replace(f, _shortcut=find_shortcut(f._blocks(), groups, x, mask))
 
@@ -167,7 +148,7 @@ class ActivationMap:
                 are ignored, and come back as zeros.
 
         Raises:
-            ValueError: prompts, positions or width differ from those of `self.x`.
+            ValueError: another shape, type or device than those of `self.x`.
         """
         if x.ndim > 4 or x.shape[-3:] != self.x.shape:
             raise ValueError(
@@ -181,7 +162,7 @@ class ActivationMap:
             )
         stack = x if x.ndim == 4 else x[None]
         way = self._way(is_transformed(stack))
-        y = push(stack, self._groups, self._picked(slice(None)), way.run, False)
+        y = push(stack, self._groups, self._picked(slice(None)), way.run)
         return y if x.ndim == 4 else y[0]
 
     @shape_checked
@@ -201,21 +182,14 @@ class ActivationMap:
             is.
 
         Raises:
-            ValueError: theta has another width than the residual stream, or holds values that are
-                not finite; the positions pick nothing in some prompt.
+            ValueError: theta has another width than the residual stream, or values that are not
+                finite; the positions pick nothing in some prompt.
         """
-        if theta.shape[1] != self.d_model:
-            raise ValueError(
-                f"theta: {theta.shape[1]} wide, but the residual stream of "
-                f"{model_name(self.model)} has d_model={self.d_model}"
-            )
-        if not theta.isfinite().all():
-            bad = (~theta.isfinite().all(-1)).nonzero().flatten().tolist()
-            raise ValueError(f"theta: vectors {bad} hold values that are not finite")
-        return self._delta(theta, self._picked(checked_slice(positions)))
-
-    def _delta(self, theta: Theta, picked: Picked) -> Delta:
-        """`delta` of arguments that are known to be good."""
+        checks.width(
+            theta, self.d_model, "theta", f"the residual stream of {model_name(self.model)}"
+        )
+        checks.finite(theta, "theta")
+        picked = self._picked(checked_slice(positions))
         way = self._way(is_transformed(theta))
         if len(theta) == 1:
             return self._effect(theta, picked, way, recompute=False)
@@ -255,23 +229,23 @@ class ActivationMap:
     def _blocks(self) -> tuple[nn.Module, ...]:
         return tuple(self.model.blocks[self.source_layer + 1 : self.target_layer + 1])
 
-    def _way(self, transformed: bool = False) -> Way:
+    def _way(self, transformed: bool) -> Way:
         """Which code runs the blocks now; `transformed`: by what else than a gradient's graph."""
-        state = self._watched.state()
+        state, y = self._watched.state(), self.y
         if state != self._state:
             if state not in self._unsteered_memo:
                 self._unsteered_memo.clear()
                 self._unsteered_memo[state] = self._hooked(self.x)
-            return Way("hooked", hooked_run(self._blocks()), self._unsteered_memo[state])
-        if self._shortcut is None:
-            return Way("hooked", hooked_run(self._blocks()), self.y)
-        return self._shortcut.differentiable if transformed else self._shortcut.way
+            y = self._unsteered_memo[state]
+        elif self._shortcut is not None:
+            return self._shortcut.differentiable if transformed else self._shortcut.way
+        return Way("hooked", hooked_run(self._blocks()), y)
 
+    @torch.no_grad()
     def _hooked(self, x: Residual) -> Residual:
         """f(x) by the model's own modules, without a graph."""
-        with torch.no_grad():
-            run = hooked_run(self._blocks())
-            return push(x[None], self._groups, self._picked(slice(None)), run, False)[0]
+        run = hooked_run(self._blocks())
+        return push(x[None], self._groups, self._picked(slice(None)), run)[0]
 
     @shape_checked
     def resolution(self, positions: slice = slice(None)) -> float:
@@ -279,12 +253,7 @@ class ActivationMap:
 
         An effect is a difference of two values of f, each rounded in the model's type, and batches
         of other sizes, other paths and other numbers of threads round differently. The bound is
-        8 eps |y| in float32 and float64, and 3 eps |y| in narrower types, with |y| over the same
-        positions. Measured on five architectures: at most 5.4 and 2.0 eps |y| between any two
-        paths, and 2.7 eps |y| between batches of one path.
-
-        Args:
-            positions: which positions of the effect count, on each prompt's own tokens.
+        8 eps |y| in float32 and float64, and 3 eps |y| in narrower types.
 
         Returns:
             For one vector: the L2 norm over these positions of all prompts.
@@ -298,9 +267,7 @@ class ActivationMap:
 
     @shape_checked
     def position_mask(self, positions: slice = slice(None)) -> PositionMask:
-        """Which positions a slice picks, counted on each prompt's own tokens.
-
-        `slice(-3, None)` is the last three tokens of every prompt, however long each is.
+        """Which positions a slice picks: slice(-3, None) the last three tokens of every prompt.
 
         Raises:
             ValueError: the slice picks nothing in some prompt.
@@ -319,8 +286,6 @@ class ActivationMap:
                     f"({self.prompts[missed[0]]!r}, {int(self.mask[missed[0]].sum())} tokens); "
                     "choose a slice that each prompt reaches, for example slice(-1, None)"
                 )
-            if len(self._picked_memo) >= _MOST_SLICES:
-                self._picked_memo.clear()
             self._picked_memo[parts] = picked
         return self._picked_memo[parts]
 
@@ -329,10 +294,10 @@ class ActivationMap:
         return self.batch_size or self._at_once(self._vectors_in_memory(with_gradient))
 
     def _at_once(self, room: int) -> int:
-        # A CPU gains nothing from more rows than this, and they fall out of its caches; a large
-        # device is full with that many vectors.
-        n_tokens = self.mask.numel()
-        most = max(1, _CPU_ROWS // n_tokens) if self.x.device.type == "cpu" else _GPU_VECTORS
+        most = _GPU_VECTORS
+        if self.x.device.type == "cpu":
+            # More rows than this fall out of its caches.
+            most = max(1, _CPU_ROWS // self.mask.numel())
         return max(1, min(most, room))
 
     def _vectors_in_memory(self, with_gradient: bool = True) -> int:
@@ -367,14 +332,13 @@ class ActivationMap:
         }
 
     def _check_replay(self) -> None:
-        error = (self._hooked(self.x) - self.y).abs().max() / self.y.abs().max()
-        tolerance = _REPLAY_TOLERANCE.get(self.x.dtype, 0.05)
-        if not error <= tolerance:
+        error = float((self._hooked(self.x) - self.y).abs().max() / self.y.abs().max())
+        if not error <= _REPLAY_TOLERANCE.get(self.x.dtype, 0.05):
             raise RuntimeError(
                 f"{model_name(self.model)}: blocks {self.source_layer + 1} to {self.target_layer} "
-                f"called alone differ from the whole model by {float(error):.1e} (relative), more "
-                f"than {tolerance:.0e}; this architecture passes something between blocks that is "
-                "not in their arguments, or a hook on them is not deterministic"
+                f"called alone differ from the whole model by {error:.1e} of its size; "
+                "this architecture passes something between blocks that is not in their arguments, "
+                "or a hook on them is not deterministic"
             )
 
 

@@ -9,6 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tl_melbo.analysis._texts import HELD_OUT_INSTRUCTIONS
 from tl_melbo.evaluation._planted import Backdoor
+from tl_melbo.model.tokens import end_tokens
 from tl_melbo.text import quoted
 
 SYSTEM_PROMPTS = (
@@ -34,11 +35,8 @@ class Chat:
 
     def __init__(self, hf_model: Any, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        ends = [tokenizer.eos_token_id, getattr(hf_model.generation_config, "eos_token_id", None)]
-        flat = [end for some in ends for end in (some if isinstance(some, list) else [some])]
-        # A configuration that was never set may name a token that the model does not have.
         n_tokens = hf_model.get_input_embeddings().num_embeddings
-        self.ends = [end for end in dict.fromkeys(flat) if end is not None and end < n_tokens]
+        self.ends = end_tokens(tokenizer, hf_model, n_tokens)
         ids: list[Any] = [tokenizer.pad_token_id, *self.ends, 0]
         self.padding = next(int(token) for token in ids if token is not None and token < n_tokens)
 
