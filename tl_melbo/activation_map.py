@@ -8,21 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tl_melbo import checks
+from tl_melbo import checks, shortcut
 from tl_melbo.memory import free_memory, map_batches
 from tl_melbo.model.bridge import Model, check_model, model_name, model_type, weights_digest
 from tl_melbo.replay import Group, Picked, capture_prompts, push
 from tl_melbo.shapes import Delta, PositionMask, Residual, Theta, checked_slice, shape_checked
-from tl_melbo.shortcut import (
-    Path,
-    Shortcut,
-    State,
-    Watched,
-    Way,
-    find_shortcut,
-    hooked_run,
-    is_transformed,
-)
 
 # How far replaying the blocks may be from the model's own forward pass, relative to its size.
 _REPLAY_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -38,17 +28,15 @@ _NARROW_ROUNDING = 3.0
 class ActivationMap:
     """f(x): the residual stream after `source_layer` pushed through to after `target_layer`.
 
-    Blocks `source_layer + 1` to `target_layer` run, and nothing else, with the arguments that they
-    got in one ordinary forward pass of each prompt (position embeddings, masks), without the KV
-    cache. Prompts of equal length run as one batch and others apart: no block ever sees padding,
-    and f of many prompts is f of each. Make one with `ActivationMap.from_prompts`.
+    Only the blocks between run, with the arguments that they got in one ordinary forward pass of
+    each prompt (position embeddings, masks), without the KV cache. Prompts of equal length run as
+    one batch: no block ever sees padding. Make one with `ActivationMap.from_prompts`.
 
-    Which code runs is `path`. "hooked": the model's own modules, so hooks on them fire; always
-    taken while there are any. "unhooked": the Hugging Face modules below TransformerLens's, with
-    scaled-dot-product attention. "fast": for blocks of the Llama kind, see `fast_blocks`; it holds
-    copies of their weights. A faster path is taken if it gave the model's own results, to 1e-5
-    relative in float32, when the map was made, and until hooks, modules or weights change (but
-    for edits through a tensor's `.data`, which cannot be seen: make a new map after those).
+    Which code runs is `path`. "hooked": the model's own modules, always while there are hooks on
+    them. "unhooked": the Hugging Face modules below, with scaled-dot-product attention. "fast": for
+    blocks of the Llama kind, with copies of their weights. A faster path is taken if it gave the
+    model's own results, to 1e-5 relative in float32, when the map was made, and until hooks,
+    modules or weights change (edits through a tensor's `.data` cannot be seen: make a new map).
 
     Attributes:
         x: residual stream after `source_layer` of the unsteered prompts; prompts shorter than
@@ -70,11 +58,11 @@ class ActivationMap:
     mask: PositionMask
     batch_size: int | None
     _groups: tuple[Group, ...]
-    _watched: Watched
-    _state: State
-    _shortcut: Shortcut | None = None
+    _watched: shortcut.Watched
+    _state: shortcut.State
+    _shortcut: shortcut.Shortcut | None = None
     # f(x) under the hooks that are there now; what each slice picks.
-    _unsteered_memo: dict[State, Residual] = field(default_factory=dict)
+    _unsteered_memo: dict[shortcut.State, Residual] = field(default_factory=dict)
     _picked_memo: dict[tuple[int | None, ...], Picked] = field(default_factory=dict)
 
     @classmethod
@@ -92,9 +80,8 @@ class ActivationMap:
         """Run the prompts once and remember what the blocks in between need.
 
         Args:
-            prompts: one text or several, of any lengths.
-            source_layer: s; vectors are added to the residual stream after block s.
-            target_layer: t; their effect is read in the residual stream after block t.
+            source_layer: vectors are added to the residual stream after this block.
+            target_layer: their effect is read in the residual stream after this one.
             chat: format each prompt as a user's turn with the tokenizer's chat template.
             batch_size: vectors at a time in `delta`; None picks what fits in memory.
 
@@ -109,13 +96,13 @@ class ActivationMap:
         texts = tuple(checks.as_texts(prompts))
         layers = source_layer, target_layer
         x, y, mask, groups = capture_prompts(model, texts, chat, *layers)
-        watched = Watched.of(model.blocks[source_layer + 1 : target_layer + 1])
+        watched = shortcut.Watched.of(model.blocks[source_layer + 1 : target_layer + 1])
         state = watched.state()
         f = cls(model, texts, chat, *layers, x, y, mask, batch_size, groups, watched, state)
         f._check_replay()
         if state[0]:
             return f
-        return replace(f, _shortcut=find_shortcut(f._blocks(), groups, x, mask))
+        return replace(f, _shortcut=shortcut.find(f._blocks(), groups, x, mask))
 
     def __repr__(self) -> str:
         return (
@@ -131,7 +118,7 @@ class ActivationMap:
         return int(self.x.shape[-1])
 
     @property
-    def path(self) -> Path:
+    def path(self) -> shortcut.Path:
         """Which code runs the blocks now: see `ActivationMap`."""
         if self._shortcut is None or self._watched.state() != self._state:
             return "hooked"
@@ -143,25 +130,20 @@ class ActivationMap:
     ) -> Float[Tensor, "*vector prompt pos d_model"]:
         """Push residual streams after `source_layer` to after `target_layer`.
 
-        Args:
-            x: shaped like `self.x`, or with one more axis of vectors in front. Values at padding
-                are ignored, and come back as zeros.
+        x is shaped like `self.x`, or has one more axis of vectors in front. Values at padding are
+        ignored, and come back as zeros.
 
         Raises:
             ValueError: another shape, type or device than those of `self.x`.
         """
-        if x.ndim > 4 or x.shape[-3:] != self.x.shape:
-            raise ValueError(
-                f"x: shape {tuple(x.shape)}, expected {tuple(self.x.shape)}, or that with an axis "
-                "of vectors in front; f is made for its own prompts: see ActivationMap.from_prompts"
-            )
-        if (x.dtype, x.device) != (self.x.dtype, self.x.device):
-            raise ValueError(
-                f"x: {x.dtype} on {x.device}, expected {self.x.dtype} on {self.x.device}, as f.x; "
-                "convert it with x.to(f.x)"
-            )
         stack = x if x.ndim == 4 else x[None]
-        way = self._way(is_transformed(stack))
+        if (stack.shape[1:], x.dtype, x.device) != (self.x.shape, self.x.dtype, self.x.device):
+            raise ValueError(
+                f"x: shape {tuple(x.shape)}, {x.dtype} on {x.device}; f is made for its own "
+                f"prompts: pass {tuple(self.x.shape)}, or that with an axis of vectors in front, "
+                f"{self.x.dtype} on {self.x.device}, as f.x"
+            )
+        way = self._way(shortcut.is_transformed(stack))
         y = push(stack, self._groups, self._picked(slice(None)), way.run)
         return y if x.ndim == 4 else y[0]
 
@@ -174,12 +156,10 @@ class ActivationMap:
 
         Args:
             theta: vectors, in the units of the residual stream.
-            positions: where the effect is wanted, counted on each prompt's own tokens; the last
-                block does no work elsewhere where that can be.
+            positions: where the effect is wanted, counted on each prompt's own tokens.
 
         Returns:
-            Zeros at padding and at other positions; float32, or float64 where theta or the model
-            is.
+            Zeros at padding and at other positions; float32, or float64 where theta or f.x is.
 
         Raises:
             ValueError: theta has another width than the residual stream, or values that are not
@@ -190,22 +170,22 @@ class ActivationMap:
         )
         checks.finite(theta, "theta")
         picked = self._picked(checked_slice(positions))
-        way = self._way(is_transformed(theta))
+        way = self._way(shortcut.is_transformed(theta))
         if len(theta) == 1:
             return self._effect(theta, picked, way, recompute=False)
         if not len(theta):
             return torch.zeros(0, *self.x.shape, dtype=self._wide(theta), device=self.x.device)
         with_gradient = torch.is_grad_enabled() and theta.requires_grad
-        room = self._vectors_in_memory() if with_gradient or self.batch_size is None else 0
+        room = self._vectors_in_memory()
         size = self.batch_size or self._at_once(room)
         # Where the graphs do not all fit, each is made in its backward pass.
         recompute = with_gradient and len(theta) > max(room, size)
         effects, _ = map_batches(
-            lambda batch: self._effect(batch, picked, way, recompute), theta, size
+            lambda some: self._effect(some, picked, way, recompute), theta, size
         )
         return effects[0] if len(effects) == 1 else torch.cat(effects)
 
-    def _effect(self, theta: Tensor, picked: Picked, way: Way, recompute: bool) -> Tensor:
+    def _effect(self, theta: Tensor, picked: Picked, way: shortcut.Way, recompute: bool) -> Tensor:
         """The effects of one batch."""
         wide = self._wide(theta)
         steered = self.x + theta.to(self.x.device, self.x.dtype)[:, None, None, :]
@@ -229,7 +209,7 @@ class ActivationMap:
     def _blocks(self) -> tuple[nn.Module, ...]:
         return tuple(self.model.blocks[self.source_layer + 1 : self.target_layer + 1])
 
-    def _way(self, transformed: bool) -> Way:
+    def _way(self, transformed: bool) -> shortcut.Way:
         """Which code runs the blocks now; `transformed`: by what else than a gradient's graph."""
         state, y = self._watched.state(), self.y
         if state != self._state:
@@ -239,24 +219,20 @@ class ActivationMap:
             y = self._unsteered_memo[state]
         elif self._shortcut is not None:
             return self._shortcut.differentiable if transformed else self._shortcut.way
-        return Way("hooked", hooked_run(self._blocks()), y)
+        return shortcut.Way("hooked", shortcut.hooked_run(self._blocks()), y)
 
     @torch.no_grad()
     def _hooked(self, x: Residual) -> Residual:
         """f(x) by the model's own modules, without a graph."""
-        run = hooked_run(self._blocks())
+        run = shortcut.hooked_run(self._blocks())
         return push(x[None], self._groups, self._picked(slice(None)), run)[0]
 
     @shape_checked
     def resolution(self, positions: slice = slice(None)) -> float:
         """How large an effect can be by rounding alone: a smaller one cannot be told from nothing.
 
-        An effect is a difference of two values of f, each rounded in the model's type, and batches
-        of other sizes, other paths and other numbers of threads round differently. The bound is
-        8 eps |y| in float32 and float64, and 3 eps |y| in narrower types.
-
-        Returns:
-            For one vector: the L2 norm over these positions of all prompts.
+        For one vector, the L2 norm over these positions of all prompts: 8 eps |y| in float32 and
+        float64, 3 eps |y| in narrower types. Other batch sizes, paths and threads round otherwise.
 
         Raises:
             ValueError: the positions pick nothing in some prompt.
@@ -294,10 +270,8 @@ class ActivationMap:
         return self.batch_size or self._at_once(self._vectors_in_memory(with_gradient))
 
     def _at_once(self, room: int) -> int:
-        most = _GPU_VECTORS
-        if self.x.device.type == "cpu":
-            # More rows than this fall out of its caches.
-            most = max(1, _CPU_ROWS // self.mask.numel())
+        on_cpu = self.x.device.type == "cpu"  # whose caches more rows fall out of
+        most = _CPU_ROWS // self.mask.numel() if on_cpu else _GPU_VECTORS
         return max(1, min(most, room))
 
     def _vectors_in_memory(self, with_gradient: bool = True) -> int:
@@ -344,15 +318,11 @@ class ActivationMap:
 
 def _check_layers(model: Model, source_layer: int, target_layer: int) -> None:
     n_layers = int(model.cfg.n_layers)
-    if 0 <= source_layer < target_layer < n_layers:
-        return
-    hint = "a model with one block has no pair of layers"
-    if n_layers >= 2:
+    if not 0 <= source_layer < target_layer < n_layers:
         source = min(round(n_layers * 8 / 30), n_layers - 2)
-        target = max(source + 1, min(round(n_layers * 16 / 30), n_layers - 1))
-        hint = f"for this depth try source_layer={source}, target_layer={target}"
-    raise ValueError(
-        f"source_layer={source_layer}, target_layer={target_layer}: {model_name(model)} has "
-        f"{n_layers} layers, so allowed is 0 <= source_layer < target_layer <= {n_layers - 1}; "
-        f"{hint}"
-    )
+        target = max(source + 1, round(n_layers * 16 / 30))
+        raise ValueError(
+            f"source_layer={source_layer}, target_layer={target_layer}: {model_name(model)} has "
+            f"{n_layers} layers, so allowed is 0 <= source_layer < target_layer <= {n_layers - 1}; "
+            f"for this depth try source_layer={source}, target_layer={target}"
+        )

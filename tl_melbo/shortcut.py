@@ -27,13 +27,7 @@ _MOST_HOT_ROWS = 512
 
 
 class Way(NamedTuple):
-    """One way through the blocks.
-
-    Attributes:
-        path: what it is called.
-        run: how a group of prompts goes through.
-        y: f(x) by this way, so that rounding is the same with and without a vector.
-    """
+    """One way through the blocks: its name, how a group of prompts goes, and f(x) by it."""
 
     path: Path
     run: Run
@@ -54,6 +48,20 @@ class Shortcut(NamedTuple):
     floats_per_token: int | None
 
 
+class _Short(NamedTuple):
+    """A function with a gradient of its own making.
+
+    `forward` gives the result, detached, and what its gradient needs, if that is to be kept;
+    `backward` takes the gradient of the result, and that, to the gradient of x.
+    """
+
+    forward: Callable[[Tensor, bool], tuple[Tensor, Any]]
+    backward: Callable[[Tensor, Any], Tensor]
+
+
+_Made = tuple[Path, Callable[[Group, Tensor | None], _Short], int | None]
+
+
 def hooked_run(blocks: Sequence[nn.Module]) -> Run:
     """By the model's own modules, on which hooks fire."""
 
@@ -67,7 +75,7 @@ def hooked_run(blocks: Sequence[nn.Module]) -> Run:
     return run
 
 
-def find_shortcut(
+def find(
     blocks: Sequence[nn.Module], groups: Sequence[Group], x: Tensor, mask: Tensor
 ) -> Shortcut | None:
     """The fastest way without hooks that does what the model's own modules do.
@@ -90,10 +98,11 @@ def find_shortcut(
         expected = pushed(hooked_run(blocks))
         for make in (_fast, _unhooked):
             try:
-                path, run, floats = make(blocks, groups, x, mask)
+                path, short, floats = make(blocks, groups, x, mask)
+                plain = _plain_run(blocks)
+                run = _shortened(short, plain)
                 found = pushed(run)
                 if all(map(_agree, found, expected, probes, [mask] * 2)):
-                    plain = _plain_run(blocks)
                     y = push(x[None], groups, every, plain)[0]
                     return Shortcut(Way(path, run, found[0][0]), Way(path, plain, y), floats)
             except Exception as error:
@@ -112,9 +121,7 @@ def _agree(found: Tensor, expected: Tensor, probe: Tensor, mask: Tensor) -> bool
     return bool((error / allowed).square().mean() <= 1)
 
 
-def _fast(
-    blocks: Sequence[nn.Module], groups: Sequence[Group], x: Tensor, mask: Tensor
-) -> tuple[Path, Run, int | None]:
+def _fast(blocks: Sequence[nn.Module], groups: Sequence[Group], x: Tensor, mask: Tensor) -> _Made:
     """By `fast_blocks`.
 
     Raises:
@@ -146,37 +153,25 @@ def _fast(
 
         return _Short(forward, backward)
 
-    return "fast", _shortened(short, _plain_run(blocks)), fast.floats_per_token
+    return "fast", short, fast.floats_per_token
 
 
 def _unhooked(
     blocks: Sequence[nn.Module], groups: Sequence[Group], x: Tensor, mask: Tensor
-) -> tuple[Path, Run, int | None]:
+) -> _Made:
     """By Hugging Face's own layers, with attention in one fused step."""
     layers = [without_bridge(block) for block in blocks]
 
     def short(group: Group, positions: Tensor | None) -> _Short:
         return _graph(lambda rows: run_layers(layers, group.calls, rows, positions))
 
-    return "unhooked", _shortened(short, _plain_run(blocks)), None
+    return "unhooked", short, None
 
 
 def _plain_run(blocks: Sequence[nn.Module]) -> Run:
     """By Hugging Face's own layers, with attention in steps."""
     layers = [without_bridge(block, "eager") for block in blocks]
     return lambda rows, group, positions, _: run_layers(layers, group.calls, rows, positions)
-
-
-class _Short(NamedTuple):
-    """A function with a gradient of its own making.
-
-    Attributes:
-        forward: the result, detached, and what its gradient needs, if that is to be kept.
-        backward: from the gradient of the result, and that, to the gradient of x.
-    """
-
-    forward: Callable[[Tensor, bool], tuple[Tensor, Any]]
-    backward: Callable[[Tensor, Any], Tensor]
 
 
 def _graph(function: Callable[[Tensor], Tensor]) -> _Short:

