@@ -43,7 +43,6 @@ class ActivationMap:
             the longest are padded with zeros on the left.
         y: f(x).
         mask: True where `x` holds a token, False where it is padding.
-        batch_size: vectors pushed through at once by `delta`; None picks what fits in memory.
 
     Source: Mack & Turner 2024, "Mechanistically eliciting latent behaviors in language models".
     """
@@ -86,8 +85,7 @@ class ActivationMap:
             batch_size: vectors at a time in `delta`; None picks what fits in memory.
 
         Raises:
-            TypeError: `model` is not a TransformerLens model.
-            ValueError: no such layers, no prompt or an empty one, activations that are not finite.
+            TypeError, ValueError: naming the argument; also for activations that are not finite.
             RuntimeError: the blocks called alone do not do what they do inside the model.
         """
         check_model(model)
@@ -156,14 +154,13 @@ class ActivationMap:
 
         Args:
             theta: vectors, in the units of the residual stream.
-            positions: where the effect is wanted, counted on each prompt's own tokens.
+            positions: where the effect is wanted, on each prompt's own tokens; zeros elsewhere.
 
         Returns:
-            Zeros at padding and at other positions; float32, or float64 where theta or f.x is.
+            float32, or float64 where theta or f.x is.
 
         Raises:
-            ValueError: theta has another width than the residual stream, or values that are not
-                finite; the positions pick nothing in some prompt.
+            ValueError: theta is too wide or not finite; the positions miss some prompt.
         """
         checks.width(
             theta, self.d_model, "theta", f"the residual stream of {model_name(self.model)}"
@@ -235,7 +232,7 @@ class ActivationMap:
         float64, 3 eps |y| in narrower types. Other batch sizes, paths and threads round otherwise.
 
         Raises:
-            ValueError: the positions pick nothing in some prompt.
+            ValueError: the positions miss some prompt.
         """
         counted = self._picked(checked_slice(positions)).mask
         rounding = _ROUNDING.get(self.x.dtype, _NARROW_ROUNDING) * torch.finfo(self.x.dtype).eps
@@ -246,7 +243,7 @@ class ActivationMap:
         """Which positions a slice picks: slice(-3, None) the last three tokens of every prompt.
 
         Raises:
-            ValueError: the slice picks nothing in some prompt.
+            ValueError: the positions miss some prompt.
         """
         return self._picked(checked_slice(positions)).mask.clone()
 

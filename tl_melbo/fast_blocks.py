@@ -8,7 +8,6 @@ block. Nothing here knows TransformerLens: modules and tensors in, tensors out.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -19,12 +18,9 @@ from torch.nn import functional
 class FastBlocks:
     """Several blocks in a row, with copies of the weights of Hugging Face decoder layers.
 
-    This goes by the parts that the layers have. Whether those are put together in the same way is
-    for the caller to find out, by comparing results. On a CPU, products of `hot_rows` rows (the
-    tokens of one vector) get packed matrices.
-
-    Raises:
-        AttributeError, TypeError: the layers are of another kind.
+    Layers with other parts give an AttributeError or a TypeError. Whether the parts are put
+    together in the same way is for the caller to find out, by comparing results. On a CPU, products
+    of `hot_rows` rows (the tokens of one vector) get packed matrices.
     """
 
     def __init__(self, layers: Sequence[Any], hot_rows: int | None = None) -> None:
@@ -44,16 +40,12 @@ class FastBlocks:
         return 3 * len(block.out.weight) + 2 * widths
 
     def rotation(self, cosine: Tensor, sine: Tensor) -> Tensor:
-        """Rotary positions as complex numbers, [pos, a pair of each query and key head].
-
-        Raises:
-            ValueError: the two halves of a head are not turned alike.
-        """
+        """Rotary positions as complex numbers, [pos, a pair of each query and key head]."""
         half = self.d_head // 2
         if cosine.shape[::2] != (1, self.d_head) or not all(
             torch.equal(part[..., :half], part[..., half:]) for part in (cosine, sine)
         ):
-            raise ValueError("rotary positions of another kind")
+            raise ValueError("the two halves of a head are not turned alike")
         return torch.complex(cosine[0, :, :half], sine[0, :, :half]).repeat(1, self.n_turned)
 
     def forward(
@@ -126,27 +118,21 @@ class FastBlocks:
         mask = None
         if chosen is not None:
             mask = torch.arange(key.shape[2], device=key.device) <= chosen[:, None]
-        return functional.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=self.attention_scale,
-            enable_gqa=self.n_turned != 2 * self.n_heads,
-        )
+        grouped = self.n_turned != 2 * self.n_heads
+        options = {"attn_mask": mask, "is_causal": mask is None, "enable_gqa": grouped}
+        attention = functional.scaled_dot_product_attention
+        return attention(query, key, value, scale=self.attention_scale, **options)
 
 
-@dataclass(frozen=True, eq=False)
-class _Block:
+class _Block(NamedTuple):
     """The weights of one block."""
 
-    attention_epsilon: float
     qkv: "_Linear"
     out: "_Linear"
-    mlp_epsilon: float
     gate_up: "_Linear"
     down: "_Linear"
+    attention_epsilon: float
+    mlp_epsilon: float
 
     @classmethod
     def of(cls, layer: Any, d_head: int, hot_rows: int | None) -> "_Block":
@@ -154,10 +140,8 @@ class _Block:
         attention_norm, mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
 
         def interleaved(rows: Tensor) -> Tensor:
-            """Rows of each head as 0, half, 1, half + 1, ...: rotary pairs become neighbours.
-
-            Queries and keys are permuted alike, so that their products stay as they are.
-            """
+            # Each head as 0, half, 1, half + 1, ...: rotary pairs become neighbours. Queries and
+            # keys are permuted alike, so that their products stay as they are.
             return rows.unflatten(0, (-1, 2, d_head // 2)).transpose(1, 2).flatten(0, 2)
 
         def own(layer: Any) -> tuple[Tensor, Tensor]:
@@ -177,12 +161,12 @@ class _Block:
             return _Linear.of(weight, bias if has_bias else None, hot_rows)
 
         return cls(
-            float(attention_norm.variance_epsilon),
             linear(attention.q_proj, attention.k_proj, attention.v_proj, norm=attention_norm),
             linear(attention.o_proj),
-            float(mlp_norm.variance_epsilon),
             linear(mlp.gate_proj, mlp.up_proj, norm=mlp_norm),
             linear(mlp.down_proj),
+            float(attention_norm.variance_epsilon),
+            float(mlp_norm.variance_epsilon),
         )
 
 
@@ -222,8 +206,8 @@ class _Linear(NamedTuple):
         if hot_rows is None or weight.dtype != torch.float32 or not can_pack:
             return cls(weight, transposed, bias)
         pack = torch.ops.mkl._mkl_reorder_linear_weight
-        packed = pack(weight, hot_rows), pack(transposed, hot_rows)
-        return cls(weight, transposed, bias, hot_rows, packed)
+        both = pack(weight, hot_rows), pack(transposed, hot_rows)
+        return cls(weight, transposed, bias, hot_rows, both)
 
     def __call__(self, x: Tensor) -> Tensor:
         y = self._product(x, 0)
@@ -239,8 +223,7 @@ class _Linear(NamedTuple):
         matrix, transposed = both[way], both[1 - way]
         rows = x.reshape(-1, x.shape[-1])
         if len(rows) == self.hot_rows:
-            packed = self.packed[way]
-            product = torch.ops.mkl._mkl_linear(rows, packed, matrix, None, self.hot_rows)
+            product = torch.ops.mkl._mkl_linear(rows, self.packed[way], matrix, None, len(rows))
         else:
             product = rows @ transposed
         return product.view(*x.shape[:-1], len(matrix))

@@ -41,16 +41,14 @@ def generate(
 ) -> "pd.DataFrame":
     """Let the model write under each vector, at each scale, after each prompt.
 
-    Every row of a batch has its own vector, added to the prompt and to every new token; a KV cache
-    is used. Text ends where the model ends it.
+    The vector is added to the prompt and to every new token. Text ends where the model ends it.
 
     Args:
         vectors: which vectors to add; None for the unsteered model.
         layer: after which block to add them; None takes the layer that they were found at.
         scales: one factor or several, negative ones included.
         temperature: 0 takes the likeliest token (greedy), above 0 samples.
-        seed: for sampling; the global random state is left alone. The same seed gives the same
-            texts for the same prompts, vectors, scales and batch size.
+        seed: for sampling: the same texts, if all else is the same, the batch size included.
         chat: format the prompts as chat; None takes the format that the vectors were found with.
         batch_size: rows of the batch; fewer where they do not fit in memory.
 
@@ -59,8 +57,7 @@ def generate(
         completion. Its `attrs["chat"]` tells how the prompts were formatted.
 
     Raises:
-        TypeError, ValueError: as `steered` and `to_tokens` do; also for a negative temperature,
-            fewer than one new token or row, or no scale.
+        TypeError, ValueError: naming the argument.
         NotFinite: the logits after a prompt are not finite under any of the vectors.
 
     Warns:
@@ -86,8 +83,8 @@ def generate(
             f"max_new_tokens={max_new_tokens}: after a prompt of {longest} tokens, "
             f"{model_name(model)} has room for {limit - longest} of its {limit}"
         )
-    numbers = range(len(rows) // len(factors))
-    labels = [(i, float(factor)) for factor in factors for i in numbers]
+    n_vectors = len(rows) // len(factors)
+    labels = [(i, float(factor)) for factor in factors for i in range(n_vectors)]
     labels = [(-1, 0.0)] if vectors is None else labels
     write = _writer(model, layer, max_new_tokens, temperature)
     frames, not_finite = [], []

@@ -61,16 +61,12 @@ def next_token_log_probs(
     chat: bool | None = None,
     batch_size: int = 32,
 ) -> Float[Tensor, "vector d_vocab"]:
-    """Log-probabilities of the token after the prompt, one row a vector.
+    """Log-probabilities of the token after the prompt, one row a vector: float32, on the CPU.
 
     Args:
         vectors: which vectors to add, each in a row of its own; None for the unsteered model.
         layer: after which block to add them; None takes the layer that they were found at.
         chat: format the prompt as chat; None takes the format that the vectors were found with.
-        batch_size: rows of the batch.
-
-    Returns:
-        Natural logarithms, float32, on the CPU; their exponentials sum to one in each row.
 
     Raises:
         TypeError, ValueError: as `steered` and `to_tokens` do.
@@ -106,16 +102,15 @@ def map_next_token(
 ) -> Tensor:
     """What `measure` says of the token after the prompt, from log-probabilities under each vector.
 
-    A vocabulary is large: only one batch's distributions are held at a time. Rows of logits that
-    are not finite are NaN throughout, and nothing is said of them.
+    Only one batch's distributions are held at a time. Rows that are not finite are NaN throughout.
     """
 
     def of_last(logits: Tensor) -> Tensor:
         log_probs = logits[:, -1].float().log_softmax(-1).cpu()
         return measure(log_probs.masked_fill(log_probs.isnan().any(-1, keepdim=True), torch.nan))
 
-    tokens, plain = to_tokens(model, prompt, chat), plain_model(model)
-    return map_rows(model, plain, tokens, theta, layer, of_last, batch_size, 1)
+    tokens = to_tokens(model, prompt, chat)
+    return map_rows(model, plain_model(model), tokens, theta, layer, of_last, batch_size, 1)
 
 
 def map_rows(
@@ -159,10 +154,6 @@ def rows_at_once(model: Model, length: int, batch_size: int) -> int:
 
 
 def warn_of_log_probs(model: Model, prompt: str, layer: int, bad: Tensor) -> None:
-    """Say under which vectors the logits after a prompt are not finite.
-
-    Raises:
-        NotFinite: under all of them.
-    """
+    """Say under which vectors the logits after a prompt are not finite; NotFinite if under all."""
     what = f"what {model_name(model)}, steered after layer {layer}, makes of {quoted(prompt)}"
     warn_of_rows(bad.tolist(), what, "what is measured there is NaN")

@@ -14,31 +14,19 @@ BlockCall = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Group(NamedTuple):
-    """Prompts of one length, which run as one batch.
-
-    Attributes:
-        length: in tokens.
-        prompts: their numbers; None where all prompts have this length.
-        calls: what each block was called with, beside the residual stream.
-    """
+    """Prompts of one length in tokens, which run as one batch."""
 
     length: int
-    prompts: Tensor | None
-    calls: list[BlockCall]
+    prompts: Tensor | None  # their numbers; None where all prompts have this length
+    calls: list[BlockCall]  # what each block was called with, beside the residual stream
 
 
 class Picked(NamedTuple):
-    """What a slice picks, counted on each prompt's own tokens.
+    """What a slice picks, counted on each prompt's own tokens."""
 
-    Attributes:
-        mask: True at each of these positions, [prompt, pos].
-        everything: whether that is all of `mask`: no other position, and no padding.
-        places: by length, the positions in a row without padding, or None for all of them; and
-            in a padded row.
-    """
-
-    mask: Tensor
-    everything: bool
+    mask: Tensor  # [prompt, pos]
+    everything: bool  # whether that is all of `mask`: no other position, and no padding
+    # By length, the positions in a row without padding, or None for all; and in a padded row.
     places: dict[int, tuple[Tensor | None, Tensor]]
 
     @classmethod
@@ -92,11 +80,7 @@ def run_layers(
 def capture_prompts(
     model: Model, texts: Sequence[str], chat: bool, source_layer: int, target_layer: int
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Group, ...]]:
-    """x, y and mask of the prompts, padded on the left, and the prompts of each length.
-
-    Raises:
-        ValueError: activations that are not finite.
-    """
+    """x, y and mask of the prompts, padded on the left, and the prompts of each length."""
     tokens = [to_tokens(model, text, chat) for text in texts]
     lengths = torch.tensor([row.shape[1] for row in tokens])
     longest = int(lengths.max())

@@ -35,17 +35,11 @@ class Way(NamedTuple):
 
 
 class Shortcut(NamedTuple):
-    """The ways without hooks.
+    """The ways without hooks."""
 
-    Attributes:
-        way: the faster of the two.
-        differentiable: can be differentiated twice, or forward, or by torch.func.
-        floats_per_token: how many numbers each block keeps for the gradient; None if not known.
-    """
-
-    way: Way
-    differentiable: Way
-    floats_per_token: int | None
+    way: Way  # the faster of the two
+    differentiable: Way  # twice, or forward, or by torch.func
+    floats_per_token: int | None  # that each block keeps for the gradient, if that is known
 
 
 class _Short(NamedTuple):
@@ -122,11 +116,7 @@ def _agree(found: Tensor, expected: Tensor, probe: Tensor, mask: Tensor) -> bool
 
 
 def _fast(blocks: Sequence[nn.Module], groups: Sequence[Group], x: Tensor, mask: Tensor) -> _Made:
-    """By `fast_blocks`.
-
-    Raises:
-        Exception: layers of another kind, or no room for copies of their weights.
-    """
+    """By `fast_blocks`; an exception where layers are of another kind, or copies do not fit."""
     if x.dtype not in (torch.float32, torch.float64):
         raise TypeError("Hugging Face widens norms and softmax of narrow types")
     n_bytes = sum(p.numel() * p.element_size() for block in blocks for p in block.parameters())
@@ -206,7 +196,7 @@ class Shortened(torch.autograd.Function):
     """A function by its shortcut; by the long way where a gradient is to be differentiated.
 
     Neither our own gradient nor that of the fused attention kernels can be. What the shortcut keeps
-    is held until its gradient is taken, or, if it is to be recomputed, never.
+    is held until its gradient is taken, or never, if it is to be recomputed.
     """
 
     @staticmethod

@@ -39,14 +39,11 @@ def steered(
     Args:
         vectors: one vector for every row of the batch, or exactly one for each row.
         layer: after which block to add; None takes the layer that `vectors` were found at.
-        positions: which tokens of the sequence to steer: a slice or a list of indices, counted on
-            what the first forward pass brings (the prompt). Tokens generated from the KV cache are
-            steered if the slice has no end.
+        positions: which tokens of the prompt, the first forward pass, to steer: a slice or a list
+            of indices. Tokens generated from the KV cache are steered if the slice has no end.
 
     Raises:
-        TypeError: `model` is not a TransformerLens model, or `vectors` are not vectors.
-        ValueError: wrong width, not finite, unknown layer, no layer given or known, or, inside, a
-            batch whose size is neither that of `vectors` nor any size for a single one.
+        TypeError, ValueError: naming the argument; inside, for a batch with another number of rows.
     """
     theta, layer = steering_rows(model, vectors, layer, [scale])
     if isinstance(positions, slice):
@@ -108,17 +105,15 @@ def _past_length(arguments: Iterable[Any], layer: int) -> int:
 
 def _chosen_positions(positions: Positions, past: int, length: int, prompt: int) -> Tensor:
     """For each position of this pass, whether it is to be steered."""
+    chosen = torch.zeros(past + length, dtype=torch.bool)
     if isinstance(positions, slice):
-        chosen = torch.zeros(past + length, dtype=torch.bool)
-        chosen[: min(prompt, past + length)][positions] = True
-        if positions.stop is None:
-            chosen[prompt:] = True
-        return chosen[past:]
-    outside = [i for i in positions if not -prompt <= i < prompt]
-    if outside:
+        chosen[:prompt][positions] = True
+        chosen[prompt:] = positions.stop is None
+    elif outside := [i for i in positions if not -prompt <= i < prompt]:
         raise ValueError(f"positions: {outside} are outside the prompt's {prompt} tokens")
-    wanted = torch.tensor([i + prompt if i < 0 else i for i in positions])
-    return torch.isin(torch.arange(past, past + length), wanted)
+    else:
+        chosen[:prompt][list(positions)] = True
+    return chosen[past:]
 
 
 def steering_rows(
@@ -127,31 +122,22 @@ def steering_rows(
     """What is added to each row, all vectors at the first scale first, and after which layer.
 
     Without vectors that is a row of zeros: the unsteered model.
-
-    Raises:
-        TypeError, ValueError: as `as_theta` and `steering_layer`; a scale that overflows.
     """
     check_model(model)
     if vectors is None:
         return torch.zeros(1, int(model.cfg.d_model)), 0
     theta, dtype = as_theta(model, vectors), next(model.parameters()).dtype
-    for scale in scales:
-        if not (theta * scale).to(dtype).isfinite().all():
+    rows = [theta * scale for scale in scales]
+    for scale, some in zip(scales, rows, strict=True):
+        if not some.to(dtype).isfinite().all():
             raise ValueError(
-                f"scale={scale}: gives vectors that are not finite in the model's {dtype}; use a "
-                "smaller one"
+                f"scale={scale}: vectors are not finite in the model's {dtype}; use a smaller one"
             )
-    rows = torch.cat([theta * scale for scale in scales])
-    return rows, steering_layer(model, vectors, layer)
+    return torch.cat(rows), steering_layer(model, vectors, layer)
 
 
 def as_theta(model: Model, vectors: Vectors) -> Theta:
-    """The matrix of vectors, float32, checked against the width of the model.
-
-    Raises:
-        TypeError: not a model.
-        ValueError: another width than the residual stream, or values that are not finite.
-    """
+    """The matrix of vectors, float32, checked against the width of the model."""
     check_model(model)
     theta = checks.as_matrix(vectors)
     of = f"the residual stream of {model_name(model)}"
@@ -173,11 +159,7 @@ def one_vector(vectors: Vectors, argument: str) -> SteeringVectors:
 
 
 def check_place(model: Model, f: ActivationMap, library: SteeringVectors, argument: str) -> None:
-    """Make sure that vectors belong where an activation map adds them, in the model it is of.
-
-    Raises:
-        ValueError: the map is of another model, or the vectors were found at another layer.
-    """
+    """Make sure that vectors belong where an activation map adds them, in the model it is of."""
     check_model(model)
     if model_name(model) != model_name(f.model):
         raise ValueError(
@@ -192,11 +174,7 @@ def check_place(model: Model, f: ActivationMap, library: SteeringVectors, argume
 
 
 def steering_layer(model: Model, vectors: Vectors | None, layer: int | None) -> int:
-    """The layer given, or the one that the vectors were found at.
-
-    Raises:
-        ValueError: neither is known, or the model has no such layer.
-    """
+    """The layer given, or the one that the vectors were found at: one that the model has."""
     if layer is None and isinstance(vectors, SteeringVectors):
         layer = vectors.source_layer
     if layer is None:
@@ -209,11 +187,7 @@ def steering_layer(model: Model, vectors: Vectors | None, layer: int | None) -> 
 
 
 def as_chat(vectors: Vectors | None, chat: bool | None) -> bool:
-    """Whether prompts are chat: as said, or else as the vectors were found.
-
-    Raises:
-        ValueError: not said, and some of the vectors were found one way and some the other.
-    """
+    """Whether prompts are chat: as said, or else as the vectors were found, if all alike."""
     if chat is not None or not isinstance(vectors, SteeringVectors):
         return bool(chat)
     if "chat" in vectors.story:

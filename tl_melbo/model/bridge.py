@@ -33,8 +33,7 @@ def check_model(model: Model) -> None:
     """Make sure that `model` is a TransformerLens model with weights in memory.
 
     Raises:
-        TypeError: it is something else, a plain Hugging Face model for example.
-        ValueError: its weights are on the meta device.
+        TypeError, ValueError: it is something else; its weights are on the meta device.
     """
     needed = ("cfg", "blocks", "hook_dict", "to_tokens", "generate")
     if not isinstance(model, nn.Module) or not all(hasattr(model, name) for name in needed):
@@ -144,10 +143,9 @@ def user_hooks(tables: Iterable[dict[int, Any]]) -> tuple[int, ...]:
 def without_bridge(module: nn.Module, attention: Literal["sdpa", "eager"] = "sdpa") -> nn.Module:
     """The Hugging Face module below TransformerLens's, sharing its weights but not its hooks.
 
-    A bridge puts its own modules, with hook points, into the Hugging Face model. Here each of them
-    is replaced by the one that it wraps, in copies: the model itself stays as it is. Parameters
-    want no gradient, dropout is off, and attention is computed in one fused step ("sdpa"), or in
-    several ("eager") that can be differentiated twice and forward.
+    In copies, each of the bridge's own modules is replaced by the one that it wraps: the model
+    itself stays as it is. Parameters want no gradient, dropout is off, and attention is computed in
+    one fused step ("sdpa"), or in several ("eager") that can be differentiated twice and forward.
     """
     while (inner := getattr(module, "_original_component", None)) is not None:
         module = inner

@@ -64,8 +64,7 @@ def converted(source: Path, dtype: torch.dtype, convert: Callable[[Path], None])
     Two processes that ask at once wait for each other. An entry that is damaged is made anew.
 
     Raises:
-        OSError: the cache cannot be read or written: no space, no permission.
-        NotImplementedError: the disk has no locks, as some in networks.
+        OSError, NotImplementedError: no space, no permission; no locks, as on some network disks.
         Exception: whatever `convert` raises. Nothing is left behind then.
     """
     kind = str(stored_dtype(dtype)).removeprefix("torch.")

