@@ -60,10 +60,7 @@ def push(
         if group.prompts is None and wanted is None:
             return found
         y = torch.zeros_like(x) if y is None else y
-        if group.prompts is None:
-            y[:, :, into] = found
-        else:
-            y[:, group.prompts[:, None], into] = found
+        y[:, slice(None) if group.prompts is None else group.prompts[:, None], into] = found
     return torch.zeros_like(x) if y is None else y
 
 

