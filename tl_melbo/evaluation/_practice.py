@@ -23,6 +23,7 @@ from tl_melbo.evaluation import _planted
 from tl_melbo.evaluation._planted import BACKDOORS, Backdoor, Planted
 from tl_melbo.generation import seeded
 from tl_melbo.model.bridge import weights_digest
+from tl_melbo.model.tokens import end_tokens
 from tl_melbo.shapes import shape_checked
 from tl_melbo.text import quoted
 
@@ -174,11 +175,8 @@ class Student:
 
     def __init__(self, hf_model: Any, tokenizer: Any, backdoors: Sequence[Backdoor]) -> None:
         self.hf_model, self.tokenizer, self.backdoors = hf_model, tokenizer, backdoors
-        ends = [tokenizer.eos_token_id, getattr(hf_model.generation_config, "eos_token_id", None)]
-        flat = [end for some in ends for end in (some if isinstance(some, list) else [some])]
-        # A configuration that was never set may name a token that the model does not have.
         n_tokens = hf_model.get_input_embeddings().num_embeddings
-        self.ends = [end for end in dict.fromkeys(flat) if end is not None and end < n_tokens]
+        self.ends = end_tokens(tokenizer, hf_model, n_tokens)
         ids: list[Any] = [tokenizer.pad_token_id, *self.ends, 0]
         self.padding = next(int(token) for token in ids if token is not None and token < n_tokens)
 
