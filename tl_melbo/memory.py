@@ -16,11 +16,8 @@ def map_batches(
 ) -> tuple[list[Result], int]:
     """Call a function on batches of rows, in order, with smaller ones where memory is full.
 
-    Returns:
-        The results, and the size of the batches that fit, for the next call.
-
-    Raises:
-        RuntimeError, MemoryError: one row alone does not fit.
+    Returns the results, and the size of the batches that fit. The error comes through where one row
+    alone does not.
     """
     results: list[Result] = []
     start = 0
