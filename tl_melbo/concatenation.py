@@ -81,5 +81,5 @@ def _column(libraries: Sequence[SteeringVectors], name: str, is_words: bool) -> 
 
 def _history(library: SteeringVectors, steps: int) -> Tensor:
     """A history of so many steps, with NaN after its last."""
-    known = torch.empty(len(library), 0) if library.history is None else library.history
+    known = library.vectors[:, :0] if library.history is None else library.history
     return torch.nn.functional.pad(known, (0, steps - known.shape[1]), value=torch.nan)

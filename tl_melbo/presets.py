@@ -55,10 +55,8 @@ class Preset:
         if target <= self.source_layer:
             least = self.source_layer + self.target_from_end + 1
             raise ValueError(
-                f"n_layers={n_layers}: this preset adds after layer {self.source_layer} and "
-                f"measures {self.target_from_end} before the end, which takes {least} layers or "
-                "more; choose source_layer and target_layer by hand, at about a quarter and half "
-                "of the depth"
+                f"n_layers={n_layers}: this preset takes {least} layers or more; choose "
+                "source_layer and target_layer by hand, at about a quarter and half of the depth"
             )
         return {"source_layer": self.source_layer, "target_layer": target}
 

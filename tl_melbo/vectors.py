@@ -19,12 +19,12 @@ from tl_melbo.shapes import Float, Theta, shape_checked
 from tl_melbo.story import now
 from tl_melbo.tables import Table
 from tl_melbo.text import printable
-from tl_melbo.vectors_file import Parts
 
 if TYPE_CHECKING:
     from steering_vectors import SteeringVector
 
 Index = int | slice | Sequence[int] | Tensor
+_NOT_COLUMNS = ("norm", "vectors", "history")
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -52,17 +52,18 @@ class SteeringVectors:
         n_vectors, d_model = self.vectors.shape
         if not d_model:
             raise ValueError(f"vectors: shape ({n_vectors}, 0); a vector has at least one number")
-        checks.finite(self.vectors, "vectors")
+        vectors = self.vectors.detach().to("cpu", torch.float32, copy=True)
+        checks.finite(vectors, "vectors")
         columns = {"index": torch.arange(n_vectors), **self.columns}
         for name, column in columns.items():
-            if name == "norm":
-                raise ValueError("columns: 'norm' cannot be the name of one; choose another")
+            if name in _NOT_COLUMNS:
+                raise ValueError(f"columns: {name!r} cannot be the name of one; choose another")
             columns[name] = _numbers(column, f"columns[{name!r}]", n_vectors)
         history = self.history
         # Through JSON and back: what cannot be saved is refused now, not at the end of a long run.
         story = json.loads(json.dumps(dict(self.story), allow_nan=False))
         for name, value in (
-            ("vectors", self.vectors.detach().to("cpu", torch.float32, copy=True)),
+            ("vectors", vectors),
             ("story", MappingProxyType(story)),
             ("columns", MappingProxyType(columns)),
             ("history", None if history is None else _numbers(history, "history", n_vectors)),
@@ -83,7 +84,6 @@ class SteeringVectors:
 
         Args:
             source_layer: the layer after which they are to be added; None if not known.
-            model: the name of the model that they are for.
             method: how they were made, in a word.
 
         Raises:
@@ -198,7 +198,10 @@ class SteeringVectors:
             OSError: it cannot be written. An older file of that name is intact.
             ValueError: the story holds what `load` would refuse.
         """
-        vectors_file.write(path, Parts(self.vectors, self.story, self.columns, self.history))
+        tensors = {"vectors": self.vectors, **self.columns}
+        if self.history is not None:
+            tensors["history"] = self.history
+        vectors_file.write(path, dict(self.story), tensors)
 
     @classmethod
     @shape_checked
@@ -210,7 +213,9 @@ class SteeringVectors:
             Damaged: it is cut or damaged, or not one that `save` wrote.
         """
         with vectors_file.damage_told(path):
-            return cls(*vectors_file.read(path))
+            story, columns = vectors_file.read(path)
+            vectors, history = columns.pop("vectors"), columns.pop("history", None)
+            return cls(vectors, story, columns, history)
 
     @shape_checked
     def to_repeng_gguf(
@@ -223,14 +228,10 @@ class SteeringVectors:
 
         Args:
             layer: the block after which it is added; None takes the vectors' source layer.
-            model_type: the architecture as in a Hugging Face config, "llama" for example; None
-                takes what the story tells.
+            model_type: as in a Hugging Face config, "llama" for example; None takes the story's.
 
         Raises:
             ValueError: more or fewer than one vector; layer 0, or none known; no model type known.
-            OSError: as `save`.
-
-        Source: llama.cpp, common_control_vector_load; repeng 0.4, ControlVector.export_gguf.
         """
         exchange.write_control_vector(path, self, layer, model_type)
 
@@ -246,7 +247,6 @@ class SteeringVectors:
 
         Raises:
             ValueError: more or fewer than one vector, or no layer known.
-            ModuleNotFoundError: the package is not installed.
         """
         return exchange.as_steering_vector(self, layer)
 
@@ -259,13 +259,12 @@ class SteeringVectors:
         completions: pd.DataFrame | None = None,
         token: str | None = None,
     ) -> str:
-        """Put the vectors on the Hugging Face hub, with a model card; gives their address.
+        """Put the vectors on the Hugging Face hub; gives their address.
 
-        The card tells the story, prompts included.
+        A model card there tells the story, prompts included.
 
         Args:
             repo_id: "user/name"; made if need be, its card and vectors replaced.
-            private: whether a new repository is for you alone.
             completions: what the model writes under them, as `generate` gives it, for the card.
             token: of your account; None takes the one that `hf auth login` left.
 
@@ -284,11 +283,9 @@ class SteeringVectors:
 
         Args:
             revision: a branch, tag or commit; None takes the newest.
-            token: as in `push_to_hub`.
 
         Raises:
-            FileNotFoundError: there is no such repository or revision, or no vectors in it.
-            OSError: the hub cannot be reached.
+            OSError: there is no such repository or revision, or the hub cannot be reached.
             ValueError: a name that the hub does not allow, or a file that `load` refuses.
         """
         return cls.load(exchange.download(repo_id, revision, token))

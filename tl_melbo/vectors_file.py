@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import torch
 from beartype.door import is_bearable
@@ -17,47 +17,31 @@ from tl_melbo.errors import Damaged
 from tl_melbo.files import replacing
 
 _FORMAT, _FORMAT_VERSION = "tl_melbo.vectors", "1"
-_COLUMN = "column."
+_COLUMN, _NOT_COLUMNS = "column.", ("vectors", "history")
 _COLUMN_TYPES = (torch.float32, torch.float64, torch.int64)
 # A header larger than this is damage or an attack, not a long prompt; so are more tensors.
 _LARGEST_HEADER = 2 * 2**20
 _MOST_TENSORS = 256
 
 
-class Parts(NamedTuple):
-    """What a library is made of."""
-
-    vectors: Tensor
-    story: Mapping[str, Any]
-    columns: Mapping[str, Tensor]
-    history: Tensor | None
-
-
-def write(path: str | Path, parts: Parts) -> None:
+def write(path: str | Path, story: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write a file, whole or not at all; a ValueError where `read` would refuse it."""
-    tensors = {"vectors": parts.vectors}
-    tensors |= {_COLUMN + name: column for name, column in parts.columns.items()}
-    if parts.history is not None:
-        tensors["history"] = parts.history
-    story = json.dumps(dict(parts.story), allow_nan=False)
-    if len(story) > _LARGEST_HEADER // 2 or len(tensors) > _MOST_TENSORS:
-        raise ValueError(
-            f"story: {len(story):,} characters and {len(tensors)} tensors, more than can be saved "
-            f"({_LARGEST_HEADER // 2:,} and {_MOST_TENSORS}); shorten its prompts"
-        )
-    _check_story(dict(parts.story), parts.columns)
-    metadata = {"format": _FORMAT, "format_version": _FORMAT_VERSION, "story": story}
+    metadata = {"format": _FORMAT, "format_version": _FORMAT_VERSION, "story": json.dumps(story)}
+    named = {
+        n if n in _NOT_COLUMNS else _COLUMN + n: each.contiguous() for n, each in tensors.items()
+    }
     with replacing(path) as temporary:
         try:
-            save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata)
+            save_file(named, temporary, metadata)
         except SafetensorError as error:
             raise OSError(
                 f"{path}: cannot be written ({error}); what was there before is intact"
             ) from error
+        read(temporary)
 
 
-def read(path: str | Path) -> Parts:
-    """Read what `write` wrote; call it within `damage_told`."""
+def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The story and the tensors of a file; call it within `damage_told`."""
     path = Path(path).expanduser()
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; name the vector file in it")
@@ -65,24 +49,24 @@ def read(path: str | Path) -> Parts:
         raise FileNotFoundError(f"{path}: no such file")
     with path.open("rb") as file:
         if int.from_bytes(file.read(8), "little") > _LARGEST_HEADER:
-            raise SafetensorError("its header is too long")
+            raise ValueError("not a safetensors file, or one whose prompts are too long")
     with safe_open(path, framework="pt") as file:
         story = _story(file.metadata() or {})
         names = list(file.keys())
         if len(names) > _MOST_TENSORS:
-            raise ValueError(f"{len(names)} tensors; not a file that tl_melbo saved")
+            raise ValueError(f"{len(names)} tensors, and at most {_MOST_TENSORS} can be kept")
         tensors = {name.removeprefix(_COLUMN): file.get_tensor(name) for name in names}
     for name, tensor in tensors.items():
         if name == "norm" or tensor.dtype not in _COLUMN_TYPES:
             raise ValueError(f"the column {name!r} is not one that tl_melbo saves")
-    vectors, history = tensors.pop("vectors", torch.empty(0)), tensors.pop("history", None)
-    if vectors.dtype != torch.float32 or vectors.ndim != 2:
+    vectors = tensors.get("vectors")
+    if vectors is None or vectors.dtype != torch.float32 or vectors.ndim != 2:
         raise ValueError("holds no float32 matrix of vectors")
     index = tensors.get("index", torch.arange(0))
     if index.dtype != torch.int64 or index.ndim != 1 or (index < 0).any():
         raise ValueError("the column 'index' does not hold numbers of vectors")
     _check_story(story, tensors)
-    return Parts(vectors, story, tensors, history)
+    return story, tensors
 
 
 @contextmanager
