@@ -110,11 +110,7 @@ def columns(
     *,
     numbers: bool = False,
 ) -> None:
-    """A frame must have rows, and these columns; `advice` says where to get such a frame.
-
-    Args:
-        numbers: whether the columns must hold numbers.
-    """
+    """A frame must have rows, and these columns, of `numbers` if so; `advice` tells its source."""
     missing = [
         name
         for name in names
@@ -127,10 +123,10 @@ def columns(
         raise ValueError(f"{argument}: has no rows, it is empty; {advice}")
 
 
-def seed(number: int, argument: str = "seed") -> None:
+def seed(number: int) -> None:
     """A seed must be one that torch's generators take."""
     if not 0 <= number < _LARGEST_SEED:
-        raise ValueError(f"{argument}={number}: from 0 to 2**63 - 1")
+        raise ValueError(f"seed={number}: from 0 to 2**63 - 1")
 
 
 def at_least(least: int, /, **numbers: int | None) -> None:
@@ -162,11 +158,7 @@ def positive(**numbers: float) -> None:
 def argument_names(
     name: str, settings: Mapping[str, Any], function: Callable[..., Any], given: Sequence[str] = ()
 ) -> None:
-    """Settings must be arguments of a function, and not of those `given`; else a TypeError.
-
-    Args:
-        name: what the error calls the function that the user called.
-    """
+    """`name()` may only be called with arguments of a function that are not `given`: TypeError."""
     allowed = [each for each in inspect.signature(function).parameters if each not in given]
     for setting in settings:
         if setting not in allowed:

@@ -66,12 +66,9 @@ def place(story: Mapping[str, Any], prompts: Iterable[int] = ()) -> str:
 def warn_of_rows(
     bad: Sequence[bool], what: str, consequence: str, names: Sequence[object] | None = None
 ) -> None:
-    """Say which vectors gave something that is not finite; if all did, raise NotFinite.
+    """Warn that `what` is not finite under the bad vectors; raise NotFinite if all are bad.
 
-    Args:
-        what: what is not finite.
-        consequence: what came of it.
-        names: what to call the vectors; None calls them by their positions.
+    Vectors go by their `names`, or by their positions.
     """
     rows = [i if names is None else names[i] for i, is_bad in enumerate(bad) if is_bad]
     if rows and len(rows) == len(bad):

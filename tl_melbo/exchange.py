@@ -137,10 +137,7 @@ def download(repo_id: str, revision: str | None, token: str | None) -> Path:
 
 
 def model_card(
-    repo_id: str,
-    story: Mapping[str, Any],
-    table: pd.DataFrame,
-    completions: pd.DataFrame | None,
+    repo_id: str, story: Mapping[str, Any], table: pd.DataFrame, completions: pd.DataFrame | None
 ) -> str:
     """The README of a repository: what the vectors are, how they were found, how to use them."""
     from huggingface_hub import ModelCardData

@@ -23,26 +23,19 @@ def map_batches(
     start = 0
     while start < len(rows):
         batch = rows[start : start + size]
-        outcome = _attempt(function, batch)
-        if outcome is None:
+        try:
+            results.append(function(batch))
+            start += len(batch)
+        except (RuntimeError, MemoryError) as error:
+            if len(batch) == 1 or not is_out_of_memory(error):
+                raise
+            size = len(batch) // 2
+        if size < len(batch):
             # Here and not in the handler: until it ends, the failed call's tensors are held.
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            size = max(1, len(batch) // 2)
-            continue
-        results += outcome
-        start += len(batch)
     return results, size
-
-
-def _attempt(function: Callable[[Tensor], Result], batch: Tensor) -> list[Result] | None:
-    try:
-        return [function(batch)]
-    except (RuntimeError, MemoryError) as error:
-        if len(batch) > 1 and is_out_of_memory(error):
-            return None
-        raise
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -19,7 +19,6 @@ def kl_from_log_probs(log_p: LogProbs, log_q: LogProbs) -> Float[Tensor, "vector
 
     Args:
         log_p: natural logarithms of probabilities; -inf is a probability of zero.
-        log_q: the same of Q.
 
     Raises:
         ValueError: the probabilities of a row do not sum to one.
