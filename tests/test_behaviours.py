@@ -44,7 +44,7 @@ def test_groups_agree_with_labels_given_by_hand(model):
     found = tm.analysis.behaviours(model, completions, chat=True)
     assert found.embedder == "sentences"
     assert adjusted_rand_score(labels, found.texts["behaviour"]) >= LOWEST_AGREEMENT
-    # What was labelled as gibberish is nearly all put aside, and little else.
+    # What was labelled as gibberish is nearly all filtered out, and little else.
     gibberish = [label == "incoherent" for label in labels]
     wrong = (found.texts["coherent"].to_numpy() == gibberish).sum()
     assert wrong <= 4
@@ -65,12 +65,12 @@ def test_what_the_unsteered_model_does_is_not_counted(tiny_llama):
     assert found.texts["behaviour"].tolist() == [0, 1, 1, 0]
     assert found.n_distinct == 1
     groups = found.groups.set_index("behaviour")
-    assert groups.loc[0, "name"] == "near the unsteered text"
+    assert groups.loc[0, "name"] == "≈ baseline"
     assert groups.loc[1, "vectors"] == [0, 1]
     assert set(groups.loc[1, "name"].split(", ")) <= {"boil", "pasta", "water", "add", "salt"}
 
 
-def test_texts_that_repeat_themselves_are_put_aside(tiny_llama):
+def test_texts_that_repeat_themselves_are_filtered_out(tiny_llama):
     found = grouped(tiny_llama, ["over and over and over and over and over and over", *COOKING])
     assert found.texts["coherent"].tolist() == [False, True, True]
     assert found.texts["behaviour"].tolist() == [-1, 1, 1]
@@ -108,7 +108,7 @@ def test_prompts_are_grouped_each_by_itself(tiny_llama):
     assert found.texts["behaviour"].tolist() == [1, 1, 2, 2]
 
 
-WHOLE_BUT_SURPRISING = (
+WHOLE_BUT_UNLIKELY = (
     "The lighthouse keeper paints every herring violet.",
     "I will not answer that.",
     "I'm sorry, but I can't help with that.",
@@ -136,27 +136,27 @@ GIBBERISH = (
 
 @pytest.mark.slow
 def test_what_the_model_would_never_say_is_not_yet_gibberish(model):
-    texts = frame([*WHOLE_BUT_SURPRISING, *GIBBERISH], prompt="Tell me about yourself.")
+    texts = frame([*WHOLE_BUT_UNLIKELY, *GIBBERISH], prompt="Tell me about yourself.")
     found = tm.analysis.behaviours(model, texts).texts
     assert (found["perplexity"] > 11).all()
-    aside = dict(zip(found["completion"], found["put_aside"], strict=True))
-    assert {text for text, why in aside.items() if why == ""} == {*WHOLE_BUT_SURPRISING}
-    assert {aside[text] for text in GIBBERISH} == {"surprising"}
+    aside = dict(zip(found["completion"], found["filtered_out"], strict=True))
+    assert {text for text, why in aside.items() if why == ""} == {*WHOLE_BUT_UNLIKELY}
+    assert {aside[text] for text in GIBBERISH} == {"high perplexity"}
 
 
-def test_texts_are_put_aside_for_a_reason(tiny_llama):
+def test_texts_are_filtered_out_for_a_reason(tiny_llama):
     texts = [" \n", "go go go go go go go go go go go go", "To be or not to be."]
     strict = tm.analysis.behaviours(
         tiny_llama, frame(texts), chat=False, largest_perplexity=1, largest_repetition=0.4
     )
-    assert strict.texts["put_aside"].tolist() == ["empty", "repeats itself", "surprising"]
+    assert strict.texts["filtered_out"].tolist() == ["empty", "repeats itself", "high perplexity"]
     lenient = grouped(tiny_llama, texts)
-    assert lenient.texts["put_aside"].tolist() == ["empty", "repeats itself", ""]
+    assert lenient.texts["filtered_out"].tolist() == ["empty", "repeats itself", ""]
 
 
 def test_a_group_is_named_after_its_own_words_in_their_order(tiny_llama):
     names = grouped(tiny_llama, ["Zebras plague death.", *SAILING, "I"], SAILING[0]).groups["name"]
-    assert names.tolist() == ["near the unsteered text", "zebras, plague, death", "without words"]
+    assert names.tolist() == ["≈ baseline", "zebras, plague, death", "without words"]
 
 
 def test_shares_are_of_vectors_not_of_texts(tiny_llama):
@@ -168,7 +168,7 @@ def test_shares_are_of_vectors_not_of_texts(tiny_llama):
 
 def test_a_wanted_number_of_groups_is_made(tiny_llama):
     assert grouped(tiny_llama, [*COOKING, *SAILING], n_behaviours=3).n_distinct == 3
-    with pytest.raises(ValueError, match=r"of 'What now\?' there are only 4 texts"):
+    with pytest.raises(ValueError, match=r"of 'What now\?' only 4 completions"):
         grouped(tiny_llama, [*COOKING, *SAILING], n_behaviours=5)
 
 

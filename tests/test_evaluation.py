@@ -515,7 +515,7 @@ def test_a_layer_sweep_tells_of_every_pair(tiny_llama):
         ({"backdoors": BACKDOORS, "max_new_tokens": 1}, ValueError, "could never be written"),
         ({"stepz": 3}, TypeError, r"layer_sweep.*did you mean 'steps'"),
         ({"seed": -1}, ValueError, "seed=-1"),
-        ({"on_pair": 5}, TypeError, "on_pair: got int"),
+        ({"on_pair": 5}, TypeError, "'on_pair' is 5"),
     ):
         with pytest.raises(error, match=message):
             tm.evaluation.layer_sweep(tiny_llama, "One", [(0, 2)], **{**settings, **wrong})

@@ -8,29 +8,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tl_melbo import checks, shortcut
 from tl_melbo.memory import free_memory, map_batches
 from tl_melbo.model.bridge import Model, check_model, model_name, model_type, weights_digest
 from tl_melbo.replay import Group, Picked, capture_prompts, push
 from tl_melbo.shapes import Delta, PositionMask, Residual, Theta, checked_slice, shape_checked
-from tl_melbo.shortcut import (
-    Path,
-    Shortcut,
-    State,
-    Watched,
-    Way,
-    find_shortcut,
-    hooked_run,
-    is_transformed,
-)
 
 # How far replaying the blocks may be from the model's own forward pass, relative to its size.
 _REPLAY_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 # Tokens at once beyond which a CPU gains nothing; vectors at once that fill a large GPU.
 _CPU_ROWS, _GPU_VECTORS = 1200, 1024
-# Slices whose positions are remembered.
-_MOST_SLICES = 64
-# Between any two paths f(x) differed by at most 5.4 eps |y| in float32, and 2.0 eps |y| in narrow
-# types, whose products are summed in float32: see `resolution`.
+# Between any two paths f(x) differed by at most 5.4 eps |y| on five architectures in float32, and
+# by 2.0 eps |y| in narrow types, whose products are summed in float32: see `resolution`.
 _ROUNDING = {torch.float64: 8.0, torch.float32: 8.0}
 _NARROW_ROUNDING = 3.0
 
@@ -39,25 +28,21 @@ _NARROW_ROUNDING = 3.0
 class ActivationMap:
     """f(x): the residual stream after `source_layer` pushed through to after `target_layer`.
 
-    Blocks `source_layer + 1` to `target_layer` run, and nothing else, with the arguments that they
-    got in one ordinary forward pass of each prompt (position embeddings, masks), without the KV
-    cache. Prompts of equal length run as one batch and others apart: no block ever sees padding,
-    and f of many prompts is f of each. Make one with `ActivationMap.from_prompts`.
+    Only the blocks between run, with the arguments that they got in one ordinary forward pass of
+    each prompt (position embeddings, masks), without the KV cache. Prompts of equal length run as
+    one batch: no block ever sees padding. Make one with `ActivationMap.from_prompts`.
 
-    Which code runs is `path`. "hooked": the model's own modules, so hooks on them fire; always
-    taken while there are any. "unhooked": the Hugging Face modules below TransformerLens's, with
-    scaled-dot-product attention. "fast": for blocks of the Llama kind, see `fast_blocks`; it holds
-    copies of their weights. A faster path is taken if it gave the model's own results, to 1e-5
-    relative in float32, when the map was made, and until hooks, modules or weights change (but
-    for edits through a tensor's `.data`, which cannot be seen: make a new map after those).
+    Which code runs is `path`. "hooked": the model's own modules, always while there are hooks on
+    them. "unhooked": the Hugging Face modules below, with scaled-dot-product attention. "fast": for
+    blocks of the Llama kind, with copies of their weights. A faster path is taken if it gave the
+    model's own results, to 1e-5 relative in float32, when the map was made, and until hooks,
+    modules or weights change (edits through a tensor's `.data` cannot be seen: make a new map).
 
     Attributes:
         x: residual stream after `source_layer` of the unsteered prompts; prompts shorter than
             the longest are padded with zeros on the left.
         y: f(x).
         mask: True where `x` holds a token, False where it is padding.
-        prompts: the texts.
-        batch_size: vectors pushed through at once by `delta`; None picks what fits in memory.
 
     Source: Mack & Turner 2024, "Mechanistically eliciting latent behaviors in language models".
     """
@@ -70,13 +55,13 @@ class ActivationMap:
     x: Residual
     y: Residual
     mask: PositionMask
-    batch_size: int | None = None
-    _groups: tuple[Group, ...] = ()
-    _watched: Watched = field(default_factory=lambda: Watched.of(()))
-    _state: State = ((), (), (), True)
-    _shortcut: Shortcut | None = None
+    batch_size: int | None
+    _groups: tuple[Group, ...]
+    _watched: shortcut.Watched
+    _state: shortcut.State
+    _shortcut: shortcut.Shortcut | None = None
     # f(x) under the hooks that are there now; what each slice picks.
-    _unsteered_memo: dict[State, Residual] = field(default_factory=dict)
+    _unsteered_memo: dict[shortcut.State, Residual] = field(default_factory=dict)
     _picked_memo: dict[tuple[int | None, ...], Picked] = field(default_factory=dict)
 
     @classmethod
@@ -94,47 +79,28 @@ class ActivationMap:
         """Run the prompts once and remember what the blocks in between need.
 
         Args:
-            model: a TransformerLens model. It is left exactly as it is.
-            prompts: one text or several, of any lengths.
-            source_layer: s; vectors are added to the residual stream after block s.
-            target_layer: t; their effect is read in the residual stream after block t.
+            source_layer: vectors are added to the residual stream after this block.
+            target_layer: their effect is read in the residual stream after this one.
             chat: format each prompt as a user's turn with the tokenizer's chat template.
             batch_size: vectors at a time in `delta`; None picks what fits in memory.
 
         Raises:
-            TypeError: `model` is not a TransformerLens model.
-            ValueError: layers out of order or beyond the model, an empty prompt, no prompt,
-                a batch size below one, activations that are not finite.
+            TypeError, ValueError: naming the argument; also for activations that are not finite.
             RuntimeError: the blocks called alone do not do what they do inside the model.
         """
         check_model(model)
         _check_layers(model, source_layer, target_layer)
-        texts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
-        if not texts:
-            raise ValueError("prompts: none given; pass one text or a list of texts")
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: at least 1, or None to pick what fits")
-
-        x, y, mask, groups = capture_prompts(model, texts, chat, source_layer, target_layer)
-        watched = Watched.of(model.blocks[source_layer + 1 : target_layer + 1])
-        f = cls(
-            model=model,
-            prompts=texts,
-            chat=chat,
-            source_layer=source_layer,
-            target_layer=target_layer,
-            x=x,
-            y=y,
-            mask=mask,
-            batch_size=batch_size,
-            _groups=groups,
-            _watched=watched,
-            _state=watched.state(),
-        )
+        checks.batch_size(batch_size)
+        texts = tuple(checks.as_texts(prompts))
+        layers = source_layer, target_layer
+        x, y, mask, groups = capture_prompts(model, texts, chat, *layers)
+        watched = shortcut.Watched.of(model.blocks[source_layer + 1 : target_layer + 1])
+        state = watched.state()
+        f = cls(model, texts, chat, *layers, x, y, mask, batch_size, groups, watched, state)
         f._check_replay()
-        if f._state[0]:
+        if state[0]:
             return f
-        return replace(f, _shortcut=find_shortcut(f._blocks(), groups, x, mask))
+        return replace(f, _shortcut=shortcut.find(f._blocks(), groups, x, mask))
 
     def __repr__(self) -> str:
         return (
@@ -150,7 +116,7 @@ class ActivationMap:
         return int(self.x.shape[-1])
 
     @property
-    def path(self) -> Path:
+    def path(self) -> shortcut.Path:
         """Which code runs the blocks now: see `ActivationMap`."""
         if self._shortcut is None or self._watched.state() != self._state:
             return "hooked"
@@ -162,26 +128,21 @@ class ActivationMap:
     ) -> Float[Tensor, "*vector prompt pos d_model"]:
         """Push residual streams after `source_layer` to after `target_layer`.
 
-        Args:
-            x: shaped like `self.x`, or with one more axis of vectors in front. Values at padding
-                are ignored, and come back as zeros.
+        x is shaped like `self.x`, or has one more axis of vectors in front. Values at padding are
+        ignored, and come back as zeros.
 
         Raises:
-            ValueError: prompts, positions or width differ from those of `self.x`.
+            ValueError: another shape, type or device than those of `self.x`.
         """
-        if x.ndim > 4 or x.shape[-3:] != self.x.shape:
-            raise ValueError(
-                f"x: shape {tuple(x.shape)}, expected {tuple(self.x.shape)}, or that with an axis "
-                "of vectors in front; f is made for its own prompts: see ActivationMap.from_prompts"
-            )
-        if (x.dtype, x.device) != (self.x.dtype, self.x.device):
-            raise ValueError(
-                f"x: {x.dtype} on {x.device}, expected {self.x.dtype} on {self.x.device}, as f.x; "
-                "convert it with x.to(f.x)"
-            )
         stack = x if x.ndim == 4 else x[None]
-        way = self._way(is_transformed(stack))
-        y = push(stack, self._groups, self._picked(slice(None)), way.run, False)
+        if (stack.shape[1:], x.dtype, x.device) != (self.x.shape, self.x.dtype, self.x.device):
+            raise ValueError(
+                f"x: shape {tuple(x.shape)}, {x.dtype} on {x.device}; f is made for its own "
+                f"prompts: pass {tuple(self.x.shape)}, or that with an axis of vectors in front, "
+                f"{self.x.dtype} on {self.x.device}, as f.x"
+            )
+        way = self._way(shortcut.is_transformed(stack))
+        y = push(stack, self._groups, self._picked(slice(None)), way.run)
         return y if x.ndim == 4 else y[0]
 
     @shape_checked
@@ -193,45 +154,35 @@ class ActivationMap:
 
         Args:
             theta: vectors, in the units of the residual stream.
-            positions: where the effect is wanted, counted on each prompt's own tokens; the last
-                block does no work elsewhere where that can be.
+            positions: where the effect is wanted, on each prompt's own tokens; zeros elsewhere.
 
         Returns:
-            Zeros at padding and at other positions; float32, or float64 where theta or the model
-            is.
+            float32, or float64 where theta or f.x is.
 
         Raises:
-            ValueError: theta has another width than the residual stream, or holds values that are
-                not finite; the positions pick nothing in some prompt.
+            ValueError: theta is too wide or not finite; the positions miss some prompt.
         """
-        if theta.shape[1] != self.d_model:
-            raise ValueError(
-                f"theta: {theta.shape[1]} wide, but the residual stream of "
-                f"{model_name(self.model)} has d_model={self.d_model}"
-            )
-        if not theta.isfinite().all():
-            bad = (~theta.isfinite().all(-1)).nonzero().flatten().tolist()
-            raise ValueError(f"theta: vectors {bad} hold values that are not finite")
-        return self._delta(theta, self._picked(checked_slice(positions)))
-
-    def _delta(self, theta: Theta, picked: Picked) -> Delta:
-        """`delta` of arguments that are known to be good."""
-        way = self._way(is_transformed(theta))
+        checks.width(
+            theta, self.d_model, "theta", f"the residual stream of {model_name(self.model)}"
+        )
+        checks.finite(theta, "theta")
+        picked = self._picked(checked_slice(positions))
+        way = self._way(shortcut.is_transformed(theta))
         if len(theta) == 1:
             return self._effect(theta, picked, way, recompute=False)
         if not len(theta):
             return torch.zeros(0, *self.x.shape, dtype=self._wide(theta), device=self.x.device)
         with_gradient = torch.is_grad_enabled() and theta.requires_grad
-        room = self._vectors_in_memory() if with_gradient or self.batch_size is None else 0
+        room = self._vectors_in_memory()
         size = self.batch_size or self._at_once(room)
         # Where the graphs do not all fit, each is made in its backward pass.
         recompute = with_gradient and len(theta) > max(room, size)
         effects, _ = map_batches(
-            lambda batch: self._effect(batch, picked, way, recompute), theta, size
+            lambda some: self._effect(some, picked, way, recompute), theta, size
         )
         return effects[0] if len(effects) == 1 else torch.cat(effects)
 
-    def _effect(self, theta: Tensor, picked: Picked, way: Way, recompute: bool) -> Tensor:
+    def _effect(self, theta: Tensor, picked: Picked, way: shortcut.Way, recompute: bool) -> Tensor:
         """The effects of one batch."""
         wide = self._wide(theta)
         steered = self.x + theta.to(self.x.device, self.x.dtype)[:, None, None, :]
@@ -255,42 +206,33 @@ class ActivationMap:
     def _blocks(self) -> tuple[nn.Module, ...]:
         return tuple(self.model.blocks[self.source_layer + 1 : self.target_layer + 1])
 
-    def _way(self, transformed: bool = False) -> Way:
+    def _way(self, transformed: bool) -> shortcut.Way:
         """Which code runs the blocks now; `transformed`: by what else than a gradient's graph."""
-        state = self._watched.state()
+        state, y = self._watched.state(), self.y
         if state != self._state:
             if state not in self._unsteered_memo:
                 self._unsteered_memo.clear()
                 self._unsteered_memo[state] = self._hooked(self.x)
-            return Way("hooked", hooked_run(self._blocks()), self._unsteered_memo[state])
-        if self._shortcut is None:
-            return Way("hooked", hooked_run(self._blocks()), self.y)
-        return self._shortcut.differentiable if transformed else self._shortcut.way
+            y = self._unsteered_memo[state]
+        elif self._shortcut is not None:
+            return self._shortcut.differentiable if transformed else self._shortcut.way
+        return shortcut.Way("hooked", shortcut.hooked_run(self._blocks()), y)
 
+    @torch.no_grad()
     def _hooked(self, x: Residual) -> Residual:
         """f(x) by the model's own modules, without a graph."""
-        with torch.no_grad():
-            run = hooked_run(self._blocks())
-            return push(x[None], self._groups, self._picked(slice(None)), run, False)[0]
+        run = shortcut.hooked_run(self._blocks())
+        return push(x[None], self._groups, self._picked(slice(None)), run)[0]
 
     @shape_checked
     def resolution(self, positions: slice = slice(None)) -> float:
         """How large an effect can be by rounding alone: a smaller one cannot be told from nothing.
 
-        An effect is a difference of two values of f, each rounded in the model's type, and batches
-        of other sizes, other paths and other numbers of threads round differently. The bound is
-        8 eps |y| in float32 and float64, and 3 eps |y| in narrower types, with |y| over the same
-        positions. Measured on five architectures: at most 5.4 and 2.0 eps |y| between any two
-        paths, and 2.7 eps |y| between batches of one path.
-
-        Args:
-            positions: which positions of the effect count, on each prompt's own tokens.
-
-        Returns:
-            For one vector: the L2 norm over these positions of all prompts.
+        For one vector, the L2 norm over these positions of all prompts: 8 eps |y| in float32 and
+        float64, 3 eps |y| in narrower types. Other batch sizes, paths and threads round otherwise.
 
         Raises:
-            ValueError: the positions pick nothing in some prompt.
+            ValueError: the positions miss some prompt.
         """
         counted = self._picked(checked_slice(positions)).mask
         rounding = _ROUNDING.get(self.x.dtype, _NARROW_ROUNDING) * torch.finfo(self.x.dtype).eps
@@ -298,12 +240,10 @@ class ActivationMap:
 
     @shape_checked
     def position_mask(self, positions: slice = slice(None)) -> PositionMask:
-        """Which positions a slice picks, counted on each prompt's own tokens.
-
-        `slice(-3, None)` is the last three tokens of every prompt, however long each is.
+        """Which positions a slice picks: slice(-3, None) the last three tokens of every prompt.
 
         Raises:
-            ValueError: the slice picks nothing in some prompt.
+            ValueError: the positions miss some prompt.
         """
         return self._picked(checked_slice(positions)).mask.clone()
 
@@ -319,8 +259,6 @@ class ActivationMap:
                     f"({self.prompts[missed[0]]!r}, {int(self.mask[missed[0]].sum())} tokens); "
                     "choose a slice that each prompt reaches, for example slice(-1, None)"
                 )
-            if len(self._picked_memo) >= _MOST_SLICES:
-                self._picked_memo.clear()
             self._picked_memo[parts] = picked
         return self._picked_memo[parts]
 
@@ -329,10 +267,8 @@ class ActivationMap:
         return self.batch_size or self._at_once(self._vectors_in_memory(with_gradient))
 
     def _at_once(self, room: int) -> int:
-        # A CPU gains nothing from more rows than this, and they fall out of its caches; a large
-        # device is full with that many vectors.
-        n_tokens = self.mask.numel()
-        most = max(1, _CPU_ROWS // n_tokens) if self.x.device.type == "cpu" else _GPU_VECTORS
+        on_cpu = self.x.device.type == "cpu"  # whose caches more rows fall out of
+        most = _CPU_ROWS // self.mask.numel() if on_cpu else _GPU_VECTORS
         return max(1, min(most, room))
 
     def _vectors_in_memory(self, with_gradient: bool = True) -> int:
@@ -367,28 +303,23 @@ class ActivationMap:
         }
 
     def _check_replay(self) -> None:
-        error = (self._hooked(self.x) - self.y).abs().max() / self.y.abs().max()
-        tolerance = _REPLAY_TOLERANCE.get(self.x.dtype, 0.05)
-        if not error <= tolerance:
+        error = float((self._hooked(self.x) - self.y).abs().max() / self.y.abs().max())
+        if not error <= _REPLAY_TOLERANCE.get(self.x.dtype, 0.05):
             raise RuntimeError(
                 f"{model_name(self.model)}: blocks {self.source_layer + 1} to {self.target_layer} "
-                f"called alone differ from the whole model by {float(error):.1e} (relative), more "
-                f"than {tolerance:.0e}; this architecture passes something between blocks that is "
-                "not in their arguments, or a hook on them is not deterministic"
+                f"called alone differ from the whole model by {error:.1e} of its size; "
+                "this architecture passes something between blocks that is not in their arguments, "
+                "or a hook on them is not deterministic"
             )
 
 
 def _check_layers(model: Model, source_layer: int, target_layer: int) -> None:
     n_layers = int(model.cfg.n_layers)
-    if 0 <= source_layer < target_layer < n_layers:
-        return
-    hint = "a model with one block has no pair of layers"
-    if n_layers >= 2:
+    if not 0 <= source_layer < target_layer < n_layers:
         source = min(round(n_layers * 8 / 30), n_layers - 2)
-        target = max(source + 1, min(round(n_layers * 16 / 30), n_layers - 1))
-        hint = f"for this depth try source_layer={source}, target_layer={target}"
-    raise ValueError(
-        f"source_layer={source_layer}, target_layer={target_layer}: {model_name(model)} has "
-        f"{n_layers} layers, so allowed is 0 <= source_layer < target_layer <= {n_layers - 1}; "
-        f"{hint}"
-    )
+        target = max(source + 1, round(n_layers * 16 / 30))
+        raise ValueError(
+            f"source_layer={source_layer}, target_layer={target_layer}: {model_name(model)} has "
+            f"{n_layers} layers, so allowed is 0 <= source_layer < target_layer <= {n_layers - 1}; "
+            f"for this depth try source_layer={source}, target_layer={target}"
+        )

@@ -1,15 +1,13 @@
 """Blocks of the Llama kind, run fast, with a gradient written by hand.
 
-Where a block is RMSNorm, grouped-query attention with rotary positions, RMSNorm and a SwiGLU MLP
-(Llama, SmolLM, Mistral, Qwen2 and their kin), nothing but the matrix products needs to take time.
-Here a norm's weights are folded into the projections behind it, projections of one input are one
-product, every matrix lies as its product reads it fastest, rotary positions are one complex
-multiplication, and the gradient, of the input alone, keeps six tensors a block. Nothing here knows
-TransformerLens: modules and tensors in, tensors out.
+The kind is RMSNorm, grouped-query attention with rotary positions, RMSNorm and a SwiGLU MLP, as in
+Llama, SmolLM, Mistral and Qwen2. A norm's weights are folded into the projections behind it,
+projections of one input are one product, every matrix lies as its product reads it fastest, rotary
+positions are one complex multiplication, and the gradient, of the input alone, keeps six tensors a
+block. Nothing here knows TransformerLens: modules and tensors in, tensors out.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -18,54 +16,36 @@ from torch.nn import functional
 
 
 class FastBlocks:
-    """Several blocks in a row, with copies of the layers' weights, taken when this is made.
+    """Several blocks in a row, with copies of the weights of Hugging Face decoder layers.
 
-    A search calls f with one vector at a time, thousands of times over: products of `hot_rows` rows
-    (tokens of one vector) get their matrices packed on a CPU.
+    Layers with other parts give an AttributeError or a TypeError. Whether the parts are put
+    together in the same way is for the caller to find out, by comparing results. On a CPU, products
+    of `hot_rows` rows (the tokens of one vector) get packed matrices.
     """
 
-    def __init__(self, parts: "list[_Parts]", hot_rows: int | None) -> None:
-        attention = parts[0].attention
+    def __init__(self, layers: Sequence[Any], hot_rows: int | None = None) -> None:
+        attention = layers[0].self_attn
         self.d_head = int(attention.head_dim)
-        self.n_heads = parts[0].query.weight.shape[0] // self.d_head
-        self.n_key_value_heads = parts[0].key.weight.shape[0] // self.d_head
-        self.n_turned = self.n_heads + self.n_key_value_heads
+        self.n_heads = len(attention.q_proj.weight) // self.d_head
+        self.n_turned = self.n_heads + len(attention.k_proj.weight) // self.d_head
         self.attention_scale = float(attention.scaling)
         with torch.no_grad():
-            self.blocks = [_Block.of(p, self.d_head, hot_rows) for p in parts]
-
-    @classmethod
-    def of(cls, layers: Sequence[nn.Module], hot_rows: int | None = None) -> "FastBlocks | None":
-        """Take the weights of Hugging Face decoder layers; None if they are of another kind.
-
-        This goes by the parts that the layers have. Whether those are put together in the same way
-        is for the caller to find out, by comparing results.
-        """
-        parts = [_Parts.of(layer) for layer in layers]
-        known = [part for part in parts if part is not None]
-        return cls(known, hot_rows) if known and len(known) == len(parts) else None
+            self.blocks = [_Block.of(layer, self.d_head, hot_rows) for layer in layers]
 
     @property
     def floats_per_token(self) -> int:
         """How many numbers a block keeps of each token for the gradient, some scratch included."""
         block = self.blocks[0]
-        return (
-            3 * block.out.weight.shape[0]
-            + 2 * len(block.qkv.weight)
-            + 2 * len(block.gate_up.weight)
-        )
+        widths = len(block.qkv.weight) + len(block.gate_up.weight)
+        return 3 * len(block.out.weight) + 2 * widths
 
-    def rotation(self, cosine: Tensor, sine: Tensor) -> Tensor | None:
-        """Rotary positions as complex numbers, [pos, a pair of each query and key head].
-
-        None where the two halves of a head are not turned alike, as they are in all of this kind.
-        """
-        half = cosine.shape[-1] // 2
-        alike = all(
+    def rotation(self, cosine: Tensor, sine: Tensor) -> Tensor:
+        """Rotary positions as complex numbers, [pos, a pair of each query and key head]."""
+        half = self.d_head // 2
+        if cosine.shape[::2] != (1, self.d_head) or not all(
             torch.equal(part[..., :half], part[..., half:]) for part in (cosine, sine)
-        ) and cosine.shape[::2] == (1, self.d_head)
-        if not alike:
-            return None
+        ):
+            raise ValueError("the two halves of a head are not turned alike")
         return torch.complex(cosine[0, :, :half], sine[0, :, :half]).repeat(1, self.n_turned)
 
     def forward(
@@ -138,101 +118,55 @@ class FastBlocks:
         mask = None
         if chosen is not None:
             mask = torch.arange(key.shape[2], device=key.device) <= chosen[:, None]
-        return functional.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=self.attention_scale,
-            enable_gqa=self.n_heads != self.n_key_value_heads,
-        )
+        grouped = self.n_turned != 2 * self.n_heads
+        options = {"attn_mask": mask, "is_causal": mask is None, "enable_gqa": grouped}
+        attention = functional.scaled_dot_product_attention
+        return attention(query, key, value, scale=self.attention_scale, **options)
 
 
-class _Parts(NamedTuple):
-    """The modules of a decoder layer, by what they are to the block."""
-
-    attention: Any
-    attention_norm: Any
-    query: Any
-    key: Any
-    value: Any
-    out: Any
-    mlp_norm: Any
-    gate: Any
-    up: Any
-    down: Any
-
-    @classmethod
-    def of(cls, layer: Any) -> "_Parts | None":
-        try:
-            attention, mlp = layer.self_attn, layer.mlp
-            attention_norm, mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
-            for module, name in (
-                (attention, "head_dim"),
-                (attention, "scaling"),
-                (attention_norm, "variance_epsilon"),
-                (mlp_norm, "variance_epsilon"),
-                (mlp, "act_fn"),
-            ):
-                getattr(module, name)
-            query, key, value, out = (getattr(attention, f"{name}_proj") for name in "qkvo")
-            gate, up, down = (getattr(mlp, f"{name}_proj") for name in ("gate", "up", "down"))
-        except AttributeError:
-            return None
-        # Quantised and adapted layers are of other classes, and compute something else.
-        if not all(isinstance(p, nn.Linear) for p in (query, key, value, out, gate, up, down)):
-            return None
-        return cls(attention, attention_norm, query, key, value, out, mlp_norm, gate, up, down)
-
-
-@dataclass(frozen=True, eq=False)
-class _Block:
+class _Block(NamedTuple):
     """The weights of one block."""
 
-    attention_epsilon: float
     qkv: "_Linear"
     out: "_Linear"
-    mlp_epsilon: float
     gate_up: "_Linear"
     down: "_Linear"
+    attention_epsilon: float
+    mlp_epsilon: float
 
     @classmethod
-    def of(cls, parts: _Parts, d_head: int, hot_rows: int | None) -> "_Block":
-        def interleaved(rows: Tensor) -> Tensor:
-            """Rows of each head as 0, half, 1, half + 1, ...: rotary pairs become neighbours.
+    def of(cls, layer: Any, d_head: int, hot_rows: int | None) -> "_Block":
+        attention, mlp = layer.self_attn, layer.mlp
+        attention_norm, mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
 
-            Queries and keys are permuted alike, so that their products stay as they are.
-            """
+        def interleaved(rows: Tensor) -> Tensor:
+            # Each head as 0, half, 1, half + 1, ...: rotary pairs become neighbours. Queries and
+            # keys are permuted alike, so that their products stay as they are.
             return rows.unflatten(0, (-1, 2, d_head // 2)).transpose(1, 2).flatten(0, 2)
 
-        def linear(*layers: tuple[Tensor, Tensor | None], norm: Any = None) -> _Linear:
-            weight = torch.cat([weight for weight, _ in layers])
+        def own(layer: Any) -> tuple[Tensor, Tensor]:
+            # Quantised and adapted layers are of other classes, and compute something else.
+            if not isinstance(layer, nn.Linear):
+                raise TypeError(f"{type(layer).__name__} is not a linear layer")
+            weight, bias = layer.weight, layer.bias
+            bias = weight.new_zeros(len(weight)) if bias is None else bias
+            turned = layer in (attention.q_proj, attention.k_proj)
+            return (interleaved(weight), interleaved(bias)) if turned else (weight, bias)
+
+        def linear(*layers: Any, norm: Any = None) -> _Linear:
+            weight, bias = (torch.cat(parts) for parts in zip(*map(own, layers), strict=True))
             if norm is not None:
                 weight = weight * (norm.weight * weight.shape[1] ** 0.5)
-            bias = None
-            if any(bias is not None for _, bias in layers):
-                bias = torch.cat([w.new_zeros(len(w)) if b is None else b for w, b in layers])
-            return _Linear.of(weight, bias, hot_rows)
-
-        def own(layer: Any, permute: bool = False) -> tuple[Tensor, Tensor | None]:
-            weight, bias = layer.weight, layer.bias
-            if permute:
-                weight, bias = interleaved(weight), bias if bias is None else interleaved(bias)
-            return weight, bias
+            has_bias = any(layer.bias is not None for layer in layers)
+            return _Linear.of(weight, bias if has_bias else None, hot_rows)
 
         return cls(
-            float(parts.attention_norm.variance_epsilon),
-            linear(
-                own(parts.query, permute=True),
-                own(parts.key, permute=True),
-                own(parts.value),
-                norm=parts.attention_norm,
-            ),
-            linear(own(parts.out)),
-            float(parts.mlp_norm.variance_epsilon),
-            linear(own(parts.gate), own(parts.up), norm=parts.mlp_norm),
-            linear(own(parts.down)),
+            linear(attention.q_proj, attention.k_proj, attention.v_proj, norm=attention_norm),
+            linear(attention.o_proj),
+            linear(mlp.gate_proj, mlp.up_proj, norm=mlp_norm),
+            linear(mlp.down_proj),
+            float(attention_norm.variance_epsilon),
+            float(mlp_norm.variance_epsilon),
         )
 
 
@@ -248,18 +182,19 @@ class _Kept(NamedTuple):
     gate_up: Tensor
 
 
-@dataclass(frozen=True, eq=False)
-class _Linear:
+class _Linear(NamedTuple):
     """The map x W^T + b, with the gradient of x alone.
 
-    On a CPU the product with W^T and that with W each get a matrix that lies as they read it: with
-    few rows that is up to twice as fast.
+    On a CPU each product gets a matrix that lies as it reads it: with few rows that is up to twice
+    as fast. `packed` are both as MKL's kernel reads them, for products of `hot_rows` rows, by the
+    operators that torch.compile uses when it freezes weights.
     """
 
     weight: Tensor
     transposed: Tensor
     bias: Tensor | None
-    packed: "dict[str, _Packed]" = field(default_factory=dict)
+    hot_rows: int | None = None
+    packed: tuple[Tensor, ...] = ()
 
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None, hot_rows: int | None) -> "_Linear":
@@ -267,51 +202,31 @@ class _Linear:
         if weight.device.type != "cpu":
             return cls(weight, weight.t(), bias)
         transposed = weight.t().contiguous()
-        packed = {}
-        if hot_rows is not None and weight.dtype == torch.float32 and _can_pack():
-            packed["forward"] = _Packed.of(weight, hot_rows)
-            packed["backward"] = _Packed.of(transposed, hot_rows)
-        return cls(weight, transposed, bias, packed)
+        can_pack = torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear")
+        if hot_rows is None or weight.dtype != torch.float32 or not can_pack:
+            return cls(weight, transposed, bias)
+        pack = torch.ops.mkl._mkl_reorder_linear_weight
+        both = pack(weight, hot_rows), pack(transposed, hot_rows)
+        return cls(weight, transposed, bias, hot_rows, both)
 
     def __call__(self, x: Tensor) -> Tensor:
-        y = self._product("forward", x, self.transposed)
+        y = self._product(x, 0)
         return y if self.bias is None else y.add_(self.bias)
 
     def backward(self, gradient: Tensor) -> Tensor:
         """From the gradient of the result to that of x."""
-        return self._product("backward", gradient, self.weight)
+        return self._product(gradient, 1)
 
-    def _product(self, way: str, x: Tensor, matrix: Tensor) -> Tensor:
+    def _product(self, x: Tensor, way: int) -> Tensor:
+        """The product x W^T, way 0, or x W, way 1."""
+        both = self.weight, self.transposed
+        matrix, transposed = both[way], both[1 - way]
         rows = x.reshape(-1, x.shape[-1])
-        packed = self.packed.get(way)
-        if packed is not None and len(rows) == packed.n_rows:
-            product = packed(rows)
+        if len(rows) == self.hot_rows:
+            product = torch.ops.mkl._mkl_linear(rows, self.packed[way], matrix, None, len(rows))
         else:
-            product = rows @ matrix
-        return product.view(*x.shape[:-1], matrix.shape[1])
-
-
-class _Packed(NamedTuple):
-    """A matrix as MKL's kernel reads it, for products with a fixed number of rows.
-
-    torch.compile uses the same operators when it freezes weights.
-    """
-
-    matrix: Tensor
-    packed: Tensor
-    n_rows: int
-
-    @classmethod
-    def of(cls, matrix: Tensor, n_rows: int) -> "_Packed":
-        packed = torch.ops.mkl._mkl_reorder_linear_weight(matrix, n_rows)
-        return cls(matrix, packed, n_rows)
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        return torch.ops.mkl._mkl_linear(rows, self.packed, self.matrix, None, self.n_rows)
-
-
-def _can_pack() -> bool:
-    return torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear")
+            product = rows @ transposed
+        return product.view(*x.shape[:-1], len(matrix))
 
 
 def _unit(x: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from tl_melbo import checks
 from tl_melbo.errors import warn_of_rows
 from tl_melbo.memory import map_batches
-from tl_melbo.model.bridge import Model, check_model, model_name, plain_model
-from tl_melbo.model.tokens import context_length, to_tokens
+from tl_melbo.model.bridge import Model, model_name, plain_model
+from tl_melbo.model.tokens import context_length, end_tokens, to_tokens
 from tl_melbo.reading import adding
 from tl_melbo.shapes import Theta, Tokens, shape_checked
-from tl_melbo.steering import Vectors, as_chat, scaled, steering_layer
+from tl_melbo.steering import Vectors, as_chat, steering_rows
 from tl_melbo.text import quoted
 
 if TYPE_CHECKING:
@@ -41,21 +41,15 @@ def generate(
 ) -> "pd.DataFrame":
     """Let the model write under each vector, at each scale, after each prompt.
 
-    Every row of a batch has its own vector, added to the prompt and to every new token; a KV cache
-    is used. Text ends where the model ends it.
+    The vector is added to the prompt and to every new token. Text ends where the model ends it.
 
     Args:
-        model: a TransformerLens model.
-        prompts: one text or several.
         vectors: which vectors to add; None for the unsteered model.
         layer: after which block to add them; None takes the layer that they were found at.
         scales: one factor or several, negative ones included.
-        max_new_tokens: the most tokens to write.
         temperature: 0 takes the likeliest token (greedy), above 0 samples.
-        seed: for sampling; the global random state is left alone. The same seed gives the same
-            texts for the same prompts, vectors, scales and batch size.
-        chat: format the prompts as chat; None does as was done when the vectors were found, or
-            else does not.
+        seed: for sampling: the same texts, if all else is the same, the batch size included.
+        chat: format the prompts as chat; None takes the format that the vectors were found with.
         batch_size: rows of the batch; fewer where they do not fit in memory.
 
     Returns:
@@ -63,8 +57,7 @@ def generate(
         completion. Its `attrs["chat"]` tells how the prompts were formatted.
 
     Raises:
-        TypeError, ValueError: as `steered` and `to_tokens` do; also for a negative temperature,
-            fewer than one new token or row, or no scale.
+        TypeError, ValueError: naming the argument.
         NotFinite: the logits after a prompt are not finite under any of the vectors.
 
     Warns:
@@ -74,65 +67,41 @@ def generate(
 
     from tl_melbo.tables import Table
 
-    check_model(model)
     factors = [scales] if isinstance(scales, int | float) else list(scales)
-    _check_numbers(factors, max_new_tokens, temperature, seed, batch_size)
-    texts = checks.as_texts(prompts)
-    chat = as_chat(vectors, chat)
-    prompt_tokens = [to_tokens(model, text, chat) for text in texts]
-    _check_room(model, prompt_tokens, max_new_tokens)
-    if vectors is None:
-        # A row of zeros is the unsteered model, so one path serves both.
-        rows, layer, labels = torch.zeros(1, int(model.cfg.d_model)), 0, [(-1, 0.0)]
-    else:
-        layer = steering_layer(model, vectors, layer)
-        rows = torch.cat([scaled(model, vectors, factor) for factor in factors])
-        n_vectors = len(rows) // len(factors)
-        labels = [(i, float(factor)) for factor in factors for i in range(n_vectors)]
-    write = _writer(model, layer, max_new_tokens, temperature)
-    frames, not_finite = [], []
-    with seeded(seed):
-        for text, tokens in zip(texts, prompt_tokens, strict=True):
-            written, batch_size = map_batches(partial(write, tokens), rows, batch_size)
-            completions = [text for batch in written for text in batch.texts]
-            not_finite += [is_bad for batch in written for is_bad in batch.not_finite]
-            frame = pd.DataFrame(labels, columns=["vector", "scale"])
-            frames.append(frame.assign(prompt=text, completion=completions))
-    frame = Table(pd.concat(frames, ignore_index=True))
-    frame.attrs["chat"] = chat
-    _warn_of_texts(model, layer, frame, not_finite)
-    return frame
-
-
-def _check_numbers(
-    factors: Sequence[float], max_new_tokens: int, temperature: float, seed: int, batch_size: int
-) -> None:
     checks.at_least(1, max_new_tokens=max_new_tokens, batch_size=batch_size)
     checks.seed(seed)
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature={temperature}: 0 for greedy, or a positive finite number")
     if not factors or not all(math.isfinite(factor) for factor in factors):
         raise ValueError(f"scales={factors}: one finite number, or several")
-
-
-def _warn_of_texts(
-    model: Model, layer: int, frame: "pd.DataFrame", not_finite: Sequence[bool]
-) -> None:
-    if not any(not_finite):
-        return
-    labels = zip(frame["vector"], frame["scale"], frame["prompt"], strict=True)
-    names = [f"{vector} at scale {scale:g} after {quoted(text)}" for vector, scale, text in labels]
-    what = f"what {model_name(model)} writes, steered after layer {layer},"
-    warn_of_rows(not_finite, what, "their texts end where it began", names)
-
-
-def _check_room(model: Model, prompt_tokens: list[Tensor], max_new_tokens: int) -> None:
+    rows, layer = steering_rows(model, vectors, layer, factors)
+    texts, chat = checks.as_texts(prompts), as_chat(vectors, chat)
+    prompt_tokens = [to_tokens(model, text, chat) for text in texts]
     longest, limit = max(tokens.shape[1] for tokens in prompt_tokens), context_length(model)
     if limit and longest + max_new_tokens > limit:
         raise ValueError(
             f"max_new_tokens={max_new_tokens}: after a prompt of {longest} tokens, "
             f"{model_name(model)} has room for {limit - longest} of its {limit}"
         )
+    n_vectors = len(rows) // len(factors)
+    labels = [(i, float(factor)) for factor in factors for i in range(n_vectors)]
+    labels = [(-1, 0.0)] if vectors is None else labels
+    write = _writer(model, layer, max_new_tokens, temperature)
+    frames, not_finite = [], []
+    with seeded(seed):
+        for text, tokens in zip(texts, prompt_tokens, strict=True):
+            written, batch_size = map_batches(partial(write, tokens), rows, batch_size)
+            completions = [each for some, _ in written for each in some]
+            not_finite += [is_bad for _, some in written for is_bad in some]
+            frame = pd.DataFrame(labels, columns=["vector", "scale"])
+            frames.append(frame.assign(prompt=text, completion=completions))
+    frame = Table(pd.concat(frames, ignore_index=True))
+    frame.attrs["chat"] = chat
+    labels = zip(frame["vector"], frame["scale"], frame["prompt"], strict=True)
+    names = [f"{vector} at scale {scale:g} after {quoted(text)}" for vector, scale, text in labels]
+    what = f"what {model_name(model)} writes, steered after layer {layer},"
+    warn_of_rows(not_finite, what, "their texts end where it began", names)
+    return frame
 
 
 @contextmanager
@@ -143,31 +112,28 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-class _Written(NamedTuple):
-    """One text for each vector of a batch, and whether its logits came to be not finite."""
-
-    texts: list[str]
-    not_finite: list[bool]
-
-
 def _writer(
     model: Model, layer: int, max_new_tokens: int, temperature: float
-) -> Callable[[Tokens, Theta], _Written]:
-    """What writes after a prompt, under each vector, by Hugging Face's own `generate`."""
+) -> Callable[[Tokens, Theta], tuple[list[str], list[bool]]]:
+    """What writes after a prompt, by Hugging Face's own `generate`.
+
+    It gives a text for each vector of a batch, and whether its logits came to be not finite.
+    """
     from transformers import GenerationConfig, LogitsProcessorList
 
-    plain, ends = plain_model(model), _end_tokens(model)
-    # With no settings but ours: some models bring a penalty or a temperature along.
-    writes = copy.copy(getattr(model, "original_model", None) if plain is None else plain)
+    plain, bridged = plain_model(model), getattr(model, "original_model", None)
+    ends = end_tokens(model.tokenizer, bridged, int(model.cfg.d_vocab))
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     only_ours = {"top_k": 0} if temperature > 0 else {}
     config = GenerationConfig(
         eos_token_id=ends or None, pad_token_id=(ends or [None])[0], **options, **only_ours
     )
+    # With no settings but ours: some models bring a penalty or a temperature along.
+    writes = copy.copy(bridged if plain is None else plain)
     if writes is not None:
         writes.generation_config = GenerationConfig()
 
-    def write(tokens: Tokens, theta: Theta) -> _Written:
+    def write(tokens: Tokens, theta: Theta) -> tuple[list[str], list[bool]]:
         rows = tokens.expand(len(theta), -1)
         choice = _Choice(len(theta), torch.tensor(ends, device=tokens.device), temperature)
         with adding(model, plain, theta, layer):
@@ -181,8 +147,10 @@ def _writer(
                     generation_config=config,
                     logits_processor=LogitsProcessorList([choice]),
                 )
-        texts = [_decode(model, row, ends) for row in out[:, tokens.shape[1] :].tolist()]
-        return _Written(texts, choice.not_finite.tolist())
+        new = out[:, tokens.shape[1] :].tolist()
+        kept = [list(itertools.takewhile(lambda token: token not in ends, row)) for row in new]
+        texts = [str(model.tokenizer.decode(row, skip_special_tokens=True)) for row in kept]
+        return texts, choice.not_finite.tolist()
 
     return write
 
@@ -227,19 +195,3 @@ def _choosing(model: Model, choice: _Choice) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def _decode(model: Model, tokens: Sequence[int], ends: Sequence[int]) -> str:
-    kept = list(itertools.takewhile(lambda token: token not in ends, tokens))
-    return str(model.tokenizer.decode(kept, skip_special_tokens=True))
-
-
-def _end_tokens(model: Model) -> list[int]:
-    """Every token that ends a text: some chat models name more than their tokenizer does."""
-    config = getattr(getattr(model, "original_model", None), "generation_config", None)
-    ends: list[int] = []
-    for source in (model.tokenizer, config):
-        named = getattr(source, "eos_token_id", None)
-        ends += named if isinstance(named, list) else [] if named is None else [named]
-    # A configuration that was never set may name a token that the model does not have.
-    return [end for end in dict.fromkeys(ends) if end < int(model.cfg.d_vocab)]

@@ -5,18 +5,3 @@ from tl_melbo.model.load import BUNDLED_NAME, bundled_model_path, load_hugging_f
 from tl_melbo.model.tokens import to_tokens
 
 EMBEDDED_NAME, embedded_model_path = BUNDLED_NAME, bundled_model_path
-
-__all__ = [
-    "BUNDLED_NAME",
-    "EMBEDDED_NAME",
-    "Model",
-    "bundled_model_path",
-    "check_layer",
-    "check_model",
-    "embedded_model_path",
-    "load_hugging_face",
-    "load_model",
-    "model_device",
-    "model_name",
-    "to_tokens",
-]

@@ -14,19 +14,11 @@ from torch import Tensor, nn
 from tl_melbo import checks
 from tl_melbo.errors import NotFinite, warn_of_rows
 from tl_melbo.memory import map_batches
-from tl_melbo.model.bridge import (
-    Model,
-    block_below,
-    check_model,
-    frozen,
-    model_name,
-    plain_model,
-    whole_model,
-)
+from tl_melbo.model.bridge import Model, block_below, frozen, model_name, plain_model, whole_model
 from tl_melbo.model.tokens import to_tokens
 from tl_melbo.probability import LogProbs
 from tl_melbo.shapes import Float, Theta, Tokens, shape_checked
-from tl_melbo.steering import Vectors, as_chat, hooked, scaled, steering_layer
+from tl_melbo.steering import Vectors, as_chat, hooked, steering_rows
 from tl_melbo.text import quoted
 
 # How many logits of whole texts are held at once: 128 MiB in float32.
@@ -37,21 +29,10 @@ _MOST_LOGITS = 2**25
 def adding(model: Model, plain: Any, theta: Theta, layer: int) -> Iterator[Any]:
     """Add a vector to each row, everywhere, for whatever runs inside; without gradients.
 
-    Args:
-        model: a TransformerLens model.
-        plain: `plain_model(model)`: where it is None, the model itself is steered.
-        theta: exactly one vector for each row of the batch.
-        layer: after which block.
-
-    Yields:
-        What to run: the plain model, or else the model.
+    Yields what to run: `plain`, which is `plain_model(model)`, or the model where that is None.
     """
     if plain is None:
-        with (
-            torch.no_grad(),
-            frozen(*whole_model(model)),
-            hooked(model, theta, layer, slice(None)),
-        ):
+        with torch.no_grad(), frozen(*whole_model(model)), hooked(model, theta, layer):
             yield model
         return
     added = theta.to(next(plain.parameters()))[:, None]
@@ -80,20 +61,12 @@ def next_token_log_probs(
     chat: bool | None = None,
     batch_size: int = 32,
 ) -> Float[Tensor, "vector d_vocab"]:
-    """Log-probabilities of the token after the prompt, one row a vector.
+    """Log-probabilities of the token after the prompt, one row a vector: float32, on the CPU.
 
     Args:
-        model: a TransformerLens model.
-        prompt: one text.
         vectors: which vectors to add, each in a row of its own; None for the unsteered model.
         layer: after which block to add them; None takes the layer that they were found at.
-        scale: a factor on every vector.
-        chat: format the prompt as chat; None does as was done when the vectors were found, or
-            else does not.
-        batch_size: rows of the batch.
-
-    Returns:
-        Natural logarithms, float32, on the CPU; their exponentials sum to one in each row.
+        chat: format the prompt as chat; None takes the format that the vectors were found with.
 
     Raises:
         TypeError, ValueError: as `steered` and `to_tokens` do.
@@ -102,16 +75,12 @@ def next_token_log_probs(
     Warns:
         UserWarning: they are not finite under some vectors, whose rows are NaN.
     """
-    check_model(model)
     checks.batch_size(batch_size)
-    tokens = to_tokens(model, prompt, as_chat(vectors, chat))
-    if vectors is None:
-        # A row of zeros is the unsteered model.
-        theta, layer = torch.zeros(1, int(model.cfg.d_model), dtype=torch.float32), 0
-    else:
-        layer = steering_layer(model, vectors, layer)
-        theta = scaled(model, vectors, scale)
-    log_probs = _log_probs_or_nan(model, plain_model(model), tokens, theta, layer, batch_size)
+    theta, layer = steering_rows(model, vectors, layer, [scale])
+    log_probs = map_next_token(
+        model, prompt, theta, layer, lambda rows: rows, chat=as_chat(vectors, chat),
+        batch_size=batch_size,
+    )  # fmt: skip
     if vectors is None and log_probs.isnan().any():
         raise NotFinite(
             f"what {model_name(model)} makes of {quoted(prompt)} is not finite; load the model "
@@ -133,17 +102,15 @@ def map_next_token(
 ) -> Tensor:
     """What `measure` says of the token after the prompt, from log-probabilities under each vector.
 
-    A vocabulary is large: only one batch's distributions are held at a time. Rows of logits that
-    are not finite are NaN throughout, and nothing is said of them.
+    Only one batch's distributions are held at a time. Rows that are not finite are NaN throughout.
     """
-    tokens, plain = to_tokens(model, prompt, chat), plain_model(model)
-    batches = theta.split(batch_size)
-    return torch.cat(
-        [
-            measure(_log_probs_or_nan(model, plain, tokens, rows, layer, batch_size))
-            for rows in batches
-        ]
-    )
+
+    def of_last(logits: Tensor) -> Tensor:
+        log_probs = logits[:, -1].float().log_softmax(-1).cpu()
+        return measure(log_probs.masked_fill(log_probs.isnan().any(-1, keepdim=True), torch.nan))
+
+    tokens = to_tokens(model, prompt, chat)
+    return map_rows(model, plain_model(model), tokens, theta, layer, of_last, batch_size, 1)
 
 
 def map_rows(
@@ -159,11 +126,7 @@ def map_rows(
     """What `measure` says of the logits of one text under each vector.
 
     Args:
-        model: a TransformerLens model.
         plain: `plain_model(model)`.
-        tokens: the text.
-        theta: the vectors, on the CPU or the model's device.
-        layer: after which block to add them.
         measure: from logits, [row, pos, d_vocab], to something for each row.
         batch_size: the most rows at once.
         n_logits: for how many of the last positions logits are wanted; 0 for all.
@@ -190,21 +153,7 @@ def rows_at_once(model: Model, length: int, batch_size: int) -> int:
     return max(1, min(batch_size, _MOST_LOGITS // (length * int(model.cfg.d_vocab))))
 
 
-def _log_probs_or_nan(
-    model: Model, plain: Any, tokens: Tokens, theta: Theta, layer: int, batch_size: int
-) -> LogProbs:
-    def measure(logits: Tensor) -> Tensor:
-        return logits[:, -1].float().log_softmax(-1).cpu()
-
-    log_probs = map_rows(model, plain, tokens, theta, layer, measure, batch_size, 1)
-    return log_probs.masked_fill(log_probs.isnan().any(-1, keepdim=True), torch.nan)
-
-
 def warn_of_log_probs(model: Model, prompt: str, layer: int, bad: Tensor) -> None:
-    """Say under which vectors the logits after a prompt are not finite.
-
-    Raises:
-        NotFinite: under all of them.
-    """
+    """Say under which vectors the logits after a prompt are not finite; NotFinite if under all."""
     what = f"what {model_name(model)}, steered after layer {layer}, makes of {quoted(prompt)}"
     warn_of_rows(bad.tolist(), what, "what is measured there is NaN")

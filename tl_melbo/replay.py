@@ -1,8 +1,7 @@
 """Blocks called alone: with the arguments that they got in one ordinary forward pass."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,34 +13,20 @@ from tl_melbo.text import quoted
 BlockCall = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-@dataclass(frozen=True, eq=False)
-class Group:
-    """Prompts of one length, which run as one batch.
-
-    Attributes:
-        length: in tokens.
-        prompts: their numbers; None where all prompts have this length.
-        calls: what each block was called with, beside the residual stream.
-    """
+class Group(NamedTuple):
+    """Prompts of one length in tokens, which run as one batch."""
 
     length: int
-    prompts: Tensor | None
-    calls: list[BlockCall]
+    prompts: Tensor | None  # their numbers; None where all prompts have this length
+    calls: list[BlockCall]  # what each block was called with, beside the residual stream
 
 
-@dataclass(frozen=True, eq=False)
-class Picked:
-    """What a slice picks, counted on each prompt's own tokens.
+class Picked(NamedTuple):
+    """What a slice picks, counted on each prompt's own tokens."""
 
-    Attributes:
-        mask: True at each of these positions, [prompt, pos].
-        everything: whether that is all of `mask`: no other position, and no padding.
-        places: by length, the positions in a row without padding, or None for all of them; and
-            in a padded row.
-    """
-
-    mask: Tensor
-    everything: bool
+    mask: Tensor  # [prompt, pos]
+    everything: bool  # whether that is all of `mask`: no other position, and no padding
+    # By length, the positions in a row without padding, or None for all; and in a padded row.
     places: dict[int, tuple[Tensor | None, Tensor]]
 
     @classmethod
@@ -50,8 +35,8 @@ class Picked:
         n_pos, lengths = mask.shape[1], mask.sum(-1)
         chosen, places = torch.zeros_like(mask), {}
         for length in dict.fromkeys(lengths.tolist()):
-            own = torch.tensor(sorted(range(length)[positions]), device=mask.device)
-            own = own.to(torch.int64)  # nothing picked makes a tensor of floats
+            own = sorted(range(length)[positions])
+            own = torch.tensor(own, device=mask.device, dtype=torch.int64)
             into = own + n_pos - length
             chosen[(lengths == length).nonzero(), into] = True
             places[length] = (None if len(own) == length else own), into
@@ -63,7 +48,9 @@ class Picked:
 Run = Callable[[Tensor, Group, Tensor | None, bool], Tensor]
 
 
-def push(x: Tensor, groups: Sequence[Group], picked: Picked, run: Run, recompute: bool) -> Tensor:
+def push(
+    x: Tensor, groups: Sequence[Group], picked: Picked, run: Run, recompute: bool = False
+) -> Tensor:
     """Push [vector, prompt, pos, d_model] through; zeros at positions that are not picked."""
     y = None
     for group in groups:
@@ -73,10 +60,7 @@ def push(x: Tensor, groups: Sequence[Group], picked: Picked, run: Run, recompute
         if group.prompts is None and wanted is None:
             return found
         y = torch.zeros_like(x) if y is None else y
-        if group.prompts is None:
-            y[:, :, into] = found
-        else:
-            y[:, group.prompts[:, None], into] = found
+        y[:, slice(None) if group.prompts is None else group.prompts[:, None], into] = found
     return torch.zeros_like(x) if y is None else y
 
 
@@ -93,28 +77,23 @@ def run_layers(
 def capture_prompts(
     model: Model, texts: Sequence[str], chat: bool, source_layer: int, target_layer: int
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Group, ...]]:
-    """x, y and mask of the prompts, padded on the left, and the prompts of each length.
-
-    Raises:
-        ValueError: activations that are not finite.
-    """
+    """x, y and mask of the prompts, padded on the left, and the prompts of each length."""
     tokens = [to_tokens(model, text, chat) for text in texts]
     lengths = torch.tensor([row.shape[1] for row in tokens])
     longest = int(lengths.max())
-    calls, x_rows, y_rows = {}, [], []
+    calls: dict[int, list[BlockCall]] = {}
+    padded = []
     for text, row in zip(texts, tokens, strict=True):
-        x_row, y_row, blocks = _capture(model, row, source_layer, target_layer)
-        if not torch.isfinite(y_row).all():
+        residuals, blocks = _capture(model, row, source_layer, target_layer)
+        if not residuals[1].isfinite().all():
             raise ValueError(
                 f"prompt {quoted(text)}: the residual stream of {model_name(model)} after "
-                f"layer {target_layer} holds values that are not finite in {y_row.dtype}; "
+                f"layer {target_layer} holds values that are not finite in {residuals.dtype}; "
                 "load the model in a wider type, for example dtype=torch.float32"
             )
-        padding = (0, 0, longest - row.shape[1], 0)
-        x_rows.append(nn.functional.pad(x_row, padding))
-        y_rows.append(nn.functional.pad(y_row, padding))
+        padded.append(nn.functional.pad(residuals, (0, 0, longest - row.shape[1], 0)))
         calls.setdefault(row.shape[1], blocks)
-    x, y = torch.cat(x_rows), torch.cat(y_rows)
+    x, y = torch.cat(padded, 1)
     mask = (torch.arange(longest) >= longest - lengths[:, None]).to(x.device)
     groups = []
     for length, blocks in calls.items():
@@ -125,26 +104,23 @@ def capture_prompts(
 
 def _capture(
     model: Model, tokens: Tensor, source_layer: int, target_layer: int
-) -> tuple[Tensor, Tensor, list[BlockCall]]:
+) -> tuple[Tensor, list[BlockCall]]:
     """One ordinary pass: resid(source), resid(target), and how the blocks between were called."""
-    residuals: dict[int, Tensor] = {}
+    residuals: list[Tensor] = []
     calls: list[BlockCall] = []
 
-    def keep_residual(layer: int) -> Any:
-        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            residuals[layer] = output.detach().clone()
-
-        return hook
+    def keep_residual(module: nn.Module, args: Any, output: Tensor) -> None:
+        residuals.append(output.detach().clone())
 
     def keep_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         rest = args if "hidden_states" in kwargs else args[1:]
         named = {k: _without_cache(v) for k, v in kwargs.items() if k != "hidden_states"}
         if "use_cache" in named:
             named["use_cache"] = False
-        calls.append((tuple(_without_cache(v) for v in rest), named))
+        calls.append((tuple(map(_without_cache, rest)), named))
 
     handles = [
-        model.hook_dict[residual_hook_name(layer)].register_forward_hook(keep_residual(layer))
+        model.hook_dict[residual_hook_name(layer)].register_forward_hook(keep_residual)
         for layer in (source_layer, target_layer)
     ]
     handles += [
@@ -157,7 +133,7 @@ def _capture(
     finally:
         for handle in handles:
             handle.remove()
-    return residuals[source_layer], residuals[target_layer], calls
+    return torch.stack(residuals), calls
 
 
 def _without_cache(argument: Any) -> Any:

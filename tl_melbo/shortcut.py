@@ -4,17 +4,16 @@ import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
-from torch.nn.modules import module as global_hooks
 
 from tl_melbo.fast_blocks import FastBlocks
 from tl_melbo.memory import free_memory, is_out_of_memory
-from tl_melbo.model.bridge import frozen, user_hooks, without_bridge
+from tl_melbo.model.bridge import frozen, hook_tables, user_hooks, without_bridge
 from tl_melbo.replay import Group, Picked, Run, push, run_layers
 
 Path = Literal["fast", "unhooked", "hooked"]
@@ -28,13 +27,7 @@ _MOST_HOT_ROWS = 512
 
 
 class Way(NamedTuple):
-    """One way through the blocks.
-
-    Attributes:
-        path: what it is called.
-        run: how a group of prompts goes through.
-        y: f(x) by this way, so that rounding is the same with and without a vector.
-    """
+    """One way through the blocks: its name, how a group of prompts goes, and f(x) by it."""
 
     path: Path
     run: Run
@@ -42,17 +35,25 @@ class Way(NamedTuple):
 
 
 class Shortcut(NamedTuple):
-    """The ways without hooks.
+    """The ways without hooks."""
 
-    Attributes:
-        way: the faster of the two.
-        differentiable: can be differentiated twice, or forward, or by torch.func.
-        floats_per_token: how many numbers each block keeps for the gradient; None if not known.
+    way: Way  # the faster of the two
+    differentiable: Way  # twice, or forward, or by torch.func
+    floats_per_token: int | None  # that each block keeps for the gradient, if that is known
+
+
+class _Short(NamedTuple):
+    """A function with a gradient of its own making.
+
+    `forward` gives the result, detached, and what its gradient needs, if that is to be kept;
+    `backward` takes the gradient of the result, and that, to the gradient of x.
     """
 
-    way: Way
-    differentiable: Way
-    floats_per_token: int | None
+    forward: Callable[[Tensor, bool], tuple[Tensor, Any]]
+    backward: Callable[[Tensor, Any], Tensor]
+
+
+_Made = tuple[Path, Callable[[Group, Tensor | None], _Short], int | None]
 
 
 def hooked_run(blocks: Sequence[nn.Module]) -> Run:
@@ -63,12 +64,12 @@ def hooked_run(blocks: Sequence[nn.Module]) -> Run:
             with frozen(*blocks):
                 return run_layers(blocks, group.calls, rows, positions)
 
-        return Shortened.apply(rows, _Graph(once), once, True) if recompute else once(rows)
+        return Shortened.apply(rows, _graph(once), once, True) if recompute else once(rows)
 
     return run
 
 
-def find_shortcut(
+def find(
     blocks: Sequence[nn.Module], groups: Sequence[Group], x: Tensor, mask: Tensor
 ) -> Shortcut | None:
     """The fastest way without hooks that does what the model's own modules do.
@@ -79,23 +80,25 @@ def find_shortcut(
     if not all(hasattr(block, "_original_component") for block in blocks):
         return None
     every = Picked.of(slice(None), mask)
-    # One at a time, as a search of one vector comes.
-    probes = [x[None], _probe(x, mask)[None]]
+    # One at a time, as a search of one vector comes: x, and with noise a tenth as long as tokens.
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+    length = x.norm(dim=-1)[mask].median() / x.shape[-1] ** 0.5
+    probes = [x[None], ((x + 0.1 * length * noise) * mask[:, :, None])[None]]
+
+    def pushed(run: Run) -> list[Tensor]:
+        return [push(probe, groups, every, run) for probe in probes]
+
     with torch.no_grad():
-        hooked = hooked_run(blocks)
-        expected = [push(probe, groups, every, hooked, False) for probe in probes]
+        expected = pushed(hooked_run(blocks))
         for make in (_fast, _unhooked):
             try:
-                made = make(blocks, groups, x, mask)
-                if made is None:
-                    continue
-                path, run, floats = made
-                found = [push(probe, groups, every, run, False) for probe in probes]
-                if not all(map(_agree, found, expected, probes, [mask] * 2)):
-                    continue
+                path, short, floats = make(blocks, groups, x, mask)
                 plain = _plain_run(blocks)
-                y = push(x[None], groups, every, plain, False)[0]
-                return Shortcut(Way(path, run, found[0][0]), Way(path, plain, y), floats)
+                run = _shortened(short, plain)
+                found = pushed(run)
+                if all(map(_agree, found, expected, probes, [mask] * 2)):
+                    y = push(x[None], groups, every, plain)[0]
+                    return Shortcut(Way(path, run, found[0][0]), Way(path, plain, y), floats)
             except Exception as error:
                 if is_out_of_memory(error):
                     raise
@@ -112,46 +115,35 @@ def _agree(found: Tensor, expected: Tensor, probe: Tensor, mask: Tensor) -> bool
     return bool((error / allowed).square().mean() <= 1)
 
 
-def _probe(x: Tensor, mask: Tensor) -> Tensor:
-    """A residual stream that is nobody's: x with noise a tenth as long as its tokens."""
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x)
-    length = x.norm(dim=-1)[mask].median() / x.shape[-1] ** 0.5
-    return (x + 0.1 * length * noise) * mask[:, :, None]
-
-
-_Made = tuple[Path, Run, int | None]
-
-
-def _fast(
-    blocks: Sequence[nn.Module], groups: Sequence[Group], x: Tensor, mask: Tensor
-) -> _Made | None:
-    """By `fast_blocks`; None for layers of another kind, and where the copies do not fit."""
+def _fast(blocks: Sequence[nn.Module], groups: Sequence[Group], x: Tensor, mask: Tensor) -> _Made:
+    """By `fast_blocks`; an exception where layers are of another kind, or copies do not fit."""
     if x.dtype not in (torch.float32, torch.float64):
-        return None  # Hugging Face widens norms and softmax of narrow types
+        raise TypeError("Hugging Face widens norms and softmax of narrow types")
     n_bytes = sum(p.numel() * p.element_size() for block in blocks for p in block.parameters())
     room = free_memory(x.device) / 4
+    if n_bytes * 2 > room:
+        raise ValueError("no room for copies")
     lengths = mask.sum(-1)
     hot_rows = max(group.length * int((lengths == group.length).sum()) for group in groups)
-    if n_bytes * 2 > room:
-        return None
     packs = n_bytes * 4 <= room and hot_rows <= _MOST_HOT_ROWS
-    fast = FastBlocks.of([without_bridge(block) for block in blocks], hot_rows if packs else None)
-    if fast is None:
-        return None
-    rotations = {}
-    for group in groups:
-        # Where layers of one model turn differently, as in Gemma 3, results will differ.
-        turn = group.calls[0][1].get("position_embeddings")
-        rotation = None if turn is None else fast.rotation(*turn)
-        if rotation is None:
-            return None
-        rotations[group.length] = rotation
+    fast = FastBlocks([without_bridge(block) for block in blocks], hot_rows if packs else None)
+    # Where layers of one model turn differently, as in Gemma 3, results will differ.
+    turns = {group.length: group.calls[0][1]["position_embeddings"] for group in groups}
+    rotations = {length: fast.rotation(*turn) for length, turn in turns.items()}
 
-    def short(group: Group, positions: Tensor | None) -> _FastGraph:
-        return _FastGraph(fast, rotations[group.length], positions)
+    def short(group: Group, positions: Tensor | None) -> _Short:
+        rotation = rotations[group.length]
 
-    return "fast", _shortened(short, _plain_run(blocks)), fast.floats_per_token
+        def forward(x: Tensor, keep: bool) -> tuple[Tensor, Any]:
+            kept = [] if keep else None
+            return fast.forward(x, rotation, positions, kept), kept
+
+        def backward(gradient: Tensor, kept: Any) -> Tensor:
+            return fast.backward(gradient.contiguous(), rotation, positions, kept)
+
+        return _Short(forward, backward)
+
+    return "fast", short, fast.floats_per_token
 
 
 def _unhooked(
@@ -160,23 +152,37 @@ def _unhooked(
     """By Hugging Face's own layers, with attention in one fused step."""
     layers = [without_bridge(block) for block in blocks]
 
-    def short(group: Group, positions: Tensor | None) -> _Graph:
-        return _Graph(lambda rows: run_layers(layers, group.calls, rows, positions))
+    def short(group: Group, positions: Tensor | None) -> _Short:
+        return _graph(lambda rows: run_layers(layers, group.calls, rows, positions))
 
-    return "unhooked", _shortened(short, _plain_run(blocks)), None
+    return "unhooked", short, None
 
 
 def _plain_run(blocks: Sequence[nn.Module]) -> Run:
     """By Hugging Face's own layers, with attention in steps."""
     layers = [without_bridge(block, "eager") for block in blocks]
-
-    def run(rows: Tensor, group: Group, positions: Tensor | None, recompute: bool) -> Tensor:
-        return run_layers(layers, group.calls, rows, positions)
-
-    return run
+    return lambda rows, group, positions, _: run_layers(layers, group.calls, rows, positions)
 
 
-def _shortened(short: "Callable[[Group, Tensor | None], _Short]", plain: Run) -> Run:
+def _graph(function: Callable[[Tensor], Tensor]) -> _Short:
+    """With the gradient that autograd makes."""
+
+    def forward(x: Tensor, keep: bool) -> tuple[Tensor, Any]:
+        if not keep:
+            return function(x), None
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            y = function(leaf)
+        return y.detach(), (leaf, y)
+
+    def backward(gradient: Tensor, kept: Any) -> Tensor:
+        leaf, y = kept
+        return torch.autograd.grad(y, leaf, gradient)[0]
+
+    return _Short(forward, backward)
+
+
+def _shortened(short: Callable[[Group, Tensor | None], _Short], plain: Run) -> Run:
     def run(rows: Tensor, group: Group, positions: Tensor | None, recompute: bool) -> Tensor:
         way = short(group, positions)
         if not (rows.requires_grad and torch.is_grad_enabled()):
@@ -186,52 +192,11 @@ def _shortened(short: "Callable[[Group, Tensor | None], _Short]", plain: Run) ->
     return run
 
 
-class _Short(Protocol):
-    """A function with a gradient of its own making."""
-
-    def forward(self, x: Tensor, keep: bool) -> tuple[Tensor, Any]:
-        """The result, detached, and what its gradient needs, if that is to be kept."""
-        ...
-
-    def backward(self, gradient: Tensor, kept: Any) -> Tensor:
-        """From the gradient of the result to that of x."""
-        ...
-
-
-class _FastGraph(NamedTuple):
-    blocks: FastBlocks
-    rotation: Tensor
-    positions: Tensor | None
-
-    def forward(self, x: Tensor, keep: bool) -> tuple[Tensor, Any]:
-        kept = [] if keep else None
-        return self.blocks.forward(x, self.rotation, self.positions, kept), kept
-
-    def backward(self, gradient: Tensor, kept: Any) -> Tensor:
-        return self.blocks.backward(gradient.contiguous(), self.rotation, self.positions, kept)
-
-
-class _Graph(NamedTuple):
-    function: Callable[[Tensor], Tensor]
-
-    def forward(self, x: Tensor, keep: bool) -> tuple[Tensor, Any]:
-        if not keep:
-            return self.function(x), None
-        with torch.enable_grad():
-            leaf = x.detach().requires_grad_()
-            y = self.function(leaf)
-        return y.detach(), (leaf, y)
-
-    def backward(self, gradient: Tensor, kept: Any) -> Tensor:
-        leaf, y = kept
-        return torch.autograd.grad(y, leaf, gradient)[0]
-
-
 class Shortened(torch.autograd.Function):
     """A function by its shortcut; by the long way where a gradient is to be differentiated.
 
     Neither our own gradient nor that of the fused attention kernels can be. What the shortcut keeps
-    is held until its gradient is taken, or, if it is to be recomputed, never.
+    is held until its gradient is taken, or never, if it is to be recomputed.
     """
 
     @staticmethod
@@ -263,7 +228,6 @@ State = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], bool]
 class Watched:
     """What the user may change of the blocks: looking at it is faster than finding it."""
 
-    modules: tuple[nn.Module, ...]
     parameters: tuple[Tensor, ...]
     hooks: tuple[dict[int, Any], ...]
     # Dictionaries of modules and parameters, the names in them, and what was there.
@@ -273,22 +237,12 @@ class Watched:
     @classmethod
     def of(cls, blocks: Iterable[nn.Module]) -> "Watched":
         """Find it once."""
-        modules = tuple({module: None for block in blocks for module in block.modules()})
-        parameters = {p: None for module in modules for p in module._parameters.values()}
-        hooks = [global_hooks._global_forward_pre_hooks, global_hooks._global_forward_hooks]
-        hooks.append(global_hooks._global_backward_hooks)
-        for module in modules:
-            hooks += [module._forward_pre_hooks, module._forward_hooks]
-            hooks += [module._backward_pre_hooks, module._backward_hooks]
-        places = [
-            (held, name, item)
-            for module in modules
-            for held in (module._modules, module._parameters)
-            for name, item in held.items()
-        ]
-        parts: Any = tuple(zip(*places, strict=True)) if places else ((), (), ())
-        known = tuple(p for p in parameters if p is not None)
-        return cls(modules, known, tuple(hooks), parts)
+        modules = list({module: None for block in blocks for module in block.modules()})
+        held = [each for module in modules for each in (module._modules, module._parameters)]
+        places = [(each, name, item) for each in held for name, item in each.items()]
+        found = dict.fromkeys(item for _, _, item in places if isinstance(item, Tensor))
+        parts: Any = tuple(zip(*places, strict=True))
+        return cls(tuple(found), hook_tables(modules), parts)
 
     def state(self) -> State:
         """Hooks of the user, storage and version of each weight, and whether all is in place.
@@ -298,7 +252,7 @@ class Watched:
         hooks = tuple(chain.from_iterable(self.hooks))
         if hooks not in self._user_hooks:
             self._user_hooks.clear()
-            self._user_hooks[hooks] = user_hooks(self.modules)
+            self._user_hooks[hooks] = user_hooks(self.hooks)
         held, names, items = self.places
         return (
             self._user_hooks[hooks],

@@ -1,6 +1,6 @@
-"""Put vectors into a model: hooks, next-token log-probabilities, generation."""
+"""Put vectors into a model: a hook, and what is asked of vectors before they go in."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,13 +9,7 @@ from torch import Tensor, nn
 
 from tl_melbo import checks
 from tl_melbo.activation_map import ActivationMap
-from tl_melbo.model.bridge import (
-    Model,
-    check_layer,
-    check_model,
-    model_name,
-    residual_hook_name,
-)
+from tl_melbo.model.bridge import Model, check_layer, check_model, model_name, residual_hook_name
 from tl_melbo.shapes import Float, Theta, checked_slice, shape_checked
 from tl_melbo.vectors import SteeringVectors
 
@@ -43,46 +37,52 @@ def steered(
     Contexts nest: their vectors add up. Whatever happens inside, this hook goes and others stay.
 
     Args:
-        model: a TransformerLens model.
         vectors: one vector for every row of the batch, or exactly one for each row.
         layer: after which block to add; None takes the layer that `vectors` were found at.
-        scale: a factor, negative to go the other way.
-        positions: which tokens of the sequence to steer: a slice or a list of indices, counted on
-            what the first forward pass brings (the prompt). Tokens generated from the KV cache are
-            steered if the slice has no end.
+        positions: which tokens of the prompt, the first forward pass, to steer: a slice or a list
+            of indices. Tokens generated from the KV cache are steered if the slice has no end.
 
     Raises:
-        TypeError: `model` is not a TransformerLens model, or `vectors` are not vectors.
-        ValueError: wrong width, not finite, unknown layer, no layer given or known, or, inside, a
-            batch whose size is neither that of `vectors` nor any size for a single one.
+        TypeError, ValueError: naming the argument; inside, for a batch with another number of rows.
     """
-    check_model(model)
-    theta = scaled(model, vectors, scale)
-    layer = steering_layer(model, vectors, layer)
-    with hooked(model, theta, layer, _checked_positions(positions)):
+    theta, layer = steering_rows(model, vectors, layer, [scale])
+    if isinstance(positions, slice):
+        positions = checked_slice(positions)
+        if (positions.step or 1) < 0:
+            raise ValueError(f"positions={positions}: a slice that runs backwards; turn it around")
+    elif not len(positions):
+        raise ValueError("positions: an empty list steers nothing; pass indices or a slice")
+    with hooked(model, theta, layer, positions):
         yield model
 
 
 @contextmanager
-def hooked(model: Model, theta: Theta, layer: int, positions: Positions) -> Iterator[None]:
+def hooked(
+    model: Model, theta: Theta, layer: int, positions: Positions = slice(None)
+) -> Iterator[None]:
     """`steered`, of arguments that were checked."""
-    past_length = _PastLength(layer)
+    past, prompt = 0, 0  # positions in the KV cache, and in the first pass
+
+    def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal past
+        past = _past_length((*args, *kwargs.values()), layer)
 
     def add(module: nn.Module, args: Any, residual: Tensor) -> Tensor:
+        nonlocal prompt
         rows, length = residual.shape[:2]
         if len(theta) not in (1, rows):
             raise ValueError(
                 f"vectors: {len(theta)} vectors, but a batch of {rows} came by; steer with one "
                 "vector, or with one for each row"
             )
-        if past_length.value == 0:
-            past_length.prompt = length
-        chosen = _chosen_positions(positions, past_length.value, length, past_length.prompt)
+        if past == 0:
+            prompt = length
+        chosen = _chosen_positions(positions, past, length, prompt).to(residual.device)
         addend = theta.to(residual.device, residual.dtype)[:, None, :]
-        return torch.where(chosen.to(residual.device)[None, :, None], residual + addend, residual)
+        return torch.where(chosen[None, :, None], residual + addend, residual)
 
     handles = [
-        model.blocks[layer].register_forward_pre_hook(past_length.read, with_kwargs=True),
+        model.blocks[layer].register_forward_pre_hook(read, with_kwargs=True),
         model.hook_dict[residual_hook_name(layer)].register_forward_hook(add),
     ]
     try:
@@ -92,49 +92,74 @@ def hooked(model: Model, theta: Theta, layer: int, positions: Positions) -> Iter
             handle.remove()
 
 
-def as_theta(model: Model, vectors: Vectors) -> Theta:
-    """The matrix of vectors, float32, checked against the width of the model.
+def _past_length(arguments: Iterable[Any], layer: int) -> int:
+    """How many positions the KV cache among a block's arguments holds."""
+    for argument in arguments:
+        if hasattr(argument, "get_seq_length"):
+            # Asked of this layer: those before it have taken in this pass's tokens already.
+            return int(argument.get_seq_length(layer))
+        if hasattr(argument, "past_keys"):
+            return int(argument.past_keys.shape[1])
+    return 0
 
-    Raises:
-        TypeError: not a model.
-        ValueError: another width than the residual stream, or values that are not finite.
+
+def _chosen_positions(positions: Positions, past: int, length: int, prompt: int) -> Tensor:
+    """For each position of this pass, whether it is to be steered."""
+    chosen = torch.zeros(past + length, dtype=torch.bool)
+    if isinstance(positions, slice):
+        chosen[:prompt][positions] = True
+        chosen[prompt:] = positions.stop is None
+    elif outside := [i for i in positions if not -prompt <= i < prompt]:
+        raise ValueError(f"positions: {outside} are outside the prompt's {prompt} tokens")
+    else:
+        chosen[:prompt][list(positions)] = True
+    return chosen[past:]
+
+
+def steering_rows(
+    model: Model, vectors: Vectors | None, layer: int | None, scales: Sequence[float]
+) -> tuple[Theta, int]:
+    """What is added to each row, all vectors at the first scale first, and after which layer.
+
+    Without vectors that is a row of zeros: the unsteered model.
     """
     check_model(model)
+    if vectors is None:
+        return torch.zeros(1, int(model.cfg.d_model)), 0
+    theta, dtype = as_theta(model, vectors), next(model.parameters()).dtype
+    rows = [theta * scale for scale in scales]
+    for scale, some in zip(scales, rows, strict=True):
+        if not some.to(dtype).isfinite().all():
+            raise ValueError(
+                f"scale={scale}: vectors are not finite in the model's {dtype}; use a smaller one"
+            )
+    return torch.cat(rows), steering_layer(model, vectors, layer)
+
+
+def as_theta(model: Model, vectors: Vectors) -> Theta:
+    """The matrix of vectors, float32, checked against the width of the model."""
+    check_model(model)
     theta = checks.as_matrix(vectors)
-    checks.width(
-        theta, int(model.cfg.d_model), "vectors", f"the residual stream of {model_name(model)}"
-    )
+    of = f"the residual stream of {model_name(model)}"
+    checks.width(theta, int(model.cfg.d_model), "vectors", of)
     return theta
 
 
 def as_library(vectors: Vectors) -> SteeringVectors:
-    """The vectors as a library with at least one vector in it.
-
-    Raises:
-        ValueError: there is none, or values are not finite.
-    """
+    """The vectors as a library with at least one vector in it, or a ValueError."""
     theta = checks.as_matrix(vectors)
     known = isinstance(vectors, SteeringVectors)
     return vectors if known else SteeringVectors.from_tensor(theta)
 
 
 def one_vector(vectors: Vectors, argument: str) -> SteeringVectors:
-    """A library of one vector that has a direction.
-
-    Raises:
-        ValueError: there are none or several, or it is zero or not finite.
-    """
-    theta = checks.one_vector(vectors, argument)
-    known = isinstance(vectors, SteeringVectors)
-    return vectors if known else SteeringVectors.from_tensor(theta)
+    """A library of one vector that has a direction, or a ValueError."""
+    checks.one_vector(vectors, argument)
+    return as_library(vectors)
 
 
 def check_place(model: Model, f: ActivationMap, library: SteeringVectors, argument: str) -> None:
-    """Make sure that vectors belong where an activation map adds them, in the model it is of.
-
-    Raises:
-        ValueError: the map is of another model, or the vectors were found at another layer.
-    """
+    """Make sure that vectors belong where an activation map adds them, in the model it is of."""
     check_model(model)
     if model_name(model) != model_name(f.model):
         raise ValueError(
@@ -148,36 +173,10 @@ def check_place(model: Model, f: ActivationMap, library: SteeringVectors, argume
         )
 
 
-def scaled(model: Model, vectors: Vectors, scale: float) -> Theta:
-    """The vectors times a factor, as they will be added; refuses a factor that overflows."""
-    theta = as_theta(model, vectors) * scale
-    dtype = next(model.parameters()).dtype
-    if not theta.to(dtype).isfinite().all():
-        raise ValueError(
-            f"scale={scale}: gives vectors that are not finite in the model's {dtype}; use a "
-            "smaller one"
-        )
-    return theta
-
-
-def _checked_positions(positions: Positions) -> Positions:
-    if isinstance(positions, slice):
-        positions = checked_slice(positions)
-        if (positions.step or 1) < 0:
-            raise ValueError(f"positions={positions}: a slice that runs backwards; turn it around")
-    elif not len(positions):
-        raise ValueError("positions: an empty list steers nothing; pass indices or a slice")
-    return positions
-
-
 def steering_layer(model: Model, vectors: Vectors | None, layer: int | None) -> int:
-    """The layer given, or the one that the vectors were found at.
-
-    Raises:
-        ValueError: neither is known, or the model has no such layer.
-    """
-    if layer is None:
-        layer = vectors.source_layer if isinstance(vectors, SteeringVectors) else None
+    """The layer given, or the one that the vectors were found at: one that the model has."""
+    if layer is None and isinstance(vectors, SteeringVectors):
+        layer = vectors.source_layer
     if layer is None:
         raise ValueError(
             "layer: not given, and the vectors do not know where they belong; pass layer=, "
@@ -188,11 +187,7 @@ def steering_layer(model: Model, vectors: Vectors | None, layer: int | None) -> 
 
 
 def as_chat(vectors: Vectors | None, chat: bool | None) -> bool:
-    """Whether prompts are chat: as said, or else as the vectors were found.
-
-    Raises:
-        ValueError: not said, and some of the vectors were found one way and some the other.
-    """
+    """Whether prompts are chat: as said, or else as the vectors were found, if all alike."""
     if chat is not None or not isinstance(vectors, SteeringVectors):
         return bool(chat)
     if "chat" in vectors.story:
@@ -204,36 +199,3 @@ def as_chat(vectors: Vectors | None, chat: bool | None) -> bool:
             "chat=True or chat=False"
         )
     return ways == {True}
-
-
-class _PastLength:
-    """How many positions the KV cache held when the block was last called."""
-
-    def __init__(self, layer: int) -> None:
-        self.layer = layer
-        self.value = 0
-        self.prompt = 0
-
-    def read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.value = 0
-        for argument in (*args, *kwargs.values()):
-            if hasattr(argument, "get_seq_length"):
-                # Asked of this layer: those before it have taken in this pass's tokens already.
-                self.value = int(argument.get_seq_length(self.layer))
-            elif hasattr(argument, "past_keys"):
-                self.value = int(argument.past_keys.shape[1])
-
-
-def _chosen_positions(positions: Positions, past: int, length: int, prompt: int) -> Tensor:
-    """For each position of this pass, whether it is to be steered."""
-    if isinstance(positions, slice):
-        chosen = torch.zeros(past + length, dtype=torch.bool)
-        chosen[: min(prompt, past + length)][positions] = True
-        if positions.stop is None:
-            chosen[prompt:] = True
-        return chosen[past:]
-    outside = [i for i in positions if not -prompt <= i < prompt]
-    if outside:
-        raise ValueError(f"positions: {outside} are outside the prompt's {prompt} tokens")
-    wanted = torch.tensor([i + prompt if i < 0 else i for i in positions])
-    return torch.isin(torch.arange(past, past + length), wanted)

@@ -1,16 +1,23 @@
-"""Questions to ask of vectors that were found: one file a question."""
+"""Questions to ask of vectors that were found: one file a question.
+
+In all of them `layer=None` adds the vectors after the block that they were found at, `chat=None`
+formats prompts as when they were found (as `f` does, where there is one), and `embedder=None` takes
+sentences where the embedder is installed, else words. A `reference` is exactly one vector.
+"""
 
 from tl_melbo.analysis._behaviours import Behaviours, behaviours
 from tl_melbo.analysis._coherence import repetition
-from tl_melbo.analysis._composition import composition
-from tl_melbo.analysis._distance import effect_distance
-from tl_melbo.analysis._divergence import kl_baselines, kl_divergence
+from tl_melbo.analysis._completions import transfer
 from tl_melbo.analysis._embedding import embeddings
-from tl_melbo.analysis._family import family
+from tl_melbo.analysis._family import composition, family
 from tl_melbo.analysis._presence import presence, presence_statistics
 from tl_melbo.analysis._scaling import rescale, scale_sweep
-from tl_melbo.analysis._similarity import cosine_similarity
-from tl_melbo.analysis._transfer import transfer
+from tl_melbo.analysis._similarity import (
+    cosine_similarity,
+    effect_distance,
+    kl_baselines,
+    kl_divergence,
+)
 from tl_melbo.probability import kl_from_log_probs
 
 __all__ = [

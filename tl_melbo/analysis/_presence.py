@@ -1,8 +1,9 @@
-"""Does the model use them by itself? A scan of the unsteered residual stream."""
+"""Natural activations: does the unsteered residual stream project onto the vectors?"""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -10,11 +11,9 @@ from tl_melbo import checks
 from tl_melbo.geometry import normalise
 from tl_melbo.model.bridge import Model, check_model, frozen, residual_hook_name, whole_model
 from tl_melbo.model.tokens import to_tokens
-from tl_melbo.shapes import Float, Theta, checked_slice, shape_checked
+from tl_melbo.shapes import Float, checked_slice, shape_checked
 from tl_melbo.steering import Vectors, as_library, as_theta, one_vector, steering_layer
-
-if TYPE_CHECKING:
-    import pandas as pd
+from tl_melbo.tables import Table
 
 # More would take hours, and say no more than these.
 MOST_FRAMES = 100_000
@@ -33,43 +32,32 @@ def presence(
     n_frames: int = 200,
     seed: int = 0,
     positions: slice = slice(1, None),
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """Does the unsteered model use these directions where a behaviour shows, and not elsewhere?
 
-    The model reads texts that show the behaviour, code for example, and texts that do not. The
-    residual stream at every position is projected on each unit vector, and the projections in the
+    The residual stream at every token is projected on each unit vector, and the projections in the
     two kinds of text are compared: see `presence_statistics`.
 
     Args:
-        model: a TransformerLens model.
-        vectors: the directions to look for.
-        texts: raw texts that show the behaviour; no chat format is put around them.
+        texts: raw texts that show the behaviour, code for example.
         control_texts: raw texts that do not.
-        layer: after which block to look; None takes the layer that the vectors were found at.
         n_frames: how many random orthonormal frames the null is drawn from.
-        seed: for the random frames.
-        positions: which tokens of each text count. By default all but the first, whose residual is
-            an outlier in most models, many times as long as the others and the same in every text.
-
-    Returns:
-        As `presence_statistics`.
+        positions: which tokens of each text count. By default all but the first, which is an
+            attention sink in most models.
 
     Raises:
-        TypeError: `model` is not a TransformerLens model.
         ValueError: no vectors or no texts; a text of which `positions` leaves no token; unknown
             layer; as `presence_statistics`.
 
-    Source: Jacob G-W 2024, "I found >800 orthogonal 'write code' steering vectors", who asks
-    whether the model itself uses these directions; the test is ours.
+    Source: the question is that of Jacob G-W 2024, "I found >800 orthogonal 'write code' steering
+    vectors"; the test is ours.
     """
     check_model(model)
     library = as_library(vectors)
     as_theta(model, library)
     layer = steering_layer(model, library, layer)
-    residuals, control = (
-        residuals_of(model, group, layer, positions, argument)
-        for group, argument in ((texts, "texts"), (control_texts, "control_texts"))
-    )
+    residuals = residuals_of(model, texts, layer, positions)
+    control = residuals_of(model, control_texts, layer, positions, "control_texts")
     return presence_statistics(residuals, control, library, n_frames=n_frames, seed=seed)
 
 
@@ -81,46 +69,36 @@ def presence_statistics(
     *,
     n_frames: int = 200,
     seed: int = 0,
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """Compare projections on each vector in two sets of residuals, against random directions.
 
     The statistic is |AUROC - 1/2|. Its null are random orthonormal frames of as many vectors as
-    there are, on the same residuals: so tokens need not be independent of each other, which in text
-    they are not. The p-value of a vector is (1 + how many of the null's reach its statistic) /
-    (1 + how many there are), over all vectors of all frames. It answers "more than a random
-    direction does?"; where the two sets differ in most directions, few vectors will stand out.
+    there are, on the same residuals, so tokens may depend on each other. A p-value is (1 + how many
+    of all the null's reach the statistic) / (1 + how many there are): never below 1 / (1 + n_frames
+    * n_vectors). Where the two sets differ in most directions, few vectors will stand out.
 
     Args:
         residuals: the residual stream where the behaviour shows, a row a token.
         control: the same where it does not.
-        vectors: the directions to look for; their lengths do not matter.
-        n_frames: how many frames. No p-value is below 1 / (1 + n_frames * n_vectors).
-        seed: for the frames.
 
     Returns:
         One row a vector. index, its number in the library; mean_projection and
         mean_projection_control on the unit vector, in units of the residual stream; auroc, the
-        chance that a token of `residuals` projects further than one of `control` (ties count
-        half); p_value, two-sided; p_adjusted, by Benjamini and Hochberg over the vectors.
+        chance that a token of `residuals` projects further than one of `control` (ties count half);
+        p_value, two-sided; p_adjusted, by Benjamini and Hochberg over the vectors.
 
     Raises:
         ValueError: no vectors, or one that has no direction; no token in a set, or values that are
             not finite; widths that differ; fewer than one frame or more than 100,000.
     """
-    from tl_melbo.tables import Table
-
     library = as_library(vectors)
     units = normalise(library.vectors.double())
-    sets = [
-        _checked_residuals(rows, units.shape[1], name)
-        for rows, name in ((residuals, "residuals"), (control, "control"))
-    ]
-    if not 1 <= n_frames <= MOST_FRAMES:
-        raise ValueError(f"n_frames={n_frames}: allowed are 1 to {MOST_FRAMES}; 200 will do")
-    projections, control_projections = (rows @ units.T for rows in sets)
+    checks.between(1, MOST_FRAMES, "200 will do", n_frames=n_frames)
+    here = _checked_residuals(residuals, units.shape[1], "residuals")
+    there = _checked_residuals(control, units.shape[1], "control")
+    projections, control_projections = here @ units.T, there @ units.T
     excess = _excess(projections.T, control_projections.T)
-    n_pairs = len(sets[0]) * len(sets[1])
-    null = _null_excess(sets[0], sets[1], len(units), n_frames, seed).abs().sort().values
+    null = _null_excess(here, there, len(units), n_frames, seed).abs().sort().values
     n_reaching = len(null) - torch.searchsorted(null, excess.abs())
     p_values = (1 + n_reaching).double() / (1 + len(null))
     return Table(
@@ -128,27 +106,25 @@ def presence_statistics(
             "index": library.columns["index"].numpy(),
             "mean_projection": projections.mean(0).numpy(),
             "mean_projection_control": control_projections.mean(0).numpy(),
-            "auroc": (0.5 + excess.double() / (2 * n_pairs)).numpy(),
+            "auroc": (0.5 + excess.double() / (2 * len(here) * len(there))).numpy(),
             "p_value": p_values.numpy(),
             "p_adjusted": benjamini_hochberg(p_values).numpy(),
         }
     )
 
 
-@shape_checked
 def benjamini_hochberg(p_values: Float[Tensor, "test"]) -> Float[Tensor, "test"]:
-    """Adjust p-values so that those under q hold a share of false discoveries of at most q.
+    """P-values under q, so adjusted, hold a share of false discoveries of at most q.
 
     Source: Benjamini & Hochberg 1995, "Controlling the false discovery rate".
     """
     ordered, order = p_values.sort(descending=True)
     n_tests = len(p_values)
-    ranks = torch.arange(n_tests, 0, -1, dtype=p_values.dtype, device=p_values.device)
+    ranks = torch.arange(n_tests, 0, -1, dtype=p_values.dtype)
     adjusted = (ordered * n_tests / ranks).cummin(0).values.clamp_max(1.0)
     return torch.empty_like(adjusted).scatter(0, order, adjusted)
 
 
-@shape_checked
 def residuals_of(
     model: Model,
     texts: str | Sequence[str],
@@ -156,25 +132,10 @@ def residuals_of(
     positions: slice = slice(1, None),
     argument: str = "texts",
 ) -> Float[Tensor, "token d_model"]:
-    """The unsteered residual stream after a block, at the chosen tokens of all texts in a row.
-
-    Args:
-        model: a TransformerLens model.
-        texts: raw texts, run one by one.
-        layer: after which block.
-        positions: which tokens of each text.
-        argument: what errors call the texts.
-
-    Returns:
-        float32, on the CPU.
-
-    Raises:
-        ValueError: no texts, or one of which `positions` leaves no token.
-    """
+    """The unsteered residual stream after a block, at the chosen tokens of all texts in a row."""
     parts = []
     for number, text in enumerate(checks.as_texts(texts, argument)):
-        tokens = to_tokens(model, text)
-        residual = _residual(model, tokens, layer)
+        residual = _residual(model, to_tokens(model, text), layer)
         chosen = residual[list(range(len(residual)))[checked_slice(positions)]]
         if not len(chosen):
             raise ValueError(
@@ -189,24 +150,15 @@ def residuals_of(
 def token_projections(
     model: Model, vector: Vectors, text: str, layer: int | None = None
 ) -> tuple[list[str], list[float]]:
-    """A text's tokens, and how far the unsteered residual at each lies along a vector.
+    """A text's tokens, and the projection of the unsteered residual at each on a vector.
 
-    Args:
-        model: a TransformerLens model.
-        vector: exactly one vector; its length does not matter.
-        text: a raw text, of more than one token.
-        layer: after which block to look; None takes the layer that the vector was found at.
-
-    Returns:
-        As many numbers as tokens, in units of the residual stream; 0 for the first token, whose
-        residual is an outlier in most models.
+    In units of the residual stream; 0 for the first token, an attention sink in most models.
 
     Raises:
-        ValueError: more or fewer than one vector, or one that has no direction; unknown layer; a
-            text without a second token.
+        ValueError: not exactly one vector that has a direction; unknown layer; a text of one token.
     """
     theta = one_vector(vector, "vector")
-    unit = normalise(as_theta(model, theta))[0].cpu()
+    unit = normalise(as_theta(model, theta))[0]
     residuals = residuals_of(model, text, steering_layer(model, theta, layer), argument="text")
     tokens = [model.tokenizer.decode([token]) for token in to_tokens(model, text)[0].tolist()]
     return tokens, [0.0, *(residuals @ unit).tolist()]
@@ -242,7 +194,7 @@ def _excess(
 ) -> Tensor:
     """Pairs (token, control token) that the token wins, less those it loses: whole numbers.
 
-    That is (2 AUROC - 1) times the number of pairs, and exact, so that equal statistics are equal.
+    That is (2 AUROC - 1) times the number of pairs, so that equal statistics are equal.
     """
     control = control.contiguous().sort(dim=-1).values
     projections = projections.contiguous()
@@ -254,24 +206,20 @@ def _excess(
 def _null_excess(
     residuals: Tensor, control: Tensor, n_vectors: int, n_frames: int, seed: int
 ) -> Tensor:
-    """The statistic for every vector of every random frame."""
+    """The statistic for every vector of every random orthonormal frame.
+
+    More vectors than dimensions are several frames.
+    """
     generator = torch.Generator().manual_seed(seed)
     d_model = residuals.shape[1]
+    sizes = [len(chunk) for chunk in torch.arange(n_vectors).split(d_model)]
     numbers = n_vectors * max(len(residuals) + len(control), d_model)
     at_once = max(1, min(n_frames, _MOST_NUMBERS // numbers))
     parts = []
     for first in range(0, n_frames, at_once):
         count = min(at_once, n_frames - first)
-        directions = _random_frames(count, n_vectors, d_model, generator)
-        parts.append(_excess(directions @ residuals.T, directions @ control.T))
+        for size in sizes:
+            normal = torch.randn(count, d_model, size, generator=generator, dtype=torch.float64)
+            frames = torch.linalg.qr(normal).Q.transpose(1, 2).flatten(0, 1)
+            parts.append(_excess(frames @ residuals.T, frames @ control.T))
     return torch.cat(parts)
-
-
-def _random_frames(count: int, n_vectors: int, d_model: int, generator: torch.Generator) -> Theta:
-    """Orthonormal frames, one after another; more vectors than dimensions are several frames."""
-    frames = []
-    for first in range(0, n_vectors, d_model):
-        size = min(d_model, n_vectors - first)
-        normal = torch.randn(count, d_model, size, generator=generator, dtype=torch.float64)
-        frames.append(torch.linalg.qr(normal).Q.transpose(1, 2).flatten(0, 1))
-    return torch.cat(frames)

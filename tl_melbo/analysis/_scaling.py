@@ -3,63 +3,46 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
+import pandas as pd
 import torch
 from torch import Tensor
 
-from tl_melbo import checks
+from tl_melbo import checks, steering
 from tl_melbo.analysis._coherence import repetition_of
+from tl_melbo.analysis._similarity import kl_to
 from tl_melbo.generation import generate
 from tl_melbo.model.bridge import Model
-from tl_melbo.probability import LogProbs, kl_from_log_probs
+from tl_melbo.probability import LogProbs
 from tl_melbo.reading import map_next_token, next_token_log_probs
 from tl_melbo.shapes import shape_checked
-from tl_melbo.steering import (
-    Reference,
-    Vectors,
-    as_chat,
-    as_library,
-    as_theta,
-    one_vector,
-    steering_layer,
-)
+from tl_melbo.steering import Reference, Vectors, as_library
 from tl_melbo.vectors import SteeringVectors
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 DEFAULT_SCALES = (-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
 
 
 @shape_checked
 def rescale(vectors: Vectors, norm: float | Reference) -> SteeringVectors:
-    """Each vector at another length, in its own direction.
-
-        rescale(ortho, 12.0)
-        rescale(ortho, found[5])  # at |theta0|
+    """Each vector at another norm, in its own direction: `rescale(ortho, 12.0)`.
 
     Args:
-        vectors: vectors that have a direction.
-        norm: the L2 norm that all shall have, in units of the residual stream; or exactly one
-            vector, to take its norm.
+        norm: in units of the residual stream; or exactly one vector, to take its norm.
 
     Returns:
-        A new library; the column "scale" tells by how much each was stretched. What was measured
-        of the vectors at their old length (objective, distance) is left out.
+        A new library; the column "scale" tells by how much each was stretched. What was measured of
+        the vectors at their old norm is left out.
 
     Raises:
-        ValueError: no vectors, or one that is zero or not finite; a norm that is not positive and
-            finite; more or fewer than one vector to take the norm of.
+        ValueError: no vectors, or one without a direction; a norm that is not positive and finite.
 
     Source: Jacob G-W 2024, "I found >800 orthogonal 'write code' steering vectors", where vectors
     rescaled to |theta0| lose their effect.
     """
     library = as_library(vectors)
     known = isinstance(norm, int | float)
-    length = float(norm) if known else float(one_vector(norm, "norm").norms[0])
-    if not 0 < length < math.inf:
-        raise ValueError(f"norm={length}: a positive finite number, or one vector such as found[5]")
+    length = float(norm) if known else float(steering.one_vector(norm, "norm").norms[0])
+    checks.positive(norm=length)
     factors = length / checks.directions(library.vectors.double(), "vectors").norm(dim=-1)
     scales = library.columns.get("scale", torch.ones(len(library), dtype=torch.float32)) * factors
     return replace(
@@ -80,46 +63,35 @@ def scale_sweep(
     max_new_tokens: int = 50,
     layer: int | None = None,
     chat: bool | None = None,
-) -> "pd.DataFrame":
-    """Stretch, shrink and turn vectors around: where is the output changed and still coherent?
-
-    Args:
-        model: a TransformerLens model.
-        prompt: one text.
-        vectors: which vectors to add, each by itself.
-        scales: factors on each vector; negative ones turn it around, 0 is the unsteered model.
-        max_new_tokens: the most tokens to write.
-        layer: after which block to add them; None takes the layer that they were found at.
-        chat: format the prompt as chat; None does as was done when the vectors were found, or
-            else does not.
+) -> pd.DataFrame:
+    """Stretch, shrink and negate vectors: where is the output changed and still coherent?
 
     Returns:
-        One row a vector and scale. vector, its position in `vectors`; scale; norm, in units of the
-        residual stream; kl, KL(P_vector || P_unsteered) of the next token, and entropy of that
-        token, in nats; repetition, see `repetition`; completion.
+        One row a vector and scale. vector, its position in `vectors`; scale, 0 for the unsteered
+        model; norm, in units of the residual stream; kl, KL(P_vector || P_unsteered) of the next
+        token, and entropy of that token, in nats; repetition, see `repetition`; completion.
 
     Raises:
         ValueError: no vectors, no scales or scales that are not finite; as `generate` does.
-
-    Source: Jacob G-W 2024, "I found >800 orthogonal 'write code' steering vectors"; the measure of
-    repetition is the usual one minus the share of distinct 3-grams.
     """
     library = as_library(vectors)
-    theta = as_theta(model, library)
+    theta = steering.as_theta(model, library)
     if not scales or not all(math.isfinite(scale) for scale in scales):
         raise ValueError(f"scales={tuple(scales)}: at least one, and finite numbers only")
     frame = generate(
         model, prompt, library, layer, scales=scales, max_new_tokens=max_new_tokens, chat=chat
     ).drop(columns="prompt")
     # Scaled by zero, a vector is the unsteered model, and brings its layer and chat format along.
-    unsteered = next_token_log_probs(model, prompt, library[0], layer, scale=0.0, chat=chat)
-    layer, chat = steering_layer(model, library, layer), as_chat(library, chat)
+    kl_to_unsteered = kl_to(
+        next_token_log_probs(model, prompt, library[0], layer, scale=0.0, chat=chat)
+    )
+    layer, chat = steering.steering_layer(model, library, layer), steering.as_chat(library, chat)
     # The same order as that of the completions: scale by scale.
     rows = torch.cat([theta * scale for scale in scales])
 
     def measure(log_probs: LogProbs) -> Tensor:
-        kl = kl_from_log_probs(log_probs, unsteered.expand_as(log_probs))
-        return torch.stack([kl, torch.special.entr(log_probs.double().exp()).sum(-1).float()], 1)
+        entropy = torch.special.entr(log_probs.double().exp()).sum(-1, keepdim=True)
+        return torch.cat([kl_to_unsteered(log_probs), entropy.float()], 1)
 
     kl, entropy = map_next_token(model, prompt, rows, layer, measure, chat=chat).unbind(1)
     frame.insert(2, "norm", rows.norm(dim=-1).cpu().numpy())

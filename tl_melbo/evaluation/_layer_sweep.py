@@ -3,15 +3,16 @@
 import inspect
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import pandas as pd
 import torch
 
+from tl_melbo import checks
 from tl_melbo.activation_map import ActivationMap
 from tl_melbo.analysis import behaviours, kl_divergence
 from tl_melbo.analysis._embedding import Embedder
-from tl_melbo.checks import argument_names, as_texts
 from tl_melbo.discovery import melbo
 from tl_melbo.discovery._calibration import Radius
 from tl_melbo.discovery._search import Method
@@ -20,15 +21,11 @@ from tl_melbo.evaluation._planted import Backdoor
 from tl_melbo.generation import generate
 from tl_melbo.model.bridge import Model, check_layer, check_model
 from tl_melbo.shapes import shape_checked
+from tl_melbo.tables import Table
 from tl_melbo.vectors import SteeringVectors
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-_COLUMNS = (
-    "source_layer", "target_layer", "radius", "kl", "coherent", "distinct", "per_100_vectors",
-)  # fmt: skip
-OnPair = Callable[["pd.DataFrame"], None]
+_PAIR = ["source_layer", "target_layer", "radius", "kl"]
+_COUNTED = ["coherent", "distinct", "per_100_vectors"]
 
 
 @shape_checked
@@ -44,51 +41,38 @@ def layer_sweep(
     max_new_tokens: int = 40,
     backdoors: Sequence[Backdoor] = (),
     embedder: Embedder | None = None,
-    on_pair: OnPair | None = None,
+    on_pair: Callable[[pd.DataFrame], None] | None = None,
     **settings: Any,
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """Search between several pairs of layers, and say what each search brings.
 
     Args:
-        model: a TransformerLens model.
-        prompts: one text or several.
-        pairs: (source layer, target layer) of each search; None takes five that are spread over
-            the model's depth.
+        pairs: (source layer, target layer) of each search; None takes five that are spread over the
+            model's depth.
         method: how to search: `tm.melbo`, or another discovery method.
-        n_vectors: of each search.
-        radius: the same for all, or "auto", calibrated for each pair. A method that has no radius
-            takes "auto" only.
-        chat: format the prompts as chat. True unless said otherwise: before a search there are no
-            vectors whose format could be taken over.
-        max_new_tokens: the most tokens to write under each vector.
+        radius: "auto" is calibrated for each pair; a method that has no radius takes nothing else.
         backdoors: what was planted, if anything: then hits are counted, too.
-        embedder: see `analysis.embeddings`; None takes sentences where the embedder is installed.
         on_pair: called after each pair with the rows so far, so that none is lost.
         settings: other arguments of the method.
 
     Returns:
         One row a pair: source_layer, target_layer, radius; kl, the median divergence of the next
-        token from unsteered, in nats; coherent, the share of texts; distinct, how many coherent
-        behaviours, see `analysis.behaviours`; per_100_vectors, the same for every hundred; for
-        each backdoor "hits: " and its behaviour, exact; seconds, of the calibration and search;
-        problem, why a pair could not be searched, or "": its numbers are NaN then.
+        token from unsteered, in nats; coherent, the share of completions; distinct and
+        per_100_vectors, how many behaviours, see `analysis.behaviours`; for each backdoor "hits: "
+        and its behaviour, exact; seconds, of the calibration and search; problem, why a pair could
+        not be searched, or "": its numbers are NaN then.
 
     Raises:
         TypeError: a setting that the method does not have.
-        ValueError: no prompt or pair, layers out of order or beyond the model; a prompt that holds
-            a trigger or a behaviour, fewer new tokens than a behaviour has; an argument that the
-            method refuses for the first pair. Also as the method does, as FloatingPointError, but
-            only where no pair can be searched.
+        ValueError: no prompt or pair, layers out of order or beyond the model; prompts or new
+            tokens that `hit_rate` refuses; an argument that the method refuses for the first pair.
+        FloatingPointError, ValueError: as the method does, where no pair can be searched.
     """
-    from tl_melbo.tables import Table
-
     check_model(model)
-    texts = as_texts(prompts)
+    texts = checks.as_texts(prompts)
     chosen = _checked_pairs(model, pairs)
     settings = _checked_settings(method, radius, settings)
     check_clean(model, backdoors, texts, max_new_tokens)
-    if on_pair is not None and not callable(on_pair):
-        raise TypeError(f"on_pair: got {type(on_pair).__name__}, expected a function or None")
 
     def map_between(source: int, target: int) -> ActivationMap:
         return ActivationMap.from_prompts(model, texts, source, target, chat=chat)
@@ -97,8 +81,9 @@ def layer_sweep(
     # in place of "auto", which would be calibrated at once.
     fixed = {"radius": 1.0} if settings.get("radius") == "auto" else {}
     method.parts(map_between(*chosen[0]), n_vectors=n_vectors, **{**settings, **fixed})
-    unsteered = generate(model, texts, max_new_tokens=max_new_tokens, chat=chat)
-    columns = [*_COLUMNS, *map(_hits_of, backdoors), "seconds", "problem"]
+    options = {"max_new_tokens": max_new_tokens, "chat": chat}
+    unsteered = generate(model, texts, **options)
+    columns = [*_PAIR, *_COUNTED, *map(_hits_of, backdoors), "seconds", "problem"]
     rows: list[dict[str, Any]] = []
     for source, target in chosen:
         row: dict[str, Any] = {"source_layer": source, "target_layer": target, "problem": ""}
@@ -116,11 +101,43 @@ def layer_sweep(
             row["seconds"] = round(time.monotonic() - began, 2)
             row["radius"] = found.story["hyperparameters"].get("radius", math.nan)
             row["kl"] = _median_kl(model, texts, found, chat)
-            frame = generate(model, texts, found, max_new_tokens=max_new_tokens, chat=chat)
-            row |= _counted(model, unsteered, frame, backdoors, chat, embedder)
+            steered = generate(model, texts, found, **options)
+            row |= _counted(model, unsteered, steered, backdoors, embedder)
         if on_pair is not None:
             on_pair(Table(rows, columns=columns))
     return Table(rows, columns=columns)
+
+
+def _hits_of(backdoor: Backdoor) -> str:
+    return f"hits: {backdoor.behaviour}"
+
+
+def _counted(
+    model: Model,
+    unsteered: pd.DataFrame,
+    steered: pd.DataFrame,
+    backdoors: Sequence[Backdoor],
+    embedder: Embedder | None,
+) -> dict[str, Any]:
+    """What the completions under the vectors of one search bring."""
+    both = pd.concat([unsteered, steered], ignore_index=True)
+    groups = behaviours(model, both, chat=steered.attrs["chat"], embedder=embedder)
+    coherent = groups.texts["coherent"][groups.texts["vector"] >= 0].mean()
+    row = dict(zip(_COUNTED, (coherent, groups.n_distinct, groups.per_100_vectors), strict=True))
+    if backdoors:
+        hits = count_hits(steered, backdoors, embedder=embedder)
+        exact = hits.loc[hits["match"] == "exact", "hits"]
+        row |= dict(zip(map(_hits_of, backdoors), exact, strict=True))
+    return row
+
+
+def _median_kl(model: Model, texts: Sequence[str], found: SteeringVectors, chat: bool) -> float:
+    """Of the next token from unsteered, over vectors and prompts; NaN where none is finite."""
+    try:
+        kl = torch.cat([kl_divergence(model, text, found, chat=chat) for text in texts])
+    except FloatingPointError:
+        return math.nan
+    return float(kl.double().nanquantile(0.5))
 
 
 def _checked_pairs(
@@ -137,55 +154,14 @@ def _checked_pairs(
     return chosen
 
 
-def _checked_settings(
-    method: Method, radius: Radius, settings: Mapping[str, Any]
-) -> dict[str, Any]:
+def _checked_settings(method: Method, radius: Radius, settings: dict[str, Any]) -> dict[str, Any]:
     """What to pass to the method, the radius among it where the method has one."""
-    argument_names("layer_sweep", settings, method, ("f", "n_vectors", "radius", "previous"))
+    checks.argument_names("layer_sweep", settings, method, ("f", "n_vectors", "radius", "previous"))
     if "radius" in inspect.signature(method).parameters:
         return {"radius": radius, **settings}
     if radius != "auto":
         raise TypeError(f"radius={radius}: {method.__name__} has no radius; leave it out")
-    return dict(settings)
-
-
-def _hits_of(backdoor: Backdoor) -> str:
-    return f"hits: {backdoor.behaviour}"
-
-
-def _counted(
-    model: Model,
-    unsteered: "pd.DataFrame",
-    steered: "pd.DataFrame",
-    backdoors: Sequence[Backdoor],
-    chat: bool,
-    embedder: Embedder | None,
-) -> dict[str, Any]:
-    """What the completions under the vectors of one search bring."""
-    import pandas as pd
-
-    both = pd.concat([unsteered, steered], ignore_index=True)
-    groups = behaviours(model, both, chat=chat, embedder=embedder)
-    is_coherent = groups.texts["coherent"][groups.texts["vector"] >= 0]
-    row: dict[str, Any] = {
-        "coherent": sum(is_coherent) / len(is_coherent),
-        "distinct": groups.n_distinct,
-        "per_100_vectors": groups.per_100_vectors,
-    }
-    if backdoors:
-        hits = count_hits(steered, backdoors, embedder=embedder)
-        exact = hits[hits["match"] == "exact"]
-        row |= dict(zip(map(_hits_of, backdoors), map(int, exact["hits"]), strict=True))
-    return row
-
-
-def _median_kl(model: Model, texts: Sequence[str], found: SteeringVectors, chat: bool) -> float:
-    """Of the next token from unsteered, over vectors and prompts; NaN where none is finite."""
-    try:
-        divergences = [kl_divergence(model, text, found, chat=chat) for text in texts]
-    except FloatingPointError:
-        return math.nan
-    return float(torch.cat(divergences).double().nanquantile(0.5))
+    return settings
 
 
 def _default_pairs(n_layers: int) -> list[tuple[int, int]]:

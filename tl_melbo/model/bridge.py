@@ -17,6 +17,8 @@ from tl_melbo.shapes import shape_checked
 # the two, and 3.x has one of them only, so a model is known by what it can do: `check_model`.
 Model = Any
 
+# Where torch keeps the hooks on a module.
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 # Hooks that libraries install for themselves: the bridge at its first forward pass, transformers
 # (and for good) when hidden states or attention patterns are asked for.
 _OWN_HOOKS = (
@@ -31,23 +33,36 @@ def check_model(model: Model) -> None:
     """Make sure that `model` is a TransformerLens model with weights in memory.
 
     Raises:
-        TypeError: it is something else, a plain Hugging Face model for example.
-        ValueError: its weights are on the meta device.
+        TypeError, ValueError: it is something else; its weights are on the meta device.
     """
     needed = ("cfg", "blocks", "hook_dict", "to_tokens", "generate")
-    missing = [attribute for attribute in needed if not hasattr(model, attribute)]
-    if not isinstance(model, nn.Module) or missing:
+    if not isinstance(model, nn.Module) or not all(hasattr(model, name) for name in needed):
         raise TypeError(
             f"model: got {type(model).__module__}.{type(model).__name__}, expected a "
             "TransformerLens model (TransformerBridge or HookedTransformer). Load one with "
             "tl_melbo.load_model('name'), or wrap a Hugging Face model with "
             "TransformerBridge.boot_transformers('name', hf_model=..., tokenizer=...)"
         )
-    meta = next((name for name, p in model.named_parameters() if p.device.type == "meta"), None)
-    if meta is not None:
+    if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(
-            f"model: parameter {meta!r} is on the meta device, which holds no values; load the "
-            "model with its weights, for example tl_melbo.load_model('name')"
+            "model: has parameters on the meta device, which holds no values; load the model with "
+            "its weights, for example tl_melbo.load_model('name')"
+        )
+
+
+@shape_checked
+def check_layer(model: Model, layer: int, argument: str = "layer") -> None:
+    """Make sure that the model has this layer.
+
+    Raises:
+        TypeError, ValueError: as `check_model`; ValueError if it has not.
+    """
+    check_model(model)
+    n_layers = int(model.cfg.n_layers)
+    if not 0 <= layer < n_layers:
+        raise ValueError(
+            f"{argument}={layer}: {model_name(model)} has {n_layers} layers, so allowed are "
+            f"0 to {n_layers - 1}"
         )
 
 
@@ -64,18 +79,16 @@ def model_name(model: Model) -> str:
 def model_type(model: Model) -> str | None:
     """The architecture as its Hugging Face config names it, where that is known: "llama"."""
     config = getattr(getattr(model, "original_model", None), "config", None)
-    found = getattr(config, "model_type", None)
-    return found if isinstance(found, str) else None
+    return getattr(config, "model_type", None)
 
 
 def weights_digest(model: Model) -> str:
     """Sixteen letters that tell models of one name apart, from some values of every weight."""
     digests = set()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            flat = parameter.detach().reshape(-1)
-            some = flat[:: max(1, len(flat) // _SAMPLED)].cpu().contiguous()
-            digests.add(hashlib.sha256(some.view(torch.uint8).numpy().tobytes()).digest())
+    for parameter in model.parameters():
+        flat = parameter.detach().reshape(-1)
+        some = flat[:: max(1, len(flat) // _SAMPLED)].cpu().contiguous()
+        digests.add(hashlib.sha256(some.view(torch.uint8).numpy().tobytes()).digest())
     return hashlib.sha256(b"".join(sorted(digests))).hexdigest()[:16]
 
 
@@ -84,21 +97,9 @@ def residual_hook_name(layer: int) -> str:
     return f"blocks.{layer}.hook_resid_post"
 
 
-@shape_checked
-def check_layer(model: Model, layer: int, argument: str = "layer") -> None:
-    """Make sure that the model has this layer.
-
-    Raises:
-        TypeError: not a model.
-        ValueError: it does not.
-    """
-    check_model(model)
-    n_layers = int(model.cfg.n_layers)
-    if not 0 <= layer < n_layers:
-        raise ValueError(
-            f"{argument}={layer}: {model_name(model)} has {n_layers} layers, so allowed are "
-            f"0 to {n_layers - 1}"
-        )
+def whole_model(model: Model) -> tuple[nn.Module, ...]:
+    """The model, and the Hugging Face model that a bridge keeps outside its tree of modules."""
+    return (model, model.original_model) if hasattr(model, "original_model") else (model,)
 
 
 @contextmanager
@@ -119,23 +120,21 @@ def frozen(*roots: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def user_hooks(modules: Iterable[nn.Module]) -> tuple[int, ...]:
-    """The hooks on modules, but for what libraries wire themselves with: they must fire."""
-    everywhere = (
-        *global_hooks._global_forward_pre_hooks,
-        *global_hooks._global_forward_hooks,
-        *global_hooks._global_backward_hooks,
+def hook_tables(modules: Iterable[nn.Module]) -> tuple[dict[int, Any], ...]:
+    """The dictionaries that hold the hooks on every module there is, and on these."""
+    return (
+        global_hooks._global_forward_pre_hooks,
+        global_hooks._global_forward_hooks,
+        global_hooks._global_backward_hooks,
+        *(getattr(module, name) for module in modules for name in _HOOKS),
     )
-    return everywhere + tuple(
+
+
+def user_hooks(tables: Iterable[dict[int, Any]]) -> tuple[int, ...]:
+    """The hooks in these dictionaries that must fire: not what libraries wire themselves with."""
+    return tuple(
         number
-        for module in modules
-        for hooks in (
-            module._forward_pre_hooks,
-            module._forward_hooks,
-            module._backward_pre_hooks,
-            module._backward_hooks,
-        )
-        if hooks
+        for hooks in tables
         for number, hook in hooks.items()
         if not str(getattr(hook, "__module__", "")).startswith(_OWN_HOOKS)
     )
@@ -144,10 +143,9 @@ def user_hooks(modules: Iterable[nn.Module]) -> tuple[int, ...]:
 def without_bridge(module: nn.Module, attention: Literal["sdpa", "eager"] = "sdpa") -> nn.Module:
     """The Hugging Face module below TransformerLens's, sharing its weights but not its hooks.
 
-    A bridge puts its own modules, with hook points, into the Hugging Face model. Here each of them
-    is replaced by the one that it wraps, in copies: the model itself stays as it is. Parameters
-    want no gradient, dropout is off, and attention is computed in one fused step ("sdpa"), or in
-    several ("eager") that can be differentiated twice and forward.
+    In copies, each of the bridge's own modules is replaced by the one that it wraps: the model
+    itself stays as it is. Parameters want no gradient, dropout is off, and attention is computed in
+    one fused step ("sdpa"), or in several ("eager") that can be differentiated twice and forward.
     """
     while (inner := getattr(module, "_original_component", None)) is not None:
         module = inner
@@ -161,8 +159,7 @@ def without_bridge(module: nn.Module, attention: Literal["sdpa", "eager"] = "sdp
         name: None if parameter is None else parameter.detach()
         for name, parameter in module._parameters.items()
     }
-    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-        plain.__dict__[hooks] = OrderedDict()
+    plain.__dict__.update({name: OrderedDict() for name in _HOOKS})
     plain.training = False
     if hasattr(getattr(plain, "config", None), "_attn_implementation"):
         plain.config = copy.copy(plain.config)
@@ -180,7 +177,7 @@ def plain_model(model: Model) -> Any:
         return None
     if not all(parameter.is_floating_point() for parameter in model.original_model.parameters()):
         return None
-    if user_hooks(module for root in whole_model(model) for module in root.modules()):
+    if user_hooks(hook_tables(m for root in whole_model(model) for m in root.modules())):
         return None
     return without_bridge(model.original_model)
 
@@ -190,8 +187,3 @@ def block_below(model: Model, plain: nn.Module, layer: int) -> nn.Module:
     block = model.blocks[layer]
     named = model.original_model.named_modules()
     return plain.get_submodule(next(name for name, module in named if module is block))
-
-
-def whole_model(model: Model) -> tuple[nn.Module, ...]:
-    """The model, and the Hugging Face model that a bridge keeps outside its tree of modules."""
-    return (model, model.original_model) if hasattr(model, "original_model") else (model,)

