@@ -43,7 +43,7 @@ def cosine_heatmap(
             "similarity: holds values outside -1 to 1, or not finite; pass what "
             "analysis.cosine_similarity returns"
         )
-    names = None if labels is None else [str(label) for label in labels]
+    names = None if labels is None else [*map(str, labels)]
     if names is not None and z.shape != (len(names), len(names)):
         raise ValueError(f"labels: {len(names)} labels for a matrix of shape {z.shape}")
     look = {"zmin": -1, "zmid": 0, "zmax": 1, "colorscale": _style.DIVERGING}
@@ -74,14 +74,18 @@ def objective_history(
     history = found.history.double().numpy()
     x = np.arange(history.shape[1]) + measure["first"]
     labels = found.columns["index"].numpy()
-    n_traces = min(len(found), _MOST_TRACES)
-    positions = np.array_split(np.arange(len(found)), n_traces)
+    groups = np.array_split(np.arange(len(found)), min(len(found), _MOST_TRACES))
+    shades = np.linspace(*_DARKEST_TO_PALEST, len(groups)).tolist()
+    shades = [*map(str, sample_colorscale(_style.SEQUENTIAL, shades))]
     traces = [
         _lines(x, history[group], labels[group], colour)
-        for group, colour in zip(positions, _shades(n_traces), strict=True)
+        for group, colour in zip(groups, shades, strict=True)
     ]
-    if len(found) > 1:
-        traces.append(_colour_key(labels))
+    if len(found) > 1:  # nothing to see but a colour bar from the first vector to the last
+        ends = [str(labels[0]), str(labels[-1])]
+        key = {"color": [0], "cmin": 0, "cmax": 1, "colorscale": shades, "showscale": True}
+        key["colorbar"] = colour_bar("vector", tickvals=[0, 1], ticktext=ends)
+        traces.append(points([None], [None], key, hoverinfo="skip", showlegend=False))
     across = axis(measure["counts"], **_style.whole_numbers(len(x)))
     up = axis(f"{measure['label']} ({measure['unit']})", rangemode="tozero")
     return figure(traces, title, across, up)
@@ -98,20 +102,6 @@ def _lines(x: np.ndarray, history: np.ndarray, labels: np.ndarray, colour: str) 
     if (~np.isnan(history)).sum(1).max(initial=0) <= 1:
         trace.update(mode="markers", marker={"color": colour})
     return trace
-
-
-def _colour_key(labels: np.ndarray) -> go.Scatter:
-    """Nothing to see but a colour bar from the first vector to the last."""
-    ends = [str(labels[0]), str(labels[-1])]
-    scale = [[i / 8, shade] for i, shade in enumerate(_shades(9))]
-    marker = {"color": [0], "cmin": 0, "cmax": 1, "colorscale": scale, "showscale": True}
-    marker["colorbar"] = colour_bar("vector", tickvals=[0, 1], ticktext=ends)
-    return points([None], [None], marker, hoverinfo="skip", showlegend=False)
-
-
-def _shades(count: int) -> list[str]:
-    places = np.linspace(*_DARKEST_TO_PALEST, count).tolist()
-    return [str(shade) for shade in sample_colorscale(_style.SEQUENTIAL, places)]
 
 
 @shape_checked
@@ -144,9 +134,7 @@ def kl_curve(
             raise ValueError(
                 f"{argument}: {len(things)}, but kl holds {len(values)} values; pass one for each"
             )
-    more = []
-    if found is not None:
-        more.append([f"norm {norm:.4g}" for norm in found.norms])
+    more = [] if found is None else [[f"norm {norm:.4g}" for norm in found.norms]]
     if completions is not None:
         more.append([_style.wrapped(text) for text in completions])
     levels = {}

@@ -16,7 +16,7 @@ from tl_melbo.analysis._family import Family
 from tl_melbo.analysis._side_effects import COLUMNS
 from tl_melbo.files import replacing
 from tl_melbo.model.bridge import Model
-from tl_melbo.report import _render, _tables
+from tl_melbo.report import _render
 from tl_melbo.shapes import shape_checked
 from tl_melbo.steering import as_chat
 from tl_melbo.vectors import SteeringVectors
@@ -67,14 +67,11 @@ def write(
     """
     if not len(found):
         raise ValueError("found: holds no vectors; there is nothing to show")
+    _check_frames(completions, side_effects, found)
     if completions is not None:
-        _check_completions(completions, found)
-        texts = list(dict.fromkeys(completions["prompt"]))
-    else:
-        chosen = found.story.get("prompts") if prompts is None else prompts
-        texts = list(dict.fromkeys(checks.as_texts(chosen or [])))
-    if side_effects is not None:
-        _check_side_effects(side_effects, found)
+        prompts = completions["prompt"].tolist()
+    chosen = found.story.get("prompts") if prompts is None else prompts
+    texts = list(dict.fromkeys(checks.as_texts(chosen or [])))
     # Before the completions are written: it refuses vectors of no norm.
     similarity = cosine_similarity(found)
     options = {"layer": layer, "chat": chat, "batch_size": batch_size}
@@ -90,15 +87,15 @@ def write(
         # Its logits are of whole texts: 8 at once take as much memory as many rows of others.
         grouping = {"chat": as_chat(found, chat), "batch_size": min(batch_size, 8)}
         groups = None if forward.empty else behaviours(model, forward, **grouping)
-        table = _tables.vectors_table(found, completions, kl, groups, side_effects)
+        table = _render.vectors_table(found, completions, kl, groups, side_effects)
         unsteered = completions[completions["vector"] == -1]
         page = _render.render(
             title=title,
             prompts=texts,
             unsteered=dict(zip(unsteered["prompt"], unsteered["completion"], strict=True)),
             **_render.library_facts(found),
-            **_tables.groups_part(groups, found, many_prompts=len(texts) > 1),
-            columns=_tables.vectors_columns(table, found),
+            **_render.groups_part(groups, found, many_prompts=len(texts) > 1),
+            columns=_render.vectors_columns(table, found),
             rows=table.to_dict("records"),
             figures=_figures(found, similarity, activation_map, side_effects),
             families=[_family_part(part, activation_map) for part in families],
@@ -107,24 +104,26 @@ def write(
     return table
 
 
-def _check_completions(completions: pd.DataFrame, found: SteeringVectors) -> None:
-    advice = "pass what report.collect_completions returns"
-    checks.columns(completions, COMPLETION_COLUMNS, "completions", advice)
-    if unknown := sorted({*completions["vector"]} - {*range(-1, len(found))}):
-        raise ValueError(
-            f"completions: has texts of vectors {unknown[:10]}, but found holds 0 to "
-            f"{len(found) - 1}; pass the completions of these vectors"
-        )
-
-
-def _check_side_effects(side_effects: pd.DataFrame, found: SteeringVectors) -> None:
-    advice = "pass what analysis.side_effects returns"
-    checks.columns(side_effects, COLUMNS, "side_effects", advice, numbers=True)
-    if [*side_effects["vector"]] != [*range(len(found))]:
-        raise ValueError(
-            f"side_effects: {len(side_effects)} rows that are not those of vectors 0 to "
-            f"{len(found) - 1}, in order; measure the vectors of found"
-        )
+def _check_frames(
+    completions: pd.DataFrame | None, side_effects: pd.DataFrame | None, found: SteeringVectors
+) -> None:
+    last = len(found) - 1
+    if completions is not None:
+        advice = "pass what report.collect_completions returns"
+        checks.columns(completions, COMPLETION_COLUMNS, "completions", advice)
+        if unknown := sorted({*completions["vector"]} - {*range(-1, len(found))}):
+            raise ValueError(
+                f"completions: has texts of vectors {unknown[:10]}, but found holds 0 to {last}; "
+                "pass the completions of these vectors"
+            )
+    if side_effects is not None:
+        advice = "pass what analysis.side_effects returns"
+        checks.columns(side_effects, COLUMNS, "side_effects", advice, numbers=True)
+        if [*side_effects["vector"]] != [*range(len(found))]:
+            raise ValueError(
+                f"side_effects: {len(side_effects)} rows that are not those of vectors 0 to "
+                f"{last}, in order; measure the vectors of found"
+            )
 
 
 def _figures(
@@ -135,7 +134,7 @@ def _figures(
 ) -> dict[str, Any]:
     numbers = found.columns["index"].tolist()
     labels = None if numbers == list(range(len(found))) else numbers
-    figures = dict.fromkeys(("specificity", "history"))
+    figures: dict[str, Any] = {"specificity": None, "history": None}
     # Of rows without a finite number nothing can be drawn.
     if side_effects is not None and any(side_effects["specificity"].notna()):
         figures["specificity"] = plots.specificity_points(side_effects.assign(vector=numbers), "")
@@ -177,6 +176,12 @@ def _family_part(part: Family, activation_map: ActivationMap | None) -> dict[str
         "effects": _render.effects_heatmap(both, activation_map, _AFTER_THE_FIRST, labels),
         "composition": plots.composition_curves(part.composition, title=""),
     }
+    # Rescaled, the sum is the mean: one row is enough.
+    composed = part.composition.query("combination == 'mean' or scaling == 'raw'")
+    composed = composed.assign(
+        members=[" ".join(map(str, members)) for members in composed["members"]],
+        what=composed["combination"] + composed["scaling"].map(_SCALINGS),
+    )
     chosen = vectors.story.get("hyperparameters", {})
     facts = {
         "Vectors": len(vectors),
@@ -190,26 +195,13 @@ def _family_part(part: Family, activation_map: ActivationMap | None) -> dict[str
         "number": part.number,
         "n_vectors": len(vectors),
         "window": window,
-        "facts": _render.known(facts),
+        "facts": facts,
         "settings": _render.settings(vectors.story),
         "reference": reference["completion"],
         "unsteered_kl": float(unsteered["kl_to_reference"]),
         "figures": _render.figures_json(figures),
-        "columns": _tables.FAMILY,
+        "columns": _render.FAMILY,
         "rows": rows["family"],
-        "composition_columns": _tables.COMPOSITION,
-        "composition_rows": _composition_rows(part.composition),
+        "composition_columns": _render.COMPOSITION,
+        "composition_rows": composed.to_dict("records"),
     }
-
-
-def _composition_rows(composed: pd.DataFrame) -> list[dict[str, Any]]:
-    return [
-        {
-            **row,
-            "members": " ".join(map(str, row["members"])),
-            "what": row["combination"] + _SCALINGS[row["scaling"]],
-        }
-        for row in composed.to_dict("records")
-        # Rescaled, the sum is the mean: one row is enough.
-        if row["combination"] == "mean" or row["scaling"] == "raw"
-    ]

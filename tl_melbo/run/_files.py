@@ -52,13 +52,11 @@ def locked(folder: Path, lock: FileLock) -> Iterator[None]:
             clear_partial(each)
         yield
     finally:
-        unused = not existed and {item.name for item in folder.iterdir()} <= {LOCK}
-        if unused:
+        if not existed and {item.name for item in folder.iterdir()} <= {LOCK}:
             (folder / LOCK).unlink(missing_ok=True)
-        lock.release()
-        if unused:
             with suppress(OSError):  # another process has just begun here
                 folder.rmdir()
+        lock.release()
 
 
 def load_vectors(place: Path, theta0: SteeringVectors | None = None) -> SteeringVectors | None:
@@ -115,16 +113,13 @@ def load_settings(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(settings, dict):
-            raise ValueError("not an object")
-    except (ValueError, RecursionError) as error:
+        return {**json.loads(path.read_text(encoding="utf-8"))}
+    except (TypeError, ValueError, RecursionError) as error:
         raise Damaged(
             f"{path}: damaged ({error}); delete it, and name the model with --model, unless it is "
             "the bundled one",
             path,
         ) from error
-    return settings
 
 
 def save_settings(folder: Path, settings: dict[str, Any]) -> None:
@@ -141,15 +136,9 @@ def save_table(path: Path, table: pd.DataFrame) -> None:
         safe[name] = [_defused(text) if isinstance(text, str) else "" for text in safe[name]]
     if "members" in safe:
         safe["members"] = [" ".join(map(str, members)) for members in safe["members"]]
+    # All text in quotes: pandas forgets them around a lone carriage return.
     with replacing(path) as temporary:
-        safe.to_csv(
-            temporary,
-            index=False,
-            # All text in quotes: pandas forgets them around a lone carriage return.
-            quoting=csv.QUOTE_NONNUMERIC,
-            encoding="utf-8",
-            errors="backslashreplace",
-        )
+        safe.to_csv(temporary, index=False, quoting=csv.QUOTE_NONNUMERIC, errors="backslashreplace")
 
 
 def load_table(path: Path, columns: Sequence[str] = ()) -> pd.DataFrame:

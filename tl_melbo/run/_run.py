@@ -157,8 +157,7 @@ class Run:
 
         Raises:
             DifferentSearch: the folder holds vectors that were found in another way.
-            ValueError: not one vector is found; or as the method does.
-            BlockingIOError, OSError: another process is writing, or the disk is full or forbids it.
+            BlockingIOError: another process is writing.
         """
         checks.argument_names(method.__name__, settings, method, _OWN)
         checks.at_least(1, n_vectors=n_vectors)
@@ -192,13 +191,13 @@ class Run:
         return found if inside.all() else found[: int(inside.sum())]
 
     def melbo(self, f: EffectMap, n_vectors: int = 32, **settings: Any) -> SteeringVectors:
-        """Find the vectors of `tm.melbo`, or those of them that are not there yet: see `keep`."""
+        """Find the vectors of `tm.melbo`: see `keep`."""
         return self.keep(melbo, f, n_vectors, **settings)
 
     def melbo_ortho(
         self, f: EffectMap, theta0: SteeringVectors, n_vectors: int | None = 100, **settings: Any
     ) -> SteeringVectors:
-        """Find the family of `tm.melbo_ortho`, or what of it is not there yet: see `keep`."""
+        """Find the family of `tm.melbo_ortho`: see `keep`."""
         return self.keep(melbo_ortho, f, n_vectors, theta0=theta0, **settings)
 
     def load(
