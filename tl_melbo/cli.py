@@ -263,17 +263,17 @@ def _asked(method: Method, n_vectors: int, **options: Any) -> tuple[dict[str, An
     given = {name: value for name, value in options.items() if value is not None}
     called = f"--method {method.__name__}"
     checks.argument_names(called, given, method, _OWN)
-    parameters = inspect.signature(method).parameters
-    defaults = {n: p.default for n, p in parameters.items() if p.default is not p.empty}
-    values = {**defaults, **given}
-    for name in parameters:
+    signature = inspect.signature(method)
+    bound = signature.bind_partial(**given)
+    bound.apply_defaults()
+    values = {**bound.arguments, "n_vectors": n_vectors}
+    for name in signature.parameters:
         if name not in (*values, *_OWN):
             command = "use tl-melbo ortho" if name == "theta0" else "use it in Python"
             raise ValueError(f"{called}: needs {name}; {command}")
     if check := getattr(method, "check", None):
         names = inspect.signature(check).parameters
-        checked = {**values, "n_vectors": n_vectors}
-        check(**{name: checked[name] for name in names if name in checked})
+        check(**{name: values[name] for name in names if name in values})
     chosen = {
         name: slice_to_json(value) if isinstance(value, slice) else value
         for name, value in values.items()

@@ -1,4 +1,4 @@
-"""A library's vectors against each other, along their search, and by index.
+"""A library's vectors against each other, along their search, by index, and along a text.
 
 Source of the curves: Jacob G-W 2024, "I found >800 orthogonal 'write code' steering vectors".
 """
@@ -9,13 +9,19 @@ from itertools import cycle
 
 import numpy as np
 import plotly.graph_objects as go
+from circuitsvis.tokens import colored_tokens
+from circuitsvis.utils.render import RenderedHTML
 from plotly.colors import sample_colorscale
 from torch import Tensor
 
 from tl_melbo import checks, story
+from tl_melbo.analysis._presence import token_projections
+from tl_melbo.model.bridge import Model
 from tl_melbo.plots import _style
 from tl_melbo.plots._style import BLUE, HOVER, OTHERS, axis, colour_bar, figure, line, points
 from tl_melbo.shapes import Float, shape_checked
+from tl_melbo.steering import Vectors
+from tl_melbo.text import printable
 from tl_melbo.vectors import SteeringVectors
 
 # More traces than this make a browser slow, and nobody tells more colours apart.
@@ -23,6 +29,9 @@ _MOST_TRACES = 64
 # The last fifth of the colours is a yellow too pale for a line on white.
 _DARKEST_TO_PALEST = (0.0, 0.85)
 _UNIT = "residual-stream units"
+# A token coloured by more than this share of the largest value has white letters.
+_DARK = 0.6
+_CALL = "CircuitsVis.render("
 
 
 @shape_checked
@@ -245,3 +254,49 @@ def _checked_kl(kl: Tensor, argument: str) -> np.ndarray:
             "analysis.kl_divergence returns, without the vectors whose KL is infinite"
         )
     return values
+
+
+@shape_checked
+def token_presence(
+    model: Model, vector: Vectors, text: str, layer: int | None = None
+) -> RenderedHTML:
+    """Show a text's tokens coloured by their projection on a vector, in the unsteered model.
+
+    Blue tokens point along the vector, red ones against it; the first, an attention sink in most
+    models, is left white. It makes no network requests; `str` is HTML.
+
+    Args:
+        vector: exactly one; its norm does not matter.
+        text: raw, of more than one token.
+        layer: after which block to look; None takes the layer that the vector was found at.
+    """
+    tokens, values = token_projections(model, vector, text, layer)
+    largest = max(map(abs, values))
+    source = colored_tokens(tokens, values, min_value=-largest, max_value=largest).local_src
+    name = "static-" + source.partition('id="')[2].partition('"')[0]
+    before, _, after = source.rpartition(_CALL)
+    data, end, rest = after.rpartition("</script>")
+    # No "<" in its data: a token "</script>" would end the script.
+    data = data.replace("<", "\\u003c")
+    # Plain coloured text stands above; the script, where it runs, takes it away.
+    remove = f'document.getElementById("{name}")?.remove();\n    '
+    spans = "".join(_span(*pair, largest or 1.0) for pair in zip(tokens, values, strict=True))
+    source = f'<div id="{name}">{spans}</div>\n{before}{remove}{_CALL}{data}{end}{rest}'
+    return _Offline(source, source)
+
+
+class _Offline(RenderedHTML):
+    """Coloured tokens that do not look for a network each time they are shown."""
+
+    def _repr_html_(self) -> str:
+        return self.local_src
+
+
+def _span(token: str, value: float, largest: float) -> str:
+    """A token in circuitsvis's colours: blue along the vector, red against it."""
+    share = value / largest
+    pale = f"{255 * (1 - abs(share)):.0f}"
+    colour = f"rgb({pale},{pale},255)" if share > 0 else f"rgb(255,{pale},{pale})"
+    ink = "white" if abs(share) > _DARK else "black"
+    style = f"background:{colour};color:{ink};padding:1px;white-space:pre-wrap"
+    return f'<span style="{style}" title="{value:.4g}">{html.escape(printable(token))}</span>'

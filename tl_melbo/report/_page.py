@@ -180,7 +180,7 @@ def _family_part(part: Family, activation_map: ActivationMap | None) -> dict[str
     composed = part.composition.query("combination == 'mean' or scaling == 'raw'")
     composed = composed.assign(
         members=[" ".join(map(str, members)) for members in composed["members"]],
-        what=composed["combination"] + composed["scaling"].map(_SCALINGS),
+        what=composed["combination"] + composed["scaling"].replace(_SCALINGS),
     )
     chosen = vectors.story.get("hyperparameters", {})
     facts = {

@@ -111,13 +111,13 @@ def settings(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]
         if isinstance(value, Mapping):
             inner = "" if name == "hyperparameters" else f"{name}: "
             pairs += settings(value, prefix + inner)
-        elif name == "positions" and isinstance(value, list) and len(value) == 3:
-            pairs.append((prefix + name, story.slice_text(story.slice_from_json(value))))
+            continue
+        if name == "positions":
+            value = story.slice_text(story.slice_from_json(value))
         elif name == "prompts" and isinstance(value, list):
-            pairs.append((prefix + name, "\n".join(map(str, value))))
-        else:
-            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            pairs.append((prefix + name, text))
+            value = "\n".join(map(str, value))
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        pairs.append((prefix + name, text))
     return pairs
 
 

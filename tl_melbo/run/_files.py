@@ -72,15 +72,12 @@ def load_vectors(place: Path, theta0: SteeringVectors | None = None) -> Steering
         ) from error
     if not len(found) or theta0 is None:
         return found if len(found) else None
-    if not reference.is_file():
-        raise FileNotFoundError(
-            f"{place}: holds a family, but not {REFERENCE}, the vector that it grew from; pass "
-            "overwrite=True to begin anew"
-        )
-    if not torch.equal(SteeringVectors.load(reference).vectors, theta0.vectors):
+    known = reference.is_file()
+    if not known or not torch.equal(SteeringVectors.load(reference).vectors, theta0.vectors):
         raise ValueError(
-            f"{place}: holds the family of another vector of that number; pass overwrite=True to "
-            "begin anew, or choose another folder"
+            f"{place}: holds the family of another vector of that number, or lacks {REFERENCE}, "
+            "the vector that it grew from; pass overwrite=True to begin anew, or choose another "
+            "folder"
         )
     return found
 
@@ -167,10 +164,7 @@ def load_table(path: Path, columns: Sequence[str] = ()) -> pd.DataFrame:
 
 
 def _defused(text: str) -> str:
-    """Keep a spreadsheet from running text as a formula (OWASP, "CSV injection").
-
-    What has apostrophes in front already gets one more, so that `_original` can take one away.
-    """
+    """Keep a spreadsheet from running text as a formula (OWASP, "CSV injection")."""
     return f"'{text}" if text.lstrip("'").startswith(_FORMULA_STARTS) else text
 
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from filelock import FileLock
-from tqdm.auto import tqdm
 
 from tl_melbo import checks
 from tl_melbo.discovery import EffectMap, Method, join, melbo, melbo_ortho
@@ -50,10 +49,7 @@ class Run:
 
     The same call again, in another process too, continues the search and finds what it would have
     found without a break. A call with other settings is refused. One process at a time writes.
-
-    Args:
-        folder: made if need be. `vectors.safetensors` is the library,
-            `ortho-K/vectors.safetensors` the family of its vector K.
+    `vectors.safetensors` is the library, `ortho-K/vectors.safetensors` the family of its vector K.
     """
 
     @shape_checked
@@ -90,10 +86,9 @@ class Run:
         return _files.locked(self.folder, self._lock)
 
     def check(self, *, side_effects: bool = False) -> None:
-        """Make sure, before the work, that all that the folder holds is a run's, and can be read.
+        """Make sure, before the work, that all files are a run's and not Damaged, else ValueError.
 
-        With `side_effects`, also that they may be measured. Raises Damaged, or ValueError where a
-        file is not of a run, and would be replaced.
+        With `side_effects`, also that measuring them replaces no table of the user's own.
         """
         names = (COMPLETIONS, _files.REPORT, _files.SETTINGS, SIDE_EFFECTS)
         theirs = [name for name in names if (self.folder / name).exists()]
@@ -168,7 +163,6 @@ class Run:
         place = self._place(theta0)
         with self.writing():
             found = None if overwrite else _files.load_vectors(place, theta0)
-            known = 0 if found is None else len(found)
             missing = n_vectors and max(0, n_vectors - _n_tried(found))
             try:
                 search = method.parts(f, n_vectors=missing, previous=found, **settings)
@@ -176,15 +170,14 @@ class Run:
                 if not error.reason:  # of other vectors than those in the folder
                     raise
                 raise _another_search(place, error.reason, error.differences) from None
-            with tqdm(total=n_vectors, initial=known, unit="vector", disable=not progress) as bar:
-                tell(known, n_vectors)
-                for part in search:
-                    if found is None:
-                        self._begin(place, theta0)
-                    found = part if found is None else join([found, part])
-                    found.save(place / VECTORS)
-                    bar.update(len(part))
-                    tell(len(found), n_vectors)
+            search.progress = progress
+            tell(0 if found is None else len(found), n_vectors)
+            for part in search:
+                if found is None:
+                    self._begin(place, theta0)
+                found = part if found is None else join([found, part])
+                found.save(place / VECTORS)
+                tell(len(found), n_vectors)
         if found is None:
             raise ValueError(search.nothing)
         inside = found.columns["index"] < (sys.maxsize if n_vectors is None else n_vectors)
@@ -203,10 +196,9 @@ class Run:
     def load(
         self, model: str | None = None, device: str | None = None
     ) -> "tuple[Model, ActivationMap]":
-        """Load the model that the vectors were found in, and the map that they were found with.
+        """Load the model and the map that the vectors were found with.
 
-        None takes the name that the settings tell. Raises ValueError where the vectors do not tell
-        what they were found with, or are of another model.
+        None takes the name that the settings tell. Raises ValueError where it is another model.
         """
         import tl_melbo as tm
         from tl_melbo.model.bridge import model_name
@@ -246,8 +238,7 @@ class Run:
     ) -> "pd.DataFrame":
         """The completions of `report.collect_completions`: read back, or written and saved.
 
-        Without `max_new_tokens` the length that is there counts, or 50; `overwrite` writes them
-        anew.
+        `max_new_tokens` None takes the length that is there, or 50.
         """
         from tl_melbo import report
 
@@ -298,7 +289,7 @@ class Run:
     def families(self) -> "list[Family]":
         """The families that are measured, by number of vector; Damaged if one cannot be read.
 
-        Left out are those whose theta0 is no longer in the library, or to which vectors came since.
+        Left out are those whose theta0 left the library, or to which vectors came since.
         """
         from tl_melbo.analysis._family import Family
 
@@ -331,7 +322,7 @@ class Run:
             return report.write(path, model, found, completions=texts, activation_map=f, **parts)
 
     def _begin(self, place: Path, theta0: SteeringVectors | None) -> None:
-        """Make room for the first vector of a search: what belongs to others goes."""
+        """Remove what belongs to an earlier search."""
         if theta0 is not None:
             writable_folder(place)
             (place / VECTORS).unlink(missing_ok=True)
