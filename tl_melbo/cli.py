@@ -4,19 +4,17 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
+import torch
 import typer
 from typer import Argument, Option
 
+import tl_melbo as tm
 from tl_melbo import checks, terminal
+from tl_melbo.discovery import Method
+from tl_melbo.run import VECTORS, absolute, family_folder
 from tl_melbo.story import slice_to_json
-
-# transformers and plotly take seconds to import; each command imports what it needs when it runs,
-# so that --help answers at once.
-if TYPE_CHECKING:
-    from tl_melbo import Run, SteeringVectors
-    from tl_melbo.discovery._search import Method
 
 
 def _option(text: str, default: str | None = None, *names: str) -> Any:
@@ -30,8 +28,6 @@ _Device = Annotated[str | None, _option("cpu, cuda, ...", "a GPU if there is one
 _Model = Annotated[str | None, _option("Hub id, folder or .gguf file.", "as for discover")]
 _MaxNewTokens = Annotated[int, _option("Length of each completion.")]
 
-# How many vectors a family has, if nothing else is said.
-_FAMILY_SIZE = 100
 # Arguments of a method that are no options of a command.
 _OWN = ("f", "n_vectors", "previous", "progress", "on_step")
 
@@ -43,21 +39,11 @@ app = typer.Typer(
 )
 
 
-def _show_version(asked: bool) -> None:
-    if asked:
-        from tl_melbo import __version__
-
-        typer.echo(f"tl-melbo {__version__}")
+@app.callback(invoke_without_command=True)
+def _main(version: Annotated[bool, Option("--version", help="Show it.")] = False) -> None:
+    if version:
+        typer.echo(f"tl-melbo {tm.__version__}")
         raise typer.Exit
-
-
-@app.callback()
-def _main(
-    version: Annotated[
-        bool, Option("--version", callback=_show_version, is_eager=True, help="Show it.")
-    ] = False,
-) -> None:
-    pass
 
 
 @app.command(cls=terminal.Command)
@@ -66,22 +52,14 @@ def discover(
     out: Annotated[Path, _option("Folder for the results; made if need be.")],
     method: Annotated[str, _option("How to search: melbo, or another of tl_melbo's.")] = "melbo",
     n_vectors: Annotated[int, _option("How many vectors to find.")] = 32,
-    radius: Annotated[
-        str | None, _option("Their norm, or 'auto': too small changes nothing.", "auto")
-    ] = None,
-    model: Annotated[
-        str | None, _option("Hub id, folder or .gguf file.", "the bundled SmolLM2")
-    ] = None,
+    radius: Annotated[str | None, _option("Their norm, or 'auto'.", "auto")] = None,
+    model: Annotated[str | None, _option("Hub id, folder or .gguf file.", "bundled")] = None,
     source_layer: Annotated[int, _option("Add the vectors after this block.")] = 8,
     target_layer: Annotated[int, _option("Measure their effect after this one.")] = 16,
-    positions: Annotated[
-        str | None, _option("Tokens to measure at, a slice of each prompt: 'start:stop'.", "-3:")
-    ] = None,
+    positions: Annotated[str | None, _option("Tokens to measure at: 'start:stop'.", "-3:")] = None,
     p: Annotated[float | None, _option("Power of the norm in the objective.", "2")] = None,
     q: Annotated[float | None, _option("Its root.", "p")] = None,
-    norm: Annotated[
-        Literal["l2", "lp"] | None, _option("Norm over the residual stream.", "l2")
-    ] = None,
+    norm: Annotated[Literal["l2", "lp"] | None, _option("Over the residual stream.", "l2")] = None,
     orthogonal: Annotated[
         bool | None,
         _option("Each orthogonal to those before.", "orthogonal", "--orthogonal/--independent"),
@@ -97,9 +75,7 @@ def discover(
     dtype: Annotated[
         Literal["float32", "float64", "bfloat16", "float16"], _option("Of the weights.")
     ] = "float32",
-    side_effects: Annotated[
-        bool, Option("--side-effects", help="Measure them on other prompts and prose, too.")
-    ] = False,
+    side_effects: Annotated[bool, _option("Measure effects on other prompts and prose.")] = False,
     overwrite: Annotated[bool, _option("Replace an earlier run in --out.")] = False,
 ) -> None:
     """Find vectors that change the model most, let it write under each, and make a page of it.
@@ -115,23 +91,18 @@ def discover(
             f"source_layer={source_layer}, target_layer={target_layer}: the source comes "
             "before the target, and the first layer is 0"
         )
-    import torch
-
-    import tl_melbo as tm
-    from tl_melbo.run import absolute
-
     search = _method(method)
-    settings = _given(
+    settings, story = _asked(
         search, n_vectors, radius=_radius(radius), positions=_slice(positions), p=p, q=q,
         norm=norm, orthogonal=orthogonal, optimiser=optimiser, steps=steps, seed=seed,
     )  # fmt: skip
     place = {"source_layer": source_layer, "target_layer": target_layer, "chat": chat}
+    story |= {"prompts": prompts, "dtype": dtype}
     run, name, known = tm.Run(out), absolute(model), 0
     with _session(run, run.folder) as stages:
         if not overwrite:
             run.check(side_effects=side_effects)
-            story = {"prompts": prompts, "dtype": dtype, **place, **_story(search, settings)}
-            known = run.check_same(story, model=name)
+            known = run.check_same({**story, **place, "model": name})
         _say_what_is_there(run.folder, known, n_vectors)
         stages.begin("Loading the model")
         loaded = tm.load_model(model, device=device, dtype=getattr(torch, dtype))
@@ -143,8 +114,8 @@ def discover(
                 run.note(command="discover", model=name)
             stages.count(there, wanted)
 
-        options = {"overwrite": overwrite, "on_vector": count}
-        found = run.keep(search, f, max(n_vectors, known), **options, **settings)
+        settings |= {"overwrite": overwrite, "on_vector": count}
+        found = run.keep(search, f, max(n_vectors, known), **settings)
         if "calibration" in found.story:
             radius = f"{found.story['hyperparameters']['radius']:g}"
             terminal.say(f"Radius {radius}, calibrated.")
@@ -152,29 +123,20 @@ def discover(
         if side_effects or run.settings.get("side_effects_of"):
             stages.begin("Measuring side effects")
             run.side_effects(loaded, overwrite=overwrite, on_text=stages.count)
-        written = {"max_new_tokens": max_new_tokens, "overwrite": overwrite}
-        _show_page(run, loaded, f, stages, **written)
+        _show_page(run, loaded, f, stages, max_new_tokens=max_new_tokens, overwrite=overwrite)
 
 
 @app.command(cls=terminal.Command)
 def ortho(
     folder: _Folder,
     vector: Annotated[int, _option("Number of the vector that the others shall follow.")],
-    n_vectors: Annotated[
-        int | None, _option("How many in all; those that are there already count.", "100")
-    ] = None,
-    everything: Annotated[
-        bool, Option("--all", help="Until the space is used up, instead of --n-vectors.")
-    ] = False,
-    norm_penalty: Annotated[
-        float, _option("Weight of the squared norm: more asks for shorter vectors.")
-    ] = 0.0,
+    n_vectors: Annotated[int | None, _option("How many, with those that are there.", "100")] = None,
+    everything: Annotated[bool, Option("--all", help="Until the space is used up.")] = False,
+    norm_penalty: Annotated[float, _option("Weight of the squared norm.")] = 0.0,
     optimiser: Annotated[
         Literal["quasi-newton", "adam"], _option("Fast, or as published.")
     ] = "quasi-newton",
-    steps: Annotated[
-        int | None, _option("Gradients for each.", "40 quasi-newton, 1000 adam")
-    ] = None,
+    steps: Annotated[int | None, _option("Of the optimiser.", "40 quasi-newton, 1000 adam")] = None,
     model: _Model = None,
     max_new_tokens: _MaxNewTokens = 50,
     device: _Device = None,
@@ -186,14 +148,11 @@ def ortho(
     is kept as soon as it is found, and the same command continues an interrupted run.
     """
     checks.at_least(1, max_new_tokens=max_new_tokens)
-    import tl_melbo as tm
-    from tl_melbo.run import family_folder
-
     run, known = tm.Run(folder), 0
     theta0 = _numbered(run, vector)
     room = theta0.vectors.shape[1] - 1
     wanted = _family_size(n_vectors, everything, room)
-    settings = _given(
+    settings, story = _asked(
         tm.melbo_ortho, wanted,
         theta0=theta0, norm_penalty=norm_penalty, optimiser=optimiser, steps=steps,
     )  # fmt: skip
@@ -202,18 +161,18 @@ def ortho(
     with _session(run, place) as stages:
         run.check()
         if not overwrite:
-            known = run.check_same(_story(tm.melbo_ortho, settings), theta0)
+            known = run.check_same(story, theta0)
         _say_what_is_there(place, known, wanted)
         stages.begin("Loading the model")
         loaded, f = run.load(model, device)
         stages.begin(f"Following vector {vector}")
         size = None if everything and known < room else max(wanted, known)
-        options = {"overwrite": overwrite, "on_vector": stages.count}
-        run.keep(tm.melbo_ortho, f, size, **options, **settings)
+        settings |= {"overwrite": overwrite, "on_vector": stages.count}
+        run.keep(tm.melbo_ortho, f, size, **settings)
         stages.begin("Measuring the family")
-        written = {"max_new_tokens": max_new_tokens}
-        part = run.family(loaded, f, vector, on_batch=stages.count, **written)
-        _show_page(run, loaded, f, stages, part.table, **written)
+        length: dict[str, Any] = {"max_new_tokens": max_new_tokens}
+        part = run.family(loaded, f, vector, on_batch=stages.count, **length)
+        _show_page(run, loaded, f, stages, part.table, **length)
 
 
 @app.command(cls=terminal.Command)
@@ -224,7 +183,7 @@ def measure(
     overwrite: Annotated[bool, _option("Measure anew what is there.")] = False,
 ) -> None:
     """Measure what each vector does on other prompts and to prose, and show it on the page."""
-    with _opened(folder, model, device, side_effects=not overwrite) as (run, loaded, f, stages):
+    with _opened(folder, model, device, not overwrite) as (run, loaded, f, stages):
         stages.begin("Measuring side effects")
         run.side_effects(loaded, overwrite=overwrite, on_text=stages.count)
         _show_page(run, loaded, f, stages)
@@ -234,17 +193,14 @@ def measure(
 def page(
     folder: _Folder,
     model: _Model = None,
-    max_new_tokens: Annotated[
-        int | None, _option("Length of each completion.", "as it was")
-    ] = None,
+    max_new_tokens: Annotated[int | None, _option("Of each completion.", "as it was")] = None,
     device: _Device = None,
     overwrite: Annotated[bool, _option("Write the completions anew, too.")] = False,
 ) -> None:
     """Make the page anew, about all that a folder holds; completions that lack are written."""
     checks.at_least(1, max_new_tokens=max_new_tokens)
     with _opened(folder, model, device) as (run, loaded, f, stages):
-        written = {"max_new_tokens": max_new_tokens, "overwrite": overwrite}
-        _show_page(run, loaded, f, stages, **written)
+        _show_page(run, loaded, f, stages, max_new_tokens=max_new_tokens, overwrite=overwrite)
 
 
 @contextmanager
@@ -252,8 +208,6 @@ def _opened(
     folder: Path, model: str | None, device: str | None, side_effects: bool = False
 ) -> Iterator[tuple[Any, ...]]:
     """A folder that holds vectors already, their model and map, and the stages of the work."""
-    import tl_melbo as tm
-
     run = tm.Run(folder)
     run.found.story  # noqa: B018  # a folder without vectors is told before it is locked
     with _session(run, run.folder) as stages:
@@ -263,29 +217,24 @@ def _opened(
 
 
 @contextmanager
-def _session(run: "Run", place: Path) -> Iterator[terminal.Stages]:
-    """The folder for this command alone, and the stages of its work on the screen.
-
-    After Ctrl-C, say what is in `place`: every vector is saved before the next begins.
-    """
-    import tl_melbo as tm
-
+def _session(run: tm.Run, place: Path) -> Iterator[terminal.Stages]:
+    """The folder for this command alone; after Ctrl-C, say which vectors are saved in `place`."""
     try:
         with run.writing(), terminal.Stages() as stages:
             yield stages
     except KeyboardInterrupt:
-        path = place / "vectors.safetensors"
+        path = place / VECTORS
         n_kept = len(tm.SteeringVectors.load(path)) if path.is_file() else 0
-        what = f"{terminal.counted(n_kept)} {'is' if n_kept == 1 else 'are'} kept in {place}"
-        what = f"{what}; the same command continues" if n_kept else "nothing was finished"
+        kept = f"{terminal.counted(n_kept)} {'is' if n_kept == 1 else 'are'} kept in {place}"
+        what = f"{kept}; the same command continues" if n_kept else "nothing was finished"
         raise KeyboardInterrupt(f"; {what}") from None
 
 
 def _show_page(
-    run: "Run", model: Any, f: Any, stages: terminal.Stages, family: Any = None, **options: Any
+    run: tm.Run, model: Any, f: Any, stages: terminal.Stages, family: Any = None, **options: Any
 ) -> None:
     """Make the page, and show its table, or that of a family; the last line is its path."""
-    from tl_melbo.report import measure_shown, not_converged
+    from tl_melbo.report import measure_shown, not_converged  # plotly takes long to import
 
     stages.begin("Writing under each vector")
     run.texts(model, on_batch=stages.count, **options)
@@ -302,48 +251,36 @@ def _show_page(
     typer.echo(str((run.folder / "report.html").resolve()))
 
 
-def _method(name: str) -> "Method":
-    """The discovery method of that name: any that the package exports."""
-    import tl_melbo as tm
-    from tl_melbo.discovery._search import Method
-
+def _method(name: str) -> Method:
     known = {n: value for n, value in vars(tm).items() if isinstance(value, Method)}
     if name not in known:
         raise ValueError(f"--method={name!r}: known are {', '.join(sorted(known))}")
     return known[name]
 
 
-def _given(method: "Method", n_vectors: int, **options: Any) -> dict[str, Any]:
-    """The options that were given, after the method's own check of them."""
+def _asked(method: Method, n_vectors: int, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options that were given, checked, and what the metadata will say, as far as is known."""
     given = {name: value for name, value in options.items() if value is not None}
     called = f"--method {method.__name__}"
     checks.argument_names(called, given, method, _OWN)
-    values = {**_defaults(method), **given, "n_vectors": n_vectors}
-    for name in inspect.signature(method).parameters:
+    signature = inspect.signature(method)
+    bound = signature.bind_partial(**given)
+    bound.apply_defaults()
+    values = {**bound.arguments, "n_vectors": n_vectors}
+    for name in signature.parameters:
         if name not in (*values, *_OWN):
             command = "use tl-melbo ortho" if name == "theta0" else "use it in Python"
             raise ValueError(f"{called}: needs {name}; {command}")
-    check = getattr(method, "check", None)
-    if check is not None:
+    if check := getattr(method, "check", None):
         names = inspect.signature(check).parameters
         check(**{name: values[name] for name in names if name in values})
-    return given
-
-
-def _defaults(method: "Method") -> dict[str, Any]:
-    parameters = inspect.signature(method).parameters
-    return {n: p.default for n, p in parameters.items() if p.default is not p.empty}
-
-
-def _story(method: "Method", settings: dict[str, Any]) -> dict[str, Any]:
-    """What the metadata will say of a search, as far as that is known without a model."""
     chosen = {
         name: slice_to_json(value) if isinstance(value, slice) else value
-        for name, value in {**_defaults(method), **settings}.items()
+        for name, value in values.items()
         if value is not None and name not in (*_OWN, "theta0")
     }
     seed = chosen.pop("seed", None)
-    return {"method": method.__name__, "seed": seed, "hyperparameters": chosen}
+    return given, {"method": method.__name__, "seed": seed, "hyperparameters": chosen}
 
 
 def _slice(text: str | None) -> slice | None:
@@ -370,7 +307,7 @@ def _radius(text: str | None) -> float | str | None:
         raise ValueError(f"--radius={text!r}: expected a number, such as 12, or 'auto'") from error
 
 
-def _numbered(run: "Run", vector: int) -> "SteeringVectors":
+def _numbered(run: tm.Run, vector: int) -> tm.SteeringVectors:
     """The vector of the run's library with that number."""
     library = run.found
     numbers = library.columns["index"].tolist()
@@ -383,7 +320,7 @@ def _numbered(run: "Run", vector: int) -> "SteeringVectors":
 def _family_size(n_vectors: int | None, everything: bool, room: int) -> int:
     if everything and n_vectors is not None:
         raise ValueError(f"--all, n_vectors={n_vectors}: the one or the other")
-    wanted = room if everything else _FAMILY_SIZE if n_vectors is None else n_vectors
+    wanted = room if everything else 100 if n_vectors is None else n_vectors
     if not 1 <= wanted <= room:
         raise ValueError(
             f"n_vectors={wanted}: from 1 to {room}, which is all that can be orthogonal to one "

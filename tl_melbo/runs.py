@@ -3,11 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from tl_melbo.run import Run, _files
-
-
-def __getattr__(name: str) -> Any:
-    return getattr(_files, name)
+from tl_melbo.run import Run
+from tl_melbo.run._files import *  # noqa: F403
 
 
 def load_families(folder: Path, _found: Any = None) -> list[Any]:

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _INTERRUPTED = 130
-_SHOWN_CHARACTERS = 60
 
 # What the package raises on purpose, its own errors among them; RuntimeError is torch's word for
 # full memory and bad devices.
@@ -127,18 +126,13 @@ def _print_columns(
     for name in numbers:
         shown.add_column(name, justify="right", no_wrap=True)
     for name in texts:
-        shown.add_column(name, max_width=24 if name == "prompt" else None)
+        shown.add_column(name, max_width=24 if name == "prompt" else 60)
     for row in zip(*numbers.values(), *texts.values(), strict=True):
         # Text, not str: rich would take a model's [red] for markup. The cells do not wrap; their
         # columns may, so it is these that give way to a narrow screen.
-        lines = [_cut(printable(str(cell))) for cell in row]
+        lines = [" ".join(printable(str(cell)).split()) for cell in row]
         shown.add_row(*(Text(line, no_wrap=True, overflow="ellipsis") for line in lines))
     Console(highlight=False).print(shown)
-
-
-def _cut(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= _SHOWN_CHARACTERS else line[: _SHOWN_CHARACTERS - 1] + "…"
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
@@ -148,8 +142,7 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__
 
 def _line(kind: str, style: str, message: str) -> None:
     """One line, with nothing in it that steers the terminal."""
-    line = " ".join(message.split())
-    line = "".join(character if character.isprintable() else "?" for character in line)
+    line = " ".join(printable(message).split())
     _stderr().print(Text.assemble((kind, style), line), soft_wrap=True)
 
 

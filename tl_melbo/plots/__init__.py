@@ -17,8 +17,8 @@ from tl_melbo.plots._library import (
     moving_average,
     norm_curve,
     objective_history,
+    token_presence,
 )
-from tl_melbo.plots._tokens import token_presence
 
 __all__ = [
     "composition_curves",

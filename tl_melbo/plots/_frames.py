@@ -11,18 +11,7 @@ from plotly.subplots import make_subplots
 
 from tl_melbo import checks
 from tl_melbo.plots import _style
-from tl_melbo.plots._style import (
-    BLUE,
-    DOTTED,
-    GREY,
-    HOVER,
-    OTHERS,
-    axis,
-    figure,
-    line,
-    points,
-    wrapped,
-)
+from tl_melbo.plots._style import BLUE, DOTTED, GREY, HOVER, OTHERS, axis, figure, line, points
 from tl_melbo.shapes import shape_checked
 
 Measure = Literal["kl_to_reference", "kl_to_unsteered", "distance"]
@@ -79,18 +68,18 @@ def _composition_trace(
 ) -> go.Scatter:
     first = subset == "first"
     hover = [
-        f"{subset} {row['size']}, {name}<br>members {wrapped(str(list(row['members'])), 100)}"
+        f"{subset} {row['size']}, {name}"
+        f"<br>members {_style.wrapped(str(list(row['members'])), 100)}"
         f"<br>{measure.replace('_', ' ')} {row[measure]:.4g}, norm {row['norm']:.4g}"
-        f"<br>{wrapped(row['completion'])}"
+        f"<br>{_style.wrapped(row['completion'])}"
         for row in rows.to_dict("records")
     ]
-    trace = line(rows["size"], rows[measure], {"width": 1.8, "color": colour}, legendgroup=name)
-    trace.update(name=name if first else f"{name}, random", showlegend=first)
-    trace.update(mode="lines+markers" if first else "markers")
-    trace.update(
-        marker={"size": 8, "color": colour, "symbol": "circle" if first else "circle-open"}
-    )
-    return trace.update(customdata=hover, hovertemplate=HOVER)
+    look = {"size": 8, "color": colour, "symbol": "circle" if first else "circle-open"}
+    told = {"customdata": hover, "hovertemplate": HOVER, "legendgroup": name, "showlegend": first}
+    trace = points(rows["size"], rows[measure], look, name=name, **told)
+    if first:
+        return trace.update(mode="lines+markers", line={"width": 1.8, "color": colour})
+    return trace.update(name=f"{name}, random")
 
 
 @shape_checked
@@ -103,20 +92,20 @@ def scale_curves(
 ) -> go.Figure:
     """Draw KL and repetition against scale, with the window between too weak and too strong shaded.
 
-    Thin lines are vectors, thick ones their median. The window is where the median KL is at least
-    `changed` and the median repetition at most `repetitive`. Text can be incoherent without
-    repeating itself: read the completions too.
+    Thin lines are vectors, thick ones their median.
 
     Args:
         swept: as `analysis.scale_sweep` gives it.
-        changed: KL to the unsteered model, in nats, from which on the output counts as changed.
-        repetitive: share of repeated 3-grams up to which it counts as coherent.
+        changed: the median KL to the unsteered model, in nats, from which on the window begins.
+        repetitive: the median share of repeated 3-grams up to which it goes.
     """
     columns = ("vector", "scale", "norm", "kl", "repetition", "completion")
     checks.columns(swept, columns, "swept", _ADVICE)
     median = swept.groupby("scale").median(numeric_only=True)
     inside = (median["kl"] >= changed) & (median["repetition"] <= repetitive)
-    windows = _windows(median.index.to_numpy(), inside.to_numpy())
+    # From half-way before each scale inside to half-way after it.
+    scales = median.index.to_numpy()
+    edges = np.concatenate([scales[:1], (scales[1:] + scales[:-1]) / 2, scales[-1:]])
     empty = figure([], title, height=600)
     panels = make_subplots(2, 1, shared_xaxes=True, vertical_spacing=0.06, figure=empty)
     shown = (("kl", "KL (nats)", changed), ("repetition", "repetition", repetitive))
@@ -126,8 +115,8 @@ def scale_curves(
             panels.add_trace(trace.update(showlegend=row == 1 and trace.showlegend), **place)
         panels.add_hline(threshold, line=DOTTED, **place)
         window = {"fillcolor": OTHERS[1], "opacity": 0.14, "line_width": 0, "layer": "below"}
-        for left, right in windows:
-            panels.add_vrect(left, right, **window, **place)
+        for i in np.flatnonzero(inside):
+            panels.add_vrect(edges[i], edges[i + 1], **window, **place)
         panels.update_yaxes(axis(name, rangemode="tozero"), **place)
     return panels.update_xaxes(axis(None)).update_xaxes(axis("scale"), row=2, col=1)
 
@@ -137,7 +126,7 @@ def _scale_traces(swept: pd.DataFrame, median: pd.DataFrame, column: str) -> Ite
     for number, (_, rows) in enumerate(swept.sort_values("scale").groupby("vector")):
         hover = [
             f"vector {row['vector']} at {row['scale']:g} (norm {row['norm']:.4g})<br>"
-            f"{column} {row[column]:.4g}<br>{wrapped(row['completion'])}"
+            f"{column} {row[column]:.4g}<br>{_style.wrapped(row['completion'])}"
             for row in rows.to_dict("records")
         ]
         look = {"width": 1, "color": _style.PALE_BLUE}
@@ -148,30 +137,18 @@ def _scale_traces(swept: pd.DataFrame, median: pd.DataFrame, column: str) -> Ite
     yield line(median.index, median[column], {"width": 2.6, "color": BLUE}, **middle)
 
 
-def _windows(scales: np.ndarray, inside: np.ndarray) -> list[tuple[float, float]]:
-    """From half-way before each scale inside to half-way after it."""
-    if len(scales) < 2:
-        return []
-    middles = (scales[1:] + scales[:-1]) / 2
-    edges = np.concatenate([scales[:1], middles, scales[-1:]])
-    return [(float(edges[i]), float(edges[i + 1])) for i in np.flatnonzero(inside)]
-
-
 @shape_checked
 def transfer_heatmap(
     transferred: pd.DataFrame, title: str = "Effect on other prompts"
 ) -> go.Figure:
-    """Draw the KL of every vector on every prompt, as `analysis.transfer` gives it.
-
-    Hovering shows what the model writes.
-    """
+    """Draw the KL of every vector on every prompt, as `analysis.transfer` gives it."""
     columns = ("prompt", "vector", "kl", "completion", "unsteered_completion")
     checks.columns(transferred, columns, "transferred", _ADVICE)
     n_vectors = len(set(transferred["vector"]))
     prompts = transferred["prompt"].to_numpy()[::n_vectors]
     hover = [
-        f"vector {row['vector']}, KL {row['kl']:.4g}<br>{wrapped(row['completion'])}<br><br>"
-        f"unsteered:<br>{wrapped(row['unsteered_completion'])}"
+        f"vector {row['vector']}, KL {row['kl']:.4g}<br>{_style.wrapped(row['completion'])}<br><br>"
+        f"unsteered:<br>{_style.wrapped(row['unsteered_completion'])}"
         for row in transferred.to_dict("records")
     ]
     z = transferred["kl"].to_numpy().reshape(-1, n_vectors)
@@ -181,7 +158,7 @@ def transfer_heatmap(
     numbers = transferred["vector"].to_numpy()[:n_vectors]
     heatmap = go.Heatmap(z=z, x=numbers, **look, **shown)
     # By number, not by name: two prompts may begin alike.
-    names = [wrapped(prompt, 40) for prompt in prompts]
+    names = [_style.wrapped(prompt, 40) for prompt in prompts]
     ticks = {"tickvals": list(range(len(prompts))), "ticktext": names}
     down = axis(None, showgrid=False, autorange="reversed", automargin=True, **ticks)
     height = max(440, 240 + 32 * len(prompts))
@@ -225,13 +202,13 @@ def specificity_points(
 ) -> go.Figure:
     """Draw what every vector does on its prompt against what it does elsewhere.
 
-    On the dotted diagonal a vector acts alike on both: specificity 0.5. The darker a dot, the more
-    the vector costs on ordinary prose. The frame is that of `analysis.side_effects`.
+    On the dotted diagonal the specificity is 0.5. Darker dots cost more on ordinary prose. The
+    frame is that of `analysis.side_effects`.
     """
     columns = ("vector", "kl_target", "kl_unrelated", "specificity", "loss_increase")
-    checks.columns(measured, columns, "measured", _ADVICE)
     # A row that was not finite has no place.
-    measured = pd.DataFrame(measured[measured["specificity"].notna()])
+    if "specificity" in measured:
+        measured = pd.DataFrame(measured[measured["specificity"].notna()])
     checks.columns(measured, columns, "measured", _ADVICE)
     elsewhere = measured["kl_unrelated"].clip(lower=_style.SMALLEST_KL).tolist()
     target = measured["kl_target"].clip(lower=_style.SMALLEST_KL).tolist()
@@ -240,18 +217,20 @@ def specificity_points(
         "%{customdata[1]:.2f}<br>loss increase %{customdata[2]:.3g}<extra></extra>"
     )
     told = measured[["vector", "specificity", "loss_increase"]].to_numpy()
-    look = _by_loss(measured["loss_increase"].to_numpy())
+    losses = measured["loss_increase"].to_numpy()
+    look = {"size": 10, "color": losses, "line": {"width": 1, "color": GREY}}
+    look |= {"colorscale": _style.SEQUENTIAL, "reversescale": True}
+    # A tenth of a nat at least: without it, noise would get every colour.
+    look |= {"cmin": min(0.0, losses.min()), "cmax": max(0.1, losses.max())}
+    look["colorbar"] = {"title": {"text": "loss increase<br>(nats a token)"}, "thickness": 10}
     dots = points(elsewhere, target, look, customdata=told, hovertemplate=hover)
     names = {"textposition": "top center", "textfont": {"size": 9, "color": GREY}}
     dots.update(mode="markers+text", text=measured["vector"], **names)
     low, high = 0.6 * min(*elsewhere, *target), 1.7 * max(*elsewhere, *target)
-    ticks = _round_numbers(low, high)
-    logarithmic = {
-        "type": "log",
-        "tickvals": ticks,
-        "ticktext": [f"{tick:g}" for tick in ticks],
-        "range": [math.log10(low), math.log10(high)],
-    }
+    # At 1, 2 and 5 times the powers of ten; at the powers alone where those are many.
+    logarithmic: dict[str, Any] = {"type": "log", "tickformat": "~g"}
+    logarithmic["dtick"] = "D2" if high < 1e4 * low else 1
+    logarithmic["range"] = [math.log10(low), math.log10(high)]
     across = axis("mean KL on unrelated prompts (nats)", **logarithmic)
     drawn = figure(dots, title, across, axis("KL on the prompt (nats)", **logarithmic), 620)
     diagonal = {"x0": low, "y0": low, "x1": high, "y1": high, "layer": "below"}
@@ -260,21 +239,3 @@ def specificity_points(
     corner |= {"showarrow": False}
     drawn.add_annotation(text="more on the prompt", x=0.02, y=0.98, xanchor="left", **corner)
     return drawn.add_annotation(text="more elsewhere", x=0.98, y=0.02, xanchor="right", **corner)
-
-
-def _by_loss(losses: np.ndarray) -> dict[str, object]:
-    """Dots, the darker the more a vector costs."""
-    look = {"size": 10, "color": losses, "line": {"width": 1, "color": GREY}}
-    scale = {"colorscale": _style.SEQUENTIAL, "reversescale": True}
-    # A tenth of a nat at least: without it, noise would get every colour.
-    ends = {"cmin": min(0.0, losses.min()), "cmax": max(0.1, losses.max())}
-    bar = {"title": {"text": "loss increase<br>(nats a token)"}, "thickness": 10}
-    return {**look, **scale, **ends, "colorbar": bar}
-
-
-def _round_numbers(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times the powers of ten in a range; only the powers where those are many."""
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    steps = (1, 2, 5) if len(decades) <= 4 else (1,)
-    numbers = [float(f"{step}e{decade}") for decade in decades for step in steps]
-    return [number for number in numbers if low <= number <= high]

@@ -1,7 +1,6 @@
-"""A library's vectors: against each other, along their search, and one number of each by index.
+"""A library's vectors against each other, along their search, by index, and along a text.
 
-Source of the curves by index: Jacob G-W 2024, "I found >800 orthogonal 'write code' steering
-vectors".
+Source of the curves: Jacob G-W 2024, "I found >800 orthogonal 'write code' steering vectors".
 """
 
 import html
@@ -10,13 +9,19 @@ from itertools import cycle
 
 import numpy as np
 import plotly.graph_objects as go
+from circuitsvis.tokens import colored_tokens
+from circuitsvis.utils.render import RenderedHTML
 from plotly.colors import sample_colorscale
 from torch import Tensor
 
 from tl_melbo import checks, story
+from tl_melbo.analysis._presence import token_projections
+from tl_melbo.model.bridge import Model
 from tl_melbo.plots import _style
 from tl_melbo.plots._style import BLUE, HOVER, OTHERS, axis, colour_bar, figure, line, points
 from tl_melbo.shapes import Float, shape_checked
+from tl_melbo.steering import Vectors
+from tl_melbo.text import printable
 from tl_melbo.vectors import SteeringVectors
 
 # More traces than this make a browser slow, and nobody tells more colours apart.
@@ -24,6 +29,9 @@ _MOST_TRACES = 64
 # The last fifth of the colours is a yellow too pale for a line on white.
 _DARKEST_TO_PALEST = (0.0, 0.85)
 _UNIT = "residual-stream units"
+# A token coloured by more than this share of the largest value has white letters.
+_DARK = 0.6
+_CALL = "CircuitsVis.render("
 
 
 @shape_checked
@@ -35,12 +43,8 @@ def cosine_heatmap(
 ) -> go.Figure:
     """Draw a matrix of cosines: red for same direction, white for orthogonal, blue for opposite.
 
-    Args:
-        similarity: as `analysis.cosine_similarity` gives it, from -1 to 1.
-        labels: what to call the vectors, which then are rows and columns; None counts from 0.
-
-    Raises:
-        ValueError: values outside -1 to 1 or not finite, or as many labels as there are not rows.
+    `labels` name the vectors, None counts from 0. Raises ValueError where a value is outside -1 to
+    1 or not finite, or the labels are of another number.
     """
     z = similarity.detach().cpu().float().numpy()
     if not (np.abs(z) <= 1 + 1e-6).all():
@@ -48,7 +52,7 @@ def cosine_heatmap(
             "similarity: holds values outside -1 to 1, or not finite; pass what "
             "analysis.cosine_similarity returns"
         )
-    names = None if labels is None else [str(label) for label in labels]
+    names = None if labels is None else [*map(str, labels)]
     if names is not None and z.shape != (len(names), len(names)):
         raise ValueError(f"labels: {len(names)} labels for a matrix of shape {z.shape}")
     look = {"zmin": -1, "zmid": 0, "zmax": 1, "colorscale": _style.DIVERGING}
@@ -66,10 +70,9 @@ def cosine_heatmap(
 def objective_history(
     found: SteeringVectors, title: str = "Objective during the search"
 ) -> go.Figure:
-    """Draw what the search measured against its steps (or gradient evaluations), a line a vector.
+    """Draw what the search measured against its steps, a line a vector.
 
-    Raises:
-        ValueError: the library has no vectors, or no history of its search.
+    Raises ValueError where the library has no history.
     """
     if found.history is None or not found.history.numel():
         raise ValueError(
@@ -80,14 +83,18 @@ def objective_history(
     history = found.history.double().numpy()
     x = np.arange(history.shape[1]) + measure["first"]
     labels = found.columns["index"].numpy()
-    n_traces = min(len(found), _MOST_TRACES)
-    positions = np.array_split(np.arange(len(found)), n_traces)
+    groups = np.array_split(np.arange(len(found)), min(len(found), _MOST_TRACES))
+    shades = np.linspace(*_DARKEST_TO_PALEST, len(groups)).tolist()
+    shades = [*map(str, sample_colorscale(_style.SEQUENTIAL, shades))]
     traces = [
         _lines(x, history[group], labels[group], colour)
-        for group, colour in zip(positions, _shades(n_traces), strict=True)
+        for group, colour in zip(groups, shades, strict=True)
     ]
-    if len(found) > 1:
-        traces.append(_colour_key(labels))
+    if len(found) > 1:  # nothing to see but a colour bar from the first vector to the last
+        ends = [str(labels[0]), str(labels[-1])]
+        key = {"color": [0], "cmin": 0, "cmax": 1, "colorscale": shades, "showscale": True}
+        key["colorbar"] = colour_bar("vector", tickvals=[0, 1], ticktext=ends)
+        traces.append(points([None], [None], key, hoverinfo="skip", showlegend=False))
     across = axis(measure["counts"], **_style.whole_numbers(len(x)))
     up = axis(f"{measure['label']} ({measure['unit']})", rangemode="tozero")
     return figure(traces, title, across, up)
@@ -104,20 +111,6 @@ def _lines(x: np.ndarray, history: np.ndarray, labels: np.ndarray, colour: str) 
     if (~np.isnan(history)).sum(1).max(initial=0) <= 1:
         trace.update(mode="markers", marker={"color": colour})
     return trace
-
-
-def _colour_key(labels: np.ndarray) -> go.Scatter:
-    """Nothing to see but a colour bar from the first vector to the last."""
-    ends = [str(labels[0]), str(labels[-1])]
-    scale = [[i / 8, shade] for i, shade in enumerate(_shades(9))]
-    marker = {"color": [0], "cmin": 0, "cmax": 1, "colorscale": scale, "showscale": True}
-    marker["colorbar"] = colour_bar("vector", tickvals=[0, 1], ticktext=ends)
-    return points([None], [None], marker, hoverinfo="skip", showlegend=False)
-
-
-def _shades(count: int) -> list[str]:
-    places = np.linspace(*_DARKEST_TO_PALEST, count).tolist()
-    return [str(shade) for shade in sample_colorscale(_style.SEQUENTIAL, places)]
 
 
 @shape_checked
@@ -137,15 +130,12 @@ def kl_curve(
         kl: as `analysis.kl_divergence` gives it, in nats.
         found: the library, for the index and norm of each vector; None numbers them from 0.
         completions: what the model writes under each, shown when a point is hovered over.
-        window: how many points are averaged: those up to and with each, or as many as there are.
-        baselines: what to compare with, by name, in nats: one number (the unsteered model) is a
-            dashed line; one for each vector (random vectors of the same norms) small points and
-            the dashed line of their moving average.
+        window: how many points, up to and with each, are averaged.
+        baselines: what to compare with, by name, in nats: one number, or one for each vector.
         log_y: a logarithmic axis; values under 1e-6 nats are drawn there.
 
     Raises:
-        ValueError: no values, or negative or not finite ones; another number of vectors,
-            completions or baseline values; a window below one.
+        ValueError: no values, or negative or not finite ones, or lengths that differ.
     """
     values = _checked_kl(kl, "kl")
     for argument, things in (("found", found), ("completions", completions)):
@@ -153,9 +143,7 @@ def kl_curve(
             raise ValueError(
                 f"{argument}: {len(things)}, but kl holds {len(values)} values; pass one for each"
             )
-    more = []
-    if found is not None:
-        more.append([f"norm {norm:.4g}" for norm in found.norms])
+    more = [] if found is None else [[f"norm {norm:.4g}" for norm in found.norms]]
     if completions is not None:
         more.append([_style.wrapped(text) for text in completions])
     levels = {}
@@ -193,13 +181,8 @@ def distance_curve(
 ) -> go.Figure:
     """Draw how near each vector of a MELBO-ortho family came to theta0's effect, by index.
 
-    Args:
-        found: a family, as `melbo_ortho` gives it.
-        unsteered: the distance without a vector, |z(0) - z(theta0)|, for a dashed line: a vector
-            that does not come under it has nothing of theta0's effect.
-
-    Raises:
-        ValueError: no vectors, or no distances known of them; a window below one.
+    `unsteered` is the distance without a vector, |z(0) - z(theta0)|, for a dashed line. Raises
+    ValueError where no distances are known.
     """
     if not len(found) or "distance" not in found.columns:
         raise ValueError("found: has no distances; pass what melbo_ortho returned, not scaled")
@@ -271,3 +254,49 @@ def _checked_kl(kl: Tensor, argument: str) -> np.ndarray:
             "analysis.kl_divergence returns, without the vectors whose KL is infinite"
         )
     return values
+
+
+@shape_checked
+def token_presence(
+    model: Model, vector: Vectors, text: str, layer: int | None = None
+) -> RenderedHTML:
+    """Show a text's tokens coloured by their projection on a vector, in the unsteered model.
+
+    Blue tokens point along the vector, red ones against it; the first, an attention sink in most
+    models, is left white. It makes no network requests; `str` is HTML.
+
+    Args:
+        vector: exactly one; its norm does not matter.
+        text: raw, of more than one token.
+        layer: after which block to look; None takes the layer that the vector was found at.
+    """
+    tokens, values = token_projections(model, vector, text, layer)
+    largest = max(map(abs, values))
+    source = colored_tokens(tokens, values, min_value=-largest, max_value=largest).local_src
+    name = "static-" + source.partition('id="')[2].partition('"')[0]
+    before, _, after = source.rpartition(_CALL)
+    data, end, rest = after.rpartition("</script>")
+    # No "<" in its data: a token "</script>" would end the script.
+    data = data.replace("<", "\\u003c")
+    # Plain coloured text stands above; the script, where it runs, takes it away.
+    remove = f'document.getElementById("{name}")?.remove();\n    '
+    spans = "".join(_span(*pair, largest or 1.0) for pair in zip(tokens, values, strict=True))
+    source = f'<div id="{name}">{spans}</div>\n{before}{remove}{_CALL}{data}{end}{rest}'
+    return _Offline(source, source)
+
+
+class _Offline(RenderedHTML):
+    """Coloured tokens that do not look for a network each time they are shown."""
+
+    def _repr_html_(self) -> str:
+        return self.local_src
+
+
+def _span(token: str, value: float, largest: float) -> str:
+    """A token in circuitsvis's colours: blue along the vector, red against it."""
+    share = value / largest
+    pale = f"{255 * (1 - abs(share)):.0f}"
+    colour = f"rgb({pale},{pale},255)" if share > 0 else f"rgb(255,{pale},{pale})"
+    ink = "white" if abs(share) > _DARK else "black"
+    style = f"background:{colour};color:{ink};padding:1px;white-space:pre-wrap"
+    return f'<span style="{style}" title="{value:.4g}">{html.escape(printable(token))}</span>'

@@ -25,13 +25,7 @@ HOVER = "%{customdata}<extra></extra>"
 
 _LAYOUT = {
     "template": "plotly_white",
-    "font": {
-        "family": "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', sans-serif",
-        "size": 13,
-        "color": "#24292f",
-    },
-    "paper_bgcolor": "#ffffff",
-    "plot_bgcolor": "#ffffff",
+    "font": {"family": "system-ui, 'Noto Sans', sans-serif", "size": 13, "color": "#24292f"},
     "hoverlabel": {"align": "left", "bgcolor": "#ffffff", "font": {"color": "#24292f"}},
     # Under the axis, where it hides no point however many there are. Placed by the figure, not by
     # the plot: it then keeps its distance at any size.

@@ -3,7 +3,7 @@
 from tl_melbo.analysis._completions import COMPLETION_COLUMNS, collect_completions
 from tl_melbo.analysis._family import Family, collect_family
 from tl_melbo.report._page import write
-from tl_melbo.report._tables import measure_shown, not_converged
+from tl_melbo.report._render import measure_shown, not_converged
 
 __all__ = [
     "COMPLETION_COLUMNS",

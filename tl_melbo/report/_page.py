@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import plotly.graph_objects as go
 import torch
 from torch import Tensor
 
@@ -17,7 +16,7 @@ from tl_melbo.analysis._family import Family
 from tl_melbo.analysis._side_effects import COLUMNS
 from tl_melbo.files import replacing
 from tl_melbo.model.bridge import Model
-from tl_melbo.report import _render, _tables
+from tl_melbo.report import _render
 from tl_melbo.shapes import shape_checked
 from tl_melbo.steering import as_chat
 from tl_melbo.vectors import SteeringVectors
@@ -46,24 +45,20 @@ def write(
 ) -> pd.DataFrame:
     """Write one HTML file about a library: its settings, completions, numbers and figures.
 
-    Completions that are not given are written. The file is replaced whole or not at all; it makes
-    no network requests.
+    The file is replaced whole or not at all; it makes no network requests.
 
     Args:
-        completions: as `collect_completions` gives them.
+        completions: as `collect_completions` gives them; None writes them.
         activation_map: the map that the vectors were found with; without it, effects are not shown.
         families: from `collect_family`; each gets a part of the page.
         side_effects: as `analysis.side_effects` gives it for these vectors.
-        prompts: what to complete; None takes those of `completions`, or those of the story.
+        prompts: what to complete; None takes those of `completions`, or those of the metadata.
         title: the page's heading; None takes the prompt.
-        layer: after which block to add the vectors; None takes the layer they were found at.
-        chat: format the prompts as chat; None does as was done when the vectors were found.
 
     Returns:
-        The page's table, one row a vector and prompt: index, prompt, what the method measured
-        (objective, for example; where known), kl (KL(P_vector || P_unsteered) of the next token, in
-        nats), specificity and loss_increase (where side effects are given), behaviour (what
-        `analysis.behaviours` grouped its completion with), completion, negated_completion.
+        The page's table, one row a vector and prompt: index, prompt, what the method measured,
+        kl (KL(P_vector || P_unsteered) of the next token, in nats), specificity and loss_increase
+        (with side effects), behaviour, completion, negated_completion.
 
     Raises:
         ValueError: no vectors or a zero one, no prompt, completions or side effects of others; also
@@ -72,13 +67,11 @@ def write(
     """
     if not len(found):
         raise ValueError("found: holds no vectors; there is nothing to show")
+    _check_frames(completions, side_effects, found)
     if completions is not None:
-        _check_completions(completions, found)
-        texts = list(dict.fromkeys(completions["prompt"]))
-    else:
-        texts = _prompts(found, prompts)
-    if side_effects is not None:
-        _check_side_effects(side_effects, found)
+        prompts = completions["prompt"].tolist()
+    chosen = found.story.get("prompts") if prompts is None else prompts
+    texts = list(dict.fromkeys(checks.as_texts(chosen or [])))
     # Before the completions are written: it refuses vectors of no norm.
     similarity = cosine_similarity(found)
     options = {"layer": layer, "chat": chat, "batch_size": batch_size}
@@ -91,20 +84,18 @@ def write(
         kl = {text: kl_divergence(model, text, found, **options).tolist() for text in texts}
         # A vector's negative has a completion, but is the same vector.
         forward = pd.DataFrame(completions[completions["scale"] >= 0])
-        groups = None
-        if not forward.empty:
-            # Its logits are of whole texts: 8 at once take as much memory as many rows of others.
-            at_once = min(batch_size, 8)
-            groups = behaviours(model, forward, chat=as_chat(found, chat), batch_size=at_once)
-        table = _tables.vectors_table(found, completions, kl, groups, side_effects)
+        # Its logits are of whole texts: 8 at once take as much memory as many rows of others.
+        grouping = {"chat": as_chat(found, chat), "batch_size": min(batch_size, 8)}
+        groups = None if forward.empty else behaviours(model, forward, **grouping)
+        table = _render.vectors_table(found, completions, kl, groups, side_effects)
         unsteered = completions[completions["vector"] == -1]
         page = _render.render(
             title=title,
             prompts=texts,
             unsteered=dict(zip(unsteered["prompt"], unsteered["completion"], strict=True)),
             **_render.library_facts(found),
-            **_tables.groups_part(groups, found, many_prompts=len(texts) > 1),
-            columns=_tables.vectors_columns(table, found),
+            **_render.groups_part(groups, found, many_prompts=len(texts) > 1),
+            columns=_render.vectors_columns(table, found),
             rows=table.to_dict("records"),
             figures=_figures(found, similarity, activation_map, side_effects),
             families=[_family_part(part, activation_map) for part in families],
@@ -113,35 +104,26 @@ def write(
     return table
 
 
-def _prompts(found: SteeringVectors, prompts: str | Sequence[str] | None) -> list[str]:
-    chosen = found.story.get("prompts") if prompts is None else prompts
-    texts = [chosen] if isinstance(chosen, str) else list(dict.fromkeys(chosen or []))
-    if not texts:
-        raise ValueError(
-            "prompts: none given, and the vectors' story names none; pass prompts='...'"
-        )
-    return texts
-
-
-def _check_completions(completions: pd.DataFrame, found: SteeringVectors) -> None:
-    advice = "pass what report.collect_completions returns"
-    checks.columns(completions, COMPLETION_COLUMNS, "completions", advice)
-    unknown = sorted(set(completions["vector"]) - set(range(-1, len(found))))
-    if unknown:
-        raise ValueError(
-            f"completions: has texts of vectors {unknown[:10]}, but found holds 0 to "
-            f"{len(found) - 1}; pass the completions of these vectors"
-        )
-
-
-def _check_side_effects(side_effects: pd.DataFrame, found: SteeringVectors) -> None:
-    advice = "pass what analysis.side_effects returns"
-    checks.columns(side_effects, COLUMNS, "side_effects", advice, numbers=True)
-    if [*side_effects["vector"]] != [*range(len(found))]:
-        raise ValueError(
-            f"side_effects: {len(side_effects)} rows that are not those of vectors 0 to "
-            f"{len(found) - 1}, in order; measure the vectors of found"
-        )
+def _check_frames(
+    completions: pd.DataFrame | None, side_effects: pd.DataFrame | None, found: SteeringVectors
+) -> None:
+    last = len(found) - 1
+    if completions is not None:
+        advice = "pass what report.collect_completions returns"
+        checks.columns(completions, COMPLETION_COLUMNS, "completions", advice)
+        if unknown := sorted({*completions["vector"]} - {*range(-1, len(found))}):
+            raise ValueError(
+                f"completions: has texts of vectors {unknown[:10]}, but found holds 0 to {last}; "
+                "pass the completions of these vectors"
+            )
+    if side_effects is not None:
+        advice = "pass what analysis.side_effects returns"
+        checks.columns(side_effects, COLUMNS, "side_effects", advice, numbers=True)
+        if [*side_effects["vector"]] != [*range(len(found))]:
+            raise ValueError(
+                f"side_effects: {len(side_effects)} rows that are not those of vectors 0 to "
+                f"{last}, in order; measure the vectors of found"
+            )
 
 
 def _figures(
@@ -152,7 +134,7 @@ def _figures(
 ) -> dict[str, Any]:
     numbers = found.columns["index"].tolist()
     labels = None if numbers == list(range(len(found))) else numbers
-    figures: dict[str, go.Figure | None] = dict.fromkeys(("specificity", "history"))
+    figures: dict[str, Any] = {"specificity": None, "history": None}
     # Of rows without a finite number nothing can be drawn.
     if side_effects is not None and any(side_effects["specificity"].notna()):
         figures["specificity"] = plots.specificity_points(side_effects.assign(vector=numbers), "")
@@ -173,14 +155,33 @@ def _family_part(part: Family, activation_map: ActivationMap | None) -> dict[str
     both = SteeringVectors(torch.cat([part.reference.vectors, vectors.vectors]))
     similarity = cosine_similarity(both)
     labels = ["θ₀", *numbers]
+    baselines = {
+        "unsteered": "unsteered",
+        "random": "random vectors of the same norms",
+        "rescaled": f"the family at norm {part.reference.norms[0]:.4g}",
+    }
+    kl = {k: torch.tensor([row["kl_to_reference"] for row in some]) for k, some in rows.items()}
     figures = {
-        "kl": _kl_curve(part, rows, window),
+        "kl": plots.kl_curve(
+            kl["family"],
+            vectors,
+            completions=[str(row["completion"]) for row in rows["family"]],
+            window=window,
+            baselines={name: kl[kind] for kind, name in baselines.items()},
+            title="",
+        ),
         "norm": plots.norm_curve(vectors, window, ""),
         "distance": plots.distance_curve(vectors, float(unsteered["distance"]), window, ""),
         "vectors": plots.cosine_heatmap(similarity, "", labels=labels),
         "effects": _render.effects_heatmap(both, activation_map, _AFTER_THE_FIRST, labels),
         "composition": plots.composition_curves(part.composition, title=""),
     }
+    # Rescaled, the sum is the mean: one row is enough.
+    composed = part.composition.query("combination == 'mean' or scaling == 'raw'")
+    composed = composed.assign(
+        members=[" ".join(map(str, members)) for members in composed["members"]],
+        what=composed["combination"] + composed["scaling"].replace(_SCALINGS),
+    )
     chosen = vectors.story.get("hyperparameters", {})
     facts = {
         "Vectors": len(vectors),
@@ -194,43 +195,13 @@ def _family_part(part: Family, activation_map: ActivationMap | None) -> dict[str
         "number": part.number,
         "n_vectors": len(vectors),
         "window": window,
-        "facts": _render.known(facts),
+        "facts": facts,
         "settings": _render.settings(vectors.story),
         "reference": reference["completion"],
         "unsteered_kl": float(unsteered["kl_to_reference"]),
         "figures": _render.figures_json(figures),
-        "columns": _tables.FAMILY,
+        "columns": _render.FAMILY,
         "rows": rows["family"],
-        "composition_columns": _tables.COMPOSITION,
-        "composition_rows": _composition_rows(part.composition),
+        "composition_columns": _render.COMPOSITION,
+        "composition_rows": composed.to_dict("records"),
     }
-
-
-def _kl_curve(part: Family, rows: dict[Any, list[dict[str, Any]]], window: int) -> Any:
-    names = {
-        "unsteered": "unsteered",
-        "random": "random vectors of the same norms",
-        "rescaled": f"the family at norm {part.reference.norms[0]:.4g}",
-    }
-    kl = {k: torch.tensor([row["kl_to_reference"] for row in some]) for k, some in rows.items()}
-    return plots.kl_curve(
-        kl["family"],
-        part.vectors,
-        completions=[str(row["completion"]) for row in rows["family"]],
-        window=window,
-        baselines={name: kl[kind] for kind, name in names.items()},
-        title="",
-    )
-
-
-def _composition_rows(composed: pd.DataFrame) -> list[dict[str, Any]]:
-    return [
-        {
-            **row,
-            "members": " ".join(map(str, row["members"])),
-            "what": row["combination"] + _SCALINGS[row["scaling"]],
-        }
-        for row in composed.to_dict("records")
-        # Rescaled, the sum is the mean: one row is enough.
-        if row["combination"] == "mean" or row["scaling"] == "raw"
-    ]

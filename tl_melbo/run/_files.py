@@ -1,16 +1,19 @@
-"""What stands in a folder beside its vectors: the settings, and tables that a spreadsheet opens."""
+"""The files of a run's folder: vectors, settings, tables that a spreadsheet opens, a lock."""
 
 import csv
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
+from filelock import FileLock, Timeout
 
 from tl_melbo.errors import Damaged
-from tl_melbo.files import replacing
+from tl_melbo.files import clear_partial, replacing, writable_folder
 from tl_melbo.vectors import SteeringVectors
 
 VECTORS, REFERENCE, LOCK = "vectors.safetensors", "theta0.safetensors", ".lock"
@@ -18,11 +21,70 @@ SETTINGS, REPORT = "settings.json", "report.html"
 COMPLETIONS, SIDE_EFFECTS = "completions.csv", "side_effects.csv"
 TABLE, COMPOSITION = "family.csv", "composition.csv"
 
+# What each table has at least.
+_COLUMNS = {
+    COMPLETIONS: ("vector", "scale", "prompt", "completion"),
+    SIDE_EFFECTS: ("vector", "kl_target", "kl_unrelated", "specificity", "loss_increase"),
+    TABLE: ("kind", "index", "norm", "completion"),
+    COMPOSITION: ("size", "members", "completion"),
+}
 _TEXTS = ("prompt", "completion")
 # Columns whose empty cells are texts, not missing numbers.
 _WORDS = (*_TEXTS, "kind", "members", "subset", "combination", "scaling", "stopped")
 # Spreadsheets take the wide forms for the same.
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
+
+
+@contextmanager
+def locked(folder: Path, lock: FileLock) -> Iterator[None]:
+    """Keep a folder for this process; one made for it in which nothing was saved is removed."""
+    existed = folder.exists()
+    writable_folder(folder)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise BlockingIOError(
+            f"{folder}: another process is writing here; wait for it to end, or choose another "
+            "folder"
+        ) from None
+    try:
+        for each in (folder, *folder.glob(family_folder(Path(), "*").name)):
+            clear_partial(each)
+        yield
+    finally:
+        if not existed and {item.name for item in folder.iterdir()} <= {LOCK}:
+            (folder / LOCK).unlink(missing_ok=True)
+            with suppress(OSError):  # another process has just begun here
+                folder.rmdir()
+        lock.release()
+
+
+def load_vectors(place: Path, theta0: SteeringVectors | None = None) -> SteeringVectors | None:
+    """The library that an earlier call left, or the family of `theta0`; None if nothing."""
+    path, reference = place / VECTORS, place / REFERENCE
+    if not path.is_file():
+        return None
+    try:
+        found = SteeringVectors.load(path)
+    except Damaged as error:
+        raise Damaged(
+            f"{error}; or pass overwrite=True to replace it, or choose another folder", path
+        ) from error
+    if not len(found) or theta0 is None:
+        return found if len(found) else None
+    known = reference.is_file()
+    if not known or not torch.equal(SteeringVectors.load(reference).vectors, theta0.vectors):
+        raise ValueError(
+            f"{place}: holds the family of another vector of that number, or lacks {REFERENCE}, "
+            "the vector that it grew from; pass overwrite=True to begin anew, or choose another "
+            "folder"
+        )
+    return found
+
+
+def load_family(place: Path) -> tuple[SteeringVectors, SteeringVectors]:
+    """The vectors of a family, and its theta0."""
+    return SteeringVectors.load(place / VECTORS), SteeringVectors.load(place / REFERENCE)
 
 
 def family_folder(folder: Path, vector: int | str) -> Path:
@@ -48,16 +110,20 @@ def load_settings(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(settings, dict):
-            raise ValueError("not an object")
-    except (ValueError, RecursionError) as error:
+        return {**json.loads(path.read_text(encoding="utf-8"))}
+    except (TypeError, ValueError, RecursionError) as error:
         raise Damaged(
             f"{path}: damaged ({error}); delete it, and name the model with --model, unless it is "
             "the bundled one",
             path,
         ) from error
-    return settings
+
+
+def save_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Write what `load_settings` reads."""
+    text = json.dumps(settings, indent=2, ensure_ascii=False)
+    with replacing(folder / SETTINGS) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def save_table(path: Path, table: pd.DataFrame) -> None:
@@ -67,26 +133,20 @@ def save_table(path: Path, table: pd.DataFrame) -> None:
         safe[name] = [_defused(text) if isinstance(text, str) else "" for text in safe[name]]
     if "members" in safe:
         safe["members"] = [" ".join(map(str, members)) for members in safe["members"]]
+    # All text in quotes: pandas forgets them around a lone carriage return.
     with replacing(path) as temporary:
-        safe.to_csv(
-            temporary,
-            index=False,
-            # All text in quotes: pandas forgets them around a lone carriage return.
-            quoting=csv.QUOTE_NONNUMERIC,
-            encoding="utf-8",
-            errors="backslashreplace",
-        )
+        safe.to_csv(temporary, index=False, quoting=csv.QUOTE_NONNUMERIC, errors="backslashreplace")
 
 
-def load_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+def load_table(path: Path, columns: Sequence[str] = ()) -> pd.DataFrame:
     """Read what `save_table` wrote. Raises Damaged, also where a column is missing."""
+    columns = columns or _COLUMNS[path.name]
     csv.field_size_limit(2**27)
     try:
         with path.open(encoding="utf-8", newline="") as file:
             header, *rows = list(csv.reader(file, strict=True))
         table = pd.DataFrame(rows, columns=header)
-        missing = [name for name in columns if name not in table]
-        if missing:
+        if missing := [name for name in columns if name not in table]:
             raise ValueError(f"lacks the columns {missing}")
         for name in {*header} - {*_WORDS}:
             table[name] = pd.to_numeric(table[name])
@@ -104,10 +164,7 @@ def load_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
 
 
 def _defused(text: str) -> str:
-    """Keep a spreadsheet from running text as a formula (OWASP, "CSV injection").
-
-    What has apostrophes in front already gets one more, so that `_original` can take one away.
-    """
+    """Keep a spreadsheet from running text as a formula (OWASP, "CSV injection")."""
     return f"'{text}" if text.lstrip("'").startswith(_FORMULA_STARTS) else text
 
 

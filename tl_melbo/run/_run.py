@@ -1,21 +1,23 @@
 """A folder that keeps a search and all that is made of it, whatever happens to the process."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from tqdm.auto import tqdm
+from filelock import FileLock
 
 from tl_melbo import checks
 from tl_melbo.discovery import EffectMap, Method, join, melbo, melbo_ortho
 from tl_melbo.errors import DifferentSearch
 from tl_melbo.files import writable_folder
 from tl_melbo.run import _files
-from tl_melbo.run._files import COMPLETIONS, REFERENCE, SIDE_EFFECTS, VECTORS
-from tl_melbo.run._folder import UNKNOWN, Folder, another_search, n_tried
+from tl_melbo.run._files import COMPLETIONS, REFERENCE, SIDE_EFFECTS, VECTORS, family_folder
 from tl_melbo.shapes import shape_checked
+from tl_melbo.story import differences
 from tl_melbo.vectors import SteeringVectors
 
 # The page and the analyses take long to import: each method imports what it needs.
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
     from tl_melbo.analysis._family import Family
     from tl_melbo.model.bridge import Model
 
+_BUNDLED = "the bundled one"
+# The setting that tells whose table it is.
+_OWNER = {COMPLETIONS: "texts_of", SIDE_EFFECTS: "side_effects_of"}
 # What `Run.keep` itself passes to a method.
 _OWN = ("f", "n_vectors", "previous", "progress", "overwrite", "on_vector")
 
@@ -33,7 +38,7 @@ OnCount = Callable[[int, int], None]
 OnVector = Callable[[int, int | None], None]
 
 
-class Run(Folder):
+class Run:
     """A search, its completions and its page in one folder; each vector is saved before the next.
 
         run = tm.Run("runs/me")
@@ -42,14 +47,85 @@ class Run(Folder):
         run.family(model, f, 4)  # measured, for the page
         run.page(model, f)
 
-    The same call again, in another process too, goes on where the last one ended, however it ended,
-    and finds what it would have found without a break. A call with other settings is refused, and
-    told what differs. One process at a time writes in a folder.
-
-    Args:
-        folder: made if need be. `vectors.safetensors` is the library,
-            `ortho-K/vectors.safetensors` the family of its vector K.
+    The same call again, in another process too, continues the search and finds what it would have
+    found without a break. A call with other settings is refused. One process at a time writes.
+    `vectors.safetensors` is the library, `ortho-K/vectors.safetensors` the family of its vector K.
     """
+
+    @shape_checked
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder).expanduser()
+        self._lock = FileLock(self.folder / _files.LOCK, blocking=False)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.folder)!r})"
+
+    @property
+    def found(self) -> SteeringVectors:
+        """The library that the folder holds; FileNotFoundError where it holds none."""
+        path = self.folder / VECTORS
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{self.folder}: holds no {VECTORS}; name a folder that `tl-melbo discover` wrote"
+            )
+        return SteeringVectors.load(path)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What else is known: the model's name, the length of the completions, whose they are."""
+        return _files.load_settings(self.folder)
+
+    def note(self, **settings: Any) -> None:
+        """Add to the settings. Nothing is written where nothing changes."""
+        known = self.settings
+        if {**known, **settings} != known:
+            _files.save_settings(self.folder, {**known, **settings})
+
+    def writing(self) -> AbstractContextManager[None]:
+        """Lock the folder for this process, in a `with`; BlockingIOError where another has it."""
+        return _files.locked(self.folder, self._lock)
+
+    def check(self, *, side_effects: bool = False) -> None:
+        """Make sure, before the work, that all files are a run's and not Damaged, else ValueError.
+
+        With `side_effects`, also that measuring them replaces no table of the user's own.
+        """
+        names = (COMPLETIONS, _files.REPORT, _files.SETTINGS, SIDE_EFFECTS)
+        theirs = [name for name in names if (self.folder / name).exists()]
+        if theirs and not (self.folder / VECTORS).is_file():
+            raise ValueError(
+                f"{self.folder}: holds {', '.join(theirs)}, but no {VECTORS}, so not the rest of a "
+                "run; choose another folder, or pass overwrite=True to replace them"
+            )
+        if side_effects:
+            self._check_may_measure()
+        found = _files.load_vectors(self.folder)
+        if found is not None:
+            self._table(COMPLETIONS, found)
+            self._table(SIDE_EFFECTS, found)
+            self.families()
+
+    def check_same(self, story: Mapping[str, Any], theta0: SteeringVectors | None = None) -> int:
+        """How many vectors of this search the folder holds, lost ones included.
+
+        `story` is its metadata, as far as known without a model; its `model` is the name that
+        `load_model` takes. Raises DifferentSearch where the folder holds another search.
+        """
+        place = self._place(theta0)
+        found = _files.load_vectors(place, theta0)
+        if found is None:
+            return 0
+        chosen = dict(story["hyperparameters"])
+        if chosen.get("radius") == "auto" and "calibration" in found.story:
+            del chosen["radius"]
+        known = self.settings.get("model", story.get("model"))
+        theirs = {**found.story, "model": known or _BUNDLED}
+        asked = story.get("model", known) or _BUNDLED
+        ours = {**story, "model": asked, "hyperparameters": chosen}
+        if differing := differences(theirs, ours):
+            reason = f"found with {', '.join(map(str, differing))}"
+            raise _another_search(place, reason, differing)
+        return _n_tried(found)
 
     @shape_checked
     def keep(
@@ -68,21 +144,15 @@ class Run(Folder):
             run.keep(tm.jacobian, f, 32, radius=12.0)
 
         Args:
-            method: `tm.melbo`, `tm.melbo_ortho`, or another that takes `previous`.
             n_vectors: how many in all; None where the method itself knows the end.
             overwrite: begin anew; vectors that are there go when the first new one is found.
             on_vector: called with the vectors saved, and those in all, at first and after each.
-            settings: the other arguments of the method. With `theta0`, one vector of a library, the
-                vectors are saved in `ortho-` and its number, with theta0 beside them.
-
-        Returns:
-            Vectors 0 to n_vectors - 1, or fewer where the method ends before.
+            settings: the method's own arguments; with `theta0`, one vector of a library, the
+                vectors are saved in `ortho-` and its number.
 
         Raises:
             DifferentSearch: the folder holds vectors that were found in another way.
-            ValueError: not one vector is found; or as the method does.
-            BlockingIOError, OSError: another process is writing in the folder, or the disk is full,
-                or forbids it. What was there before is intact.
+            BlockingIOError: another process is writing.
         """
         checks.argument_names(method.__name__, settings, method, _OWN)
         checks.at_least(1, n_vectors=n_vectors)
@@ -92,66 +162,48 @@ class Run(Folder):
         tell = on_vector or (lambda *_: None)
         place = self._place(theta0)
         with self.writing():
-            found = None if overwrite else self._vectors(theta0)
-            known = 0 if found is None else len(found)
-            missing = n_vectors and max(0, n_vectors - n_tried(found))
+            found = None if overwrite else _files.load_vectors(place, theta0)
+            missing = n_vectors and max(0, n_vectors - _n_tried(found))
             try:
                 search = method.parts(f, n_vectors=missing, previous=found, **settings)
             except DifferentSearch as error:
                 if not error.reason:  # of other vectors than those in the folder
                     raise
-                raise another_search(place, error.reason, error.differences) from None
-            with tqdm(total=n_vectors, initial=known, unit="vector", disable=not progress) as bar:
-                tell(known, n_vectors)
-                for part in search:
-                    if found is None:
-                        self._begin(place, theta0)
-                    found = part if found is None else join([found, part])
-                    found.save(place / VECTORS)
-                    bar.update(len(part))
-                    tell(len(found), n_vectors)
+                raise _another_search(place, error.reason, error.differences) from None
+            search.progress = progress
+            tell(0 if found is None else len(found), n_vectors)
+            for part in search:
+                if found is None:
+                    self._begin(place, theta0)
+                found = part if found is None else join([found, part])
+                found.save(place / VECTORS)
+                tell(len(found), n_vectors)
         if found is None:
             raise ValueError(search.nothing)
         inside = found.columns["index"] < (sys.maxsize if n_vectors is None else n_vectors)
         return found if inside.all() else found[: int(inside.sum())]
 
     def melbo(self, f: EffectMap, n_vectors: int = 32, **settings: Any) -> SteeringVectors:
-        """Find the vectors of `tm.melbo`, or those of them that are not there yet: see `keep`."""
+        """Find the vectors of `tm.melbo`: see `keep`."""
         return self.keep(melbo, f, n_vectors, **settings)
 
-    @shape_checked
     def melbo_ortho(
         self, f: EffectMap, theta0: SteeringVectors, n_vectors: int | None = 100, **settings: Any
     ) -> SteeringVectors:
-        """Find the family of `tm.melbo_ortho`, or what of it is not there yet: see `keep`.
-
-        It is saved in `ortho-` and the number of theta0, one vector of a library.
-        """
-        checks.exactly_one(theta0, "theta0")
+        """Find the family of `tm.melbo_ortho`: see `keep`."""
         return self.keep(melbo_ortho, f, n_vectors, theta0=theta0, **settings)
-
-    def _begin(self, place: Path, theta0: SteeringVectors | None) -> None:
-        """Make room for the first vector of a search: what belongs to others goes."""
-        if theta0 is not None:
-            writable_folder(place)
-            (place / VECTORS).unlink(missing_ok=True)
-            theta0.save(place / REFERENCE)
-        elif self.settings.get("side_effects_of"):
-            (self.folder / SIDE_EFFECTS).unlink(missing_ok=True)
-            self.note(side_effects_of=None)
 
     def load(
         self, model: str | None = None, device: str | None = None
     ) -> "tuple[Model, ActivationMap]":
-        """Load the model that the vectors were found in, and the map that they were found with.
+        """Load the model and the map that the vectors were found with.
 
-        None takes the name that the settings tell. Raises ValueError where the vectors do not tell
-        what they were found with, or are of another model.
+        None takes the name that the settings tell. Raises ValueError where it is another model.
         """
         import tl_melbo as tm
         from tl_melbo.model.bridge import model_name
 
-        story, known = self.found.story, self.settings.get("model", UNKNOWN)
+        story = self.found.story
         facts = ("model", "prompts", "source_layer", "target_layer")
         lacking = [fact for fact in facts if story.get(fact) is None]
         if lacking:
@@ -159,22 +211,22 @@ class Run(Folder):
                 f"{self.folder / VECTORS}: its story does not tell {', '.join(lacking)}; in "
                 "Python, tm.melbo_ortho(f, theta0) takes any vector"
             )
-        if model is not None and known not in (UNKNOWN, _files.absolute(model)):
+        asked = _files.absolute(model)
+        known = self.settings.get("model", asked)
+        if model is not None and known != asked:
             raise ValueError(
-                f"model={model}: the vectors in {self.folder} are of "
-                f"{known or 'the bundled one'}; leave --model out"
+                f"model={model}: the vectors in {self.folder} are of {known or _BUNDLED}; leave "
+                "--model out"
             )
-        name = None if model is None and known is UNKNOWN else model or known
         dtype = getattr(torch, story.get("dtype", "float32"))
-        loaded = tm.load_model(name, device=device, dtype=dtype)
+        loaded = tm.load_model(model or known, device=device, dtype=dtype)
         if model_name(loaded) != story["model"]:
             raise ValueError(
                 f"--model: {model_name(loaded)}, but the vectors in {self.folder} are of "
                 f"{story['model']}; name that model's hub id, folder or file"
             )
-        place = {name: story[name] for name in ("source_layer", "target_layer")}
-        chat = bool(story.get("chat"))
-        return loaded, tm.ActivationMap.from_prompts(loaded, story["prompts"], **place, chat=chat)
+        place = {name: story[name] for name in facts[1:]}
+        return loaded, tm.ActivationMap.from_prompts(loaded, **place, chat=bool(story.get("chat")))
 
     def texts(
         self,
@@ -184,10 +236,9 @@ class Run(Folder):
         overwrite: bool = False,
         on_batch: OnCount | None = None,
     ) -> "pd.DataFrame":
-        """What the model writes unsteered and under each vector: read back, or written and saved.
+        """The completions of `report.collect_completions`: read back, or written and saved.
 
-        Without `max_new_tokens` the length that is there counts, or 50; `overwrite` writes them
-        anew. The result is that of `report.collect_completions`.
+        `max_new_tokens` None takes the length that is there, or 50.
         """
         from tl_melbo import report
 
@@ -196,22 +247,20 @@ class Run(Folder):
             length = max_new_tokens or known or 50
             # Of completions that version 0.1 wrote, the length may be unknown.
             same = not overwrite and known in (None, length)
-            texts = self._texts(found) if same else None
+            texts = self._table(COMPLETIONS, found) if same else None
             if texts is None:
                 texts = report.collect_completions(
                     model, found.story["prompts"], found, max_new_tokens=length, on_batch=on_batch
                 )
-                _files.save_table(self.folder / COMPLETIONS, texts)
-                self.note(max_new_tokens=length, texts_of=_files.digest(found))
+                self._save(COMPLETIONS, texts, found, max_new_tokens=length)
         return texts
 
     def side_effects(
         self, model: "Model", *, overwrite: bool = False, on_text: OnCount | None = None
     ) -> "pd.DataFrame":
-        """What the vectors cost elsewhere: read back, or measured and saved.
+        """What `analysis.side_effects` measures: read back, or measured and saved.
 
-        `overwrite` measures it anew, and replaces a table that no run left. The result is that of
-        `analysis.side_effects`.
+        `overwrite` measures it anew, and replaces a table that no run left.
         """
         from tl_melbo.analysis._side_effects import side_effects
 
@@ -219,27 +268,45 @@ class Run(Folder):
             found = self.found
             if not overwrite:
                 self._check_may_measure()
-            table = None if overwrite else self._side_effects(found)
+            table = None if overwrite else self._table(SIDE_EFFECTS, found)
             if table is None:
                 prompts = list(dict.fromkeys(found.story["prompts"]))
                 table = side_effects(model, found, prompts, on_text=on_text)
-                _files.save_table(self.folder / SIDE_EFFECTS, table)
-                self.note(side_effects_of=_files.digest(found))
+                self._save(SIDE_EFFECTS, table, found)
         return table
 
     def family(self, model: "Model", f: "ActivationMap", vector: int, **options: Any) -> "Family":
-        """Measure the family of the vector of that number, and save that for the page.
-
-        The options, and what comes back, are those of `report.collect_family`.
-        """
+        """Measure a vector's family as `report.collect_family` does, and save that for the page."""
         from tl_melbo import report
 
         with self.writing():
-            place = _files.family_folder(self.folder, vector)
-            part = report.collect_family(model, f, *self._family(vector), **options)
+            place = family_folder(self.folder, vector)
+            part = report.collect_family(model, f, *_files.load_family(place), **options)
             _files.save_table(place / _files.TABLE, part.table)
             _files.save_table(place / _files.COMPOSITION, part.composition)
         return part
+
+    def families(self) -> "list[Family]":
+        """The families that are measured, by number of vector; Damaged if one cannot be read.
+
+        Left out are those whose theta0 left the library, or to which vectors came since.
+        """
+        from tl_melbo.analysis._family import Family
+
+        families, library = [], self.found
+        for position, index in enumerate(library.columns["index"].tolist()):
+            place = family_folder(self.folder, index)
+            paths = [place / name for name in (_files.TABLE, _files.COMPOSITION)]
+            if not all(path.is_file() for path in (*paths, place / VECTORS, place / REFERENCE)):
+                continue
+            vectors, reference = _files.load_family(place)
+            if not torch.equal(reference.vectors, library[position].vectors):
+                continue
+            table, composed = map(_files.load_table, paths)
+            norms = table.loc[table["kind"] == "family", "norm"].to_numpy()
+            if len(norms) == len(vectors) and np.allclose(norms, vectors.norms, rtol=1e-3):
+                families.append(Family(reference, vectors, table, composed))
+        return families
 
     def page(self, model: "Model", f: "ActivationMap", **options: Any) -> "pd.DataFrame":
         """Write `report.html` about all that the folder holds, and return the page's table.
@@ -250,12 +317,60 @@ class Run(Folder):
 
         with self.writing():
             texts, found = self.texts(model, **options), self.found
-            return report.write(
-                self.folder / _files.REPORT,
-                model,
-                found,
-                completions=texts,
-                activation_map=f,
-                families=self.families(),
-                side_effects=self._side_effects(found),
+            parts = {"families": self.families(), "side_effects": self._table(SIDE_EFFECTS, found)}
+            path = self.folder / _files.REPORT
+            return report.write(path, model, found, completions=texts, activation_map=f, **parts)
+
+    def _begin(self, place: Path, theta0: SteeringVectors | None) -> None:
+        """Remove what belongs to an earlier search."""
+        if theta0 is not None:
+            writable_folder(place)
+            (place / VECTORS).unlink(missing_ok=True)
+            theta0.save(place / REFERENCE)
+        elif self.settings.get("side_effects_of"):
+            (self.folder / SIDE_EFFECTS).unlink(missing_ok=True)
+            self.note(side_effects_of=None)
+
+    def _place(self, theta0: SteeringVectors | None) -> Path:
+        if theta0 is None:
+            return self.folder
+        return family_folder(self.folder, int(theta0.columns["index"][0]))
+
+    def _table(self, name: str, found: SteeringVectors) -> "pd.DataFrame | None":
+        """A table, if it is there and of these vectors."""
+        digest = _files.digest(found)
+        # Version 0.1 did not tell whose completions it wrote.
+        owner = self.settings.get(_OWNER[name], digest if name == COMPLETIONS else None)
+        if owner is None or not (self.folder / name).is_file():
+            return None
+        table = _files.load_table(self.folder / name)
+        same = owner == digest and {*table["vector"]} - {-1} == {*range(len(found))}
+        return table if same else None
+
+    def _check_may_measure(self) -> None:
+        path = self.folder / SIDE_EFFECTS
+        if path.is_file() and self.settings.get("side_effects_of") is None:
+            raise ValueError(
+                f"{path}: no run left it; move it elsewhere, or pass overwrite=True to replace it "
+                "and the run"
             )
+
+    def _save(
+        self, name: str, table: "pd.DataFrame", found: SteeringVectors, **settings: Any
+    ) -> None:
+        _files.save_table(self.folder / name, table)
+        self.note(**settings, **{_OWNER[name]: _files.digest(found)})
+
+
+def _n_tried(found: SteeringVectors | None) -> int:
+    """How many vectors a search has been through, lost ones included."""
+    return 0 if found is None else int(found.columns["index"].max()) + 1
+
+
+def _another_search(place: Path, reason: str, differing: list[Any]) -> DifferentSearch:
+    return DifferentSearch(
+        f"{place}: holds vectors of another search, {reason}; ask for the same to continue it, "
+        "pass overwrite=True to begin anew, or choose another folder",
+        differing,
+        reason,
+    )
