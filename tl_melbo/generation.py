@@ -41,16 +41,12 @@ def generate(
 ) -> "pd.DataFrame":
     """Let the model write under each vector, at each scale, after each prompt.
 
-    The vector is added to the prompt and to every new token. Text ends where the model ends it.
-
     Args:
-        vectors: which vectors to add; None for the unsteered model.
-        layer: after which block to add them; None takes the layer that they were found at.
-        scales: one factor or several, negative ones included.
+        vectors: added to the prompt and to every new token; None for the unsteered model.
+        layer: None takes the layer that the vectors were found at.
         temperature: 0 takes the likeliest token (greedy), above 0 samples.
         seed: for sampling: the same texts, if all else is the same, the batch size included.
-        chat: format the prompts as chat; None takes the format that the vectors were found with.
-        batch_size: rows of the batch; fewer where they do not fit in memory.
+        chat: None takes the format that the vectors were found with.
 
     Returns:
         A frame with the columns vector (position in `vectors`, or -1 for unsteered), scale, prompt,
@@ -106,7 +102,7 @@ def generate(
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Lend the global generators, from which libraries sample, a seed of our own."""
+    """Lend the global generators, from which libraries sample, this seed."""
     with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
         torch.manual_seed(seed)
         yield
@@ -115,10 +111,7 @@ def seeded(seed: int) -> Iterator[None]:
 def _writer(
     model: Model, layer: int, max_new_tokens: int, temperature: float
 ) -> Callable[[Tokens, Theta], tuple[list[str], list[bool]]]:
-    """What writes after a prompt, by Hugging Face's own `generate`.
-
-    It gives a text for each vector of a batch, and whether its logits came to be not finite.
-    """
+    """A function that writes one text a vector, and tells whether its logits were not finite."""
     from transformers import GenerationConfig, LogitsProcessorList
 
     plain, bridged = plain_model(model), getattr(model, "original_model", None)
@@ -156,10 +149,7 @@ def _writer(
 
 
 class _Choice:
-    """From the scores of a step to those that the next token is picked by.
-
-    A text whose logits are not finite ends there. What follows the end of a text is not looked at.
-    """
+    """The scores by which the next token is picked: a text ends where they are not finite."""
 
     def __init__(self, n_rows: int, ends: Tensor, temperature: float) -> None:
         self.ends, self.temperature = ends, temperature
@@ -184,7 +174,7 @@ class _Choice:
 
 @contextmanager
 def _choosing(model: Model, choice: _Choice) -> Iterator[None]:
-    """A HookedTransformer takes no function for its scores: change what it makes them of."""
+    """Change the logits of a HookedTransformer, whose `generate` takes no function for them."""
 
     def choose(module: nn.Module, args: Any, logits: Tensor) -> Tensor:
         unknown = torch.full((len(logits), 1), -1, device=logits.device)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tl_melbo.model.bridge import Model, frozen, model_name, residual_hook_name, whole_model
+from tl_melbo.model.bridge import Model, at_rest, model_name, residual_hook_name
 from tl_melbo.model.tokens import to_tokens
 from tl_melbo.text import quoted
 
@@ -31,7 +31,7 @@ class Picked(NamedTuple):
 
     @classmethod
     def of(cls, positions: slice, mask: Tensor) -> "Picked":
-        """Resolve a slice, once."""
+        """Resolve a slice."""
         n_pos, lengths = mask.shape[1], mask.sum(-1)
         chosen, places = torch.zeros_like(mask), {}
         for length in dict.fromkeys(lengths.tolist()):
@@ -128,7 +128,7 @@ def _capture(
         for block in model.blocks[source_layer + 1 : target_layer + 1]
     ]
     try:
-        with torch.no_grad(), frozen(*whole_model(model)):
+        with at_rest(model):
             model(tokens, return_type=None)
     finally:
         for handle in handles:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tl_melbo import checks
 from tl_melbo.geometry import normalise
-from tl_melbo.model.bridge import Model, check_model, frozen, residual_hook_name, whole_model
+from tl_melbo.model.bridge import Model, at_rest, check_model, residual_hook_name
 from tl_melbo.model.tokens import to_tokens
 from tl_melbo.shapes import Float, checked_slice, shape_checked
 from tl_melbo.steering import Vectors, as_library, as_theta, one_vector, steering_layer
@@ -172,7 +172,7 @@ def _residual(model: Model, tokens: Tensor, layer: int) -> Float[Tensor, "pos d_
 
     handle = model.hook_dict[residual_hook_name(layer)].register_forward_hook(keep)
     try:
-        with torch.no_grad(), frozen(*whole_model(model)):
+        with at_rest(model):
             model(tokens, return_type=None)
     finally:
         handle.remove()
