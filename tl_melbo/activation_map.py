@@ -149,13 +149,10 @@ class ActivationMap:
         checks.finite(theta, "theta")
         picked = self._picked(checked_slice(positions))
         way = self._way(shortcut.is_transformed(theta))
-        if len(theta) == 1:
-            return self._effect(theta, picked, way, recompute=False)
         if not len(theta):
             return torch.zeros(0, *self.x.shape, dtype=self._wide(theta), device=self.x.device)
         with_gradient = torch.is_grad_enabled() and theta.requires_grad
-        room = self._vectors_in_memory()
-        size = self.batch_size or self._at_once(room)
+        room, size = self._vectors_in_memory(), self.vectors_at_once()
         # Where the graphs do not all fit, each is made in its backward pass.
         recompute = with_gradient and len(theta) > max(room, size)
         effects, _ = map_batches(
@@ -169,12 +166,15 @@ class ActivationMap:
         steered = self.x + theta.to(self.x.device, self.x.dtype)[:, None, None, :]
         y = push(steered, self._groups, picked, way.run, recompute)
         effect = y.to(wide) - way.y.to(wide)
-        same = (steered.detach() == self.x) | ~self.mask[:, :, None]
-        unchanged = same.flatten(2).all(-1)
+        unchanged = self._unchanged(steered)
         if unchanged.any():
             # The input is the same bit for bit: what is left is rounding. The gradient stays.
             effect = effect - torch.where(unchanged[:, :, None, None], effect.detach(), 0.0)
         return effect if picked.everything else effect * picked.mask[:, :, None]
+
+    def _unchanged(self, steered: Tensor) -> Tensor:
+        """Under which vectors x is what it was, bit for bit, [vector, prompt]."""
+        return ((steered.detach() == self.x) | ~self.mask[:, :, None]).flatten(2).all(-1)
 
     def _wide(self, theta: Tensor) -> torch.dtype:
         return torch.promote_types(torch.promote_types(theta.dtype, self.x.dtype), torch.float32)
@@ -202,10 +202,7 @@ class ActivationMap:
 
     @shape_checked
     def resolution(self, positions: slice = slice(None)) -> float:
-        """How large an effect can be by rounding alone: L2 norm over these positions of all prompts.
-
-        That is 8 eps |y| in float32 and float64, and 3 eps |y| in narrower types.
-        """
+        """How large an effect can be by rounding alone: its L2 norm over these positions."""
         counted = self._picked(checked_slice(positions)).mask
         rounding = _ROUNDING.get(self.x.dtype, _NARROW_ROUNDING) * torch.finfo(self.x.dtype).eps
         return rounding * float(self.y[counted].double().norm())
@@ -232,12 +229,9 @@ class ActivationMap:
 
     def vectors_at_once(self, with_gradient: bool = True) -> int:
         """How many vectors `delta` runs at once: `batch_size`, or what is fast and fits."""
-        return self.batch_size or self._at_once(self._vectors_in_memory(with_gradient))
-
-    def _at_once(self, room: int) -> int:
         on_cpu = self.x.device.type == "cpu"  # whose caches more rows fall out of
         most = _CPU_ROWS // self.mask.numel() if on_cpu else _GPU_VECTORS
-        return max(1, min(most, room))
+        return self.batch_size or max(1, min(most, self._vectors_in_memory(with_gradient)))
 
     def _vectors_in_memory(self, with_gradient: bool = True) -> int:
         """How many vectors fit in half of the free memory."""

@@ -79,8 +79,8 @@ def generate(
             f"max_new_tokens={max_new_tokens}: after a prompt of {longest} tokens, "
             f"{model_name(model)} has room for {limit - longest} of its {limit}"
         )
-    n_vectors = len(rows) // len(factors)
-    labels = [(i, float(factor)) for factor in factors for i in range(n_vectors)]
+    numbers = range(len(rows) // len(factors))
+    labels = [(i, float(factor)) for factor in factors for i in numbers]
     labels = [(-1, 0.0)] if vectors is None else labels
     write = _writer(model, layer, max_new_tokens, temperature)
     frames, not_finite = [], []
@@ -131,7 +131,7 @@ def _writer(
         choice = _Choice(len(theta), torch.tensor(ends, device=tokens.device), temperature)
         with adding(model, plain, theta, layer):
             if writes is None:  # a HookedTransformer
-                with _choosing(model, choice):
+                with model.unembed.register_forward_hook(choice.of_logits):
                     out = model.generate(rows, return_type="tokens", verbose=False, **options)
             else:
                 out = writes.generate(
@@ -152,10 +152,14 @@ class _Choice:
     """The scores by which the next token is picked: a text ends where they are not finite."""
 
     def __init__(self, n_rows: int, ends: Tensor, temperature: float) -> None:
-        self.ends, self.temperature = ends, temperature
+        self.ends, self.temperature, self.began = ends, temperature, False
         self.not_finite = torch.zeros(n_rows, dtype=torch.bool, device=ends.device)
         self.ended = self.not_finite.clone()
-        self.began = False
+
+    def of_logits(self, module: nn.Module, args: Any, logits: Tensor) -> Tensor:
+        """A hook for a HookedTransformer, whose `generate` takes no function for its scores."""
+        unknown = torch.full((len(logits), 1), -1, device=logits.device)
+        return self(unknown, logits[:, -1].float())[:, None]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self.began:
@@ -170,18 +174,3 @@ class _Choice:
         certain = torch.full_like(scores[0], -torch.inf)
         certain[int(self.ends[0]) if len(self.ends) else 0] = 0.0
         return torch.where((self.not_finite | self.ended)[:, None], certain, scores)
-
-
-@contextmanager
-def _choosing(model: Model, choice: _Choice) -> Iterator[None]:
-    """Change the logits of a HookedTransformer, whose `generate` takes no function for them."""
-
-    def choose(module: nn.Module, args: Any, logits: Tensor) -> Tensor:
-        unknown = torch.full((len(logits), 1), -1, device=logits.device)
-        return choice(unknown, logits[:, -1].float())[:, None]
-
-    handle = model.unembed.register_forward_hook(choose)
-    try:
-        yield
-    finally:
-        handle.remove()

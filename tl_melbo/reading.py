@@ -38,12 +38,8 @@ def adding(model: Model, plain: Any, theta: Theta, layer: int) -> Iterator[Any]:
             return (output[0] + added, *output[1:])
         return output + added
 
-    handle = block_below(model, plain, layer).register_forward_hook(add)
-    try:
-        with torch.no_grad():
-            yield plain
-    finally:
-        handle.remove()
+    with torch.no_grad(), block_below(model, plain, layer).register_forward_hook(add):
+        yield plain
 
 
 @shape_checked

@@ -142,9 +142,7 @@ def _fast(blocks: Sequence[nn.Module], groups: Sequence[Group], x: Tensor, mask:
     return "fast", short, fast.floats_per_token
 
 
-def _unhooked(
-    blocks: Sequence[nn.Module], groups: Sequence[Group], x: Tensor, mask: Tensor
-) -> _Made:
+def _unhooked(blocks: Sequence[nn.Module], *_: Any) -> _Made:
     """By Hugging Face's own layers, with attention in one fused step."""
     layers = [without_bridge(block) for block in blocks]
 

@@ -59,8 +59,7 @@ def calibrate_radius(
     typical = float(f.x.float().norm(dim=-1)[f.mask].median())
     with _map.own_arithmetic(f):
         nonlinearity = _nonlinearity(f, _map.theta_like(f, units), positions)
-        radius = _crossing(nonlinearity, level, typical)
-    return float(f"{radius:.3g}")
+        return float(f"{_crossing(nonlinearity, level, typical):.3g}")
 
 
 def check_radius(radius: Radius) -> None:

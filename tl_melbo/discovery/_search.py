@@ -42,9 +42,9 @@ class Search(Iterator[SteeringVectors]):
     """A search that yields libraries, in order, as they are found.
 
     Args:
-        n_vectors: how many to find beyond `previous`; None if the method itself knows the end.
+        n_vectors: how many beyond `previous`; None if the method itself knows the end.
         settings: the method's own arguments, for the metadata.
-        find: called with the vectors that are there, and the next one's number; gives the parts.
+        find: the vectors that are there, and the next one's number -> the parts.
         needs: columns that must be finite, and which `previous` must have.
         orthogonal_to: vectors, by name, to which all are orthogonal, as they are to each other;
             None where they need not be.
@@ -79,8 +79,13 @@ class Search(Iterator[SteeringVectors]):
         self.n_vectors, self.nothing, self.progress = n_vectors, nothing, progress
         self.earlier, self.first = torch.empty(0, f.x.shape[-1], dtype=torch.float32), 0
         self._needs, self._find = needs, find
-        taken = len(orthogonal_to or {}) + (0 if previous is None else len(previous))
-        self._check_count(int(previous is None), None if orthogonal_to is None else taken)
+        most, least, why = MOST_VECTORS, int(previous is None), ""
+        if orthogonal_to is not None:
+            taken, d_model = len(orthogonal_to) + len(previous or ()), f.x.shape[-1]
+            most = d_model - taken
+            why = f"; at most d_model={d_model} vectors can be orthogonal, and {taken} are taken"
+        if n_vectors is not None and not least <= n_vectors <= most:
+            raise ValueError(f"n_vectors={n_vectors}: must be from {least} to {most:,}{why}")
         if previous is not None and len(previous):
             self._continue(previous, orthogonal_to)
         self._parts = self._run()
@@ -93,14 +98,6 @@ class Search(Iterator[SteeringVectors]):
         if not (parts := list(self)):
             raise ValueError(self.nothing)
         return join(parts)
-
-    def _check_count(self, least: int, taken: int | None) -> None:
-        most, why, d_model = MOST_VECTORS, "", self.earlier.shape[1]
-        if taken is not None:
-            most = d_model - taken
-            why = f"; at most d_model={d_model} vectors can be orthogonal, and {taken} are taken"
-        if self.n_vectors is not None and not least <= self.n_vectors <= most:
-            raise ValueError(f"n_vectors={self.n_vectors}: must be from {least} to {most:,}{why}")
 
     def _continue(
         self, previous: SteeringVectors, orthogonal_to: Mapping[str, Tensor] | None

@@ -4,11 +4,11 @@ import copy
 import hashlib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
 from tl_melbo.shapes import shape_checked
@@ -115,6 +115,21 @@ def frozen(*roots: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
         for module in training:
             module.training = True
+
+
+def residual_streams(model: Model, tokens: Tensor, layers: Iterable[int]) -> list[Tensor]:
+    """The residual stream after each of these layers, [1, pos, d_model], in one ordinary pass."""
+    streams: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+        streams.append(output.detach().clone())
+
+    with at_rest(model), ExitStack() as hooks:
+        for layer in layers:
+            point = model.hook_dict[residual_hook_name(layer)]
+            hooks.enter_context(point.register_forward_hook(keep))
+        model(tokens, return_type=None)
+    return streams
 
 
 def hook_tables(modules: Iterable[nn.Module]) -> tuple[dict[int, Any], ...]:
