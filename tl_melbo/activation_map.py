@@ -79,7 +79,7 @@ class ActivationMap:
             batch_size: vectors at a time in `delta`; None picks what fits in memory.
 
         Raises:
-            TypeError, ValueError: naming the argument; also for activations that are not finite.
+            ValueError: also for activations that are not finite.
             RuntimeError: the blocks alone do not do what they do inside the model.
         """
         check_model(model)

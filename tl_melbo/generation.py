@@ -53,11 +53,8 @@ def generate(
         completion. Its `attrs["chat"]` tells how the prompts were formatted.
 
     Raises:
-        TypeError, ValueError: naming the argument.
-        NotFinite: the logits after a prompt are not finite under any of the vectors.
-
-    Warns:
-        UserWarning: they are not finite under some vectors; their texts end there.
+        NotFinite: the logits after a prompt are not finite under any of the vectors; a warning if
+            only under some, whose completions end there.
     """
     import pandas as pd
 
@@ -96,7 +93,7 @@ def generate(
     labels = zip(frame["vector"], frame["scale"], frame["prompt"], strict=True)
     names = [f"{vector} at scale {scale:g} after {quoted(text)}" for vector, scale, text in labels]
     what = f"what {model_name(model)} writes, steered after layer {layer},"
-    warn_of_rows(not_finite, what, "their texts end where it began", names)
+    warn_of_rows(not_finite, what, "their completions end where it began", names)
     return frame
 
 

@@ -61,11 +61,8 @@ def next_token_log_probs(
         chat: None takes the format that the vectors were found with.
 
     Raises:
-        TypeError, ValueError: as `steered` and `to_tokens` do.
-        NotFinite: the logits are not finite under any of the vectors, or without.
-
-    Warns:
-        UserWarning: they are not finite under some vectors, whose rows are NaN.
+        NotFinite: the logits are not finite under any of the vectors, or without; a warning if only
+            under some, whose rows are NaN.
     """
     checks.batch_size(batch_size)
     theta, layer = steering_rows(model, vectors, layer, [scale])

@@ -43,7 +43,7 @@ def steered(
             Tokens generated from the KV cache are steered if the slice has no end.
 
     Raises:
-        TypeError, ValueError: naming the argument; inside, for a batch with another number of rows.
+        ValueError: inside, for a batch with another number of rows.
     """
     theta, layer = steering_rows(model, vectors, layer, [scale])
     if isinstance(positions, slice):

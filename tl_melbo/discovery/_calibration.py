@@ -47,7 +47,7 @@ def calibrate_radius(
         R, to three digits, in the units of the residual stream.
 
     Raises:
-        ValueError: a number is out of its range; or no radius has that level.
+        ValueError: no radius has that level.
 
     Source: Mack & Turner 2024, "Deep causal transcoding".
     """
@@ -86,7 +86,7 @@ def chosen_radius(
     # A search that is continued keeps its radius: another machine may find another last digit.
     if previous is not None and previous.story.get("calibration") == calibration:
         known = (previous.story.get("hyperparameters") or {}).get("radius")
-        if isinstance(known, int | float) and 0 < known < math.inf:
+        if type(known) in (int, float) and 0 < known < math.inf:
             return known, {"calibration": calibration}
     return calibrate_radius(f, positions=positions), {"calibration": calibration}
 

@@ -131,7 +131,7 @@ def melbo(
         `history[:, i]` is the objective after i steps.
 
     Raises:
-        ValueError: a number out of its range, a radius too small to have any effect.
+        ValueError: a radius too small to have any effect.
         DifferentSearch: `previous` is not the beginning of this search.
         NotFinite: the objective or its gradient is not finite for any vector.
 

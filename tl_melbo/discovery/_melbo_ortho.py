@@ -85,8 +85,7 @@ def melbo_ortho(
         why its search stopped; `history[:, i]` is the distance after i + 1 gradients.
 
     Raises:
-        ValueError: theta0 zero, not finite, or of another model or layer; a number out of its
-            range; not one vector that qualifies (`melbo_ortho.parts` then yields none).
+        ValueError: not one vector qualifies (`melbo_ortho.parts` then yields none).
         DifferentSearch: `previous` of another family, not all of it, or not orthogonal.
 
     Source: Jacob G-W 2024, "I found >800 orthogonal 'write code' steering vectors". The

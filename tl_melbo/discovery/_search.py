@@ -129,7 +129,7 @@ class Search(Iterator[SteeringVectors]):
         self.story["lost"] = [number for number in lost or [] if number < self.first]
         if self.n_vectors is not None:
             self.story["hyperparameters"]["n_vectors"] = self.first + self.n_vectors
-        if "arithmetic" in theirs:
+        if theirs.get("arithmetic"):
             _warn_if_elsewhere(theirs["arithmetic"], self.story["arithmetic"])
 
     def _run(self) -> Iterator[SteeringVectors]:

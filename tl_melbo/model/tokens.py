@@ -15,13 +15,10 @@ def to_tokens(model: Model, prompt: str, chat: bool = False) -> Tokens:
     """Tokenise one prompt, without a doubled beginning-of-sequence token; on the model's device.
 
     Args:
-        chat: put the text into the tokenizer's chat template, as a user's turn before the answer.
+        chat: put the text into the tokenizer's chat template, if there is one, as a user's turn.
 
     Raises:
         ValueError: an empty prompt, one that is too long, a model without a tokenizer.
-
-    Warns:
-        UserWarning: the tokenizer has no chat template; the raw text is used.
     """
     if (tokenizer := getattr(model, "tokenizer", None)) is None:
         raise ValueError(
