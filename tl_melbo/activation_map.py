@@ -135,11 +135,8 @@ class ActivationMap:
     def delta(self, theta: Theta, positions: slice = slice(None)) -> Delta:
         """The effect of each vector: f(x + theta) - f(x), with theta added at every position.
 
-        Differentiable in theta; float32, or float64 where theta or f.x is.
-
-        Args:
-            theta: in the units of the residual stream.
-            positions: where the effect is wanted, on each prompt's own tokens; zeros elsewhere.
+        Differentiable in theta; float32, or float64 where theta or f.x is. Zero outside
+        `positions`, which count each prompt's own tokens.
 
         Raises:
             ValueError: theta is too wide or not finite; the positions miss some prompt.

@@ -50,7 +50,7 @@ def generate(
 
     Returns:
         A frame with the columns vector (position in `vectors`, or -1 for unsteered), scale, prompt,
-        completion. Its `attrs["chat"]` tells how the prompts were formatted.
+        completion; and `attrs["chat"]`, how the prompts were formatted.
 
     Raises:
         NotFinite: the logits after a prompt are not finite under any of the vectors; a warning if

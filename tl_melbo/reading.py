@@ -111,9 +111,8 @@ def map_rows(
 ) -> Tensor:
     """What `measure` says of the logits of one text under each vector.
 
-    Args:
-        measure: from logits, [row, pos, d_vocab], to something for each row.
-        n_logits: for how many of the last positions logits are wanted; 0 for all.
+    `measure` is from logits, [row, pos, d_vocab], to something for each row; `n_logits` is for how
+    many of the last positions they are wanted, 0 for all.
     """
     plain = plain_model(model)
 

@@ -43,10 +43,7 @@ class Shortcut(NamedTuple):
 
 
 class _Short(NamedTuple):
-    """A function with a gradient of its own.
-
-    `forward` gives the detached result, and what `backward` needs if that is to be kept.
-    """
+    """A function, detached, that keeps what its own gradient needs, if it is asked to."""
 
     forward: Callable[[Tensor, bool], tuple[Tensor, Any]]
     backward: Callable[[Tensor, Any], Tensor]
@@ -71,10 +68,7 @@ def hooked_run(blocks: Sequence[nn.Module]) -> Run:
 def find(
     blocks: Sequence[nn.Module], groups: Sequence[Group], x: Tensor, mask: Tensor
 ) -> Shortcut | None:
-    """The fastest way without hooks that does what the model's own modules do.
-
-    Any error but full memory means "not this way": quantised layers, for one, fail in many ways.
-    """
+    """The fastest way without hooks that does what the model's own modules do."""
     if not all(hasattr(block, "_original_component") for block in blocks):
         return None
     every = Picked.of(slice(None), mask)
@@ -97,7 +91,7 @@ def find(
                 if all(map(_agree, found, expected, probes, [mask] * 2)):
                     y = push(x[None], groups, every, plain)[0]
                     return Shortcut(Way(path, run, found[0][0]), Way(path, plain, y), floats)
-            except Exception as error:
+            except Exception as error:  # quantised layers, for one, fail in many ways
                 if is_out_of_memory(error):
                     raise
     return None
@@ -235,10 +229,8 @@ class Watched:
         return cls(tuple(found), hook_tables(modules), parts)
 
     def state(self) -> State:
-        """Hooks of the user, storage and version of each weight, and whether all is in place.
-
-        This runs at every gradient, so it has no Python loop.
-        """
+        """The user's hooks, storage and version of each weight, and whether all is in place."""
+        # This runs at every gradient, so it has no Python loop.
         hooks = tuple(chain.from_iterable(self.hooks))
         if hooks not in self._user_hooks:
             self._user_hooks.clear()

@@ -80,11 +80,9 @@ def theta_like(f: EffectMap, theta: Tensor) -> Tensor:
 def value_and_gradient(
     f: EffectMap, measure: Callable[[Tensor], Tensor], positions: slice
 ) -> Evaluate:
-    """From vectors, in batches that fit in memory, to a measure of their effects and its gradients.
+    """From vectors to a measure of their effects at some positions, and its gradients.
 
-    Args:
-        measure: effects [vector, prompt, pos, d_model] -> one number each.
-        positions: where effects count; they are zero elsewhere.
+    `measure` is from effects, [vector, prompt, pos, d_model], to one number each.
     """
     effects, fits = effects_at(f, positions), sys.maxsize
 

@@ -206,11 +206,10 @@ def method(
 
 @shape_checked
 def join(parts: Sequence[SteeringVectors]) -> SteeringVectors:
-    """Join consecutive parts of one search, in their order; every vector keeps its number.
+    """Join consecutive parts of one search; every vector keeps its number.
 
     Raises:
-        DifferentSearch: parts of other searches.
-        ValueError: none given; or something that is not the next part.
+        DifferentSearch, ValueError: parts of other searches; none, or not in their order.
     """
     if not parts:
         raise ValueError("parts: none given; pass at least one")
@@ -241,10 +240,8 @@ def one_by_one(
 ) -> Iterator[Part]:
     """Find vectors one after another, each orthogonal to those taken and to all before it.
 
-    Args:
-        taken: [vector, d_model], orthogonal to each other.
-        find: number and orthonormal basis [rank, d_model] -> a part of one vector in the basis's
-            orthogonal complement, or None where there is no more.
+    `find` is from a number and an orthonormal basis, [rank, d_model], to a part of one vector in
+    the basis's complement, or None where there is no more.
     """
     # In float64: after hundreds of float32 projections the cosines would show.
     basis = torch.empty(0, taken.shape[1], dtype=torch.float64)

@@ -155,8 +155,7 @@ def user_hooks(tables: Iterable[dict[int, Any]]) -> tuple[int, ...]:
 def without_bridge(module: nn.Module, attention: Literal["sdpa", "eager"] = "sdpa") -> nn.Module:
     """A copy of the Hugging Face module below TransformerLens's: its weights without hooks.
 
-    Parameters want no gradient, and dropout is off. Attention is one fused step ("sdpa"), or
-    several ("eager") that can be differentiated twice and forward.
+    Attention is one fused step ("sdpa"), or "eager", to be differentiated twice and forward.
     """
     while (inner := getattr(module, "_original_component", None)) is not None:
         module = inner
@@ -180,8 +179,7 @@ def without_bridge(module: nn.Module, attention: Literal["sdpa", "eager"] = "sdp
 def plain_model(model: Model) -> Any:
     """The Hugging Face model below a bridge, which computes the same in less time.
 
-    None where hooks are to fire, where the bridge computes something else (compatibility mode),
-    where weights are quantised, and for a HookedTransformer.
+    None with user hooks, in compatibility mode, quantised, and for a HookedTransformer.
     """
     if not hasattr(model, "original_model") or getattr(model, "compatibility_mode", False):
         return None

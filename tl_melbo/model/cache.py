@@ -58,10 +58,8 @@ def source_digest(path: Path) -> str:
 def converted(source: Path, dtype: torch.dtype, convert: Callable[[Path], None]) -> Path:
     """The folder of the converted source; made by `convert(folder)` if it is not there yet.
 
-    Two processes that ask at once wait for each other. An entry that is damaged is made anew.
-
-    Raises:
-        OSError, NotImplementedError: no space, no permission; no locks, as on some network disks.
+    Two processes that ask at once wait for each other. An OSError or a NotImplementedError means
+    no space, no permission or, on some network disks, no locks.
     """
     kind = str(stored_dtype(dtype)).removeprefix("torch.")
     key = f"{source_digest(source)}-{kind}-v{_FORMAT}-transformers-{version('transformers')}"
