@@ -86,7 +86,7 @@ def chosen_radius(
     # A search that is continued keeps its radius: another machine may find another last digit.
     if previous is not None and previous.story.get("calibration") == calibration:
         known = (previous.story.get("hyperparameters") or {}).get("radius")
-        if type(known) in (int, float) and 0 < known < math.inf:
+        if isinstance(known, int | float) and 0 < known < math.inf:
             return known, {"calibration": calibration}
     return calibrate_radius(f, positions=positions), {"calibration": calibration}
 
