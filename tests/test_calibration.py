@@ -11,6 +11,7 @@ from torch import Tensor
 import tl_melbo as tm
 from tests.tiny_models import tiny_bridge
 from tl_melbo.discovery._melbo import check_settings
+from tl_melbo.errors import DifferentSearch
 from tl_melbo.geometry import random_sphere
 
 
@@ -93,6 +94,18 @@ def test_a_run_goes_on_with_the_radius_that_it_began_with(tmp_path, monkeypatch)
     both = tm.Run(tmp_path).melbo(f, 4, radius="auto", steps=2)
     assert both.story["hyperparameters"]["radius"] == first.story["hyperparameters"]["radius"]
     assert torch.equal(both.vectors[:2], first.vectors)
+
+
+@pytest.mark.parametrize("radius", [-1.0, 0, "12", None])
+def test_a_radius_from_a_file_that_is_no_norm_is_calibrated_anew(radius):
+    f = tm.ActivationMap.from_prompts(tiny_bridge("llama"), "One two three four five", 1, 4)
+    found = tm.random_vectors(f, 2)
+    chosen = {**found.story["hyperparameters"], "radius": radius}
+    damaged = tm.SteeringVectors(
+        found.vectors, {**found.story, "hyperparameters": chosen}, found.columns
+    )
+    with pytest.raises(DifferentSearch, match="radius"):
+        tm.random_vectors(f, 2, previous=damaged)
 
 
 def test_a_map_that_is_linear_has_no_such_radius():

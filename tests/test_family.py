@@ -133,7 +133,7 @@ def test_parts_of_other_families_do_not_join(f, theta0, ortho):
     for parts, message in (
         ([], "parts: none given"),
         ([ortho, ortho], r"parts\[1\]: holds vectors \[0, 1, 2\]..., but 4 comes next"),
-        ([ortho[:1], other], r"parts\[1\]: differs in steps"),
+        ([ortho[:1], other], r"parts\[1\]: found with steps"),
         ([theta0], r"parts\[0\]: not of melbo_ortho"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -19,9 +19,8 @@ _REPLAY_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 # Tokens at once beyond which a CPU gains nothing; vectors at once that fill a large GPU.
 _CPU_ROWS, _GPU_VECTORS = 1200, 1024
 # Between any two paths f(x) differed by at most 5.4 eps |y| on five architectures in float32, and
-# by 2.0 eps |y| in narrow types, whose products are summed in float32: see `resolution`.
-_ROUNDING = {torch.float64: 8.0, torch.float32: 8.0}
-_NARROW_ROUNDING = 3.0
+# by 2.0 eps |y| in narrow types, whose products are summed in float32.
+_ROUNDING, _NARROW_ROUNDING = {torch.float64: 8.0, torch.float32: 8.0}, 3.0
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -29,20 +28,15 @@ class ActivationMap:
     """f(x): the residual stream after `source_layer` pushed through to after `target_layer`.
 
     Only the blocks between run, with the arguments that they got in one ordinary forward pass of
-    each prompt (position embeddings, masks), without the KV cache. Prompts of equal length run as
-    one batch: no block ever sees padding. Make one with `ActivationMap.from_prompts`.
-
-    Which code runs is `path`. "hooked": the model's own modules, always while there are hooks on
-    them. "unhooked": the Hugging Face modules below, with scaled-dot-product attention. "fast": for
-    blocks of the Llama kind, with copies of their weights. A faster path is taken if it gave the
-    model's own results, to 1e-5 relative in float32, when the map was made, and until hooks,
-    modules or weights change (edits through a tensor's `.data` cannot be seen: make a new map).
+    each prompt. `path` tells which code runs: "hooked", the model's own modules, while there are
+    hooks on them; "unhooked", the Hugging Face modules below; "fast", for blocks of the Llama kind,
+    with copies of their weights. A faster path is taken if it gave the model's own results when the
+    map was made, until hooks, modules or weights change (except through a tensor's `.data`).
 
     Attributes:
-        x: residual stream after `source_layer` of the unsteered prompts; prompts shorter than
-            the longest are padded with zeros on the left.
+        x: residual stream after `source_layer` of the unsteered prompts, padded on the left.
         y: f(x).
-        mask: True where `x` holds a token, False where it is padding.
+        mask: True where `x` holds a token.
 
     Source: Mack & Turner 2024, "Mechanistically eliciting latent behaviors in language models".
     """
@@ -85,8 +79,8 @@ class ActivationMap:
             batch_size: vectors at a time in `delta`; None picks what fits in memory.
 
         Raises:
-            TypeError, ValueError: naming the argument; also for activations that are not finite.
-            RuntimeError: the blocks called alone do not do what they do inside the model.
+            ValueError: also for activations that are not finite.
+            RuntimeError: the blocks alone do not do what they do inside the model.
         """
         check_model(model)
         _check_layers(model, source_layer, target_layer)
@@ -103,11 +97,10 @@ class ActivationMap:
         return replace(f, _shortcut=shortcut.find(f._blocks(), groups, x, mask))
 
     def __repr__(self) -> str:
+        n_tokens, layers = int(self.mask.sum()), f"layer {self.source_layer} -> {self.target_layer}"
         return (
-            f"ActivationMap({model_name(self.model)}, layer {self.source_layer} -> "
-            f"{self.target_layer}, {len(self.prompts)} prompt(s), "
-            f"{int(self.mask.sum())} tokens, d_model {self.d_model}, {self.x.dtype}, "
-            f"{self.path} path)"
+            f"ActivationMap({model_name(self.model)}, {layers}, {len(self.prompts)} prompt(s), "
+            f"{n_tokens} tokens, d_model {self.d_model}, {self.x.dtype}, {self.path} path)"
         )
 
     @property
@@ -126,14 +119,7 @@ class ActivationMap:
     def __call__(
         self, x: Float[Tensor, "*vector prompt pos d_model"]
     ) -> Float[Tensor, "*vector prompt pos d_model"]:
-        """Push residual streams after `source_layer` to after `target_layer`.
-
-        x is shaped like `self.x`, or has one more axis of vectors in front. Values at padding are
-        ignored, and come back as zeros.
-
-        Raises:
-            ValueError: another shape, type or device than those of `self.x`.
-        """
+        """Push residual streams like `self.x` to the target layer; padding becomes zero."""
         stack = x if x.ndim == 4 else x[None]
         if (stack.shape[1:], x.dtype, x.device) != (self.x.shape, self.x.dtype, self.x.device):
             raise ValueError(
@@ -149,32 +135,21 @@ class ActivationMap:
     def delta(self, theta: Theta, positions: slice = slice(None)) -> Delta:
         """The effect of each vector: f(x + theta) - f(x), with theta added at every position.
 
-        Differentiable in theta. Runs `batch_size` vectors at a time; where a gradient is wanted of
-        more than fit in memory, batches are recomputed in the backward pass.
-
-        Args:
-            theta: vectors, in the units of the residual stream.
-            positions: where the effect is wanted, on each prompt's own tokens; zeros elsewhere.
-
-        Returns:
-            float32, or float64 where theta or f.x is.
+        Differentiable in theta; float32, or float64 where theta or f.x is. Zero outside
+        `positions`, which count each prompt's own tokens.
 
         Raises:
             ValueError: theta is too wide or not finite; the positions miss some prompt.
         """
-        checks.width(
-            theta, self.d_model, "theta", f"the residual stream of {model_name(self.model)}"
-        )
+        of = f"the residual stream of {model_name(self.model)}"
+        checks.width(theta, self.d_model, "theta", of)
         checks.finite(theta, "theta")
         picked = self._picked(checked_slice(positions))
         way = self._way(shortcut.is_transformed(theta))
-        if len(theta) == 1:
-            return self._effect(theta, picked, way, recompute=False)
         if not len(theta):
             return torch.zeros(0, *self.x.shape, dtype=self._wide(theta), device=self.x.device)
         with_gradient = torch.is_grad_enabled() and theta.requires_grad
-        room = self._vectors_in_memory()
-        size = self.batch_size or self._at_once(room)
+        room, size = self._vectors_in_memory(), self.vectors_at_once()
         # Where the graphs do not all fit, each is made in its backward pass.
         recompute = with_gradient and len(theta) > max(room, size)
         effects, _ = map_batches(
@@ -189,16 +164,14 @@ class ActivationMap:
         y = push(steered, self._groups, picked, way.run, recompute)
         effect = y.to(wide) - way.y.to(wide)
         unchanged = self._unchanged(steered)
-        if unchanged is not None:
-            # f is a function: what is left is rounding. Its gradient is f's own, and stays.
+        if unchanged.any():
+            # The input is the same bit for bit: what is left is rounding. The gradient stays.
             effect = effect - torch.where(unchanged[:, :, None, None], effect.detach(), 0.0)
         return effect if picked.everything else effect * picked.mask[:, :, None]
 
-    def _unchanged(self, steered: Tensor) -> Tensor | None:
-        """Under which vectors each prompt's x is what it was, bit for bit; None if under none."""
-        same = (steered.detach() == self.x) | ~self.mask[:, :, None]
-        unchanged = same.flatten(2).all(-1)
-        return unchanged if bool(unchanged.any()) else None
+    def _unchanged(self, steered: Tensor) -> Tensor:
+        """Under which vectors x is what it was, bit for bit, [vector, prompt]."""
+        return ((steered.detach() == self.x) | ~self.mask[:, :, None]).flatten(2).all(-1)
 
     def _wide(self, theta: Tensor) -> torch.dtype:
         return torch.promote_types(torch.promote_types(theta.dtype, self.x.dtype), torch.float32)
@@ -226,25 +199,14 @@ class ActivationMap:
 
     @shape_checked
     def resolution(self, positions: slice = slice(None)) -> float:
-        """How large an effect can be by rounding alone: a smaller one cannot be told from nothing.
-
-        For one vector, the L2 norm over these positions of all prompts: 8 eps |y| in float32 and
-        float64, 3 eps |y| in narrower types. Other batch sizes, paths and threads round otherwise.
-
-        Raises:
-            ValueError: the positions miss some prompt.
-        """
+        """How large an effect can be by rounding alone: its L2 norm over these positions."""
         counted = self._picked(checked_slice(positions)).mask
         rounding = _ROUNDING.get(self.x.dtype, _NARROW_ROUNDING) * torch.finfo(self.x.dtype).eps
         return rounding * float(self.y[counted].double().norm())
 
     @shape_checked
     def position_mask(self, positions: slice = slice(None)) -> PositionMask:
-        """Which positions a slice picks: slice(-3, None) the last three tokens of every prompt.
-
-        Raises:
-            ValueError: the positions miss some prompt.
-        """
+        """Which positions a slice picks; a ValueError if it misses some prompt."""
         return self._picked(checked_slice(positions)).mask.clone()
 
     def _picked(self, positions: slice) -> Picked:
@@ -264,12 +226,9 @@ class ActivationMap:
 
     def vectors_at_once(self, with_gradient: bool = True) -> int:
         """How many vectors `delta` runs at once: `batch_size`, or what is fast and fits."""
-        return self.batch_size or self._at_once(self._vectors_in_memory(with_gradient))
-
-    def _at_once(self, room: int) -> int:
         on_cpu = self.x.device.type == "cpu"  # whose caches more rows fall out of
         most = _CPU_ROWS // self.mask.numel() if on_cpu else _GPU_VECTORS
-        return max(1, min(most, room))
+        return self.batch_size or max(1, min(most, self._vectors_in_memory(with_gradient)))
 
     def _vectors_in_memory(self, with_gradient: bool = True) -> int:
         """How many vectors fit in half of the free memory."""
@@ -278,8 +237,7 @@ class ActivationMap:
             cfg, n_pos = self.model.cfg, self.x.shape[1]
             d_mlp = int(getattr(cfg, "d_mlp", None) or 4 * self.d_model)
             n_heads = int(getattr(cfg, "n_heads", None) or 1)
-            # About 16 residual-sized and 5 MLP-sized tensors, and four copies of a row of the
-            # attention pattern in each head.
+            # 16 residual-sized and 5 MLP-sized tensors, and four attention patterns.
             floats = 16 * self.d_model + 5 * d_mlp + 4 * n_heads * n_pos
         # Without a gradient one block's worth lives.
         blocks = self.target_layer - self.source_layer if with_gradient else 1
@@ -307,9 +265,9 @@ class ActivationMap:
         if not error <= _REPLAY_TOLERANCE.get(self.x.dtype, 0.05):
             raise RuntimeError(
                 f"{model_name(self.model)}: blocks {self.source_layer + 1} to {self.target_layer} "
-                f"called alone differ from the whole model by {error:.1e} of its size; "
-                "this architecture passes something between blocks that is not in their arguments, "
-                "or a hook on them is not deterministic"
+                f"called alone differ from the whole model by {error:.1e} of its size; this "
+                "architecture passes something between blocks that is not in their arguments, or a "
+                "hook on them is not deterministic"
             )
 
 

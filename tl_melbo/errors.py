@@ -27,6 +27,12 @@ class DifferentSearch(ValueError):
         super().__init__(message)
         self.differences, self.reason = list(differences), reason
 
+    @classmethod
+    def of(cls, what: str, differences: Sequence[Any], advice: str) -> "DifferentSearch":
+        """`what` was found with other settings than these."""
+        reason = f"found with {', '.join(map(str, differences))}"
+        return cls(f"{what}: {reason}; {advice}", differences, reason)
+
 
 class Damaged(ValueError):
     """A file is cut short, damaged, or not one that this package wrote: `path` names it."""

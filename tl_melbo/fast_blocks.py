@@ -2,8 +2,7 @@
 
 The kind is RMSNorm, grouped-query attention with rotary positions, RMSNorm and a SwiGLU MLP, as in
 Llama, SmolLM, Mistral and Qwen2. A norm's weights are folded into the projections behind it,
-projections of one input are one product, every matrix lies as its product reads it fastest, rotary
-positions are one complex multiplication, and the gradient, of the input alone, keeps six tensors a
+projections of one input are one product, and the gradient, of the input alone, keeps six tensors a
 block. Nothing here knows TransformerLens: modules and tensors in, tensors out.
 """
 
@@ -18,9 +17,8 @@ from torch.nn import functional
 class FastBlocks:
     """Several blocks in a row, with copies of the weights of Hugging Face decoder layers.
 
-    Layers with other parts give an AttributeError or a TypeError. Whether the parts are put
-    together in the same way is for the caller to find out, by comparing results. On a CPU, products
-    of `hot_rows` rows (the tokens of one vector) get packed matrices.
+    Layers with other parts give an AttributeError or a TypeError; the caller is to compare results.
+    On a CPU, products of `hot_rows` rows (the tokens of one vector) get packed matrices.
     """
 
     def __init__(self, layers: Sequence[Any], hot_rows: int | None = None) -> None:
@@ -53,8 +51,7 @@ class FastBlocks:
     ) -> Tensor:
         """Push [row, pos, d_model] through; what the gradient will need goes into `kept`, if any.
 
-        With `positions`, ascending indices, the result holds these positions only, and the last
-        block does no work for others that they do not need.
+        With `positions`, ascending indices, the result holds these positions only.
         """
         n_rows, n_pos, _ = x.shape
         for block in self.blocks:
@@ -185,9 +182,8 @@ class _Kept(NamedTuple):
 class _Linear(NamedTuple):
     """The map x W^T + b, with the gradient of x alone.
 
-    On a CPU each product gets a matrix that lies as it reads it: with few rows that is up to twice
-    as fast. `packed` are both as MKL's kernel reads them, for products of `hot_rows` rows, by the
-    operators that torch.compile uses when it freezes weights.
+    On a CPU each product gets a matrix that lies as it reads it, which is up to twice as fast; for
+    `hot_rows` rows, `packed` by the operators that torch.compile uses when it freezes weights.
     """
 
     weight: Tensor

@@ -41,27 +41,20 @@ def generate(
 ) -> "pd.DataFrame":
     """Let the model write under each vector, at each scale, after each prompt.
 
-    The vector is added to the prompt and to every new token. Text ends where the model ends it.
-
     Args:
-        vectors: which vectors to add; None for the unsteered model.
-        layer: after which block to add them; None takes the layer that they were found at.
-        scales: one factor or several, negative ones included.
+        vectors: added to the prompt and to every new token; None for the unsteered model.
+        layer: None takes the layer that the vectors were found at.
         temperature: 0 takes the likeliest token (greedy), above 0 samples.
         seed: for sampling: the same texts, if all else is the same, the batch size included.
-        chat: format the prompts as chat; None takes the format that the vectors were found with.
-        batch_size: rows of the batch; fewer where they do not fit in memory.
+        chat: None takes the format that the vectors were found with.
 
     Returns:
         A frame with the columns vector (position in `vectors`, or -1 for unsteered), scale, prompt,
-        completion. Its `attrs["chat"]` tells how the prompts were formatted.
+        completion; and `attrs["chat"]`, how the prompts were formatted.
 
     Raises:
-        TypeError, ValueError: naming the argument.
-        NotFinite: the logits after a prompt are not finite under any of the vectors.
-
-    Warns:
-        UserWarning: they are not finite under some vectors; their texts end there.
+        NotFinite: the logits after a prompt are not finite under any of the vectors; a warning if
+            only under some, whose completions end there.
     """
     import pandas as pd
 
@@ -83,8 +76,8 @@ def generate(
             f"max_new_tokens={max_new_tokens}: after a prompt of {longest} tokens, "
             f"{model_name(model)} has room for {limit - longest} of its {limit}"
         )
-    n_vectors = len(rows) // len(factors)
-    labels = [(i, float(factor)) for factor in factors for i in range(n_vectors)]
+    numbers = range(len(rows) // len(factors))
+    labels = [(i, float(factor)) for factor in factors for i in numbers]
     labels = [(-1, 0.0)] if vectors is None else labels
     write = _writer(model, layer, max_new_tokens, temperature)
     frames, not_finite = [], []
@@ -100,13 +93,13 @@ def generate(
     labels = zip(frame["vector"], frame["scale"], frame["prompt"], strict=True)
     names = [f"{vector} at scale {scale:g} after {quoted(text)}" for vector, scale, text in labels]
     what = f"what {model_name(model)} writes, steered after layer {layer},"
-    warn_of_rows(not_finite, what, "their texts end where it began", names)
+    warn_of_rows(not_finite, what, "their completions end where it began", names)
     return frame
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Lend the global generators, from which libraries sample, a seed of our own."""
+    """Lend the global generators, from which libraries sample, this seed."""
     with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
         torch.manual_seed(seed)
         yield
@@ -115,10 +108,7 @@ def seeded(seed: int) -> Iterator[None]:
 def _writer(
     model: Model, layer: int, max_new_tokens: int, temperature: float
 ) -> Callable[[Tokens, Theta], tuple[list[str], list[bool]]]:
-    """What writes after a prompt, by Hugging Face's own `generate`.
-
-    It gives a text for each vector of a batch, and whether its logits came to be not finite.
-    """
+    """A function that writes one text a vector, and tells whether its logits were not finite."""
     from transformers import GenerationConfig, LogitsProcessorList
 
     plain, bridged = plain_model(model), getattr(model, "original_model", None)
@@ -138,7 +128,7 @@ def _writer(
         choice = _Choice(len(theta), torch.tensor(ends, device=tokens.device), temperature)
         with adding(model, plain, theta, layer):
             if writes is None:  # a HookedTransformer
-                with _choosing(model, choice):
+                with model.unembed.register_forward_hook(choice.of_logits):
                     out = model.generate(rows, return_type="tokens", verbose=False, **options)
             else:
                 out = writes.generate(
@@ -156,16 +146,17 @@ def _writer(
 
 
 class _Choice:
-    """From the scores of a step to those that the next token is picked by.
-
-    A text whose logits are not finite ends there. What follows the end of a text is not looked at.
-    """
+    """The scores by which the next token is picked: a text ends where they are not finite."""
 
     def __init__(self, n_rows: int, ends: Tensor, temperature: float) -> None:
-        self.ends, self.temperature = ends, temperature
+        self.ends, self.temperature, self.began = ends, temperature, False
         self.not_finite = torch.zeros(n_rows, dtype=torch.bool, device=ends.device)
         self.ended = self.not_finite.clone()
-        self.began = False
+
+    def of_logits(self, module: nn.Module, args: Any, logits: Tensor) -> Tensor:
+        """A hook for a HookedTransformer, whose `generate` takes no function for its scores."""
+        unknown = torch.full((len(logits), 1), -1, device=logits.device)
+        return self(unknown, logits[:, -1].float())[:, None]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self.began:
@@ -180,18 +171,3 @@ class _Choice:
         certain = torch.full_like(scores[0], -torch.inf)
         certain[int(self.ends[0]) if len(self.ends) else 0] = 0.0
         return torch.where((self.not_finite | self.ended)[:, None], certain, scores)
-
-
-@contextmanager
-def _choosing(model: Model, choice: _Choice) -> Iterator[None]:
-    """A HookedTransformer takes no function for its scores: change what it makes them of."""
-
-    def choose(module: nn.Module, args: Any, logits: Tensor) -> Tensor:
-        unknown = torch.full((len(logits), 1), -1, device=logits.device)
-        return choice(unknown, logits[:, -1].float())[:, None]
-
-    handle = model.unembed.register_forward_hook(choose)
-    try:
-        yield
-    finally:
-        handle.remove()

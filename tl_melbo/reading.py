@@ -1,7 +1,6 @@
-"""What the model makes of a text under each vector: log-probabilities, and what follows from them.
+"""The logits of a text under each vector, and what follows from them.
 
-Each vector is a row of a batch. Rows that add nothing are the unsteered model to the last bit,
-whatever runs beside them.
+Rows that add nothing are the unsteered model to the last bit, whatever runs beside them.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from tl_melbo import checks
 from tl_melbo.errors import NotFinite, warn_of_rows
 from tl_melbo.memory import map_batches
-from tl_melbo.model.bridge import Model, block_below, frozen, model_name, plain_model, whole_model
+from tl_melbo.model.bridge import Model, at_rest, block_below, model_name, plain_model
 from tl_melbo.model.tokens import to_tokens
 from tl_melbo.probability import LogProbs
 from tl_melbo.shapes import Float, Theta, Tokens, shape_checked
@@ -27,12 +26,9 @@ _MOST_LOGITS = 2**25
 
 @contextmanager
 def adding(model: Model, plain: Any, theta: Theta, layer: int) -> Iterator[Any]:
-    """Add a vector to each row, everywhere, for whatever runs inside; without gradients.
-
-    Yields what to run: `plain`, which is `plain_model(model)`, or the model where that is None.
-    """
+    """Add a vector to each row; yields what to run: `plain_model(model)`, or else the model."""
     if plain is None:
-        with torch.no_grad(), frozen(*whole_model(model)), hooked(model, theta, layer):
+        with at_rest(model), hooked(model, theta, layer):
             yield model
         return
     added = theta.to(next(plain.parameters()))[:, None]
@@ -42,12 +38,8 @@ def adding(model: Model, plain: Any, theta: Theta, layer: int) -> Iterator[Any]:
             return (output[0] + added, *output[1:])
         return output + added
 
-    handle = block_below(model, plain, layer).register_forward_hook(add)
-    try:
-        with torch.no_grad():
-            yield plain
-    finally:
-        handle.remove()
+    with torch.no_grad(), block_below(model, plain, layer).register_forward_hook(add):
+        yield plain
 
 
 @shape_checked
@@ -64,23 +56,18 @@ def next_token_log_probs(
     """Log-probabilities of the token after the prompt, one row a vector: float32, on the CPU.
 
     Args:
-        vectors: which vectors to add, each in a row of its own; None for the unsteered model.
-        layer: after which block to add them; None takes the layer that they were found at.
-        chat: format the prompt as chat; None takes the format that the vectors were found with.
+        vectors: None for the unsteered model.
+        layer: None takes the layer that the vectors were found at.
+        chat: None takes the format that the vectors were found with.
 
     Raises:
-        TypeError, ValueError: as `steered` and `to_tokens` do.
-        NotFinite: the logits are not finite under any of the vectors, or without.
-
-    Warns:
-        UserWarning: they are not finite under some vectors, whose rows are NaN.
+        NotFinite: the logits are not finite under any of the vectors, or without; a warning if only
+            under some, whose rows are NaN.
     """
     checks.batch_size(batch_size)
     theta, layer = steering_rows(model, vectors, layer, [scale])
-    log_probs = map_next_token(
-        model, prompt, theta, layer, lambda rows: rows, chat=as_chat(vectors, chat),
-        batch_size=batch_size,
-    )  # fmt: skip
+    options = {"chat": as_chat(vectors, chat), "batch_size": batch_size}
+    log_probs = map_next_token(model, prompt, theta, layer, lambda rows: rows, **options)
     if vectors is None and log_probs.isnan().any():
         raise NotFinite(
             f"what {model_name(model)} makes of {quoted(prompt)} is not finite; load the model "
@@ -100,9 +87,9 @@ def map_next_token(
     chat: bool,
     batch_size: int = 32,
 ) -> Tensor:
-    """What `measure` says of the token after the prompt, from log-probabilities under each vector.
+    """What `measure` says of the next token's log-probabilities, one batch of vectors at a time.
 
-    Only one batch's distributions are held at a time. Rows that are not finite are NaN throughout.
+    Rows that are not finite are NaN throughout.
     """
 
     def of_last(logits: Tensor) -> Tensor:
@@ -110,12 +97,11 @@ def map_next_token(
         return measure(log_probs.masked_fill(log_probs.isnan().any(-1, keepdim=True), torch.nan))
 
     tokens = to_tokens(model, prompt, chat)
-    return map_rows(model, plain_model(model), tokens, theta, layer, of_last, batch_size, 1)
+    return map_rows(model, tokens, theta, layer, of_last, batch_size, 1)
 
 
 def map_rows(
     model: Model,
-    plain: Any,
     tokens: Tokens,
     theta: Theta,
     layer: int,
@@ -125,12 +111,10 @@ def map_rows(
 ) -> Tensor:
     """What `measure` says of the logits of one text under each vector.
 
-    Args:
-        plain: `plain_model(model)`.
-        measure: from logits, [row, pos, d_vocab], to something for each row.
-        batch_size: the most rows at once.
-        n_logits: for how many of the last positions logits are wanted; 0 for all.
+    `measure` is from logits, [row, pos, d_vocab], to something for each row; `n_logits` is for how
+    many of the last positions they are wanted, 0 for all.
     """
+    plain = plain_model(model)
 
     def of_batch(rows: Theta) -> Tensor:
         with adding(model, plain, rows, layer) as runs:

@@ -1,12 +1,13 @@
 """Blocks called alone: with the arguments that they got in one ordinary forward pass."""
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from tl_melbo.model.bridge import Model, frozen, model_name, residual_hook_name, whole_model
+from tl_melbo.model.bridge import Model, model_name, residual_streams
 from tl_melbo.model.tokens import to_tokens
 from tl_melbo.text import quoted
 
@@ -31,7 +32,7 @@ class Picked(NamedTuple):
 
     @classmethod
     def of(cls, positions: slice, mask: Tensor) -> "Picked":
-        """Resolve a slice, once."""
+        """Resolve a slice."""
         n_pos, lengths = mask.shape[1], mask.sum(-1)
         chosen, places = torch.zeros_like(mask), {}
         for length in dict.fromkeys(lengths.tolist()):
@@ -106,33 +107,19 @@ def _capture(
     model: Model, tokens: Tensor, source_layer: int, target_layer: int
 ) -> tuple[Tensor, list[BlockCall]]:
     """One ordinary pass: resid(source), resid(target), and how the blocks between were called."""
-    residuals: list[Tensor] = []
     calls: list[BlockCall] = []
 
-    def keep_residual(module: nn.Module, args: Any, output: Tensor) -> None:
-        residuals.append(output.detach().clone())
-
-    def keep_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         rest = args if "hidden_states" in kwargs else args[1:]
         named = {k: _without_cache(v) for k, v in kwargs.items() if k != "hidden_states"}
         if "use_cache" in named:
             named["use_cache"] = False
         calls.append((tuple(map(_without_cache, rest)), named))
 
-    handles = [
-        model.hook_dict[residual_hook_name(layer)].register_forward_hook(keep_residual)
-        for layer in (source_layer, target_layer)
-    ]
-    handles += [
-        block.register_forward_pre_hook(keep_call, with_kwargs=True)
-        for block in model.blocks[source_layer + 1 : target_layer + 1]
-    ]
-    try:
-        with torch.no_grad(), frozen(*whole_model(model)):
-            model(tokens, return_type=None)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks:
+        for block in model.blocks[source_layer + 1 : target_layer + 1]:
+            hooks.enter_context(block.register_forward_pre_hook(keep, with_kwargs=True))
+        residuals = residual_streams(model, tokens, (source_layer, target_layer))
     return torch.stack(residuals), calls
 
 

@@ -19,7 +19,7 @@ from tl_melbo.replay import Group, Picked, Run, push, run_layers
 Path = Literal["fast", "unhooked", "hooked"]
 
 # How far a faster way may be from the model's own modules, relative to what the blocks add to each
-# token, and to the token itself, whose rounding no way can avoid.
+# token, and to the token itself.
 _FAST_TOLERANCE = {torch.float64: (1e-9, 1e-13), torch.float32: (1e-5, 1e-6)}
 _NARROW_TOLERANCE = (0.05, 0.01)
 # Tokens of one vector up to which packing the matrices of a CPU pays.
@@ -43,11 +43,7 @@ class Shortcut(NamedTuple):
 
 
 class _Short(NamedTuple):
-    """A function with a gradient of its own making.
-
-    `forward` gives the result, detached, and what its gradient needs, if that is to be kept;
-    `backward` takes the gradient of the result, and that, to the gradient of x.
-    """
+    """A function, detached, that keeps what its own gradient needs, if it is asked to."""
 
     forward: Callable[[Tensor, bool], tuple[Tensor, Any]]
     backward: Callable[[Tensor, Any], Tensor]
@@ -72,15 +68,11 @@ def hooked_run(blocks: Sequence[nn.Module]) -> Run:
 def find(
     blocks: Sequence[nn.Module], groups: Sequence[Group], x: Tensor, mask: Tensor
 ) -> Shortcut | None:
-    """The fastest way without hooks that does what the model's own modules do.
-
-    Layers that need what the bridge adds to them, or quantised ones, fail in ways of their own, so
-    every error counts as "not this way" but full memory.
-    """
+    """The fastest way without hooks that does what the model's own modules do."""
     if not all(hasattr(block, "_original_component") for block in blocks):
         return None
     every = Picked.of(slice(None), mask)
-    # One at a time, as a search of one vector comes: x, and with noise a tenth as long as tokens.
+    # One at a time: x, and x with noise a tenth as long as tokens.
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
     length = x.norm(dim=-1)[mask].median() / x.shape[-1] ** 0.5
     probes = [x[None], ((x + 0.1 * length * noise) * mask[:, :, None])[None]]
@@ -99,20 +91,18 @@ def find(
                 if all(map(_agree, found, expected, probes, [mask] * 2)):
                     y = push(x[None], groups, every, plain)[0]
                     return Shortcut(Way(path, run, found[0][0]), Way(path, plain, y), floats)
-            except Exception as error:
+            except Exception as error:  # quantised layers, for one, fail in many ways
                 if is_out_of_memory(error):
                     raise
     return None
 
 
 def _agree(found: Tensor, expected: Tensor, probe: Tensor, mask: Tensor) -> bool:
-    """Whether both add the same to the residual stream, to 1e-5, and rounding of it."""
+    """Whether both add the same to the residual stream, over all tokens, each by its own size."""
     differences = found - expected, expected - probe, expected
     error, added, size = (part[0][mask].double().norm(dim=-1) for part in differences)
     relative, rounding = _FAST_TOLERANCE.get(found.dtype, _NARROW_TOLERANCE)
-    # Over all tokens, each by its own size.
-    allowed = relative * added + rounding * size
-    return bool((error / allowed).square().mean() <= 1)
+    return bool((error / (relative * added + rounding * size)).square().mean() <= 1)
 
 
 def _fast(blocks: Sequence[nn.Module], groups: Sequence[Group], x: Tensor, mask: Tensor) -> _Made:
@@ -146,9 +136,7 @@ def _fast(blocks: Sequence[nn.Module], groups: Sequence[Group], x: Tensor, mask:
     return "fast", short, fast.floats_per_token
 
 
-def _unhooked(
-    blocks: Sequence[nn.Module], groups: Sequence[Group], x: Tensor, mask: Tensor
-) -> _Made:
+def _unhooked(blocks: Sequence[nn.Module], *_: Any) -> _Made:
     """By Hugging Face's own layers, with attention in one fused step."""
     layers = [without_bridge(block) for block in blocks]
 
@@ -193,17 +181,13 @@ def _shortened(short: Callable[[Group, Tensor | None], _Short], plain: Run) -> R
 
 
 class Shortened(torch.autograd.Function):
-    """A function by its shortcut; by the long way where a gradient is to be differentiated.
-
-    Neither our own gradient nor that of the fused attention kernels can be. What the shortcut keeps
-    is held until its gradient is taken, or never, if it is to be recomputed.
-    """
+    """A function by its shortcut; by the long way where a gradient is to be differentiated."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, short: _Short, long: Callable[[Tensor], Tensor], recompute: bool
     ) -> Tensor:
-        """By the shortcut."""
+        """By the shortcut; nothing is kept if it is to be recomputed."""
         ctx.save_for_backward(x)  # so that autograd sees it when x is changed in between
         ctx.short, ctx.long = short, long
         y, ctx.kept = short.forward(x.detach(), not recompute and ctx.needs_input_grad[0])
@@ -226,7 +210,7 @@ State = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], bool]
 
 @dataclass(frozen=True, eq=False)
 class Watched:
-    """What the user may change of the blocks: looking at it is faster than finding it."""
+    """What the user may change of the blocks, found once."""
 
     parameters: tuple[Tensor, ...]
     hooks: tuple[dict[int, Any], ...]
@@ -236,7 +220,7 @@ class Watched:
 
     @classmethod
     def of(cls, blocks: Iterable[nn.Module]) -> "Watched":
-        """Find it once."""
+        """Find it."""
         modules = list({module: None for block in blocks for module in block.modules()})
         held = [each for module in modules for each in (module._modules, module._parameters)]
         places = [(each, name, item) for each in held for name, item in each.items()]
@@ -245,10 +229,8 @@ class Watched:
         return cls(tuple(found), hook_tables(modules), parts)
 
     def state(self) -> State:
-        """Hooks of the user, storage and version of each weight, and whether all is in place.
-
-        This runs at every gradient: no loop of Python's own.
-        """
+        """The user's hooks, storage and version of each weight, and whether all is in place."""
+        # This runs at every gradient, so it has no Python loop.
         hooks = tuple(chain.from_iterable(self.hooks))
         if hooks not in self._user_hooks:
             self._user_hooks.clear()

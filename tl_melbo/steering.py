@@ -1,6 +1,6 @@
-"""Put vectors into a model: a hook, and what is asked of vectors before they go in."""
+"""Put vectors into a model: a hook, and checks of vectors before they go in."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,16 +34,16 @@ def steered(
         with steered(model, found[5]):
             print(model.generate("Once upon a time"))
 
-    Contexts nest: their vectors add up. Whatever happens inside, this hook goes and others stay.
+    Contexts nest: their vectors add up.
 
     Args:
         vectors: one vector for every row of the batch, or exactly one for each row.
-        layer: after which block to add; None takes the layer that `vectors` were found at.
-        positions: which tokens of the prompt, the first forward pass, to steer: a slice or a list
-            of indices. Tokens generated from the KV cache are steered if the slice has no end.
+        layer: None takes the layer that the vectors were found at.
+        positions: which tokens of the prompt, the first forward pass, to steer: a slice or indices.
+            Tokens generated from the KV cache are steered if the slice has no end.
 
     Raises:
-        TypeError, ValueError: naming the argument; inside, for a batch with another number of rows.
+        ValueError: inside, for a batch with another number of rows.
     """
     theta, layer = steering_rows(model, vectors, layer, [scale])
     if isinstance(positions, slice):
@@ -65,7 +65,13 @@ def hooked(
 
     def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal past
-        past = _past_length((*args, *kwargs.values()), layer)
+        past = 0
+        for argument in (*args, *kwargs.values()):
+            if hasattr(argument, "get_seq_length"):
+                # Of this layer: those before it hold this pass's tokens already.
+                past = int(argument.get_seq_length(layer))
+            elif hasattr(argument, "past_keys"):
+                past = int(argument.past_keys.shape[1])
 
     def add(module: nn.Module, args: Any, residual: Tensor) -> Tensor:
         nonlocal prompt
@@ -81,26 +87,12 @@ def hooked(
         addend = theta.to(residual.device, residual.dtype)[:, None, :]
         return torch.where(chosen[None, :, None], residual + addend, residual)
 
-    handles = [
+    point = model.hook_dict[residual_hook_name(layer)]
+    with (
         model.blocks[layer].register_forward_pre_hook(read, with_kwargs=True),
-        model.hook_dict[residual_hook_name(layer)].register_forward_hook(add),
-    ]
-    try:
+        point.register_forward_hook(add),
+    ):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _past_length(arguments: Iterable[Any], layer: int) -> int:
-    """How many positions the KV cache among a block's arguments holds."""
-    for argument in arguments:
-        if hasattr(argument, "get_seq_length"):
-            # Asked of this layer: those before it have taken in this pass's tokens already.
-            return int(argument.get_seq_length(layer))
-        if hasattr(argument, "past_keys"):
-            return int(argument.past_keys.shape[1])
-    return 0
 
 
 def _chosen_positions(positions: Positions, past: int, length: int, prompt: int) -> Tensor:
@@ -119,10 +111,7 @@ def _chosen_positions(positions: Positions, past: int, length: int, prompt: int)
 def steering_rows(
     model: Model, vectors: Vectors | None, layer: int | None, scales: Sequence[float]
 ) -> tuple[Theta, int]:
-    """What is added to each row, all vectors at the first scale first, and after which layer.
-
-    Without vectors that is a row of zeros: the unsteered model.
-    """
+    """The rows to add (zeros if no vectors), all at the first scale first, and their layer."""
     check_model(model)
     if vectors is None:
         return torch.zeros(1, int(model.cfg.d_model)), 0
@@ -146,14 +135,14 @@ def as_theta(model: Model, vectors: Vectors) -> Theta:
 
 
 def as_library(vectors: Vectors) -> SteeringVectors:
-    """The vectors as a library with at least one vector in it, or a ValueError."""
+    """The vectors as a library with at least one vector in it."""
     theta = checks.as_matrix(vectors)
     known = isinstance(vectors, SteeringVectors)
     return vectors if known else SteeringVectors.from_tensor(theta)
 
 
 def one_vector(vectors: Vectors, argument: str) -> SteeringVectors:
-    """A library of one vector that has a direction, or a ValueError."""
+    """A library of one vector that has a direction."""
     checks.one_vector(vectors, argument)
     return as_library(vectors)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tl_melbo import checks
 from tl_melbo.memory import map_batches
-from tl_melbo.model.bridge import Model, frozen, plain_model, whole_model
+from tl_melbo.model.bridge import Model, at_rest, plain_model
 from tl_melbo.model.tokens import context_length, to_tokens
 from tl_melbo.probability import mean_losses
 from tl_melbo.reading import rows_at_once
@@ -116,7 +116,7 @@ class _Reader:
             read, prompts = batch[:, :-1].clamp_min(0), before.expand(len(batch), -1)
             with torch.no_grad():
                 if self.plain is None:
-                    with frozen(*whole_model(self.model)):
+                    with at_rest(self.model):
                         logits = self.model(torch.cat([prompts, read], 1))
                     return mean_losses(logits[:, before.shape[1] - 1 :], batch)
                 cache = copy.deepcopy(past)

@@ -1,15 +1,14 @@
 """Natural activations: does the unsteered residual stream project onto the vectors?"""
 
 from collections.abc import Sequence
-from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tl_melbo import checks
 from tl_melbo.geometry import normalise
-from tl_melbo.model.bridge import Model, check_model, frozen, residual_hook_name, whole_model
+from tl_melbo.model.bridge import Model, check_model, residual_streams
 from tl_melbo.model.tokens import to_tokens
 from tl_melbo.shapes import Float, checked_slice, shape_checked
 from tl_melbo.steering import Vectors, as_library, as_theta, one_vector, steering_layer
@@ -165,18 +164,7 @@ def token_projections(
 
 
 def _residual(model: Model, tokens: Tensor, layer: int) -> Float[Tensor, "pos d_model"]:
-    kept: list[Tensor] = []
-
-    def keep(module: nn.Module, args: Any, output: Tensor) -> None:
-        kept.append(output[0].detach().float().cpu())
-
-    handle = model.hook_dict[residual_hook_name(layer)].register_forward_hook(keep)
-    try:
-        with torch.no_grad(), frozen(*whole_model(model)):
-            model(tokens, return_type=None)
-    finally:
-        handle.remove()
-    return kept[0]
+    return residual_streams(model, tokens, [layer])[0][0].float().cpu()
 
 
 def _checked_residuals(rows: Tensor, d_model: int, argument: str) -> Tensor:

@@ -11,7 +11,7 @@ from tl_melbo.analysis._completions import transfer
 from tl_melbo.analysis._embedding import Embedder, default_embedder, embeddings
 from tl_melbo.analysis._similarity import kl_divergence
 from tl_melbo.analysis._texts import PASSAGES, UNRELATED_PROMPTS
-from tl_melbo.model.bridge import Model, check_model, plain_model
+from tl_melbo.model.bridge import Model, check_model
 from tl_melbo.model.tokens import to_tokens
 from tl_melbo.probability import mean_losses
 from tl_melbo.reading import map_rows, rows_at_once
@@ -119,7 +119,7 @@ def _loss_increases(
     # The last row is the unsteered model.
     theta = torch.cat([theta, torch.zeros_like(theta[:1])])
     at_once = rows_at_once(model, tokens.shape[1], batch_size)
-    losses = map_rows(model, plain_model(model), tokens, theta, layer, loss, at_once)
+    losses = map_rows(model, tokens, theta, layer, loss, at_once)
     return losses[:-1] - losses[-1]
 
 

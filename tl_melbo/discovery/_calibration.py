@@ -16,8 +16,7 @@ from tl_melbo.vectors import SteeringVectors
 
 Radius = float | Literal["auto"]
 
-# Published: 0.5. At 0.4, libraries held more distinct coherent behaviours on each of three prompts
-# (benchmarks/RESULTS.md).
+# Published: 0.5. At 0.4, libraries held more distinct behaviours (benchmarks/RESULTS.md).
 DEFAULT_LEVEL = 0.4
 # In multiples of a token's typical norm: where the search begins, and where it gives up.
 _FIRST, _SMALLEST, _LARGEST = 0.1, 1e-4, 1e3
@@ -36,24 +35,19 @@ def calibrate_radius(
 ) -> float:
     """Find the radius R at which the map's response to random vectors stops being linear.
 
-    It takes seconds. With another seed or few directions, R differs by some 5% to 10%.
-
-        radius = tm.calibrate_radius(f)
-        found = tm.melbo(f, radius=radius)  # the same as radius="auto"
+    It takes seconds, and is what radius="auto" does. R differs by 5% to 10% between seeds.
 
     Args:
-        f: the activation map.
         level: the nonlinearity at R: the root mean square, over random unit vectors v, of
             |effect(R v) - R J v| / |R J v|. Published: 0.5.
         positions: where effects are compared, as in `melbo`.
         n_directions: how many vectors v.
-        seed: of these vectors.
 
     Returns:
         R, to three digits, in the units of the residual stream.
 
     Raises:
-        ValueError: a number is out of its range; or no radius has that level.
+        ValueError: no radius has that level.
 
     Source: Mack & Turner 2024, "Deep causal transcoding".
     """
@@ -65,12 +59,11 @@ def calibrate_radius(
     typical = float(f.x.float().norm(dim=-1)[f.mask].median())
     with _map.own_arithmetic(f):
         nonlinearity = _nonlinearity(f, _map.theta_like(f, units), positions)
-        radius = _crossing(nonlinearity, level, typical)
-    return float(f"{radius:.3g}")
+        return float(f"{_crossing(nonlinearity, level, typical):.3g}")
 
 
 def check_radius(radius: Radius) -> None:
-    """Refuse a radius that is no norm, with a ValueError."""
+    """Make sure that a radius is a norm, or "auto"."""
     if radius != "auto" and not 0 < radius < math.inf:
         raise ValueError(
             f"radius={radius}: must be a positive finite number, or 'auto'; useful ones were 0.05 "
@@ -90,17 +83,16 @@ def chosen_radius(
     if not isinstance(radius, str):
         return radius, {}
     calibration = {"criterion": "nonlinearity", "level": DEFAULT_LEVEL}
-    known = None
     # A search that is continued keeps its radius: another machine may find another last digit.
     if previous is not None and previous.story.get("calibration") == calibration:
         known = (previous.story.get("hyperparameters") or {}).get("radius")
-    if known is None:
-        known = calibrate_radius(f, positions=positions)
-    return known, {"calibration": calibration}
+        if isinstance(known, int | float) and 0 < known < math.inf:
+            return known, {"calibration": calibration}
+    return calibrate_radius(f, positions=positions), {"calibration": calibration}
 
 
 def _nonlinearity(f: EffectMap, units: Tensor, positions: slice) -> Callable[[float], float]:
-    """The measure as a function of the radius; the Jacobian is taken once."""
+    """The nonlinearity as a function of the radius; the Jacobian is taken once."""
     effects = _map.effects_at(f, positions)
 
     def effect(theta: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -71,11 +71,7 @@ def adam(loss: Loss, start: Tensor, basis: Tensor, n_steps: int, note: Note) -> 
 
 
 def quasi_newton(loss: Loss, inverse: Tensor, basis: Tensor, n_steps: int, note: Note) -> Result:
-    """L-BFGS from zero, preconditioned with `inverse`.
-
-    That is the inverse of half the Hessian of the squared distance at zero. L-BFGS then only has
-    to learn how the landscape differs from it farther out.
-    """
+    """L-BFGS from zero, preconditioned with the inverse of half the squared distance's Hessian."""
 
     def at(theta: Tensor) -> Point:
         point = loss(_within(basis, theta))
@@ -104,8 +100,10 @@ def quasi_newton(loss: Loss, inverse: Tensor, basis: Tensor, n_steps: int, note:
                 break
             length *= _backtrack(here.loss, slope * length, trial.loss)
         else:
-            stopped = CONVERGED if len(history) < n_steps else STEPS_USED_UP
-            stopped = stopped if trial.is_finite else NOT_FINITE
+            if not trial.is_finite:
+                stopped = NOT_FINITE
+            elif len(history) < n_steps:
+                stopped = CONVERGED
             break
         step, change = trial.theta - here.theta, trial.gradient - here.gradient
         if float(step @ change) > 1e-8 * float(step.norm() * change.norm()):
@@ -119,10 +117,7 @@ def _within(basis: Tensor, vector: Tensor) -> Tensor:
 
 
 def _preconditioner(inverse: Tensor, basis: Tensor) -> Callable[[Tensor], Tensor]:
-    """The inverse of the matrix restricted to the complement of the basis.
-
-    By the block inverse, (N^T A N)^-1 is A^-1 less what A^-1 says about the basis.
-    """
+    """The inverse of the matrix restricted to the complement of the basis, by the block inverse."""
     across = inverse @ basis.T
     inner = torch.linalg.cholesky(basis @ across)
 
@@ -134,10 +129,10 @@ def _preconditioner(inverse: Tensor, basis: Tensor) -> Callable[[Tensor], Tensor
 
 
 def _two_loops(
-    here: Point, pairs: Iterable[tuple[Tensor, Tensor]], precondition: Callable[[Tensor], Tensor]
+    here: Point, pairs: deque[tuple[Tensor, Tensor]], precondition: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """L-BFGS's inverse Hessian times the gradient (Nocedal 1980)."""
-    vector, pairs, weights = here.gradient, list(pairs), []
+    vector, weights = here.gradient, []
     for step, change in reversed(pairs):
         weights.append((step @ vector) / (step @ change))
         vector = vector - weights[-1] * change
@@ -149,7 +144,7 @@ def _two_loops(
 
 
 def _backtrack(loss: float, slope: float, trial_loss: float) -> float:
-    """How much shorter to try: to the bottom of the parabola, within a tenth and a half."""
+    """How much shorter to try: to the bottom of the parabola, from a tenth to a half."""
     if not math.isfinite(trial_loss):
         return 0.1
     curvature = trial_loss - loss - slope
@@ -157,6 +152,5 @@ def _backtrack(loss: float, slope: float, trial_loss: float) -> float:
 
 
 def _has_stalled(history: list[float]) -> bool:
-    if len(history) <= _STALLED_FOR:
-        return False
-    return history[-1 - _STALLED_FOR] - history[-1] < _STALLED * history[-1 - _STALLED_FOR]
+    before = history[-1 - _STALLED_FOR] if len(history) > _STALLED_FOR else math.inf
+    return before - history[-1] < _STALLED * before

@@ -33,23 +33,21 @@ def jacobian(
     """Find the orthogonal directions to which the target layer responds most, to first order.
 
     They are the top right singular vectors of J, the derivative at zero of the effect, flattened
-    over prompts and positions. Both signs of every direction matter.
+    over prompts and positions. Both signs of a direction matter; its largest component is positive.
 
     Args:
-        f: the activation map.
         radius: their norm; "auto" takes `calibrate_radius`.
         positions: where the effect is measured, counted on each prompt's own tokens.
         previous: vectors 0 to k-1 of the same search, to go on from.
 
     Returns:
-        The vectors, the largest singular value first. The column `singular_value` is the norm of
-        the effect, to first order, of a vector of norm 1. The largest component is positive.
+        The vectors, the largest `singular_value` first: the norm, to first order, of the effect of
+        a vector of norm 1.
 
     Raises:
         NotFinite: the derivative is not finite.
 
-    Source: O. Ayyub 2026, "Power steering"; the linear case of Mack & Turner 2024, "Deep causal
-    transcoding".
+    Source: Ayyub 2026, "Power steering"; Mack & Turner 2024, "Deep causal transcoding".
     """
     radius, calibration = chosen_radius(f, radius, previous, positions)
     counted = f.position_mask(positions)
@@ -79,7 +77,6 @@ def jacobian(
 
 
 def _top(f: EffectMap, effect: Effects, count: int) -> tuple[Tensor, Tensor]:
-    """The first right singular vectors of the Jacobian, float64 [count, d_model], and values."""
     d_model = int(f.x.shape[-1])
     if d_model <= _EXACT_WIDTH:
         axes = torch.eye(d_model, dtype=torch.float64)

@@ -21,16 +21,8 @@ _ROUNDING = 32
 class EffectMap(Protocol):
     """A differentiable map from vectors to their effects; `ActivationMap` is one.
 
-    It may have `resolution(positions)`, a bound on the norm of an effect that is rounding alone.
-
-    Attributes:
-        x: the unsteered residual stream at the source, [prompt, pos, d_model].
-        mask: True where `x` holds a token, [prompt, pos].
-        delta: (theta [vector, d_model], positions) -> effects, [vector, prompt, pos, d_model], zero
-            outside the slice `positions`; or theta -> effects at all positions.
-        position_mask: which positions a slice picks in each prompt, [prompt, pos].
-        vectors_at_once: how many vectors fit in one call of `delta`.
-        story: where the map comes from, as JSON-ready facts.
+    `delta` takes vectors and, optionally, `positions`, outside which effects are zero. The map may
+    have `resolution(positions)`, a bound on the norm of an effect that is rounding alone.
     """
 
     @property
@@ -57,7 +49,7 @@ Evaluate = Callable[[Tensor], Evaluation]
 
 @contextmanager
 def own_arithmetic(f: EffectMap) -> Iterator[None]:
-    """Gradients, and the types that the map has, whatever the caller's surroundings ask for."""
+    """With gradients, and in the map's own types, whatever the caller has switched on or off."""
     device = f.x.device.type
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
         yield
@@ -88,12 +80,9 @@ def theta_like(f: EffectMap, theta: Tensor) -> Tensor:
 def value_and_gradient(
     f: EffectMap, measure: Callable[[Tensor], Tensor], positions: slice
 ) -> Evaluate:
-    """The function from vectors to a measure of their effects, and to its gradients.
+    """From vectors to a measure of their effects at some positions, and its gradients.
 
-    Args:
-        f: the activation map; it is called on batches that fit in memory.
-        measure: effects [vector, prompt, pos, d_model] -> one number each.
-        positions: where effects count; they are zero elsewhere.
+    `measure` is from effects, [vector, prompt, pos, d_model], to one number each.
     """
     effects, fits = effects_at(f, positions), sys.maxsize
 

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -57,7 +58,7 @@ def melbo_objective(
         q: at least 1; None takes p. Published: p and 1.
         norm: over d_model, "l2" (the original post) or "lp", the p-norm (a textbook chapter).
 
-    Source: Mack & Turner 2024. Their code takes the norm over positions, which is not copied.
+    Source: Mack & Turner 2024, without their code's norm over positions.
     """
     q = p if q is None else q
     checks.between(1, _LARGEST_POWER, "a power", p=p, q=q)
@@ -81,7 +82,7 @@ def _safe_power(base: Tensor, exponent: float) -> Tensor:
 def check_settings(
     n_vectors: int, radius: Radius, p: float, q: float | None, steps: int | None, seed: int
 ) -> None:
-    """Check what can be checked of a search without a model, so before one is loaded."""
+    """Check the settings of which no model is needed."""
     check_radius(radius)
     if not 1 <= n_vectors <= MOST_VECTORS:
         raise ValueError(f"n_vectors={n_vectors}: must be from 1 to {MOST_VECTORS:,}")
@@ -111,29 +112,26 @@ def melbo(
     """Find vectors of a given norm that change the target layer as much as possible.
 
     Args:
-        f: the activation map, see `ActivationMap.from_prompts`.
         n_vectors: how many; at most d_model if orthogonal.
-        radius: their L2 norm, in the units of the residual stream. The critical choice: too small
-            changes nothing, too large gives gibberish. "auto" takes `calibrate_radius`.
+        radius: their L2 norm, in the units of the residual stream. Too small changes nothing, too
+            large gives gibberish. "auto" takes `calibrate_radius`.
         p, q, norm: of `melbo_objective`.
         positions: where the effect is measured, counted on each prompt's own tokens. The first
             token is an attention sink in most models: if it counts, little else does.
-        orthogonal: find one after another, vector k in the complement of vectors 0 to k-1. If not,
-            each climbs from its own start, and several may coincide.
-        seed: of the random starts, uniform on the sphere; start k depends on the seed and k alone.
+        orthogonal: vector k is in the complement of vectors 0 to k-1. If not, several may coincide.
+        seed: of the starts, uniform on the sphere; start k depends on the seed and k alone.
         optimiser: "ascent", fast, its objective never falls; or "adamw", as published.
         steps: gradients for each vector at most ("ascent", 10 by default), or steps ("adamw", 300).
-        previous: vectors 0 to k-1 of the same search, all of them. The result is what follows,
-            `n_vectors` more, as if there had been no break.
+        previous: vectors 0 to k-1 of the same search, all of them; `n_vectors` more are found, as
+            if there had been no break.
 
     Returns:
-        The vectors with their objective, how many gradients each took, `gain`, by how much of
-        itself its last step raised the objective (for "adamw", the last tenth of the steps), and
-        whether it `converged`: it gained less than 1%, or points as its gradient does.
+        The vectors with their objective, how many gradients each took, `gain` (the share by which
+        the last step, or tenth of the steps for "adamw", raised the objective), and `converged`.
         `history[:, i]` is the objective after i steps.
 
     Raises:
-        ValueError: a number out of its range, a radius too small to have any effect.
+        ValueError: a radius too small to have any effect.
         DifferentSearch: `previous` is not the beginning of this search.
         NotFinite: the objective or its gradient is not finite for any vector.
 
@@ -147,9 +145,24 @@ def melbo(
         "orthogonal": orthogonal, "optimiser": optimiser, "steps": steps,
     }  # fmt: skip
 
+    objective = partial(melbo_objective, p=p, q=q, norm=norm)
+    climb = _Climb(f, objective, radius, positions, optimiser, steps, on_step)
+
     def find(earlier: Tensor, first: int) -> Iterator[Part]:
         starts = numbered_sphere(first + n_vectors, int(f.x.shape[-1]), seed)
-        return _parts(f, starts, earlier, first, on_step, **chosen)
+        numbers = range(first, len(starts), 1 if orthogonal else _GROUP)
+
+        def climb_from(k: int, basis: Tensor) -> Part:
+            return climb(k, starts[k : k + numbers.step], basis)
+
+        if orthogonal:
+            parts = one_by_one(earlier, numbers, climb_from)
+        else:
+            parts = (climb_from(k, starts[:0]) for k in numbers)
+        for part in parts:
+            if part.first == first:
+                _warn_if_dominated(f, part.vectors[:1], positions, p)
+            yield part
 
     found = {"method": "melbo", "hyperparameters": chosen}
     return Search(
@@ -170,55 +183,41 @@ iter_melbo = melbo.parts
 join_library = join
 
 
-def _parts(
-    f: EffectMap,
-    starts: Tensor,
-    earlier: Tensor,
-    first: int,
-    on_step: OnStep | None,
-    *,
-    radius: float,
-    p: float,
-    q: float,
-    norm: Norm,
-    positions: slice,
-    orthogonal: bool,
-    optimiser: Optimiser,
-    steps: int,
-) -> Iterator[Part]:
-    """One vector after another if they are to be orthogonal, else group by group."""
-    objective = partial(melbo_objective, p=p, q=q, norm=norm)
-    evaluate = _map.value_and_gradient(f, objective, positions)
-    optimise, first_step = OPTIMISERS[optimiser]
-    counted = f.position_mask(positions).double()[None, :, :, None]
-    of_rounding = float(objective(counted * _map.rounding(f, positions)))
+@dataclass
+class _Climb:
+    """The search for one vector, or for several that do not depend on each other."""
 
-    def climb(k: int, basis: Tensor, size: int = 1) -> Part:
-        states = optimise(evaluate, starts[k : k + size], basis, radius, steps)
+    f: EffectMap
+    objective: Callable[[Tensor], Tensor]
+    radius: float
+    positions: slice
+    optimiser: Optimiser
+    steps: int
+    on_step: OnStep | None
+
+    def __post_init__(self) -> None:
+        self.optimise, self.first_step = OPTIMISERS[self.optimiser]
+        self.evaluate = _map.value_and_gradient(self.f, self.objective, self.positions)
+        counted = self.f.position_mask(self.positions).double()[None, :, :, None]
+        self.of_rounding = float(self.objective(counted * _map.rounding(self.f, self.positions)))
+
+    def __call__(self, k: int, starts: Tensor, basis: Tensor) -> Part:
+        """Vector k and those that follow, one for each start, in the complement of a basis."""
+        states = self.optimise(self.evaluate, starts, basis, self.radius, self.steps)
         started = state = next(states)
-        if (started.value <= of_rounding).any():
+        if (started.value <= self.of_rounding).any():
             raise ValueError(
                 "radius: a random vector of this norm changes nothing at the positions that count, "
                 f"as far as the model's type can tell (vector {k}); use a larger radius, or a "
                 "smaller p"
             )
         history = []
-        for step, state in enumerate(itertools.chain([started], states), first_step):
+        for step, state in enumerate(itertools.chain([started], states), self.first_step):
             history.append(state.value)
-            if on_step is not None:
-                on_step(Step(k, len(state.value), step, steps, state.value.clone()))
-        theta = (state.unit * radius).float()
+            if self.on_step is not None:
+                self.on_step(Step(k, len(state.value), step, self.steps, state.value.clone()))
+        theta = (state.unit * self.radius).float()
         return Part(k, theta, state.columns(), torch.stack(history, 1))
-
-    if orthogonal:
-        parts = one_by_one(earlier, range(first, len(starts)), climb)
-    else:
-        groups = range(first, len(starts), _GROUP)
-        parts = (climb(k, starts[:0], _GROUP) for k in groups)
-    for part in parts:
-        if part.first == first:
-            _warn_if_dominated(f, part.vectors[:1], positions, p)
-        yield part
 
 
 def _warn_if_dominated(f: EffectMap, theta: Tensor, positions: slice, p: float) -> None:

@@ -46,7 +46,7 @@ OnOrthoStep = Callable[[OrthoStep], None]
 
 
 def check_ortho_settings(norm_penalty: float, steps: int | None) -> None:
-    """Check what can be checked without a model, so before one is loaded."""
+    """Check the settings of which no model is needed."""
     checks.between(0, sys.float_info.max, "a weight", norm_penalty=norm_penalty)
     checks.at_least(2, steps=steps)  # the first gradient is taken at the start
 
@@ -71,13 +71,12 @@ def melbo_ortho(
     vectors 0 to k-1. With several prompts, the distance is over all their means.
 
     Args:
-        f: the activation map, see `ActivationMap.from_prompts`.
         theta0: exactly one vector, from anywhere.
-        n_vectors: how many to find, at most; None goes on until their norms fall below 0.1 or the
-            space is used up (d_model - 1 vectors).
+        n_vectors: at most so many; None goes on until their norms fall below 0.1 or the space is
+            used up (d_model - 1 vectors).
         norm_penalty: 0 as published; larger asks for shorter vectors.
-        previous: the vectors that this family has already, all of them. The result is what
-            follows, as if there had been no break.
+        previous: the vectors that this family has already, all of them; the search goes on as if
+            there had been no break.
         optimiser: "quasi-newton", fast: L-BFGS from zero; or "adam", as published.
         steps: gradients for each vector, at most: 40 ("quasi-newton") or 1000 ("adam") by default.
 
@@ -86,12 +85,11 @@ def melbo_ortho(
         why its search stopped; `history[:, i]` is the distance after i + 1 gradients.
 
     Raises:
-        ValueError: theta0 zero, not finite, or of another model or layer; a number out of its
-            range; not one vector that qualifies (`melbo_ortho.parts` then yields none).
+        ValueError: not one vector qualifies (`melbo_ortho.parts` then yields none).
         DifferentSearch: `previous` of another family, not all of it, or not orthogonal.
 
     Source: Jacob G-W 2024, "I found >800 orthogonal 'write code' steering vectors". The
-    quasi-Newton method and the penalty's form are ours; the author asked for the penalty.
+    quasi-Newton method and the penalty's form are of this package.
     """
     start = _checked_start(f, theta0)
     known = None
@@ -112,13 +110,10 @@ def melbo_ortho(
     origin = None
     if isinstance(theta0, SteeringVectors):
         origin = {**theta0.story, "index": int(theta0.columns["index"][0])}
+    chosen = {"norm_penalty": norm_penalty, "n_previous": n_previous}
+    chosen |= {"optimiser": optimiser, "steps": n_steps}
     return Search(
-        "melbo_ortho", f, n_vectors,
-        {
-            "norm_penalty": norm_penalty, "n_previous": n_previous, "optimiser": optimiser,
-            "steps": n_steps,
-        },
-        find,
+        "melbo_ortho", f, n_vectors, chosen, find,
         previous=known,
         needs=("distance", "evaluations"),
         orthogonal_to={"theta0": start},
@@ -138,7 +133,7 @@ iter_melbo_ortho = melbo_ortho.parts
 
 @shape_checked
 def join_family(parts: Sequence[SteeringVectors]) -> SteeringVectors:
-    """Join consecutive parts of one MELBO-ortho family: as `join_library`, for families only."""
+    """Join consecutive parts of one MELBO-ortho family, as `join` does."""
     for number, part in enumerate(parts):
         if part.story.get("method") != "melbo_ortho":
             raise ValueError(f"parts[{number}]: not of melbo_ortho; join others with concatenate")
@@ -187,10 +182,9 @@ class _Family:
 
     @functools.cached_property
     def inverse(self) -> Tensor:
-        """Of J^T J, damped, with J the Jacobian of z at zero: the same for the whole family.
+        """Of J^T J, with J the Jacobian of z at zero; damped by the mean eigenvalue.
 
-        The damping, the mean eigenvalue, keeps directions that z hardly feels at zero from being
-        taken at huge norms.
+        Undamped, directions that z hardly feels at zero would be taken at huge norms.
         """
         gram = self.jacobian_gram()
         scale = float(gram.diagonal().mean()) or 1.0
@@ -258,11 +252,8 @@ def _checked(f: EffectMap, vectors: SteeringVectors | Tensor, argument: str) -> 
         ours = {name: f.story().get(name) for name in ("model", "source_layer")}
         differing = story.differences(vectors.story, ours)
         if differing:
-            raise DifferentSearch(
-                f"{argument}: found with {', '.join(map(str, differing))}; use the activation map "
-                "that it was found with",
-                differing,
-            )
+            advice = "use the activation map that it was found with"
+            raise DifferentSearch.of(argument, differing, advice)
     return theta
 
 

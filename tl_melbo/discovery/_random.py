@@ -27,13 +27,11 @@ def random_vectors(
         random = tm.random_vectors(f, 32, radius=float(found.norms[0]))
 
     Args:
-        f: the activation map; only its width and, for "auto", its calibration count.
         radius: their norm; "auto" takes `calibrate_radius`.
         seed: vector k depends on the seed and k alone.
         previous: vectors 0 to k-1 of the same search, to go on from.
 
-    Source: the baseline of Mack & Turner 2024, "Mechanistically eliciting latent behaviors in
-    language models".
+    Source: the baseline of Mack & Turner 2024.
     """
     checks.seed(seed)
     radius, calibration = chosen_radius(f, radius, previous)

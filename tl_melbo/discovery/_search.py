@@ -1,7 +1,4 @@
-"""What all discovery methods share: a search, its parts, and one vector after another.
-
-A method is a function from f and its settings to a `Search`; docs/add-a-method.md shows one.
-"""
+"""What all discovery methods share: a search and its parts; see docs/add-a-method.md."""
 
 import functools
 import inspect
@@ -17,7 +14,7 @@ from tl_melbo.concatenation import one_after_another
 from tl_melbo.discovery._map import EffectMap
 from tl_melbo.errors import DifferentSearch, NotFinite, place, told, warn_user
 from tl_melbo.geometry import extended, normalise
-from tl_melbo.shapes import shape_checked
+from tl_melbo.shapes import Float, shape_checked
 from tl_melbo.vectors import SteeringVectors
 
 Arguments = ParamSpec("Arguments")
@@ -32,35 +29,27 @@ _MOST_LOST = 3
 class Part(NamedTuple):
     """What a method found in one go: vectors with consecutive numbers.
 
-    Attributes:
-        first: the number of the first vector.
-        vectors: [vector, d_model]; rows that are not finite are lost, and told of.
-        columns: what was measured of each, by name; `index` is added.
-        history: [vector, step], if there is one.
+    Rows that are not finite are lost, and told of. The column `index` is added.
     """
 
     first: int
-    vectors: Tensor
+    vectors: Float[Tensor, "vector d_model"]
     columns: Mapping[str, Tensor] = {}
-    history: Tensor | None = None
+    history: Float[Tensor, "vector step"] | None = None
 
 
 class Search(Iterator[SteeringVectors]):
     """A search that yields libraries, in order, as they are found.
 
     Args:
-        n_vectors: how many to find beyond `previous`; None if the method itself knows the end.
+        n_vectors: how many beyond `previous`; None if the method itself knows the end.
         settings: the method's own arguments, for the metadata.
-        find: called with the vectors that are there, and the next one's number; gives the parts.
-        previous: vectors 0 to k-1 of the same search, all of them.
+        find: the vectors that are there, and the next one's number -> the parts.
         needs: columns that must be finite, and which `previous` must have.
         orthogonal_to: vectors, by name, to which all are orthogonal, as they are to each other;
             None where they need not be.
         nothing: the error where not one vector is found.
         facts: what else the metadata tells, such as `seed`, `measure` and `about`.
-
-    Attributes:
-        story: the metadata of what will be found; complete before the search begins.
 
     Raises:
         ValueError: too few vectors, or more than can be orthogonal.
@@ -90,8 +79,13 @@ class Search(Iterator[SteeringVectors]):
         self.n_vectors, self.nothing, self.progress = n_vectors, nothing, progress
         self.earlier, self.first = torch.empty(0, f.x.shape[-1], dtype=torch.float32), 0
         self._needs, self._find = needs, find
-        taken = len(orthogonal_to or {}) + (0 if previous is None else len(previous))
-        self._check_count(int(previous is None), None if orthogonal_to is None else taken)
+        most, least, why = MOST_VECTORS, int(previous is None), ""
+        if orthogonal_to is not None:
+            taken, d_model = len(orthogonal_to) + len(previous or ()), f.x.shape[-1]
+            most = d_model - taken
+            why = f"; at most d_model={d_model} vectors can be orthogonal, and {taken} are taken"
+        if n_vectors is not None and not least <= n_vectors <= most:
+            raise ValueError(f"n_vectors={n_vectors}: must be from {least} to {most:,}{why}")
         if previous is not None and len(previous):
             self._continue(previous, orthogonal_to)
         self._parts = self._run()
@@ -101,18 +95,9 @@ class Search(Iterator[SteeringVectors]):
 
     def collect(self) -> SteeringVectors:
         """All that is found, as one library; a ValueError if nothing is."""
-        parts = list(self)
-        if not parts:
+        if not (parts := list(self)):
             raise ValueError(self.nothing)
         return join(parts)
-
-    def _check_count(self, least: int, taken: int | None) -> None:
-        most, why, d_model = MOST_VECTORS, "", self.earlier.shape[1]
-        if taken is not None:
-            most = d_model - taken
-            why = f"; at most d_model={d_model} vectors can be orthogonal, and {taken} are taken"
-        if self.n_vectors is not None and not least <= self.n_vectors <= most:
-            raise ValueError(f"n_vectors={self.n_vectors}: must be from {least} to {most:,}{why}")
 
     def _continue(
         self, previous: SteeringVectors, orthogonal_to: Mapping[str, Tensor] | None
@@ -144,7 +129,8 @@ class Search(Iterator[SteeringVectors]):
         self.story["lost"] = [number for number in lost or [] if number < self.first]
         if self.n_vectors is not None:
             self.story["hyperparameters"]["n_vectors"] = self.first + self.n_vectors
-        _warn_if_elsewhere(theirs.get("arithmetic"), self.story["arithmetic"])
+        if theirs.get("arithmetic"):
+            _warn_if_elsewhere(theirs["arithmetic"], self.story["arithmetic"])
 
     def _run(self) -> Iterator[SteeringVectors]:
         if self.n_vectors == 0:
@@ -198,11 +184,10 @@ class Method(Protocol[Arguments]):
 def method(
     function: Callable[Arguments, Search], check: Callable[..., None] | None = None
 ) -> Method[Arguments]:
-    """Make a method of a function from f and settings to a `Search`.
+    """Make a method of a function from f and settings to a `Search`; checks types and shapes.
 
-    The arguments' types and shapes are checked. The map is to be called `f`, the number of vectors
-    `n_vectors`, and what is there already `previous`: `Run.keep` passes these by name. `check`
-    takes some of the settings and refuses wrong ones before a model is loaded.
+    `Run.keep` passes `f`, `n_vectors` and `previous` by name. `check` takes some of the settings,
+    and refuses wrong ones before a model is loaded.
     """
     parts = shape_checked(function)
     described = inspect.getdoc(function) or ""
@@ -221,13 +206,10 @@ def method(
 
 @shape_checked
 def join(parts: Sequence[SteeringVectors]) -> SteeringVectors:
-    """Join consecutive parts of one search, in their order; every vector keeps its number.
-
-    The metadata is that of the first part, with the number of vectors of the last.
+    """Join consecutive parts of one search; every vector keeps its number.
 
     Raises:
-        DifferentSearch: parts of other searches.
-        ValueError: none given; or something that is not the next part.
+        DifferentSearch, ValueError: parts of other searches; none, or not in their order.
     """
     if not parts:
         raise ValueError("parts: none given; pass at least one")
@@ -235,11 +217,8 @@ def join(parts: Sequence[SteeringVectors]) -> SteeringVectors:
     for number, part in enumerate(parts):
         differing = story.differences(part.story, first)
         if differing:
-            raise DifferentSearch(
-                f"parts[{number}]: differs in {', '.join(map(str, differing))}; pass parts of one "
-                "search, or join others with concatenate",
-                differing,
-            )
+            advice = "pass parts of one search, or join others with concatenate"
+            raise DifferentSearch.of(f"parts[{number}]", differing, advice)
         indices = part.columns["index"].tolist()
         if indices != sorted(set(indices)) or (indices and indices[0] < expected):
             raise ValueError(
@@ -247,12 +226,11 @@ def join(parts: Sequence[SteeringVectors]) -> SteeringVectors:
                 "the parts in their order, and none twice"
             )
         expected = indices[-1] + 1 if indices else expected
-    n_vectors = (last.get("hyperparameters") or {}).get("n_vectors")
-    chosen = {**(first.get("hyperparameters") or {}), "n_vectors": n_vectors}
-    joined = {**first, "hyperparameters": chosen}
+    chosen, count = (each.get("hyperparameters") or {} for each in (first, last))
+    joined = {**first, "hyperparameters": {**chosen, "n_vectors": count.get("n_vectors")}}
     if all("lost" in part.story for part in parts):
         joined["lost"] = sorted({number for part in parts for number in part.story["lost"]})
-    # Columns that only later versions of this package write have their words in the last story.
+    # Later versions write more columns, whose words are in the last story.
     words = {**last.get("categories", {}), **first.get("categories", {})}
     return one_after_another(parts, {**joined, "categories": words} if words else joined)
 
@@ -262,19 +240,15 @@ def one_by_one(
 ) -> Iterator[Part]:
     """Find vectors one after another, each orthogonal to those taken and to all before it.
 
-    Args:
-        taken: [vector, d_model], orthogonal to each other.
-        numbers: of the vectors to find.
-        find: number and orthonormal basis [rank, d_model] -> a part of one vector in the basis's
-            orthogonal complement, or None where there is no more.
+    `find` is from a number and an orthonormal basis, [rank, d_model], to a part of one vector in
+    the basis's complement, or None where there is no more.
     """
     # In float64: after hundreds of float32 projections the cosines would show.
     basis = torch.empty(0, taken.shape[1], dtype=torch.float64)
     for vector in taken:
         basis = extended(basis, vector)
     for number in numbers:
-        part = find(number, basis)
-        if part is None:
+        if (part := find(number, basis)) is None:
             return
         if part.vectors.isfinite().all():
             # The float32 vector that is handed out is what the next ones are orthogonal to.
@@ -283,7 +257,6 @@ def one_by_one(
 
 
 def _not_orthogonal(vectors: Tensor, others: Mapping[str, Tensor]) -> str:
-    """Which two of the vectors and the others are not orthogonal, if any."""
     checks.directions(vectors, "previous")
     units = normalise(torch.stack([*others.values(), *vectors]).double())
     cosines = (units @ units.T - torch.eye(len(units), dtype=torch.float64)).abs()
@@ -301,12 +274,11 @@ def _arithmetic(device: torch.device) -> dict[str, Any]:
     return facts | {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else facts
 
 
-def _warn_if_elsewhere(theirs: Mapping[str, Any] | None, ours: Mapping[str, Any]) -> None:
-    if theirs is None or theirs == ours:
-        return
+def _warn_if_elsewhere(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     names = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
     differing = ", ".join(f"{name}={theirs.get(name)} (here {ours.get(name)})" for name in names)
-    warn_user(  # how far apart: see docs/numbers.md
-        f"previous: found with {differing}. The search goes on, but not bit for bit: where it was "
-        "measured, vectors differed by 0.01% (MELBO) to 0.6% (MELBO-ortho) of their norm"
-    )
+    if differing:  # how far apart: see docs/numbers.md
+        warn_user(
+            f"previous: found with {differing}. The search goes on, but not bit for bit: vectors "
+            "differed by 0.01% (MELBO) to 0.6% (MELBO-ortho) of their norm where this was measured"
+        )

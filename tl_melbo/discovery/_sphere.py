@@ -46,9 +46,8 @@ def ascent(
 ) -> Iterator[State]:
     """Safeguarded power iteration on the sphere, in the complement of an orthonormal basis.
 
-    The power step goes to the gradient's direction, theta <- R g / |g|, along the great circle. It
-    is taken if the measure is higher there. If not, the next trial is nearer: at the top of the
-    cubic through both ends' values and slopes. So the measure never falls.
+    The step theta <- R g / |g| goes along the great circle, and is taken if the measure is higher
+    there. If not, the next trial is at the top of the cubic through both ends' values and slopes.
     """
     unit = normalise(complement(starts, basis))
     value, gradient = _without_lost(*evaluate(unit * radius))
@@ -85,7 +84,7 @@ def ascent(
 def adamw(
     evaluate: Evaluate, starts: Tensor, basis: Tensor, radius: float, n_steps: int
 ) -> Iterator[State]:
-    """The published optimiser: AdamW, projected to the sphere and to the complement of a basis."""
+    """The published optimiser: AdamW, projected to the sphere in the complement of a basis."""
     theta = (normalise(complement(starts, basis)) * radius).float()
     optimiser = torch.optim.AdamW(
         [theta], lr=1e-3, betas=(0.9, 0.98), amsgrad=True, weight_decay=0.0

@@ -4,23 +4,21 @@ import copy
 import hashlib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
 from tl_melbo.shapes import shape_checked
 
-# A HookedTransformer or a TransformerBridge. TransformerLens 4 has no common base class for
-# the two, and 3.x has one of them only, so a model is known by what it can do: `check_model`.
+# A HookedTransformer or a TransformerBridge, which have no common base class: see `check_model`.
 Model = Any
 
 # Where torch keeps the hooks on a module.
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-# Hooks that libraries install for themselves: the bridge at its first forward pass, transformers
-# (and for good) when hidden states or attention patterns are asked for.
+# The bridge hooks itself at its first forward pass, transformers when hidden states are asked for.
 _OWN_HOOKS = (
     "transformer_lens.model_bridge.generalized_components",
     "transformers.utils.output_capturing",
@@ -30,11 +28,7 @@ _SAMPLED = 64
 
 
 def check_model(model: Model) -> None:
-    """Make sure that `model` is a TransformerLens model with weights in memory.
-
-    Raises:
-        TypeError, ValueError: it is something else; its weights are on the meta device.
-    """
+    """Make sure that `model` is a TransformerLens model with weights in memory."""
     needed = ("cfg", "blocks", "hook_dict", "to_tokens", "generate")
     if not isinstance(model, nn.Module) or not all(hasattr(model, name) for name in needed):
         raise TypeError(
@@ -52,11 +46,7 @@ def check_model(model: Model) -> None:
 
 @shape_checked
 def check_layer(model: Model, layer: int, argument: str = "layer") -> None:
-    """Make sure that the model has this layer.
-
-    Raises:
-        TypeError, ValueError: as `check_model`; ValueError if it has not.
-    """
+    """Make sure that the model has this layer."""
     check_model(model)
     n_layers = int(model.cfg.n_layers)
     if not 0 <= layer < n_layers:
@@ -103,6 +93,13 @@ def whole_model(model: Model) -> tuple[nn.Module, ...]:
 
 
 @contextmanager
+def at_rest(model: Model) -> Iterator[None]:
+    """Inside, the whole model computes without gradients and dropout."""
+    with torch.no_grad(), frozen(*whole_model(model)):
+        yield
+
+
+@contextmanager
 def frozen(*roots: nn.Module) -> Iterator[None]:
     """No gradients for parameters and no dropout inside; everything as it was after."""
     parameters = {p for root in roots for p in root.parameters() if p.requires_grad}
@@ -118,6 +115,21 @@ def frozen(*roots: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
         for module in training:
             module.training = True
+
+
+def residual_streams(model: Model, tokens: Tensor, layers: Iterable[int]) -> list[Tensor]:
+    """The residual stream after each of these layers, [1, pos, d_model], in one ordinary pass."""
+    streams: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+        streams.append(output.detach().clone())
+
+    with at_rest(model), ExitStack() as hooks:
+        for layer in layers:
+            point = model.hook_dict[residual_hook_name(layer)]
+            hooks.enter_context(point.register_forward_hook(keep))
+        model(tokens, return_type=None)
+    return streams
 
 
 def hook_tables(modules: Iterable[nn.Module]) -> tuple[dict[int, Any], ...]:
@@ -141,25 +153,22 @@ def user_hooks(tables: Iterable[dict[int, Any]]) -> tuple[int, ...]:
 
 
 def without_bridge(module: nn.Module, attention: Literal["sdpa", "eager"] = "sdpa") -> nn.Module:
-    """The Hugging Face module below TransformerLens's, sharing its weights but not its hooks.
+    """A copy of the Hugging Face module below TransformerLens's: its weights without hooks.
 
-    In copies, each of the bridge's own modules is replaced by the one that it wraps: the model
-    itself stays as it is. Parameters want no gradient, dropout is off, and attention is computed in
-    one fused step ("sdpa"), or in several ("eager") that can be differentiated twice and forward.
+    Attention is one fused step ("sdpa"), or "eager", to be differentiated twice and forward.
     """
     while (inner := getattr(module, "_original_component", None)) is not None:
         module = inner
     plain: Any = copy.copy(module)
-    plain.__dict__ = dict(module.__dict__)
+    plain.__dict__ = dict(module.__dict__) | {name: OrderedDict() for name in _HOOKS}
     plain._modules = {
         name: None if child is None else without_bridge(child, attention)
         for name, child in module._modules.items()
     }
     plain._parameters = {
-        name: None if parameter is None else parameter.detach()
-        for name, parameter in module._parameters.items()
+        name: None if weight is None else weight.detach()
+        for name, weight in module._parameters.items()
     }
-    plain.__dict__.update({name: OrderedDict() for name in _HOOKS})
     plain.training = False
     if hasattr(getattr(plain, "config", None), "_attn_implementation"):
         plain.config = copy.copy(plain.config)
@@ -168,16 +177,15 @@ def without_bridge(module: nn.Module, attention: Literal["sdpa", "eager"] = "sdp
 
 
 def plain_model(model: Model) -> Any:
-    """The Hugging Face model below a bridge, which computes the same in less time, or None.
+    """The Hugging Face model below a bridge, which computes the same in less time.
 
-    None where hooks are to fire, where the bridge does not compute what the model below it does
-    (its compatibility mode), where weights are quantised, and for a HookedTransformer.
+    None with user hooks, in compatibility mode, quantised, and for a HookedTransformer.
     """
     if not hasattr(model, "original_model") or getattr(model, "compatibility_mode", False):
         return None
-    if not all(parameter.is_floating_point() for parameter in model.original_model.parameters()):
-        return None
-    if user_hooks(hook_tables(m for root in whole_model(model) for m in root.modules())):
+    quantised = not all(p.is_floating_point() for p in model.original_model.parameters())
+    modules = (module for root in whole_model(model) for module in root.modules())
+    if quantised or user_hooks(hook_tables(modules)):
         return None
     return without_bridge(model.original_model)
 

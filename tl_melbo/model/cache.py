@@ -1,9 +1,7 @@
 """Models that were GGUF files, kept as safetensors in the user's cache folder: a faster start.
 
 An entry is a folder, named by the sha256 of the source, the dtype and transformers's version. Its
-manifest is written last, and names its files with their digests. Weights are stored in the dtype
-that was asked for: only float32 holds a dequantised value bit for bit, but bfloat16 should not
-fill the disk with it. float64 is stored as float32, which is what the dequantiser gives.
+manifest is written last, and names its files with their digests.
 """
 
 import hashlib
@@ -36,36 +34,32 @@ def cache_folder() -> Path:
 
 
 def stored_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type in which weights that are asked for in `dtype` are kept."""
+    """The type in which weights are kept: the dequantiser gives no more than float32."""
     return torch.float32 if dtype == torch.float64 else dtype
 
 
 def source_digest(path: Path) -> str:
     """The sha256 of a file; remembered, so that a file that has not changed is read once."""
     path = path.resolve()
-    name = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
-    note = cache_folder() / "sources" / f"{name}.json"
-    stamp = _stamp(path)
+    name = hashlib.sha256(os.fsencode(path)).hexdigest()
+    note, stamp = cache_folder() / "sources" / f"{name}.json", _stamp(path)
     with suppress(*_STRANGE):
         known = json.loads(note.read_text())
-        if known["path"] == str(path) and known["stamp"] == stamp:
+        if known["stamp"] == stamp:
             return str(known["sha256"])
     digest = _sha256(path)
-    with suppress(OSError, ValueError):
+    with suppress(OSError):
         note.parent.mkdir(parents=True, exist_ok=True)
         with replacing(note) as temporary:
-            temporary.write_text(json.dumps({"path": str(path), "stamp": stamp, "sha256": digest}))
+            temporary.write_text(json.dumps({"stamp": stamp, "sha256": digest}))
     return digest
 
 
 def converted(source: Path, dtype: torch.dtype, convert: Callable[[Path], None]) -> Path:
     """The folder of the converted source; made by `convert(folder)` if it is not there yet.
 
-    Two processes that ask at once wait for each other. An entry that is damaged is made anew.
-
-    Raises:
-        OSError, NotImplementedError: no space, no permission; no locks, as on some network disks.
-        Exception: whatever `convert` raises. Nothing is left behind then.
+    Two processes that ask at once wait for each other. An OSError or a NotImplementedError means
+    no space, no permission or, on some network disks, no locks.
     """
     kind = str(stored_dtype(dtype)).removeprefix("torch.")
     key = f"{source_digest(source)}-{kind}-v{_FORMAT}-transformers-{version('transformers')}"
@@ -85,14 +79,11 @@ def converted(source: Path, dtype: torch.dtype, convert: Callable[[Path], None])
 
 def is_whole(entry: Path) -> bool:
     """Whether an entry holds exactly the files of its manifest, unchanged since it was written."""
-    try:
+    with suppress(*_STRANGE):
         files = json.loads((entry / _MANIFEST).read_text())["files"]
         there = {path.name for path in entry.iterdir()} - {_MANIFEST}
-        return there == set(files) and all(
-            _is_unchanged(entry / name, *files[name]) for name in files
-        )
-    except _STRANGE:
-        return False
+        return there == set(files) and all(_is_same(entry / name, *files[name]) for name in files)
+    return False
 
 
 def discard(entry: Path) -> None:
@@ -125,16 +116,15 @@ def _aside(entry: Path) -> Path:
     return entry.with_name(f".{entry.name}.{uuid4().hex}.partial")
 
 
-def _is_unchanged(path: Path, stamp: list[int], digest: str) -> bool:
+def _is_same(path: Path, stamp: list[int], digest: str) -> bool:
     """By size and times, as in the manifest; by digest where only the times differ."""
-    if path.is_symlink() or not path.is_file():
-        return False
     now = _stamp(path)
-    return now == stamp or (now[0] == stamp[0] and _sha256(path) == digest)
+    same = now == stamp or (now[0] == stamp[0] and _sha256(path) == digest)
+    return same and not path.is_symlink()
 
 
 def _stamp(path: Path) -> list[int]:
-    """Size and times, in nanoseconds; the last one (of the inode) cannot be set at will."""
+    """Size and times; the inode's time cannot be set at will."""
     found = path.stat()
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 

