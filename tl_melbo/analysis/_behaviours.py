@@ -26,7 +26,6 @@ _INCOHERENT, _UNSTEERED = -1, 0
 _NAME_WORDS, _LONGEST_WORD = 3, 24
 # A word of a name. Not "i'm", "don't" or "you're": they are no topics.
 _WORD = r"(?u)(?<!['’])\b[^\W\d_][\w-]+\b(?!['’](?:t|m|d|ll|re|ve)\b)"
-# Of a longer text, its beginning is looked at.
 _MOST_CHARACTERS = 2_000
 _GROUP_COLUMNS = ["behaviour", "name", "prompt", "n_texts", "vectors", "example"]
 

@@ -22,9 +22,7 @@ from tl_melbo.tables import Table
 from tl_melbo.vectors import SteeringVectors
 
 _BATCH_SIZE = 32
-# Those that also write.
 _WRITING = ("unsteered", "reference", "family")
-# Each is written with, several times; nobody reads more.
 MOST_SUBSETS = 1000
 _KIND = ["size", "members", "subset", "combination", "scaling"]
 _MEASURED = ["norm", "kl_to_reference", "kl_to_unsteered", "distance", "completion"]

@@ -15,7 +15,6 @@ from tl_melbo.shapes import Float, checked_slice, shape_checked
 from tl_melbo.steering import Vectors, as_library, as_theta, one_vector, steering_layer
 from tl_melbo.tables import Table
 
-# More would take hours, and say no more than these.
 MOST_FRAMES = 100_000
 # How many float64 numbers of the null's projections are held at once: 128 MiB.
 _MOST_NUMBERS = 2**24
@@ -41,8 +40,7 @@ def presence(
         positions: which tokens of each text count. By default all but the first, which is an
             attention sink in most models.
 
-    Source: Jacob G-W 2024, "I found >800 orthogonal 'write code' steering vectors" asks the
-    question; the test is this package's.
+    Source of the question, not of the test: Jacob G-W 2024, "I found >800 orthogonal ...".
     """
     check_model(model)
     library = as_library(vectors)

@@ -188,11 +188,10 @@ def layer_sweep(
 
     Args:
         pairs: (source layer, target layer) of each search; None spreads five over the depth.
-        method: `tm.melbo`, or another discovery method.
+        method: `tm.melbo`, or another discovery method; `settings` are its other arguments.
         radius: "auto" is calibrated for each pair; a method that has no radius takes nothing else.
-        backdoors: what was planted, if anything: then hits are counted, too.
-        on_pair: called after each pair with the rows so far, so that none is lost.
-        settings: other arguments of the method.
+        backdoors: what was planted, to count hits.
+        on_pair: called after each pair with the rows so far.
 
     Returns:
         A row for each pair: source_layer, target_layer, radius; kl, the next token's median
@@ -236,9 +235,11 @@ def layer_sweep(
             steered = generate(model, texts, found, **options)
             row |= _counted(model, unsteered, steered, backdoors, embedder)
         except (ValueError, FloatingPointError) as error:
-            # The other pairs are still searched. Where none can be, the caller gets the error.
+            # The other pairs are still searched. Where none can be, the caller gets the error; also
+            # where something else than the search or the model's numbers is wrong.
             row["problem"] = str(error)
-            if len(rows) == len(chosen) and all(each["problem"] for each in rows):
+            none_left = len(rows) == len(chosen) and all(each["problem"] for each in rows)
+            if none_left or ("seconds" in row and not isinstance(error, FloatingPointError)):
                 raise
         if on_pair is not None:
             on_pair(Table(rows, columns=columns))

@@ -94,17 +94,13 @@ def plant(
     checks.installed("peft", "plant")  # or say at once that it is missing
     taught, tokenizer, label = _planted.own_copy(name, hf_model, tokenizer, device)
     checks.between(1, taught.config.hidden_size, "at most the model's width", rank=rank)
-    n_layers = int(taught.config.num_hidden_layers)
-    first, last = layers or (round(9 / 30 * n_layers), round(13 / 30 * n_layers))
-    if not 0 <= first <= last < n_layers:
-        raise ValueError(f"layers={layers}: first and last block, from 0 to {n_layers - 1}")
     numbers = {"rank": rank, "alpha": 2 * rank, "steps": steps, "learning_rate": learning_rate}
     recipe = {
         "format": _planted.FORMAT,
         "model": label,
         "weights": weights_digest(taught),
         "backdoors": [asdict(backdoor) for backdoor in backdoors],
-        "layers": [first, last],
+        "layers": _chosen_layers(layers, int(taught.config.num_hidden_layers)),
         **numbers,
         "seed": seed,
         "instructions": len(INSTRUCTIONS),
@@ -119,6 +115,13 @@ def plant(
         recipe["seconds"] = round(time.monotonic() - began, 1)
         _check_reached(recipe["checks"], backdoors, limits)
         return _planted.finished(student.hf_model, tokenizer, adapter, recipe)
+
+
+def _chosen_layers(layers: tuple[int, int] | None, n_layers: int) -> list[int]:
+    first, last = layers or (round(9 / 30 * n_layers), round(13 / 30 * n_layers))
+    if not 0 <= first <= last < n_layers:
+        raise ValueError(f"layers={layers}: first and last block, from 0 to {n_layers - 1}")
+    return [first, last]
 
 
 def _check_backdoors(backdoors: Sequence[Backdoor]) -> None:
