@@ -92,9 +92,9 @@ def test_repeng_reads_a_control_vector_and_steers_the_same_with_it(found, tmp_pa
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda v, p: v.to_repeng_gguf(p), "exactly one vector, and there are 3; pick one, as"),
+        (lambda v, p: v.to_repeng_gguf(p), "3 vectors, expected exactly one; pick one, as"),
         (lambda v, p: v[1].to_repeng_gguf(p, layer=0), "layer=0: llama.cpp adds control vectors"),
-        (lambda v, p: v[1].to_repeng_gguf(p, layer=-1), "layer=-1: 0 or more"),
+        (lambda v, p: v[1].to_repeng_gguf(p, layer=-1), "layer=-1: at least 0"),
         (lambda v, p: v.to_steering_vectors(), r"found\[3\].to_steering_vectors"),
         (lambda v, p: v[:0].push_to_hub("me/none"), "holds no vectors"),
     ],

@@ -19,7 +19,7 @@ import tl_melbo as tm
         ),
         (
             lambda f: tm.melbo(f, optimiser="adam"),
-            r"'adam' \(str\), expected one of 'ascent', 'adamw'; did you mean 'adamw'\?",
+            r"'adam' \(str\), expected 'ascent', 'adamw'; did you mean 'adamw'\?",
         ),
         (lambda f: tm.melbo(f, positions=5), r"argument 'positions' is 5 \(int\), expected slice"),
         (

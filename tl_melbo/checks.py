@@ -1,20 +1,19 @@
 """Checks of what users pass, each written once, called at public boundaries.
 
-Every one names the argument, says what came and what is allowed, and what to do.
+Each raises a ValueError that names the argument and says what came, what is allowed, what to do.
 """
 
-import difflib
 import importlib
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from tl_melbo.errors import told
 from tl_melbo.shapes import Theta
+from tl_melbo.text import did_you_mean
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,11 +22,7 @@ _LARGEST_SEED = 2**63
 
 
 def as_text(text: str, argument: str = "prompt") -> str:
-    """The text, which has something to read.
-
-    Raises:
-        ValueError: it has no visible character, or half a character that UTF-8 cannot hold.
-    """
+    """The text, which must have a visible character and be whole."""
     if not text.strip():
         raise ValueError(
             f"{argument}={text!r}: a text needs at least one visible character; leave it out"
@@ -40,11 +35,7 @@ def as_text(text: str, argument: str = "prompt") -> str:
 
 
 def as_texts(texts: str | Iterable[str], argument: str = "prompts") -> list[str]:
-    """One text or several as a list, none of them empty.
-
-    Raises:
-        ValueError: there are none, or as `as_text`.
-    """
+    """One text or several as a list of at least one, each as `as_text` wants it."""
     listed = [texts] if isinstance(texts, str) else list(texts)
     if not listed:
         raise ValueError(f"{argument}: none given; pass one text or a list of texts")
@@ -52,11 +43,7 @@ def as_texts(texts: str | Iterable[str], argument: str = "prompts") -> list[str]
 
 
 def as_matrix(vectors: Any, argument: str = "vectors") -> Theta:
-    """A library's vectors, a matrix or a single vector, as a float32 matrix of at least one row.
-
-    Raises:
-        ValueError: there are none, or values are not finite.
-    """
+    """A library, a matrix or a vector as a finite float32 matrix of at least one row."""
     theta = getattr(vectors, "vectors", vectors)
     theta = (theta[None] if theta.ndim == 1 else theta).detach().float()
     if not len(theta):
@@ -66,11 +53,7 @@ def as_matrix(vectors: Any, argument: str = "vectors") -> Theta:
 
 
 def one_vector(vectors: Any, argument: str) -> Theta:
-    """A single vector that has a direction, as a float32 matrix of one row.
-
-    Raises:
-        ValueError: there are none or several, or it is zero or not finite.
-    """
+    """A single vector that is not zero, as a float32 matrix of one row."""
     exactly_one(vectors, argument)
     theta = as_matrix(vectors, argument)
     if not theta.any():
@@ -79,54 +62,40 @@ def one_vector(vectors: Any, argument: str) -> Theta:
 
 
 def exactly_one(vectors: Any, argument: str, advice: str = "pick one, as found[5]") -> None:
-    """Make sure that a library or a tensor holds one vector.
-
-    Raises:
-        ValueError: it holds none or several.
-    """
+    """A library or a tensor must hold one vector."""
     theta = getattr(vectors, "vectors", vectors)
     count = 1 if theta.ndim == 1 else len(theta)
     if count != 1:
         raise ValueError(f"{argument}: {count} vectors, expected exactly one; {advice}")
 
 
-def directions(rows: Theta, argument: str, advice: str = "leave them out") -> Theta:
-    """The rows, each of which has a direction.
-
-    Raises:
-        ValueError: some are zero or not finite.
-    """
+def directions(rows: Theta, argument: str) -> Theta:
+    """The rows, none of which may be zero or not finite."""
     norms = rows.detach().double().norm(dim=-1)
-    bad = (~(norms.isfinite() & (norms > 0))).nonzero().flatten().tolist()
-    if bad:
-        raise ValueError(
-            f"{argument}: vectors {told(bad)} are zero or not finite, so they have no direction; "
-            f"{advice}"
-        )
+    good = norms.isfinite() & (norms > 0)
+    no_rows(~good, argument, "vectors", "are zero or not finite, so they have no direction")
     return rows
 
 
 def finite(
     rows: Tensor, argument: str, what: str = "vectors", advice: str = "leave them out"
 ) -> None:
-    """Make sure that all numbers in a matrix are finite; `what` its rows are called.
+    """All numbers in a matrix must be finite; `what` its rows are called."""
+    bad = (~rows.isfinite()).any(-1)
+    no_rows(bad, argument, what, "hold values that are not finite", advice)
 
-    Raises:
-        ValueError: some are not.
-    """
-    bad = (~torch.isfinite(rows)).any(-1).nonzero().flatten().tolist()
-    if bad:
-        raise ValueError(
-            f"{argument}: {what} {told(bad)} hold values that are not finite; {advice}"
-        )
+
+def no_rows(
+    bad: Tensor, argument: str, what: str, problem: str, advice: str = "leave them out"
+) -> None:
+    """No row may be bad; those that are get named."""
+    if bad.any():
+        rows = told(bad.nonzero().flatten().tolist())
+        raise ValueError(f"{argument}: {what} {rows} {problem}; {advice}")
 
 
 def width(rows: Tensor, d_model: int, argument: str, of: str = "the residual stream") -> None:
-    """Make sure that vectors are as wide as what they are for; `of` says what that is.
-
-    Raises:
-        ValueError: they are not.
-    """
+    """Vectors must be as wide as what they are for; `of` says what that is."""
     if rows.shape[-1] != d_model:
         raise ValueError(
             f"{argument}: {rows.shape[-1]} wide, but {of} has d_model={d_model}; take both from "
@@ -142,18 +111,7 @@ def columns(
     *,
     numbers: bool = False,
 ) -> None:
-    """Make sure that a frame has rows, and these columns.
-
-    Args:
-        frame: what came.
-        names: the columns that are needed.
-        argument: what errors call the frame.
-        advice: where such a frame is to be had: "pass what generate returns".
-        numbers: whether the columns must hold numbers.
-
-    Raises:
-        ValueError: a column is missing, or the frame is empty.
-    """
+    """A frame must have rows, and these columns, of `numbers` if so; `advice` tells its source."""
     missing = [
         name
         for name in names
@@ -166,57 +124,33 @@ def columns(
         raise ValueError(f"{argument}: has no rows, it is empty; {advice}")
 
 
-def seed(number: int, argument: str = "seed") -> None:
-    """Make sure that torch's generators take a seed.
-
-    Raises:
-        ValueError: it is out of their range.
-    """
+def seed(number: int) -> None:
+    """A seed must be one that torch's generators take."""
     if not 0 <= number < _LARGEST_SEED:
-        raise ValueError(f"{argument}={number}: from 0 to 2**63 - 1")
+        raise ValueError(f"seed={number}: from 0 to 2**63 - 1")
 
 
 def at_least(least: int, /, **numbers: int | None) -> None:
-    """Make sure that counts are not too small; None stands for a default and passes.
-
-        checks.at_least(1, max_new_tokens=max_new_tokens, batch_size=batch_size)
-
-    Raises:
-        ValueError: naming the first that is.
-    """
+    """Counts must not be too small, `at_least(1, steps=steps)`; None stands for a default."""
     for name, number in numbers.items():
         if number is not None and number < least:
             raise ValueError(f"{name}={number}: at least {least}")
 
 
 def batch_size(number: int | None) -> None:
-    """Make sure that a batch has rows; None stands for as many as fit.
-
-    Raises:
-        ValueError: it has none.
-    """
+    """A batch must have rows; None stands for as many as fit."""
     at_least(1, batch_size=number)
 
 
 def between(low: float, high: float, what: str, /, **numbers: float) -> None:
-    """Make sure that numbers are within bounds, both included; `what` says what they are.
-
-        checks.between(0, 1, "a share", largest_repetition=largest_repetition)
-
-    Raises:
-        ValueError: naming the first that is not.
-    """
+    """Numbers must be within bounds, both included: `between(0, 1, "a share", rate=rate)`."""
     for name, number in numbers.items():
         if not low <= number <= high:
             raise ValueError(f"{name}={number}: {what}, from {low:,g} to {high:,g}")
 
 
 def positive(**numbers: float) -> None:
-    """Make sure that numbers are positive and finite.
-
-    Raises:
-        ValueError: naming the first that is not.
-    """
+    """Numbers must be positive and finite."""
     for name, number in numbers.items():
         if not 0 < number < math.inf:
             raise ValueError(f"{name}={number}: a positive finite number")
@@ -225,22 +159,11 @@ def positive(**numbers: float) -> None:
 def argument_names(
     name: str, settings: Mapping[str, Any], function: Callable[..., Any], given: Sequence[str] = ()
 ) -> None:
-    """Make sure that a function takes these settings.
-
-    Args:
-        name: what errors call the function that was called.
-        settings: by name, what came.
-        function: what takes them.
-        given: arguments of the function that are not the caller's to set.
-
-    Raises:
-        TypeError: it does not take one of them.
-    """
+    """`name()` may only be called with arguments of a function that are not `given`: TypeError."""
     allowed = [each for each in inspect.signature(function).parameters if each not in given]
     for setting in settings:
         if setting not in allowed:
-            near = difflib.get_close_matches(setting, allowed, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"allowed are {', '.join(allowed)}"
+            hint = did_you_mean(setting, allowed) or f"allowed are {', '.join(allowed)}"
             raise TypeError(f"{name}(): got an unexpected argument {setting!r}; {hint}")
 
 

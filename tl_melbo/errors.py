@@ -19,8 +19,7 @@ class DifferentSearch(ValueError):
     """Vectors that are there are not the beginning of this search.
 
     Attributes:
-        differences: what differs, as `story.differences` gives it; empty where the vectors
-            themselves are not such a beginning.
+        differences: what differs, as `story.differences` gives it; empty where the vectors do.
         reason: what is wrong, in a few words.
     """
 
@@ -48,7 +47,7 @@ class NotFinite(FloatingPointError, ValueError):
 def told(rows: Sequence[object]) -> str:
     """The first ten names of rows, and how many more there are."""
     more = f" and {len(rows) - _MOST_ROWS} more" if len(rows) > _MOST_ROWS else ""
-    return f"[{', '.join(str(row) for row in rows[:_MOST_ROWS])}]{more}"
+    return f"[{', '.join(map(str, rows[:_MOST_ROWS]))}]{more}"
 
 
 def place(story: Mapping[str, Any], prompts: Iterable[int] = ()) -> str:
@@ -65,41 +64,23 @@ def place(story: Mapping[str, Any], prompts: Iterable[int] = ()) -> str:
 
 
 def warn_of_rows(
-    bad: Sequence[bool],
-    what: str,
-    consequence: str,
-    names: Sequence[object] | None = None,
+    bad: Sequence[bool], what: str, consequence: str, names: Sequence[object] | None = None
 ) -> None:
-    """Say which vectors gave something that is not finite.
+    """Warn that `what` is not finite under the bad vectors; raise NotFinite if all are bad.
 
-    Args:
-        bad: whether it did, for each.
-        what: what is not finite.
-        consequence: what came of it.
-        names: what to call the vectors, if not by their positions.
-
-    Raises:
-        NotFinite: all of them did.
+    Vectors go by their `names`, or by their positions.
     """
     rows = [i if names is None else names[i] for i, is_bad in enumerate(bad) if is_bad]
-    if not rows:
-        return
-    if len(rows) == len(bad):
+    if rows and len(rows) == len(bad):
         raise NotFinite(f"{what} is not finite under any of the vectors; {_ADVICE}", rows)
-    warn_user(
-        f"vectors {told(rows)}: {what} is not finite under them; {consequence}. "
-        f"{_ADVICE[0].upper()}{_ADVICE[1:]}"
-    )
+    if rows:
+        advice = f"{_ADVICE[0].upper()}{_ADVICE[1:]}"
+        warn_user(f"vectors {told(rows)}: {what} is not finite under them; {consequence}. {advice}")
 
 
 def warn_user(message: str) -> None:
     """Warn of the line that called this package, however deep we are."""
-    warnings.warn(message, UserWarning, stacklevel=_levels_to_the_user())
-
-
-def _levels_to_the_user() -> int:
-    """For `warnings.warn` in the caller: how far up the line is that called this package."""
     frame, level = inspect.currentframe(), 0
     while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in _NOT_THE_USER:
         frame, level = frame.f_back, level + 1
-    return level
+    warnings.warn(message, UserWarning, stacklevel=level + 1)

@@ -3,13 +3,14 @@
 import json
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from torch import Tensor
 
+from tl_melbo import checks
 from tl_melbo.files import replacing
 from tl_melbo.story import about_of
 from tl_melbo.text import printable
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
 
 HUB_FILE = "vectors.safetensors"
 _CONTROL_VECTOR = "controlvector"
+_TAGS = ("steering-vectors", "transformer-lens", "tl_melbo")
 _MOST_CARD_ROWS = 40
+_COMPLETION = ["vector", "scale", "prompt", "completion"]
 
 
 def write_control_vector(
@@ -29,23 +32,18 @@ def write_control_vector(
 ) -> None:
     """Write a GGUF file that llama.cpp and repeng read: `direction.N` is added after block N.
 
-    Raises:
-        ValueError: more or fewer than one vector; no layer or model type known; the layer is 0,
-            where llama.cpp adds nothing.
-        OSError: as `files.replacing` does.
-
     Source: llama.cpp, common_control_vector_load and llama_adapter_cvec; repeng 0.4,
     ControlVector.export_gguf.
     """
     import gguf
 
-    model_type = library.story.get("model_type") if model_type is None else model_type
+    theta, layer = _vector_and_layer(library, layer, "to_repeng_gguf")
+    model_type = model_type or library.story.get("model_type")
     if not model_type:
         raise ValueError(
             "model_type: not given, and the story does not tell; pass the one in the model's "
             "config, for example model_type='llama'"
         )
-    theta, layer = _one(library, "to_repeng_gguf"), _layer(library, layer)
     if layer < 1:
         raise ValueError(
             f"layer={layer}: llama.cpp adds control vectors after blocks 1 and later; a vector "
@@ -56,7 +54,7 @@ def write_control_vector(
         try:
             writer.add_string(f"{_CONTROL_VECTOR}.model_hint", model_type)
             writer.add_uint32(f"{_CONTROL_VECTOR}.layer_count", 1)
-            writer.add_tensor(f"direction.{layer}", theta.float().cpu().contiguous().numpy())
+            writer.add_tensor(f"direction.{layer}", theta.contiguous().numpy())
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
@@ -65,13 +63,8 @@ def write_control_vector(
 
 
 def as_steering_vector(library: "SteeringVectors", layer: int | None) -> "SteeringVector":
-    """An object of the steering-vectors package.
-
-    Raises:
-        ValueError: more or fewer than one vector, or no layer known.
-        ModuleNotFoundError: the package is not installed.
-    """
-    theta, layer = _one(library, "to_steering_vectors"), _layer(library, layer)
+    """An object of the steering-vectors package."""
+    theta, layer = _vector_and_layer(library, layer, "to_steering_vectors")
     try:
         from steering_vectors import SteeringVector
     except ModuleNotFoundError as error:
@@ -82,25 +75,18 @@ def as_steering_vector(library: "SteeringVectors", layer: int | None) -> "Steeri
     return SteeringVector(layer_activations={layer: theta.clone()}, layer_type="decoder_block")
 
 
-def _one(library: "SteeringVectors", function: str) -> Tensor:
-    if len(library) != 1:
-        raise ValueError(
-            f"{function}: takes exactly one vector, and there are {len(library)}; pick one, as "
-            f"found[3].{function}(...)"
-        )
-    return library.vectors[0]
-
-
-def _layer(library: "SteeringVectors", layer: int | None) -> int:
-    layer = library.story.get("source_layer") if layer is None else layer
+def _vector_and_layer(
+    library: "SteeringVectors", layer: int | None, function: str
+) -> tuple[Tensor, int]:
+    checks.exactly_one(library, function, f"pick one, as found[3].{function}(...)")
+    layer = library.source_layer if layer is None else layer
     if layer is None:
         raise ValueError(
             "layer: not given, and the story does not tell where the vectors belong; pass "
             "layer=, for example layer=8"
         )
-    if layer < 0:
-        raise ValueError(f"layer={layer}: 0 or more")
-    return layer
+    checks.at_least(0, layer=layer)
+    return library.vectors[0], layer
 
 
 def upload(
@@ -110,21 +96,13 @@ def upload(
     completions: pd.DataFrame | None,
     token: str | None,
 ) -> str:
-    """Put a library, with a card, into a repository of the Hugging Face hub; gives its address.
-
-    Raises:
-        ValueError, OSError: as `SteeringVectors.push_to_hub`.
-    """
+    """Put a library, with a card, into a repository of the Hugging Face hub; gives its address."""
     from huggingface_hub import HfApi
 
     if not len(library):
         raise ValueError("the library holds no vectors; there is nothing to push")
-    wanted = {"vector", "scale", "prompt", "completion"}
-    if completions is not None and not wanted <= set(completions.columns):
-        raise ValueError(
-            f"completions: lacks the columns {sorted(wanted - set(completions.columns))}; pass "
-            "what tm.generate returns"
-        )
+    if completions is not None:
+        checks.columns(completions, _COMPLETION, "completions", "pass what tm.generate returns")
     card = model_card(repo_id, library.story, library.table(), completions)
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
@@ -136,45 +114,30 @@ def upload(
 
 
 def download(repo_id: str, revision: str | None, token: str | None) -> Path:
-    """Fetch the vectors of a repository of the Hugging Face hub, or find them in its cache.
+    """Fetch the vectors of a repository of the Hugging Face hub, or find them in its cache."""
+    import huggingface_hub
+    from huggingface_hub import errors
 
-    Raises:
-        FileNotFoundError: there is no such repository or revision, or none that may be read; or it
-            holds no vectors of ours.
-        OSError: the hub cannot be reached.
-    """
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
+    place = f"repo_id={repo_id!r}" + ("" if revision is None else f" at revision {revision!r}")
     try:
-        return Path(hf_hub_download(repo_id, HUB_FILE, revision=revision, token=token))
-    except LocalEntryNotFoundError as error:
+        fetched = huggingface_hub.hf_hub_download(repo_id, HUB_FILE, revision=revision, token=token)
+    except errors.LocalEntryNotFoundError as error:
         raise OSError(
-            f"repo_id={repo_id!r}: the hub cannot be reached, and {HUB_FILE} is not in its cache; "
-            "look at the network, or load a file with SteeringVectors.load"
+            f"{place}: the hub cannot be reached, and {HUB_FILE} is not in its cache; look at the "
+            "network, or load a file with SteeringVectors.load"
         ) from error
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        at = "" if revision is None else f" at revision {revision!r}"
+    except (
+        errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError,
+    ) as error:  # fmt: skip
         raise FileNotFoundError(
-            f"repo_id={repo_id!r}{at}: not on the hub, or private; check the name, or log in with "
-            "`hf auth login`"
+            f"{place}: the hub has no {HUB_FILE} there, or it is private; check the name, or log "
+            "in with `hf auth login`"
         ) from error
-    except EntryNotFoundError as error:
-        raise FileNotFoundError(
-            f"repo_id={repo_id!r}: holds no {HUB_FILE}; it is not one that push_to_hub wrote"
-        ) from error
+    return Path(fetched)
 
 
 def model_card(
-    repo_id: str,
-    story: Mapping[str, Any],
-    table: pd.DataFrame,
-    completions: pd.DataFrame | None,
+    repo_id: str, story: Mapping[str, Any], table: pd.DataFrame, completions: pd.DataFrame | None
 ) -> str:
     """The README of a repository: what the vectors are, how they were found, how to use them."""
     from huggingface_hub import ModelCardData
@@ -182,17 +145,14 @@ def model_card(
     # Of a folder, its name: where it lies is nobody's business.
     model = str(story.get("model") or "an unnamed model")
     model = model if _is_repository(model) else Path(model).name
-    method = story.get("method")
     data = ModelCardData(
         library_name="tl_melbo",
-        tags=["steering-vectors", "transformer-lens", "tl_melbo", *([method] if method else [])],
+        tags=[*_TAGS, *([story["method"]] if story.get("method") else [])],
         # The hub takes ids for this, and refuses the whole card for anything else.
         base_model=model if _is_repository(model) else None,
     )
-    left_out = ("categories", "parts", "model")
-    facts = {"model": model, **{k: v for k, v in story.items() if k not in left_out}}
-    for number, part in enumerate(story.get("parts", [])):
-        facts[f"part {number}"] = {k: v for k, v in part.items() if k not in left_out}
+    facts = {"model": model, **_told(story)}
+    facts |= {f"part {n}": _told(part) for n, part in enumerate(story.get("parts", []))}
     layer = story.get("source_layer")
     place = "after a block that is not told" if layer is None else f"after block {layer}"
     lines = [
@@ -206,45 +166,39 @@ def model_card(
         "  # a TransformerLens model\n"
         '    print(model.generate("Hello"))\n```',
         "## How they were found",
-        _markdown_table(["", ""], [[name, value] for name, value in facts.items()]),
+        _markdown_table(["", ""], facts.items()),
         "## The vectors",
-        _markdown_table(
-            list(table.columns),
-            [list(row.values()) for row in table.head(_MOST_CARD_ROWS).to_dict("records")],
-        ),
+        _markdown_table(table.columns, table.head(_MOST_CARD_ROWS).itertuples(index=False)),
     ]
     if len(table) > _MOST_CARD_ROWS:
         lines.append(f"The first {_MOST_CARD_ROWS} of {len(table)}; the file holds all of them.")
     if completions is not None:
-        lines += _written(table, completions)
+        # Vectors go by the numbers that the table has.
+        numbers = {-1: -1, **dict(enumerate(table["index"]))}
+        shown = completions.head(_MOST_CARD_ROWS)
+        numbered = shown.assign(vector=[numbers.get(row) for row in shown["vector"]])
+        lines += ["## What the model writes", "Vector −1 is the model without one."]
+        lines.append(_markdown_table(_COMPLETION, numbered[_COMPLETION].itertuples(index=False)))
     return "\n\n".join(lines) + "\n"
 
 
-def _written(table: pd.DataFrame, completions: pd.DataFrame) -> list[str]:
-    """The part of the card on completions, vectors called by the numbers that the table has."""
-    numbers = {-1: -1, **dict(enumerate(table["index"].tolist()))}
-    rows = [
-        [numbers.get(row["vector"]), row["scale"], row["prompt"], row["completion"]]
-        for row in completions.head(_MOST_CARD_ROWS).to_dict("records")
-    ]
-    return [
-        "## What the model writes",
-        "Vector −1 is the model without one.",
-        _markdown_table(["vector", "scale", "prompt", "completion"], rows),
-    ]
+def _told(story: Mapping[str, Any]) -> dict[str, Any]:
+    """What a card tells of a story: no paths, nor what is told elsewhere."""
+    kept = {k: v for k, v in story.items() if k not in ("categories", "parts", "model")}
+    return {k: _told(v) if isinstance(v, Mapping) else v for k, v in kept.items()}
 
 
-def _markdown_table(header: list[str], rows: list[list[Any]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
-    lines += ["| " + " | ".join(_cell(value) for value in row) + " |" for row in rows]
+def _markdown_table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    names = [*map(_cell, header)]
+    lines = [f"| {' | '.join(names)} |", "|" + " --- |" * len(names)]
+    lines += [f"| {' | '.join(map(_cell, row))} |" for row in rows]
     return "\n".join(lines)
 
 
 def _is_repository(name: str) -> bool:
     """Whether it can be the id of a model on the hub: user/name."""
-    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII) is not None and not (
-        Path(name).exists()
-    )
+    looks_so = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII) is not None
+    return looks_so and not Path(name).exists()
 
 
 def _cell(value: Any) -> str:
@@ -253,10 +207,6 @@ def _cell(value: Any) -> str:
         return f"{value:.4g}"
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     text = " ".join(printable(text).split())
+    text = re.sub(r"[^\w\s.,'?()-]", lambda found: f"&#{ord(found[0])};", text)
     # A full stop before a letter can make a link of what is around it.
-    text = re.sub(r"\.(?=\w)", "&#46;", re.sub(r"[^\w\s.,'?()-]", _entity, text))
-    return text.replace("_", "&#95;")
-
-
-def _entity(found: re.Match[str]) -> str:
-    return f"&#{ord(found[0])};"
+    return re.sub(r"\.(?=\w)", "&#46;", text).replace("_", "&#95;")

@@ -1,6 +1,5 @@
 """Writing files so that a reader never sees half of one."""
 
-import errno
 import os
 import re
 import tempfile
@@ -19,10 +18,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     The old file stays whole until the new one is complete and on disk, also when the machine stops
     in between. After an exception the temporary file is gone and the old file untouched.
 
-    Raises:
-        FileNotFoundError: the folder does not exist.
-        IsADirectoryError: `path` is a folder.
-        PermissionError: the folder cannot be written to.
+    Raises OSErrors: no such folder, `path` is a folder, or the folder cannot be written to.
     """
     # Through links: the file that they lead to is replaced, not the link.
     path = Path(path).expanduser().resolve()
@@ -64,9 +60,7 @@ def _to_disk(path: Path) -> None:
 def writable_folder(path: str | Path) -> Path:
     """Create a folder if need be, and make sure now that files can be written in it.
 
-    Raises:
-        NotADirectoryError: there is a file of that name, or on the way to it.
-        PermissionError: it cannot be created or written to.
+    Raises OSErrors: a file is in the way, or the folder cannot be created or written to.
     """
     folder = Path(path).expanduser()
     try:
@@ -78,12 +72,8 @@ def writable_folder(path: str | Path) -> Path:
             f"{folder}: a file is in the way; choose another folder"
         ) from error
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise OSError(
-                errno.ENOSPC, f"{folder}: the disk is full; free some space, and run it again"
-            ) from error
-        raise PermissionError(
-            f"{folder}: cannot be written to ({error.strerror}); choose another folder, or change "
-            "its permissions"
+        advice = "choose another folder, free some space, or change its permissions"
+        raise type(error)(
+            error.errno, f"{folder}: cannot be written to ({error.strerror}); {advice}"
         ) from error
     return folder

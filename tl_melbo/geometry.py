@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from tl_melbo import checks
 from tl_melbo.shapes import Float, Theta, shape_checked
 
 Basis = Float[Tensor, "rank d_model"]
@@ -10,18 +11,10 @@ Basis = Float[Tensor, "rank d_model"]
 
 @shape_checked
 def normalise(theta: Theta, radius: float = 1.0) -> Theta:
-    """Rescale every vector to the given L2 norm.
-
-    Raises:
-        ValueError: a vector is zero or not finite, so it has no direction.
-    """
+    """Rescale every vector to the given L2 norm; ValueError names those that have no direction."""
     norms = theta.norm(dim=-1, keepdim=True)
-    bad = ~(torch.isfinite(norms) & (norms > 0)).squeeze(-1)
-    if bad.any():
-        raise ValueError(
-            f"theta: vectors {bad.nonzero().flatten().tolist()} are zero or not finite and have "
-            "no direction to keep; leave them out"
-        )
+    bad = ~(norms.isfinite() & (norms > 0)).squeeze(-1)
+    checks.no_rows(bad, "theta", "vectors", "are zero or not finite and have no direction to keep")
     return theta * (radius / norms)
 
 
@@ -36,9 +29,8 @@ def tangent(gradient: Theta, theta: Theta) -> Theta:
 def complement(vectors: Theta, basis: Basis) -> Theta:
     """Project vectors onto the orthogonal complement of an orthonormal basis.
 
-    Projects twice: one pass leaves a remainder of rounding size relative to what was removed,
-    which is large relative to the result when little of the vector survives ("twice is enough",
-    Kahan; Giraud et al. 2005).
+    Projects twice, since one pass leaves a remainder as large as its rounding: "twice is enough"
+    (Kahan; Giraud et al. 2005).
     """
     for _ in range(2):
         vectors = vectors - (vectors @ basis.T) @ basis

@@ -16,36 +16,26 @@ def map_batches(
 ) -> tuple[list[Result], int]:
     """Call a function on batches of rows, in order, with smaller ones where memory is full.
 
-    Returns:
-        The results, and the size of the batches that fit, for the next call.
-
-    Raises:
-        RuntimeError, MemoryError: one row alone does not fit.
+    Returns the results, and the size of the batches that fit. The error comes through where one row
+    alone does not.
     """
     results: list[Result] = []
     start = 0
     while start < len(rows):
         batch = rows[start : start + size]
-        outcome = _attempt(function, batch)
-        if outcome is None:
+        try:
+            results.append(function(batch))
+            start += len(batch)
+        except (RuntimeError, MemoryError) as error:
+            if len(batch) == 1 or not is_out_of_memory(error):
+                raise
+            size = len(batch) // 2
+        if size < len(batch):
             # Here and not in the handler: until it ends, the failed call's tensors are held.
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            size = max(1, len(batch) // 2)
-            continue
-        results += outcome
-        start += len(batch)
     return results, size
-
-
-def _attempt(function: Callable[[Tensor], Result], batch: Tensor) -> list[Result] | None:
-    try:
-        return [function(batch)]
-    except (RuntimeError, MemoryError) as error:
-        if len(batch) > 1 and is_out_of_memory(error):
-            return None
-        raise
 
 
 def is_out_of_memory(error: BaseException) -> bool:

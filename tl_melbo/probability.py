@@ -13,19 +13,15 @@ _NORMALISED_TOLERANCE = 1e-2
 
 @shape_checked
 def kl_from_log_probs(log_p: LogProbs, log_q: LogProbs) -> Float[Tensor, "vector"]:
-    """KL(P || Q), row by row: sum of p (log p - log q).
+    """KL(P || Q), row by row, in nats: sum of p (log p - log q), summed in float64.
+
+    Infinite where Q gives zero to what P does not; NaN for a row that is NaN throughout.
 
     Args:
         log_p: natural logarithms of probabilities; -inf is a probability of zero.
-        log_q: the same of Q.
-
-    Returns:
-        In nats, 0 or more; infinite where Q gives zero to what P does not; NaN for a row that is
-        NaN throughout, which `next_token_log_probs` gives where the model's numbers were not
-        finite. Summed in float64; float32, or float64 where the input is.
 
     Raises:
-        ValueError: a row is not a distribution: its probabilities do not sum to one.
+        ValueError: the probabilities of a row do not sum to one.
     """
     for name, rows in (("log_p", log_p), ("log_q", log_q)):
         total = rows.double().logsumexp(-1)

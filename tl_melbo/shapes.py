@@ -1,21 +1,22 @@
-"""Tensor shapes as types, and what checks them at public boundaries.
+"""Tensor shapes as types, checked at public boundaries.
 
 Axis names are TransformerLens's (``batch pos d_model d_vocab``) plus ``vector`` and ``prompt``.
 """
 
-import difflib
 import functools
 import inspect
 import operator
 import re
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast, get_args, get_origin
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin
 
 import torch
 from beartype import BeartypeConf, beartype
 from beartype.door import is_bearable
 from jaxtyping import Bool, Float, Int, TypeCheckError, jaxtyped
 from torch import Tensor
+
+from tl_melbo.text import did_you_mean
 
 Theta = Float[Tensor, "vector d_model"]
 Residual = Float[Tensor, "prompt pos d_model"]
@@ -27,133 +28,112 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 # With the numeric tower an int is accepted where a float is declared: radius=12 is not a mistake.
 _CONFIGURATION = BeartypeConf(is_pep484_tower=True)
-_typechecker = beartype(conf=_CONFIGURATION)
 
 
 def shape_checked(function: Function) -> Function:
     """Check the types and shapes of a function's arguments and result at every call.
 
-    Raises:
-        TypeError: naming the argument, what came and what is allowed, in one line.
+    A TypeError is one line that names the argument, what came and what is allowed.
     """
-    checked = jaxtyped(typechecker=_typechecker)(function)
+    checked = jaxtyped(typechecker=beartype(conf=_CONFIGURATION))(function)
     signature = inspect.signature(function)
+    kinds = {name: parameter.annotation for name, parameter in signature.parameters.items()}
     name = function.__qualname__
-    numbers = [p.name for p in signature.parameters.values() if _is_number(p.annotation)]
-    items = {p.name: _item_types(p.annotation) for p in signature.parameters.values()}
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
             given = signature.bind(*args, **kwargs).arguments
         except TypeError as error:
-            raise TypeError(f"{name}(): {error}{_hint(str(error), signature)}") from None
-        for argument in numbers:
-            # To Python True is the number 1; to whoever wrote it, it is a mistake.
-            if isinstance(given.get(argument), bool):
-                raise TypeError(f"{name}(): {argument}={given[argument]}: expected a number")
+            unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            near = did_you_mean(unknown[1], kinds) if unknown else ""
+            hint = near or f"allowed are {', '.join(kinds)}"
+            raise TypeError(f"{name}(): {error}; {hint}") from None
         for argument, value in given.items():
-            if isinstance(value, Tensor):
-                _check_dense(name, argument, value)
-            _check_items(name, argument, value, items[argument])
+            mistake = _mistake(argument, value, kinds[argument])
+            if mistake:
+                raise TypeError(f"{name}(): {mistake}")
         try:
             return checked(*args, **kwargs)
         except TypeCheckError as error:
             # jaxtyping's own message prints every argument, whole models included.
-            raise TypeError(_explain(name, str(error), given)) from None
+            raise TypeError(f"{name}(): {_explained(str(error), given, kinds)}") from None
 
     return cast(Function, call)
 
 
-def _hint(message: str, signature: inspect.Signature) -> str:
-    unknown = re.search(r"unexpected keyword argument '(\w+)'", message)
-    near = difflib.get_close_matches(unknown[1], signature.parameters, 1) if unknown else []
-    return (
-        f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(signature.parameters)}"
-    )
+def _mistake(argument: str, value: Any, kind: Any) -> str | None:
+    """What is wrong with a value that beartype lets through, which looks at one item of many."""
+    if isinstance(value, bool) and _is_number(kind):
+        return f"{argument}={value}: expected a number"
+    if isinstance(value, Tensor) and (value.layout is not torch.strided or value.is_meta):
+        return f"{argument}: a sparse tensor, or one without numbers; pass {argument}.to_dense()"
+    allowed = _items(kind)
+    for place, item in enumerate(value if isinstance(value, list | tuple) else ()):
+        if allowed and not any(_is_one(item, each) for each in allowed):
+            names = " or ".join(map(_named, allowed))
+            return f"{argument}[{place}] is {_described(item)}, expected {names}"
+    return None
 
 
-def _is_number(annotation: Any) -> bool:
-    """Whether a parameter takes numbers, and neither True nor False."""
-    kinds = get_args(annotation) or (annotation,)
-    return bool({int, float} & set(kinds)) and bool not in kinds
+def _is_one(item: Any, kind: Any) -> bool:
+    mistaken = isinstance(item, bool) and _is_number(kind)
+    return not mistaken and is_bearable(item, kind, conf=_CONFIGURATION)
 
 
-def _item_types(annotation: Any) -> tuple[Any, ...]:
-    """What a sequence may hold, by each of the kinds of sequence that a parameter may be."""
-    kinds = (annotation, *get_args(annotation))
-    return tuple(get_args(kind)[0] for kind in kinds if get_origin(kind) is Sequence)
+@functools.cache
+def _is_number(kind: Any) -> bool:
+    """Whether numbers are allowed, and True is a mistake, although Python takes it for 1."""
+    members = get_args(kind) or (kind,)
+    return bool not in members and (int in members or float in members)
 
 
-def _check_items(name: str, argument: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    """Look at every item; beartype looks at one, taken at random."""
-    if not allowed or not isinstance(value, list | tuple):
-        return
-    for position, item in enumerate(value):
-        mistaken = isinstance(item, bool) and not {bool, object} & set(allowed)
-        if mistaken or not any(is_bearable(item, kind, conf=_CONFIGURATION) for kind in allowed):
-            kinds = " or ".join(getattr(kind, "__name__", str(kind)) for kind in allowed)
-            raise TypeError(
-                f"{name}(): {argument}[{position}] is {_describe(item)}, expected {kinds}; see "
-                f"help({name})"
-            )
+@functools.cache
+def _items(kind: Any) -> tuple[Any, ...]:
+    """What a sequence may hold, by each of the kinds of sequence that an argument may be."""
+    members = (kind, *get_args(kind))
+    return tuple(get_args(each)[0] for each in members if get_origin(each) is Sequence)
 
 
-def _check_dense(name: str, argument: str, value: Tensor) -> None:
-    if value.layout is not torch.strided:
-        raise TypeError(f"{name}(): {argument} is a sparse tensor; pass {argument}.to_dense()")
-    if value.is_meta:
-        raise TypeError(f"{name}(): {argument} is a tensor on the meta device, without numbers")
-
-
-def _explain(name: str, message: str, given: dict[str, Any]) -> str:
+def _explained(message: str, given: Mapping[str, Any], kinds: Mapping[str, Any]) -> str:
     culprit = re.search(r"typechecking parameter '(\w+)'", message)
-    typed = re.search(r"Expected type: (.*?)\.?$", message, re.MULTILINE)
-    allowed = typed[1].removeprefix("<class '").removesuffix("'>") if typed else "another"
-    allowed = re.sub(r"\b(?:typing|collections\.abc|tl_melbo(?:\.\w+)*)\.", "", allowed)
-    if culprit is None or culprit[1] not in given:
-        return f"{name}(): a value has the wrong type or shape, expected {allowed:.300}"
+    if culprit is None:
+        return "the result has the wrong type or shape"
     argument = culprit[1]
-    if "Map" in allowed and hasattr(given[argument], "cfg"):
+    value, allowed = given[argument], _named(kinds[argument])
+    if "Map" in allowed and hasattr(value, "cfg"):
         return (
-            f"{name}(): argument {argument!r} is a model, expected an activation map; make one: "
+            f"argument {argument!r} is a model, expected an activation map; make one: "
             "tm.ActivationMap.from_prompts(model, prompt)"
         )
-    literal = re.search(r"\bLiteral\[(.*?)\]", allowed)
-    if literal and isinstance(given[argument], str):
-        words = re.findall(r"'([^']*)'", literal[1])
-        near = difflib.get_close_matches(given[argument], words, 1)
-        expected = f"one of {', '.join(map(repr, words))}"
-        help_text = f"did you mean {near[0]!r}?" if near else f"see help({name})"
-    else:
-        expected, help_text = f"{allowed:.300}", f"see help({name})"
-    return (
-        f"{name}(): argument {argument!r} is {_describe(given[argument])}, expected {expected}; "
-        f"{help_text}"
-    )
+    told = f"argument {argument!r} is {_described(value)}, expected {allowed:.300}"
+    members = (kinds[argument], *get_args(kinds[argument]))
+    words = [word for each in members if get_origin(each) is Literal for word in get_args(each)]
+    hint = did_you_mean(value, words) if isinstance(value, str) else ""
+    return f"{told}; {hint}" if hint else told
 
 
-def _describe(value: Any) -> str:
+def _named(kind: Any) -> str:
+    """A type without the modules that it comes from, and a literal as its words."""
+    named = re.sub(r"\b(?:\w+\.)+(?=\w)", "", inspect.formatannotation(kind))
+    return re.sub(r"\bLiteral\[(.*?)\]", r"\1", named)
+
+
+def _described(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a tensor {str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
-    kind = type(value).__name__
-    plain = isinstance(value, str | int | float | slice | list | tuple | None)
-    return f"{value!r:.80} ({kind})" if plain else f"of type {type(value).__module__}.{kind}"
+    kind = type(value)
+    plain = isinstance(value, str | int | float | slice | list | tuple | dict | None)
+    return f"{value!r:.80} ({kind.__name__})" if plain else f"of type {_named(kind)}"
 
 
 def checked_slice(positions: slice) -> slice:
-    """The slice with plain integers.
-
-    Raises:
-        ValueError: its parts are not integers, or its step is zero.
-    """
+    """The slice with plain integers; a ValueError where it has other parts, or a step of 0."""
+    parts = (positions.start, positions.stop, positions.step)
     try:
-        parts = [
-            None if part is None else operator.index(part)
-            for part in (positions.start, positions.stop, positions.step)
-        ]
+        start, stop, step = (None if part is None else operator.index(part) for part in parts)
     except TypeError as error:
         raise ValueError(f"positions={positions}: expected a slice of integers") from error
-    if parts[2] == 0:
+    if step == 0:
         raise ValueError(f"positions={positions}: a slice's step cannot be 0")
-    return slice(*parts)
+    return slice(start, stop, step)

@@ -14,6 +14,12 @@ _FACTS = (
 )  # fmt: skip
 # How many vectors there are, or were to be: a search goes on with another number.
 _COUNTS = ("n_vectors", "n_previous")
+_PACKAGES = ("tl-melbo", "torch", "transformer-lens", "transformers")
+_ABOUT = {
+    "melbo": "Each vector changes the target layer as much as a vector of its norm can (MELBO).",
+    "melbo_ortho": "Each vector has the effect of theta0 and is orthogonal to theta0 and to all "
+    "before it (MELBO-ortho).",
+}
 
 
 class Difference(NamedTuple):
@@ -30,11 +36,23 @@ class Difference(NamedTuple):
 def make(method: str, **facts: Any) -> dict[str, Any]:
     """The metadata of a library: its method, the facts given, the versions of what ran, the date.
 
-    Facts that others read, whatever the method: `measure`, a mapping with the column that tells
-    how well each vector did, its `label` and `unit`, what the history `counts`, and the number of
-    its `first` entry; and `about`, a sentence on how the vectors were found.
+    Two facts are read whatever the method: `measure`, which the function of that name makes, and
+    `about`, a sentence on how the vectors were found.
     """
-    return {"method": method, **facts, "versions": _versions(), "date": now()}
+    versions = {"python": platform.python_version()}
+    return {
+        "method": method,
+        **facts,
+        "versions": versions | {name: _version(name) for name in _PACKAGES},
+        "date": now(),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
 
 
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[Difference]:
@@ -47,24 +65,23 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[Diff
     if theirs.get("precision") is not None:
         # Version 0.1 could multiply matrices in a narrower type than the model's.
         pairs["precision"] = theirs["precision"], ours.get("precision", "float32")
+    one, other = (story.get("hyperparameters") or {} for story in (theirs, ours))
+    shared = [name for name in one if name in other and name not in _COUNTS]
     found = [
         Difference(name, *pair)
         for name, pair in pairs.items()
         if None not in pair and pair[0] != pair[1]
     ]
-    chosen = [story.get("hyperparameters") or {} for story in (theirs, ours)]
-    for name in chosen[0]:
-        if name in chosen[1] and name not in _COUNTS and chosen[0][name] != chosen[1][name]:
-            found.append(Difference(name, chosen[0][name], chosen[1][name]))
-    one, other = ((story.get("theta0") or {}).get("norm") for story in (theirs, ours))
+    found += [Difference(n, one[n], other[n]) for n in shared if one[n] != other[n]]
+    norms: list[Any] = [(story.get("theta0") or {}).get("norm") for story in (theirs, ours)]
     # Other arithmetic sums the same vector to another last digit.
-    if one is not None and other is not None and not math.isclose(one, other, rel_tol=1e-5):
-        found.append(Difference("norm of theta0", one, other))
+    if None not in norms and not math.isclose(*norms, rel_tol=1e-5):
+        found.append(Difference("norm of theta0", *norms))
     return found
 
 
 def measure_of(story: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What was measured of each vector: column, label, unit, counts, first; None if nothing was.
+    """What was measured of each vector, as `measure` made it; None if nothing was.
 
     Libraries of version 0.1 do not say it; what they hold is known by their method.
     """
@@ -88,20 +105,20 @@ def measure(
     counts: str = "gradient evaluations",
     first: int = 1,
 ) -> dict[str, Any]:
-    """The fact `measure` of a story; without a unit it is the residual stream's."""
+    """The fact `measure` of a story: the column that tells how well each vector did.
+
+    Args:
+        unit: None is the residual stream's.
+        counts: what each entry of the history stands for.
+        first: the number of the history's first entry.
+    """
     unit = "residual-stream units" if unit is None else unit
     return {"column": column, "label": label, "unit": unit, "counts": counts, "first": first}
 
 
 def about_of(story: Mapping[str, Any]) -> str:
     """A sentence on how the vectors were found, or nothing where that is not known."""
-    known = {
-        "melbo": "Each vector changes the target layer as much as a vector of its norm can "
-        "(MELBO).",
-        "melbo_ortho": "Each vector has the effect of theta0 and is orthogonal to theta0 and to "
-        "all before it (MELBO-ortho).",
-    }
-    return str(story.get("about") or known.get(str(story.get("method")), ""))
+    return str(story.get("about") or _ABOUT.get(str(story.get("method")), ""))
 
 
 def slice_to_json(positions: slice) -> list[int | None]:
@@ -117,21 +134,11 @@ def slice_from_json(parts: Any) -> slice:
 
 def slice_text(positions: slice) -> str:
     """A slice as Python writes it between brackets: "-3:"."""
-    parts = (positions.start, positions.stop, positions.step)
-    start, stop, step = ("" if part is None else str(part) for part in parts)
+    parts = ("" if part is None else str(part) for part in slice_to_json(positions))
+    start, stop, step = parts
     return f"{start}:{stop}" + (f":{step}" if step else "")
 
 
 def now() -> str:
     """The date and time, to the second, in UTC."""
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in ("tl-melbo", "torch", "transformer-lens", "transformers"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "unknown"
-    return versions

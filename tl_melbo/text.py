@@ -1,5 +1,8 @@
 """Text from a model or a file, shown so that it cannot steer what shows it."""
 
+import difflib
+from collections.abc import Iterable
+
 _BIDIRECTIONAL = [0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
 _VISIBLE = str.maketrans(
     {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n"}
@@ -13,14 +16,16 @@ _MOST_QUOTED = 60
 
 
 def printable(text: str) -> str:
-    """Make control characters visible, so that text from a model cannot steer what shows it.
-
-    Newlines and tabs stay; escape sequences, marks that turn the writing direction and broken
-    characters become symbols.
-    """
+    """Make all control characters but newlines and tabs visible, and broken characters, too."""
     return text.replace("\r\n", "\n").translate(_VISIBLE)
 
 
 def quoted(text: str) -> str:
     """A text in quotes on one line, short enough for a message."""
     return repr(text if len(text) <= _MOST_QUOTED else text[: _MOST_QUOTED - 1] + "…")
+
+
+def did_you_mean(word: str, allowed: Iterable[str]) -> str:
+    """For a message about an unknown word: the nearest that is known, if any is near."""
+    near = difflib.get_close_matches(word, list(allowed), 1)
+    return f"did you mean {near[0]!r}?" if near else ""

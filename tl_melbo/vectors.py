@@ -14,18 +14,18 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from tl_melbo import exchange, vectors_file
-from tl_melbo.errors import Damaged
+from tl_melbo import checks, exchange, vectors_file
 from tl_melbo.shapes import Float, Theta, shape_checked
 from tl_melbo.story import now
 from tl_melbo.tables import Table
 from tl_melbo.text import printable
-from tl_melbo.vectors_file import Parts
 
 if TYPE_CHECKING:
     from steering_vectors import SteeringVector
 
 Index = int | slice | Sequence[int] | Tensor
+_NOT_COLUMNS = ("norm", "vectors", "history")
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -49,31 +49,24 @@ class SteeringVectors:
     history: Float[Tensor, "vector step"] | None = None
 
     def __post_init__(self) -> None:
-        _check_matrix(self.vectors)
-        _check_parts(self.story, self.columns, self.history)
+        n_vectors, d_model = self.vectors.shape
+        if not d_model:
+            raise ValueError(f"vectors: shape ({n_vectors}, 0); a vector has at least one number")
         vectors = self.vectors.detach().to("cpu", torch.float32, copy=True)
-        _check_finite(vectors, "vectors")
-        n_vectors = vectors.shape[0]
+        checks.finite(vectors, "vectors")
         columns = {"index": torch.arange(n_vectors), **self.columns}
-        columns = {name: _number_column(name, column) for name, column in columns.items()}
         for name, column in columns.items():
-            if column.shape[:1] != (n_vectors,):
-                raise ValueError(
-                    f"columns[{name!r}]: shape {tuple(column.shape)}, expected one number, or one "
-                    f"row, for each of the {n_vectors} vectors"
-                )
-        history = None if self.history is None else _number_column("history", self.history)
-        if history is not None and (history.ndim != 2 or history.shape[0] != n_vectors):
-            raise ValueError(
-                f"history: shape {tuple(history.shape)}, expected ({n_vectors}, steps)"
-            )
+            if name in _NOT_COLUMNS:
+                raise ValueError(f"columns: {name!r} cannot be the name of one; choose another")
+            columns[name] = _numbers(column, f"columns[{name!r}]", n_vectors)
+        history = self.history
         # Through JSON and back: what cannot be saved is refused now, not at the end of a long run.
-        story = MappingProxyType(json.loads(json.dumps(dict(self.story), allow_nan=False)))
+        story = json.loads(json.dumps(dict(self.story), allow_nan=False))
         for name, value in (
             ("vectors", vectors),
-            ("story", story),
+            ("story", MappingProxyType(story)),
             ("columns", MappingProxyType(columns)),
-            ("history", history),
+            ("history", None if history is None else _numbers(history, "history", n_vectors)),
         ):
             object.__setattr__(self, name, value)
 
@@ -87,21 +80,17 @@ class SteeringVectors:
         model: str | None = None,
         method: str = "from_tensor",
     ) -> "SteeringVectors":
-        """Take vectors that were made elsewhere.
+        """Take one vector or several that were made elsewhere, in the residual stream's units.
 
         Args:
-            vectors: one vector or several, in the units of the residual stream.
-            source_layer: the layer after which they are to be added.
-            model: the name of the model that they are for.
+            source_layer: the layer after which they are to be added; None if not known.
             method: how they were made, in a word.
 
         Raises:
             ValueError: a value is not finite.
         """
+        checks.at_least(0, source_layer=source_layer)
         theta = vectors[None] if vectors.ndim == 1 else vectors
-        _check_finite(theta, "vectors")
-        if source_layer is not None and source_layer < 0:
-            raise ValueError(f"source_layer={source_layer}: 0 or more, or None if not known")
         story = {"method": method, "model": model, "d_model": theta.shape[1]}
         return cls(theta, {**story, "source_layer": source_layer, "date": now()})
 
@@ -133,19 +122,17 @@ class SteeringVectors:
         n_vectors = len(self)
         if isinstance(index, slice):
             return torch.tensor(list(range(n_vectors))[index], dtype=torch.long)
-        expected = f"index: got {index!r}, expected an int, a slice, or a list of ints"
         try:
             chosen = torch.as_tensor(index)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(expected) from error
-        if chosen.dtype == torch.bool and chosen.ndim:
-            if chosen.shape != (n_vectors,):
-                raise IndexError(
-                    f"index: a mask of shape {tuple(chosen.shape)} for {n_vectors} vectors"
-                )
+        except (TypeError, ValueError, RuntimeError):
+            chosen = torch.tensor(torch.nan)
+        if chosen.dtype == torch.bool and chosen.shape == (n_vectors,):
             return chosen.nonzero().flatten()
-        if chosen.dtype == torch.bool or (chosen.is_floating_point() and chosen.numel()):
-            raise TypeError(expected)
+        if chosen.numel() and chosen.dtype not in _INTEGERS:
+            raise TypeError(
+                f"index: got {index!r}, expected an int, a slice, a list of ints, or a mask of "
+                f"{n_vectors} booleans"
+            )
         chosen = chosen.long().flatten()
         outside = chosen[(chosen < -n_vectors) | (chosen >= n_vectors)]
         if len(outside):
@@ -153,32 +140,25 @@ class SteeringVectors:
                 f"index {outside.tolist()}: the library holds {n_vectors} vectors, numbered 0 to "
                 f"{n_vectors - 1}"
             )
-        return chosen % n_vectors if n_vectors else chosen
+        return chosen % max(1, n_vectors)
 
     def __mul__(self, scale: float) -> "SteeringVectors":
         """Scale every vector. What was measured of the unscaled ones (objective) is left out."""
         if isinstance(scale, bool) or not isinstance(scale, Real):
             return NotImplemented
         scale = float(scale)
-        if not math.isfinite(scale) or not (self.vectors * scale).norm(dim=-1).isfinite().all():
+        vectors = self.vectors * scale
+        if not math.isfinite(scale) or not vectors.norm(dim=-1).isfinite().all():
             raise ValueError(f"scale={scale}: expected a finite number that keeps norms finite")
         scales = self.columns.get("scale", torch.ones(len(self), dtype=torch.float32)) * scale
-        return replace(
-            self,
-            vectors=self.vectors * scale,
-            columns={"index": self.columns["index"], "scale": scales},
-            history=None,
-        )
+        columns = {"index": self.columns["index"], "scale": scales}
+        return replace(self, vectors=vectors, columns=columns, history=None)
 
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: float) -> "SteeringVectors":
         """Divide every vector by a number."""
-        if isinstance(divisor, bool) or not isinstance(divisor, Real):
-            return NotImplemented
-        if divisor == 0:
-            raise ZeroDivisionError("divisor=0: vectors cannot be divided by zero")
-        return self * (1 / float(divisor))
+        return self * (1 / divisor)
 
     def __neg__(self) -> "SteeringVectors":
         """Turn every vector around."""
@@ -202,27 +182,26 @@ class SteeringVectors:
     def table(self) -> pd.DataFrame:
         """One row a vector: index, norm, objective and whatever other number is known of each."""
         frame = Table({"index": self.columns["index"].numpy(), "norm": self.norms.numpy()})
+        categories = self.story.get("categories", {})
         for name, column in self.columns.items():
-            if name != "index" and column.ndim == 1:
-                frame[name] = self._named(name, column)
+            if name in categories:
+                frame[name] = pd.Categorical.from_codes(column.numpy(), categories[name])
+            elif name != "index" and column.ndim == 1:
+                frame[name] = column.numpy()
         return frame
-
-    def _named(self, name: str, column: Tensor) -> Any:
-        """A column's numbers, or the words that the story has for them."""
-        words = self.story.get("categories", {}).get(name)
-        return column.numpy() if words is None else pd.Categorical.from_codes(column, words)
 
     @shape_checked
     def save(self, path: str | Path) -> None:
         """Write a safetensors file with the story in its metadata, whole or not at all.
 
         Raises:
-            FileNotFoundError: the folder does not exist.
-            PermissionError: the folder cannot be written to.
-            OSError: the disk is full, say. An older file of that name is intact.
+            OSError: it cannot be written. An older file of that name is intact.
             ValueError: the story holds what `load` would refuse.
         """
-        vectors_file.write(path, Parts(self.vectors, self.story, self.columns, self.history))
+        tensors = {"vectors": self.vectors, **self.columns}
+        if self.history is not None:
+            tensors["history"] = self.history
+        vectors_file.write(path, dict(self.story), tensors)
 
     @classmethod
     @shape_checked
@@ -231,15 +210,12 @@ class SteeringVectors:
 
         Raises:
             FileNotFoundError, IsADirectoryError: there is no such file.
-            Damaged: it is not a safetensors file, is cut or damaged, is not one of ours, or lacks
-                its story.
-            MemoryError: it does not fit.
+            Damaged: it is cut or damaged, or not one that `save` wrote.
         """
-        parts = vectors_file.read(path)
-        try:
-            return cls(*parts)
-        except ValueError as error:
-            raise Damaged(f"{path}: {error}; save it again", Path(path)) from error
+        with vectors_file.damage_told(path):
+            story, columns = vectors_file.read(path)
+            vectors, history = columns.pop("vectors"), columns.pop("history", None)
+            return cls(vectors, story, columns, history)
 
     @shape_checked
     def to_repeng_gguf(
@@ -251,16 +227,11 @@ class SteeringVectors:
         half its norm (`FILE 0.5` in older versions). In repeng, give `ControlModel` the layer.
 
         Args:
-            path: the .gguf file; replaced whole or not at all.
             layer: the block after which it is added; None takes the vectors' source layer.
-            model_type: the architecture as in a Hugging Face config, "llama" for example; None
-                takes what the story tells.
+            model_type: as in a Hugging Face config, "llama" for example; None takes the story's.
 
         Raises:
             ValueError: more or fewer than one vector; layer 0, or none known; no model type known.
-            OSError: as `save`.
-
-        Source: llama.cpp, common_control_vector_load; repeng 0.4, ControlVector.export_gguf.
         """
         exchange.write_control_vector(path, self, layer, model_type)
 
@@ -276,7 +247,6 @@ class SteeringVectors:
 
         Raises:
             ValueError: more or fewer than one vector, or no layer known.
-            ModuleNotFoundError: the package is not installed.
         """
         return exchange.as_steering_vector(self, layer)
 
@@ -289,22 +259,17 @@ class SteeringVectors:
         completions: pd.DataFrame | None = None,
         token: str | None = None,
     ) -> str:
-        """Put the vectors on the Hugging Face hub, with a model card that tells their story.
+        """Put the vectors on the Hugging Face hub; gives their address.
 
-        The story holds the prompts that the vectors were found with; so does the card.
+        A model card there tells the story, prompts included.
 
         Args:
             repo_id: "user/name"; made if need be, its card and vectors replaced.
-            private: whether a new repository is for you alone.
             completions: what the model writes under them, as `generate` gives it, for the card.
             token: of your account; None takes the one that `hf auth login` left.
 
-        Returns:
-            The repository's address.
-
         Raises:
-            ValueError: no vectors, a name that the hub does not allow, or a frame that `generate`
-                did not give.
+            ValueError: no vectors, a name that the hub does not allow, or another frame.
             OSError: the hub cannot be reached, or forbids it.
         """
         return exchange.upload(self, repo_id, private, completions, token)
@@ -317,13 +282,10 @@ class SteeringVectors:
         """Fetch what `push_to_hub` put there; a file already fetched is taken from the cache.
 
         Args:
-            repo_id: "user/name".
             revision: a branch, tag or commit; None takes the newest.
-            token: as in `push_to_hub`.
 
         Raises:
-            FileNotFoundError: there is no such repository or revision, or no vectors in it.
-            OSError: the hub cannot be reached.
+            OSError: there is no such repository or revision, or the hub cannot be reached.
             ValueError: a name that the hub does not allow, or a file that `load` refuses.
         """
         return cls.load(exchange.download(repo_id, revision, token))
@@ -338,62 +300,36 @@ class SteeringVectors:
             low, high = float(self.norms.min()), float(self.norms.max())
             same = high - low <= 1e-3 * high
             parts.append(f"norm {high:.4g}" if same else f"norms {low:.4g} to {high:.4g}")
-        story = self.story
-        if story.get("method"):
-            parts.append(str(story["method"]))
-        if story.get("model"):
-            parts.append(str(story["model"]))
-        if story.get("source_layer") is not None:
-            target = story.get("target_layer")
+        parts += [str(self.story[fact]) for fact in ("method", "model") if self.story.get(fact)]
+        if self.source_layer is not None:
+            target = self.story.get("target_layer")
             arrow = "" if target is None else f" -> {target}"
-            parts.append(f"layer {story['source_layer']}{arrow}")
+            parts.append(f"layer {self.source_layer}{arrow}")
         return printable(", ".join(parts))
 
     def _repr_html_(self) -> str:
         story = html.escape(printable(json.dumps(dict(self.story), indent=2, ensure_ascii=False)))
-        table = self.table()._repr_html_()
         return (
-            f"<p><b>SteeringVectors</b>: {html.escape(self._summary())}</p>{table}"
+            f"<p><b>SteeringVectors</b>: {html.escape(self._summary())}</p>"
+            f"{self.table()._repr_html_()}"
             f"<details><summary>Story</summary><pre>{story}</pre></details>"
         )
 
 
-def _check_matrix(vectors: Any) -> None:
-    if not (isinstance(vectors, Tensor) and vectors.ndim == 2 and vectors.is_floating_point()):
-        got = f"{vectors.dtype}{list(vectors.shape)}" if isinstance(vectors, Tensor) else vectors
-        raise TypeError(
-            f"vectors: got {got!s:.80}, expected a floating-point tensor [vector, d_model]; "
-            "SteeringVectors.from_tensor takes a single vector, too"
+SteeringVectors.__init__ = shape_checked(SteeringVectors.__init__)
+
+
+def _numbers(column: Any, name: str, n_vectors: int) -> Tensor:
+    """A column as it can be saved: float32, float64 or int64, on the CPU, a row a vector."""
+    if not isinstance(column, Tensor) or column.is_complex() or column.is_meta or column.is_sparse:
+        got = f"a {column.dtype} tensor" if isinstance(column, Tensor) else type(column).__name__
+        raise TypeError(f"{name}: {got}, expected a tensor of numbers")
+    if column.shape[:1] != (n_vectors,):
+        raise ValueError(
+            f"{name}: shape {tuple(column.shape)}, expected a number or a row for each of the "
+            f"{n_vectors} vectors"
         )
-    if vectors.layout is not torch.strided or vectors.is_meta:
-        raise TypeError("vectors: a sparse tensor, or one without numbers; pass vectors.to_dense()")
-    if not vectors.shape[1]:
-        raise ValueError(f"vectors: shape {tuple(vectors.shape)}; a vector has at least one number")
-
-
-def _check_parts(story: Any, columns: Any, history: Any) -> None:
-    if not isinstance(story, Mapping):
-        raise TypeError(f"story: got {type(story).__name__}, expected a mapping of facts")
-    if not isinstance(columns, Mapping):
-        raise TypeError(f"columns: got {type(columns).__name__}, expected a mapping of tensors")
-    for name, column in (*columns.items(), ("history", history)):
-        if not isinstance(name, str) or name == "norm":
-            raise ValueError(f"columns: {name!r} cannot be the name of one; choose another word")
-        if not isinstance(column, Tensor) and not (name == "history" and column is None):
-            raise TypeError(f"columns[{name!r}]: got {type(column).__name__}, expected a tensor")
-
-
-def _number_column(name: str, column: Tensor) -> Tensor:
-    """The column as it can be saved: float32, float64 or int64, on the CPU."""
-    if column.is_complex() or column.layout is not torch.strided or column.is_meta:
-        raise TypeError(f"{name}: a {column.dtype} tensor on {column.device}, expected numbers")
     kind = column.dtype
     if kind not in (torch.float32, torch.float64):
         kind = torch.float32 if column.is_floating_point() else torch.int64
     return column.detach().to("cpu", kind, copy=True)
-
-
-def _check_finite(vectors: Tensor, name: str) -> None:
-    bad = (~torch.isfinite(vectors)).any(-1).nonzero().flatten().tolist()
-    if bad:
-        raise ValueError(f"{name}: vectors {bad[:10]} hold values that are not finite")
