@@ -1,6 +1,7 @@
 """How many different effects have the vectors? Completions grouped into behaviours."""
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +26,6 @@ _INCOHERENT, _UNSTEERED = -1, 0
 _NAME_WORDS, _LONGEST_WORD = 3, 24
 # A word of a name. Not "i'm", "don't" or "you're": they are no topics.
 _WORD = r"(?u)(?<!['’])\b[^\W\d_][\w-]+\b(?!['’](?:t|m|d|ll|re|ve)\b)"
-# Of a longer text, its beginning is looked at.
 _MOST_CHARACTERS = 2_000
 _GROUP_COLUMNS = ["behaviour", "name", "prompt", "n_texts", "vectors", "example"]
 
@@ -35,12 +35,11 @@ class Behaviours:
     """Completions in groups, each group one behaviour; see `behaviours`.
 
     Attributes:
-        texts: the completions, and for each: perplexity; repetition; coherent; filtered_out, why it
-            is not coherent: "empty", "repeats itself" or "high perplexity", else ""; behaviour, the
-            number of its group: 0 for the baseline's, -1 where it is not coherent.
-        groups: one row a behaviour, the baseline's first, then the largest: behaviour, name,
-            prompt, n_texts, vectors, example.
-        embedder: what made points of the texts: "sentences", "words", or "custom".
+        texts: the completions, with perplexity, repetition, coherent, filtered_out (why not, or
+            "") and behaviour, the number of the group: 0 for the baseline's, -1 if not coherent.
+        groups: behaviour, name, prompt, n_texts, vectors, example; for each prompt the baseline's
+            first, then the largest.
+        embedder: "sentences", "words", or "custom".
     """
 
     texts: pd.DataFrame
@@ -54,17 +53,15 @@ class Behaviours:
 
     @property
     def per_100_vectors(self) -> float:
-        """The same for every hundred vectors and prompts, to compare libraries of one size by."""
+        """The same for every hundred vectors and prompts."""
         steered = self.texts[self.texts["vector"] >= 0]
         n_tried = len({*zip(steered["vector"], steered["prompt"], strict=True)})
         return 100 * self.n_distinct / n_tried if n_tried else 0.0
 
     def __repr__(self) -> str:
         n_incoherent = sum(not coherent for coherent in self.texts["coherent"])
-        return (
-            f"Behaviours({self.n_distinct} distinct in {len(self.texts)} completions, "
-            f"{n_incoherent} not coherent, by {self.embedder})"
-        )
+        found = f"{self.n_distinct} distinct in {len(self.texts)} completions"
+        return f"Behaviours({found}, {n_incoherent} not coherent, by {self.embedder})"
 
 
 @shape_checked
@@ -82,57 +79,44 @@ def behaviours(
 ) -> Behaviours:
     """Group what the model writes under many vectors into distinct behaviours.
 
-    Filtered out are completions that repeat themselves, and those of high perplexity under the
-    unsteered model after the prompt. Of these, one of up to 25 tokens stays if the order of its
-    words makes sense to the model: shuffled, they cost 1 nat a token more, and it is at most 55
-    nats in all beyond the limit. A single word, or a long text in a language that the model hardly
-    knows, may be filtered out wrongly.
-
-    The others are clustered for each prompt by itself (average linkage; with the embedder
-    "sentences" over the mean of two cosines, the sentences' and the words'). Adding one completion
-    can change the clustering. A group is named after the words that set it apart.
+    Completions that repeat themselves or have a high perplexity under the unsteered model are
+    filtered out. The others are clustered for each prompt by itself (average linkage).
 
     Args:
-        model: the model that wrote them; it is not steered here.
-        completions: the columns vector (-1 for unsteered), prompt, completion, as `generate`
-            returns them. Of a long one, the first 2,000 characters count.
-        chat: None goes by what `generate` noted in the frame, or else takes the prompts as raw.
-        n_behaviours: groups for each prompt, the baseline's included; None lets `distance` decide.
-        distance: two groups stay apart if one minus the mean cosine between them is more; None
-            takes 0.65 for sentences, 0.85 for words.
-        largest_perplexity: of a completion that is coherent anyway.
-        largest_repetition: of a coherent completion, see `repetition`.
+        completions: as `generate` returns them; the first 2,000 characters of each count.
+        chat: None takes what `generate` noted in the frame, or else raw prompts.
+        n_behaviours: groups for each prompt, the baseline's included; None goes by `distance`.
+        distance: one minus the mean cosine, beyond which two groups stay apart; None takes 0.65 for
+            sentences, 0.85 for words.
 
     Raises:
-        ValueError: no completions or without those columns; a number out of its range; fewer
-            coherent completions than `n_behaviours`.
+        ValueError: completions or columns are missing; a number out of its range; fewer coherent
+            completions than `n_behaviours`.
         ModuleNotFoundError: scikit-learn, or what the embedder needs, is not installed.
     """
     check_model(model)
-    chosen: Embedder = default_embedder() if embedder is None else embedder
+    chosen: Embedder = embedder or default_embedder()
     label = "custom" if callable(chosen) else chosen
     if distance is None:
         distance = DEFAULT_DISTANCES.get(label, _DISTANCE_OF_OTHERS)
     _check(completions)
     checks.at_least(1, n_behaviours=n_behaviours, batch_size=batch_size)
-    if not 0 < distance <= 2:
-        raise ValueError(f"distance={distance}: above 0, and at most 2, which is opposite")
-    if not largest_perplexity >= 1:
-        raise ValueError(f"largest_perplexity={largest_perplexity}: at least 1")
+    checks.positive(distance=distance)
+    checks.between(0, 2, "2 is opposite", distance=distance)
+    checks.between(1, math.inf, "a perplexity", largest_perplexity=largest_perplexity)
     checks.between(0, 1, "a share", largest_repetition=largest_repetition)
     chat = bool(completions.attrs.get("chat")) if chat is None else chat
     texts = Table(completions).reset_index(drop=True)
-    # Not the completions, which may be long or hold what cannot be shown.
     said = texts["completion"].fillna("").astype(str).str[:_MOST_CHARACTERS].map(printable)
     pairs = list(zip(texts["prompt"], said, strict=True))
     measured = judged(model, pairs, chat, largest_perplexity, largest_repetition, batch_size)
     texts[[*measured.columns]] = measured
     texts["coherent"] = texts["filtered_out"] == ""
     texts["behaviour"] = _INCOHERENT
-    groups: list[dict[str, Any]] = []
+    groups: list[tuple[Any, ...]] = []
     inside = texts.assign(said=said)[texts["coherent"] | (texts["vector"] < 0)]
     for prompt, rows in inside.groupby("prompt", sort=False):
-        first = 1 + max([_UNSTEERED, *(group["behaviour"] for group in groups)])
+        first = 1 + max([_UNSTEERED, *(group[0] for group in groups)])
         clusters = _clusters(str(prompt), rows["said"].tolist(), n_behaviours, distance, chosen)
         # The unsteered completion's cluster is 0; of the others, the largest comes first.
         own = {*itertools.compress(clusters, rows["vector"] < 0)}
@@ -147,11 +131,8 @@ def behaviours(
 def _check(completions: pd.DataFrame) -> None:
     advice = "pass what generate or report.collect_completions returns"
     checks.columns(completions, ("vector", "prompt", "completion"), "completions", advice)
-    if not pd.api.types.is_integer_dtype(completions["vector"]):
-        raise ValueError(
-            f"completions: vector holds {completions['vector'].dtype}, expected whole numbers, -1 "
-            f"for unsteered; {advice}"
-        )
+    if (kind := completions["vector"].dtype).kind not in "iu":
+        raise ValueError(f"completions: vector holds {kind}, expected whole numbers; {advice}")
     for row, prompt in enumerate(completions["prompt"]):
         if not isinstance(prompt, str):
             raise ValueError(f"completions: prompt of row {row} is {prompt!r}, expected a text")
@@ -162,10 +143,8 @@ def _clusters(
 ) -> list[int]:
     cluster = checks.installed("sklearn.cluster", "behaviours")
     if n_behaviours is not None and len(texts) < n_behaviours:
-        raise ValueError(
-            f"n_behaviours={n_behaviours}: of {quoted(printable(prompt))} only {len(texts)} "
-            "completions are coherent or unsteered; ask for fewer, or for None"
-        )
+        found = f"of {quoted(printable(prompt))} only {len(texts)} completions are coherent"
+        raise ValueError(f"n_behaviours={n_behaviours}: {found}; ask for fewer, or for None")
     if len(texts) == 1:
         return [0]
     # What is said counts, and how: meaning alone throws all that an assistant says together.
@@ -182,38 +161,31 @@ def _clusters(
     return clustering.fit_predict((1 - cosines).clamp_min(0).numpy()).tolist()
 
 
-def _groups(prompt: str, rows: pd.DataFrame) -> list[dict[str, Any]]:
-    """What is told of the groups of one prompt."""
+def _groups(prompt: str, rows: pd.DataFrame) -> list[tuple[Any, ...]]:
+    """What is told of the groups of one prompt, as in _GROUP_COLUMNS."""
     groups = []
-    for number in sorted(set(rows["behaviour"])):
-        is_member = rows["behaviour"] == number
-        members, others = rows[is_member], rows["said"][~is_member].tolist()
-        texts, perplexities = members["said"].tolist(), members["perplexity"].tolist()
-        groups.append(
-            {
-                "behaviour": number,
-                "name": "≈ baseline" if number == _UNSTEERED else _name(texts, others),
-                "prompt": prompt,
-                "n_texts": len(texts),
-                "vectors": sorted({int(vector) for vector in members["vector"] if vector >= 0}),
-                "example": texts[perplexities.index(min(perplexities))],
-            }
-        )
+    for number, members in rows.groupby("behaviour"):
+        texts = members["said"].tolist()
+        others = rows["said"][rows["behaviour"] != number].tolist()
+        name = "≈ baseline" if number == _UNSTEERED else _name(texts, others)
+        vectors = sorted({int(vector) for vector in members["vector"] if vector >= 0})
+        example = members["said"][members["perplexity"].idxmin()]
+        groups.append((number, name, prompt, len(texts), vectors, example))
     return groups
 
 
 def _name(texts: Sequence[str], others: Sequence[str]) -> str:
     """Words of these texts that most of them have and few of the others, as they come up."""
     text = checks.installed("sklearn.feature_extraction.text", "behaviours")
-    for stop_words in ("english", None):
-        counts = text.CountVectorizer(binary=True, stop_words=stop_words, token_pattern=_WORD)
-        words = [*dict.fromkeys(counts.build_analyzer()(" ".join(texts)))]
-        if words:
-            found = counts.fit_transform([*texts, *others])
-            scores = found[: len(texts)].toarray().mean(0)
-            if others:
-                scores -= found[len(texts) :].toarray().mean(0)
-            best = sorted(words, key=lambda word: -scores[counts.vocabulary_[word]])
-            # A script without spaces makes one word of a sentence.
-            return ", ".join(word[:_LONGEST_WORD] for word in best[:_NAME_WORDS])
-    return "without words"
+    counts = text.CountVectorizer(binary=True, token_pattern=_WORD)
+    words = dict.fromkeys(counts.build_analyzer()(" ".join(texts)))
+    if not words:
+        return "without words"
+    found = counts.fit_transform([*texts, *others])
+    scores = found[: len(texts)].toarray().mean(0)
+    if others:
+        scores -= found[len(texts) :].toarray().mean(0)
+    telling = [word for word in words if word not in text.ENGLISH_STOP_WORDS] or words
+    best = sorted(telling, key=lambda word: -scores[counts.vocabulary_[word]])
+    # A script without spaces makes one word of a sentence.
+    return ", ".join(word[:_LONGEST_WORD] for word in best[:_NAME_WORDS])

@@ -4,7 +4,8 @@ import copy
 import functools
 import math
 import random
-from collections.abc import Iterable, Mapping, Sequence
+import statistics
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pandas as pd
@@ -21,8 +22,8 @@ from tl_melbo.shapes import Int, Tokens, shape_checked
 
 DEFAULT_PERPLEXITY = 11.0
 DEFAULT_REPETITION = 0.4
-# The perplexity of a short text hangs on a few words. Up to so many nats in all beyond the limit,
-# it is coherent if its words in another order are less likely: tokens, nats, and nats a token.
+# The perplexity of a short completion depends on a few words. It is coherent if it exceeds the
+# limit by at most so many nats in all, and its words in another order cost so many more a token.
 COHERENCE_OF_SHORT = {"tokens": 25, "surprise": 55.0, "order": 1.0}
 _SHUFFLES = 4
 # Stands where a shorter text has no token.
@@ -42,39 +43,30 @@ def judged(
     """For each text after its prompt: perplexity, repetition, and why it is filtered out, or ""."""
     reader = _Reader(model, [prompt for prompt, _ in pairs], chat, batch_size)
     measured = reader.perplexities(pairs)
-    high = [
+    high = {
         pair for pair, value in measured.items() if value > largest_perplexity or value == math.inf
-    ]
-    nonsense = {*high} - _ordered(reader, high, measured, largest_perplexity)
-    rows = []
-    for pair in pairs:
-        repeated = repetition(reader.tokens(pair[1]))
-        why = "high perplexity" if pair in nonsense else ""
-        why = "repeats itself" if repeated > largest_repetition else why
-        rows.append((measured[pair], repeated, why if pair[1].strip() else "empty"))
-    return pd.DataFrame(rows, columns=["perplexity", "repetition", "filtered_out"])
-
-
-def _ordered(
-    reader: "_Reader", pairs: Sequence[Pair], measured: Mapping[Pair, float], largest: float
-) -> set[Pair]:
-    """The short texts whose words are in an order that makes sense to the model."""
+    }
     shuffled = {}
-    for prompt, text in pairs:
+    for prompt, text in sorted(high):
         length, words = len(reader.tokens(text)), text.split()
-        beyond = length * (math.log(measured[prompt, text]) - math.log(largest))
-        short = length <= COHERENCE_OF_SHORT["tokens"] and beyond <= COHERENCE_OF_SHORT["surprise"]
+        excess = length * (math.log(measured[prompt, text]) - math.log(largest_perplexity))
+        short = length <= COHERENCE_OF_SHORT["tokens"] and excess <= COHERENCE_OF_SHORT["surprise"]
         if short and len(words) > 2:
             order = random.Random(text)  # the same text is judged alike each time
             mixed = [" ".join(order.sample(words, len(words))) for _ in range(_SHUFFLES)]
             shuffled[prompt, text] = [(prompt, other) for other in mixed]
     read = reader.perplexities(pair for mixed in shuffled.values() for pair in mixed)
-
-    def gain(pair: Pair) -> float:
-        losses = [math.log(read[other]) for other in shuffled[pair]]
-        return sum(losses) / len(losses) - math.log(measured[pair])
-
-    return {pair for pair in shuffled if gain(pair) >= COHERENCE_OF_SHORT["order"]}
+    for pair, mixed in shuffled.items():
+        loss = statistics.fmean(math.log(read[other]) for other in mixed)
+        if loss - math.log(measured[pair]) >= COHERENCE_OF_SHORT["order"]:
+            high.remove(pair)
+    rows = []
+    for pair in pairs:
+        repeated = repetition(reader.tokens(pair[1]))
+        why = "high perplexity" if pair in high else ""
+        why = "repeats itself" if repeated > largest_repetition else why
+        rows.append((measured[pair], repeated, why if pair[1].strip() else "empty"))
+    return pd.DataFrame(rows, columns=["perplexity", "repetition", "filtered_out"])
 
 
 class _Reader:
@@ -83,7 +75,7 @@ class _Reader:
     def __init__(self, model: Model, prompts: Sequence[str], chat: bool, batch_size: int) -> None:
         self.model, self.plain, self.batch_size = model, plain_model(model), batch_size
         self.prompts = {text: to_tokens(model, text, chat) for text in dict.fromkeys(prompts)}
-        self.tokens = functools.cache(functools.partial(_tokens, model))
+        self.tokens = functools.cache(functools.partial(tokens_of, model))
 
     def perplexities(self, pairs: Iterable[Pair]) -> dict[Pair, float]:
         """Of each text after its prompt; infinite for an empty one."""
@@ -100,10 +92,7 @@ class _Reader:
         return found
 
     def _read(self, before: Tokens, texts: Sequence[list[int]]) -> list[float]:
-        """The perplexity of each text, all after one prompt, which is read once.
-
-        Padding is on the right, where a causal model does not look.
-        """
+        """The perplexity of each text, all after one prompt, which is read once."""
         rows = [torch.tensor(text) for text in texts]
         written = torch.nn.utils.rnn.pad_sequence(rows, True, _NO_TOKEN).to(before.device)
         past: Any = None
@@ -132,20 +121,12 @@ class _Reader:
 
 @shape_checked
 def repetition(tokens: Sequence[int], n: int = 3) -> float:
-    """The share of a text's n-grams that already occurred in it: 0 to nearly 1.
-
-    Raises:
-        ValueError: n below one.
-    """
+    """The share of a text's n-grams that already occurred in it, from 0 to nearly 1."""
     checks.at_least(1, n=n)
     grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def repetition_of(model: Model, text: str) -> float:
-    """`repetition` of the tokens that the model's tokenizer makes of a text; 0 for no text."""
-    return repetition(_tokens(model, text))
-
-
-def _tokens(model: Model, text: str) -> list[int]:
+def tokens_of(model: Model, text: str) -> list[int]:
+    """The tokens of a completion; none for one without a visible character."""
     return model.tokenizer.encode(text, add_special_tokens=False) if text.strip() else []

@@ -1,21 +1,26 @@
-"""What does the model write under each vector, under its negative, and after other prompts?"""
+"""What does the model write: under each vector, at other norms, after other prompts?"""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pandas as pd
 import torch
+from torch import Tensor
 
-from tl_melbo.analysis._similarity import kl_divergence
-from tl_melbo.checks import as_texts
+from tl_melbo import checks, steering
+from tl_melbo.analysis._coherence import repetition, tokens_of
+from tl_melbo.analysis._similarity import kl_divergence, kl_to
 from tl_melbo.generation import generate
 from tl_melbo.model.bridge import Model
+from tl_melbo.probability import LogProbs
+from tl_melbo.reading import map_next_token, next_token_log_probs
 from tl_melbo.shapes import shape_checked
-from tl_melbo.steering import Vectors, as_chat, as_library
+from tl_melbo.steering import Reference, Vectors
 from tl_melbo.tables import Table
 from tl_melbo.vectors import SteeringVectors
 
 COMPLETION_COLUMNS = ["vector", "scale", "prompt", "completion"]
-
+DEFAULT_SCALES = (-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
 OnBatch = Callable[[int, int], None]
 
 
@@ -33,18 +38,12 @@ def collect_completions(
 ) -> pd.DataFrame:
     """Let the model write without a vector, under each vector, and under its negative.
 
-    Args:
-        on_batch: called with the vectors done, and the vectors in all, after each batch.
-
-    Returns:
-        The columns vector (position in `found`, or -1 for unsteered), scale (1, -1, or 0 for
-        unsteered), prompt, completion; for each prompt the unsteered row comes first.
-
-    Raises:
-        TypeError, ValueError: as `generate` does.
+    The columns are vector (-1 for unsteered), scale (1, -1, or 0 for unsteered), prompt,
+    completion; for each prompt the unsteered row comes first. `on_batch` is called with the vectors
+    done, and the vectors in all. Errors are those of `generate`.
     """
     texts = [prompts] if isinstance(prompts, str) else list(dict.fromkeys(prompts))
-    chat = as_chat(found, chat)
+    chat = steering.as_chat(found, chat)
     options = {"max_new_tokens": max_new_tokens, "chat": chat, "batch_size": batch_size}
     frames = [generate(model, texts, **options)]
     at_once = max(1, batch_size // 2)
@@ -71,18 +70,15 @@ def transfer(
     layer: int | None = None,
     chat: bool | None = None,
 ) -> pd.DataFrame:
-    """Steer prompts that the vectors were not found on, beside the unsteered completions.
+    """Steer prompts that the vectors were not found on; errors are those of `generate`.
 
     Returns:
-        One row a prompt and vector. prompt; vector, its position in `vectors`; kl, KL(P_vector ||
+        A row for each prompt and vector: prompt; vector, its position; kl, KL(P_vector ||
         P_unsteered) of the next token, in nats; completion; unsteered_completion.
-
-    Raises:
-        ValueError: no vectors, no prompts or an empty one; as `generate` does.
 
     Source: Jacob G-W 2024, "I found >800 orthogonal 'write code' steering vectors".
     """
-    library, texts = as_library(vectors), as_texts(prompts)
+    library, texts = steering.as_library(vectors), checks.as_texts(prompts)
     options = {"max_new_tokens": max_new_tokens, "chat": chat}
     frame = generate(model, texts, library, layer, **options)
     # Scaled by zero, a vector is the unsteered model, and brings its layer and chat format along.
@@ -92,3 +88,72 @@ def transfer(
     frame.insert(2, "kl", kl.numpy())
     frame["unsteered_completion"] = unsteered.repeat(len(library)).to_numpy()
     return frame.drop(columns="scale")
+
+
+@shape_checked
+def rescale(vectors: Vectors, norm: float | Reference) -> SteeringVectors:
+    """Each vector at another norm, in its own direction: `rescale(ortho, 12.0)`.
+
+    The column "scale" tells the factors; what was measured at the old norm is left out.
+
+    Args:
+        norm: in units of the residual stream; or exactly one vector, to take its norm.
+
+    Raises:
+        ValueError: a vector without a direction; a norm that is not positive and finite.
+
+    Source: Jacob G-W 2024, "I found >800 orthogonal 'write code' steering vectors".
+    """
+    library = steering.as_library(vectors)
+    is_number = isinstance(norm, int | float)
+    length = float(norm if is_number else steering.one_vector(norm, "norm").norms[0])
+    checks.positive(norm=length)
+    factors = length / checks.directions(library.vectors.double(), "vectors").norm(dim=-1)
+    scales = library.columns.get("scale", torch.ones(len(library), dtype=torch.float32)) * factors
+    return replace(
+        library,
+        vectors=library.vectors.double() * factors[:, None],
+        columns={"index": library.columns["index"], "scale": scales.float()},
+        history=None,
+    )
+
+
+@shape_checked
+def scale_sweep(
+    model: Model,
+    prompt: str,
+    vectors: Vectors,
+    scales: Sequence[float] = DEFAULT_SCALES,
+    *,
+    max_new_tokens: int = 50,
+    layer: int | None = None,
+    chat: bool | None = None,
+) -> pd.DataFrame:
+    """Scale and negate vectors: where is the output changed but coherent? Errors as of `generate`.
+
+    Returns:
+        A row for each vector and scale: vector, scale, norm in units of the residual stream; kl,
+        KL(P_vector || P_unsteered), and entropy of the next token, in nats; repetition; completion.
+    """
+    library = steering.as_library(vectors)
+    theta = steering.as_theta(model, library)
+    options = {"max_new_tokens": max_new_tokens, "chat": chat}
+    frame = generate(model, prompt, library, layer, scales=scales, **options)
+    del frame["prompt"]
+    # Scaled by zero, a vector is the unsteered model, and brings its layer and chat format along.
+    unsteered = next_token_log_probs(model, prompt, library[0], layer, scale=0.0, chat=chat)
+    layer, chat = steering.steering_layer(model, library, layer), steering.as_chat(library, chat)
+    # The same order as that of the completions: scale by scale.
+    rows = torch.cat([theta * scale for scale in scales])
+
+    def measure(log_probs: LogProbs) -> Tensor:
+        entropy = torch.special.entr(log_probs.double().exp()).sum(-1, keepdim=True)
+        return torch.cat([kl_to(unsteered)(log_probs), entropy.float()], 1)
+
+    kl, entropy = map_next_token(model, prompt, rows, layer, measure, chat=chat).unbind(1)
+    frame.insert(2, "norm", rows.norm(dim=-1).cpu().numpy())
+    frame.insert(3, "kl", kl.numpy())
+    frame.insert(4, "entropy", entropy.numpy())
+    repeated = [repetition(tokens_of(model, text)) for text in frame["completion"]]
+    frame.insert(5, "repetition", repeated)
+    return frame.sort_values("vector", kind="stable", ignore_index=True)

@@ -27,13 +27,12 @@ def embeddings(texts: Sequence[str], embedder: Embedder) -> Float[Tensor, "text 
     """One unit vector a text, so that products are cosines.
 
     Args:
-        embedder: "sentences", all-MiniLM-L6-v2 (Wang et al. 2020, "MiniLM"); "words", weighted
-            counts of words (TF-IDF) over these texts, zeros for one without any; or a function from
-            texts to rows of numbers.
+        embedder: "sentences", all-MiniLM-L6-v2 (Wang et al. 2020, "MiniLM"); "words", TF-IDF over
+            these texts, zeros for a text without words; or a function from texts to rows.
 
     Raises:
         ModuleNotFoundError: what the embedder needs is not installed.
-        ValueError: the caller's function gave something else than one finite row a text.
+        ValueError: the function did not give one finite row a text.
     """
     if embedder == "sentences":
         rows = _sentence_model().encode(list(texts), show_progress_bar=False)
@@ -48,10 +47,8 @@ def embeddings(texts: Sequence[str], embedder: Embedder) -> Float[Tensor, "text 
         rows = embedder(texts)
     found = torch.as_tensor(rows).detach().cpu().float()
     if found.ndim != 2 or len(found) != len(texts) or not found.isfinite().all():
-        raise ValueError(
-            f"embedder: gave something of shape {tuple(found.shape)} for {len(texts)} texts; it "
-            "must give one row of finite numbers for each"
-        )
+        shape, wanted = tuple(found.shape), "one row of finite numbers for each"
+        raise ValueError(f"embedder: gave shape {shape} for {len(texts)} texts; expected {wanted}")
     return torch.nn.functional.normalize(found, dim=-1)
 
 

@@ -14,7 +14,6 @@ from tl_melbo.shapes import Float, checked_slice, shape_checked
 from tl_melbo.steering import Vectors, as_library, as_theta, one_vector, steering_layer
 from tl_melbo.tables import Table
 
-# More would take hours, and say no more than these.
 MOST_FRAMES = 100_000
 # How many float64 numbers of the null's projections are held at once: 128 MiB.
 _MOST_NUMBERS = 2**24
@@ -32,24 +31,15 @@ def presence(
     seed: int = 0,
     positions: slice = slice(1, None),
 ) -> pd.DataFrame:
-    """Does the unsteered model use these directions where a behaviour shows, and not elsewhere?
-
-    The residual stream at every token is projected on each unit vector, and the projections in the
-    two kinds of text are compared: see `presence_statistics`.
+    """Does the unsteered model use these directions where a behaviour shows? `presence_statistics`.
 
     Args:
         texts: raw texts that show the behaviour, code for example.
         control_texts: raw texts that do not.
-        n_frames: how many random orthonormal frames the null is drawn from.
         positions: which tokens of each text count. By default all but the first, which is an
             attention sink in most models.
 
-    Raises:
-        ValueError: no vectors or no texts; a text of which `positions` leaves no token; unknown
-            layer; as `presence_statistics`.
-
-    Source: the question is that of Jacob G-W 2024, "I found >800 orthogonal 'write code' steering
-    vectors"; the test is ours.
+    Source of the question, not of the test: Jacob G-W 2024, "I found >800 orthogonal ...".
     """
     check_model(model)
     library = as_library(vectors)
@@ -71,30 +61,31 @@ def presence_statistics(
 ) -> pd.DataFrame:
     """Compare projections on each vector in two sets of residuals, against random directions.
 
-    The statistic is |AUROC - 1/2|. Its null are random orthonormal frames of as many vectors as
-    there are, on the same residuals, so tokens may depend on each other. A p-value is (1 + how many
-    of all the null's reach the statistic) / (1 + how many there are): never below 1 / (1 + n_frames
-    * n_vectors). Where the two sets differ in most directions, few vectors will stand out.
+    The statistic is |AUROC - 1/2|; its null are random orthonormal frames of as many vectors.
 
     Args:
         residuals: the residual stream where the behaviour shows, a row a token.
         control: the same where it does not.
+        n_frames: of the null, from 1 to 100,000.
 
     Returns:
-        One row a vector. index, its number in the library; mean_projection and
-        mean_projection_control on the unit vector, in units of the residual stream; auroc, the
-        chance that a token of `residuals` projects further than one of `control` (ties count half);
-        p_value, two-sided; p_adjusted, by Benjamini and Hochberg over the vectors.
+        A row for each vector: index; mean_projection and mean_projection_control on the unit
+        vector, in units of the residual stream; auroc, the chance that a token of `residuals`
+        projects further than one of `control`; p_value; p_adjusted (Benjamini and Hochberg).
 
     Raises:
-        ValueError: no vectors, or one that has no direction; no token in a set, or values that are
-            not finite; widths that differ; fewer than one frame or more than 100,000.
+        ValueError: no vectors or tokens, values that are not finite, widths that differ, or too few
+            or many frames.
     """
     library = as_library(vectors)
     units = normalise(library.vectors.double())
     checks.between(1, MOST_FRAMES, "200 will do", n_frames=n_frames)
-    here = _checked_residuals(residuals, units.shape[1], "residuals")
-    there = _checked_residuals(control, units.shape[1], "control")
+    here, there = (rows.detach().cpu().double() for rows in (residuals, control))
+    for rows, argument in ((here, "residuals"), (there, "control")):
+        if not len(rows):
+            raise ValueError(f"{argument}: no tokens; pass the residual stream of at least one")
+        checks.width(rows, units.shape[1], argument, "each vector")
+        checks.finite(rows, argument, "tokens", "load the model with dtype=torch.float32")
     projections, control_projections = here @ units.T, there @ units.T
     excess = _excess(projections.T, control_projections.T)
     null = _null_excess(here, there, len(units), n_frames, seed).abs().sort().values
@@ -132,16 +123,14 @@ def residuals_of(
     argument: str = "texts",
 ) -> Float[Tensor, "token d_model"]:
     """The unsteered residual stream after a block, at the chosen tokens of all texts in a row."""
-    parts = []
-    for number, text in enumerate(checks.as_texts(texts, argument)):
-        residual = _residual(model, to_tokens(model, text), layer)
-        chosen = residual[list(range(len(residual)))[checked_slice(positions)]]
+    listed = checks.as_texts(texts, argument)
+    tokens = [to_tokens(model, text) for text in listed]
+    kept = [residual_streams(model, each, [layer])[0][0].float().cpu() for each in tokens]
+    parts = [residual[list(range(len(residual))[checked_slice(positions)])] for residual in kept]
+    for number, (text, residual, chosen) in enumerate(zip(listed, kept, parts, strict=True)):
         if not len(chosen):
-            raise ValueError(
-                f"{argument}[{number}]={text[:40]!r}: {len(residual)} token(s), of which "
-                f"positions={positions} leaves none; leave the text out, or choose other positions"
-            )
-        parts.append(chosen)
+            given = f"{argument}[{number}]={text[:40]!r}: {len(residual)} token(s)"
+            raise ValueError(f"{given}, of which positions={positions} leaves none; leave it out")
     return torch.cat(parts)
 
 
@@ -149,12 +138,9 @@ def residuals_of(
 def token_projections(
     model: Model, vector: Vectors, text: str, layer: int | None = None
 ) -> tuple[list[str], list[float]]:
-    """A text's tokens, and the projection of the unsteered residual at each on a vector.
+    """A text's tokens, and the unsteered residual's projection on a vector at each.
 
     In units of the residual stream; 0 for the first token, an attention sink in most models.
-
-    Raises:
-        ValueError: not exactly one vector that has a direction; unknown layer; a text of one token.
     """
     theta = one_vector(vector, "vector")
     unit = normalise(as_theta(model, theta))[0]
@@ -163,29 +149,11 @@ def token_projections(
     return tokens, [0.0, *(residuals @ unit).tolist()]
 
 
-def _residual(model: Model, tokens: Tensor, layer: int) -> Float[Tensor, "pos d_model"]:
-    return residual_streams(model, tokens, [layer])[0][0].float().cpu()
-
-
-def _checked_residuals(rows: Tensor, d_model: int, argument: str) -> Tensor:
-    rows = rows.detach().cpu().double()
-    if not len(rows):
-        raise ValueError(f"{argument}: no tokens; pass the residual stream of at least one")
-    checks.width(rows, d_model, argument, "each vector")
-    advice = "load the model in a wider type, for example dtype=torch.float32"
-    checks.finite(rows, argument, "tokens", advice)
-    return rows
-
-
 def _excess(
     projections: Float[Tensor, "vector token"], control: Float[Tensor, "vector control_token"]
 ) -> Tensor:
-    """Pairs (token, control token) that the token wins, less those it loses: whole numbers.
-
-    That is (2 AUROC - 1) times the number of pairs, so that equal statistics are equal.
-    """
-    control = control.contiguous().sort(dim=-1).values
-    projections = projections.contiguous()
+    """(2 AUROC - 1) times the number of pairs: whole, so that equal statistics are equal."""
+    control, projections = control.contiguous().sort(dim=-1).values, projections.contiguous()
     below = torch.searchsorted(control, projections)
     not_above = torch.searchsorted(control, projections, right=True)
     return (below + not_above - control.shape[1]).sum(-1)
@@ -194,20 +162,17 @@ def _excess(
 def _null_excess(
     residuals: Tensor, control: Tensor, n_vectors: int, n_frames: int, seed: int
 ) -> Tensor:
-    """The statistic for every vector of every random orthonormal frame.
-
-    More vectors than dimensions are several frames.
-    """
+    """The statistic for every vector of every random orthonormal frame."""
     generator = torch.Generator().manual_seed(seed)
     d_model = residuals.shape[1]
+    # More vectors than dimensions are several frames.
     sizes = [len(chunk) for chunk in torch.arange(n_vectors).split(d_model)]
-    numbers = n_vectors * max(len(residuals) + len(control), d_model)
-    at_once = max(1, min(n_frames, _MOST_NUMBERS // numbers))
+    at_once = max(1, _MOST_NUMBERS // (n_vectors * max(len(residuals) + len(control), d_model)))
     parts = []
-    for first in range(0, n_frames, at_once):
-        count = min(at_once, n_frames - first)
+    for some in torch.arange(n_frames).split(at_once):
         for size in sizes:
-            normal = torch.randn(count, d_model, size, generator=generator, dtype=torch.float64)
+            shape = (len(some), d_model, size)
+            normal = torch.randn(shape, generator=generator, dtype=torch.float64)
             frames = torch.linalg.qr(normal).Q.transpose(1, 2).flatten(0, 1)
             parts.append(_excess(frames @ residuals.T, frames @ control.T))
     return torch.cat(parts)

@@ -15,10 +15,9 @@ from tl_melbo.model.bridge import Model, check_model
 from tl_melbo.model.tokens import to_tokens
 from tl_melbo.probability import mean_losses
 from tl_melbo.reading import map_rows, rows_at_once
-from tl_melbo.shapes import Float, shape_checked
+from tl_melbo.shapes import shape_checked
 from tl_melbo.steering import Vectors, as_library, as_theta, steering_layer
 from tl_melbo.tables import Table
-from tl_melbo.vectors import SteeringVectors
 
 COLUMNS = ("vector", "kl_target", "kl_unrelated", "specificity", "loss_increase")
 # Below this (nats), a divergence is the rounding of a vector that does nothing.
@@ -40,51 +39,58 @@ def side_effects(
     batch_size: int = 32,
     on_text: Callable[[int, int], None] | None = None,
 ) -> pd.DataFrame:
-    """Measure each vector on the prompt that it is meant for, on others, and on ordinary prose.
-
-    No number here is high or low by itself: measure random vectors of the same norm beside.
+    """Measure each vector on the prompts that it is meant for, on others, and on ordinary prose.
 
     Args:
-        prompts: where the vectors are meant to have an effect.
-        unrelated: prompts on which they are not; None takes UNRELATED_PROMPTS.
-        passages: texts that the model is to predict, as they stand; None takes PASSAGES.
+        unrelated: prompts on which the vectors are to have no effect; None takes UNRELATED_PROMPTS.
+        passages: raw texts that the model is to predict; None takes PASSAGES.
         on_text: called with the texts done, and the texts in all, after each.
 
     Returns:
-        One row a vector: vector, its position; kl_target, KL(P_vector || P_unsteered) of the next
-        token after the prompt, in nats, the mean over the prompts; kl_unrelated, the same after the
-        unrelated ones; specificity, kl_target / (kl_target + kl_unrelated): 1 where it acts on the
-        prompts alone, 0.5 where it acts alike everywhere, or not at all; loss_increase, by how much
-        it raises the loss on the passages, in nats a token. NaN where the model's numbers are not
-        finite.
+        A row for each vector: vector, its position; kl_target and kl_unrelated, the mean divergence
+        of the next token from unsteered, in nats; specificity, kl_target / (kl_target +
+        kl_unrelated), 0.5 for a vector without effect; loss_increase on the passages, in nats a
+        token. NaN where the model's numbers are not finite.
 
     Raises:
-        ValueError: no vectors or texts, an empty text, an unrelated prompt that is one of the
-            prompts, a passage of a single token; as `kl_divergence` does.
+        ValueError: no vectors or texts; an unrelated prompt among the prompts; a passage of one
+            token; as `kl_divergence` does.
     """
     library = as_library(vectors)
     meant = checks.as_texts(prompts)
     others = _others(unrelated, meant, "unrelated")
     prose = checks.as_texts(PASSAGES if passages is None else passages, "passages")
     checks.batch_size(batch_size)
-    place = steering_layer(model, library, layer)
+    layer = steering_layer(model, library, layer)
+    options = {"layer": layer, "chat": chat, "batch_size": batch_size}
+    theta = as_theta(model, library)
+    # The last row is the unsteered model.
+    theta = torch.cat([theta, torch.zeros_like(theta[:1])])
 
     def divergence(text: str) -> Tensor:
-        return kl_divergence(model, text, library, layer=place, chat=chat, batch_size=batch_size)
+        return kl_divergence(model, text, library, **options)
 
-    def loss(text: str) -> Tensor:
-        return _loss_increases(model, text, library, place, batch_size)
+    def loss_increase(text: str) -> Tensor:
+        tokens = to_tokens(model, text)
+        if tokens.shape[1] < 2:
+            raise ValueError(f"passages: {text!r} is a single token; pass a sentence")
 
-    parts = ((divergence, meant), (divergence, others), (loss, prose))
-    tasks = [(measure, text) for measure, texts in parts for text in texts]
+        def loss(logits: Tensor) -> Tensor:
+            return mean_losses(logits[:, :-1], tokens[:, 1:].expand(len(logits), -1))
+
+        at_once = rows_at_once(model, tokens.shape[1], batch_size)
+        losses = map_rows(model, tokens, theta, layer, loss, at_once)
+        return losses[:-1] - losses[-1]
+
+    tasks = [(divergence, text) for text in meant + others]
+    tasks += [(loss_increase, text) for text in prose]
     measured = []
     for n_done, (measure, text) in enumerate(tasks, 1):
         measured.append(measure(text).double())
         if on_text is not None:
             on_text(n_done, len(tasks))
-    on_target, on_others, losses = (
-        some.mean(0) for some in torch.stack(measured).split([len(texts) for _, texts in parts])
-    )
+    sizes = [len(meant), len(others), len(prose)]
+    on_target, on_others, losses = (part.mean(0) for part in torch.stack(measured).split(sizes))
     total = on_target + on_others
     specificity = torch.where(total < _NOTHING, 0.5, on_target / total)
     columns = (torch.arange(len(library)), on_target, on_others, specificity, losses)
@@ -94,33 +100,13 @@ def side_effects(
 def _others(texts: str | Sequence[str] | None, prompts: Sequence[str], argument: str) -> list[str]:
     """Other prompts than these: those given, or some that come with the package."""
     if texts is None:
-        others = [text for text in UNRELATED_PROMPTS if text not in prompts]
-        if not others:
+        texts = [text for text in UNRELATED_PROMPTS if text not in prompts]
+        if not texts:
             raise ValueError(f"{argument}: those that come with the package are prompts; pass some")
-        return others
     others = checks.as_texts(texts, argument)
     for prompt in set(prompts).intersection(others):
         raise ValueError(f"{argument}: holds the prompt itself, {prompt!r}; leave it out")
     return others
-
-
-def _loss_increases(
-    model: Model, text: str, library: SteeringVectors, layer: int, batch_size: int
-) -> Float[Tensor, "vector"]:
-    """By how much each vector raises the loss on a text, in nats a token."""
-    tokens = to_tokens(model, text)
-    if tokens.shape[1] < 2:
-        raise ValueError(f"passages: {text!r} is a single token; pass a sentence")
-
-    def loss(logits: Tensor) -> Tensor:
-        return mean_losses(logits[:, :-1], tokens[:, 1:].expand(len(logits), -1))
-
-    theta = as_theta(model, library)
-    # The last row is the unsteered model.
-    theta = torch.cat([theta, torch.zeros_like(theta[:1])])
-    at_once = rows_at_once(model, tokens.shape[1], batch_size)
-    losses = map_rows(model, tokens, theta, layer, loss, at_once)
-    return losses[:-1] - losses[-1]
 
 
 @shape_checked
@@ -137,21 +123,16 @@ def reach(
 ) -> pd.DataFrame:
     """How far does each vector transfer: has it the same effect on other prompts?
 
-    Its completions on two prompts are compared by their embeddings, beyond how alike the unsteered
-    ones are. `analysis.transfer` gives the completions themselves.
-
     Args:
         prompt: where the vectors were found, or are meant to act.
         prompts: the others; None takes UNRELATED_PROMPTS.
 
     Returns:
-        One row a vector: vector, its position; kl, the median over the prompts of the next token's
-        divergence from unsteered, in nats; changed, the share of prompts whose completion it
-        changes, by more than spaces; agreement, how much more alike its completions there and on
-        `prompt` are than the unsteered ones: 1, the same text everywhere; 0, no more alike; below,
-        more different. It is the sum of c - u over the sum of 1 - u, c and u the cosines of the
-        steered and of the unsteered pair, over the prompts where it changes both completions; NaN
-        where there are none.
+        A row for each vector: vector, its position; kl, the median of the next token's divergence
+        from unsteered, in nats; changed, the share of prompts whose completion it changes, by more
+        than spaces; agreement, sum(c - u) / sum(1 - u), c and u the cosines of its completions
+        there and on `prompt`, and of the unsteered ones: 1 for the same text everywhere, 0 for no
+        more alike, NaN where it changes nothing.
 
     Raises:
         ValueError: no vectors or prompts; as `analysis.transfer` does.
@@ -167,7 +148,6 @@ def reach(
     alike, anyway = (
         (some[:1] * some[1:]).sum(-1) for some in points.unflatten(0, (2, *shape)).unbind()
     )
-    # Not from the points: the same text in another batch is a rounding error away.
     pairs = zip(*texts, strict=True)
     changed = torch.tensor([text.split() != other.split() for text, other in pairs]).reshape(shape)
     told = changed[:1] & changed[1:]

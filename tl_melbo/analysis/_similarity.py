@@ -20,7 +20,6 @@ from tl_melbo.vectors import SteeringVectors
 
 Direction = Literal["to_reference", "from_reference"]
 VectorsOrEffects = SteeringVectors | Theta | Delta
-# How many, and how wide, is for the function to compare, not for the axes' names.
 Other = SteeringVectors | Float[Tensor, "other _"] | Float[Tensor, "other _ _ _"]
 
 
@@ -28,13 +27,9 @@ Other = SteeringVectors | Float[Tensor, "other _"] | Float[Tensor, "other _ _ _"
 def cosine_similarity(
     vectors: VectorsOrEffects, other: Other | None = None
 ) -> Float[Tensor, "vector other"]:
-    """Cosine of the angle between every pair: of vectors, or of effects that `f.delta` gave.
+    """Cosine of every pair of vectors, or of effects that `f.delta` gave; of `vectors` if no other.
 
-    Args:
-        other: what to compare with; None compares `vectors` with themselves.
-
-    Returns:
-        From -1 to 1. Summed in float64; float32, or float64 where the input is; on the CPU.
+    Float32, or float64 where the input is; on the CPU.
 
     Raises:
         ValueError: a vector is zero or not finite; the two differ in width.
@@ -57,13 +52,10 @@ def _flat(vectors: VectorsOrEffects | Other, argument: str) -> Theta:
 def effect_distance(
     f: ActivationMap, vectors: Vectors, reference: Reference
 ) -> Float[Tensor, "vector"]:
-    """The distance |z - z_reference| that MELBO-ortho makes small.
+    """The distance |z - z_reference| that MELBO-ortho makes small; z is f's mean over positions.
 
-    z is the mean over positions of f(x + theta); the distance is over all prompts of `f` together.
-
-    Returns:
-        In units of the residual stream, float32, on the CPU; NaN, with a warning, where the
-        residual stream is not finite.
+    Over all prompts of `f` together, in units of the residual stream, float32, on the CPU; NaN,
+    with a warning, where the residual stream is not finite.
 
     Raises:
         ValueError: no vectors; not exactly one reference; another width or layer than those of `f`.
@@ -105,13 +97,12 @@ def kl_divergence(
 ) -> Float[Tensor, "vector"]:
     """How far each vector moves the distribution of the token after the prompt.
 
+    In nats, float32, on the CPU; NaN, with a warning, where the logits are not finite.
+
     Args:
         reference: what to compare with; None for the unsteered model.
-        direction: "to_reference" is KL(P_vector || P_reference), which the published plots show;
+        direction: "to_reference" is KL(P_vector || P_reference), as in the published plots;
             "from_reference" is the reverse.
-
-    Returns:
-        In nats, float32, on the CPU; NaN, with a warning, where the logits are not finite.
 
     Raises:
         ValueError: not exactly one reference; as `next_token_log_probs` does.
@@ -123,18 +114,15 @@ def kl_divergence(
     chat = steering.as_chat(vectors, chat)
     own_layer = steering.steering_layer(model, vectors, layer)
     if reference is not None:
-        advice = "pick one, as found[5], or None for the unsteered model"
-        checks.exactly_one(reference, "reference", advice)
+        checks.exactly_one(reference, "reference")
     if layer is None and isinstance(reference, SteeringVectors):
         layer = reference.source_layer
     # A tensor does not know where it belongs: where the others do.
-    log_reference = next_token_log_probs(
-        model, prompt, reference, own_layer if layer is None else layer, chat=chat
-    )
+    layer = own_layer if layer is None else layer
+    log_reference = next_token_log_probs(model, prompt, reference, layer, chat=chat)
     theta, measure = steering.as_theta(model, vectors), kl_to(log_reference, direction)
-    kl = map_next_token(
-        model, prompt, theta, own_layer, measure, chat=chat, batch_size=batch_size
-    ).squeeze(1)
+    options = {"chat": chat, "batch_size": batch_size}
+    kl = map_next_token(model, prompt, theta, own_layer, measure, **options)[:, 0]
     warn_of_log_probs(model, prompt, own_layer, kl.isnan())
     return kl
 
@@ -145,10 +133,9 @@ def kl_to(
     """For `map_next_token`: the divergence of each row from each reference, [row, reference]."""
 
     def measure(log_probs: LogProbs) -> Tensor:
-        pairs = [(log_probs, reference.expand_as(log_probs)) for reference in log_references]
-        if direction == "from_reference":
-            pairs = [(q, p) for p, q in pairs]
-        return torch.stack([kl_from_log_probs(p, q) for p, q in pairs], 1)
+        order = slice(None, None, 1 if direction == "to_reference" else -1)
+        pairs = [(log_probs, each.expand_as(log_probs))[order] for each in log_references]
+        return torch.stack([kl_from_log_probs(*pair) for pair in pairs], 1)
 
     return measure
 
@@ -165,25 +152,18 @@ def kl_baselines(
     *,
     seed: int = 0,
 ) -> dict[str, Float[Tensor, "vector"]]:
-    """What to compare `kl_divergence` with: no vector, and random ones of the same norms.
+    """What to compare `kl_divergence` with, in nats; errors are those of `kl_divergence`.
 
-    Returns:
-        "unsteered", one number, and "random vectors of the same norms", one for each vector; in
-        nats.
-
-    Raises:
-        ValueError: as `kl_divergence`.
+    "unsteered" is one number, "random vectors of the same norms" one for each vector.
     """
     chat, layer = steering.as_chat(vectors, chat), steering.steering_layer(model, vectors, layer)
     theta = steering.as_theta(model, vectors)
-    compared = {
-        "unsteered": torch.zeros_like(theta[:1]),
-        "random vectors of the same norms": random_like(theta, seed),
-    }
-    return {
-        name: kl_divergence(model, prompt, rows, reference, direction, layer, chat)
-        for name, rows in compared.items()
-    }
+
+    def kl(rows: Theta) -> Tensor:
+        return kl_divergence(model, prompt, rows, reference, direction, layer, chat)
+
+    name = "random vectors of the same norms"
+    return {"unsteered": kl(torch.zeros_like(theta[:1])), name: kl(random_like(theta, seed))}
 
 
 def random_like(theta: Theta, seed: int) -> Theta:

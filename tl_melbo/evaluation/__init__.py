@@ -2,8 +2,7 @@
 
 from tl_melbo.analysis._side_effects import reach, side_effects
 from tl_melbo.analysis._texts import PASSAGES, UNRELATED_PROMPTS
-from tl_melbo.evaluation._hits import count_hits, hit_rate, wilson_interval
-from tl_melbo.evaluation._layer_sweep import layer_sweep
+from tl_melbo.evaluation._hits import count_hits, hit_rate, layer_sweep, wilson_interval
 from tl_melbo.evaluation._planted import BACKDOORS, Backdoor, Planted, load_planted
 from tl_melbo.evaluation._practice import plant
 

@@ -1,15 +1,25 @@
-"""How many vectors bring a planted behaviour out on prompts that hold no trigger?"""
+"""What does a search find? Planted behaviours in completions, and searches over pairs of layers."""
 
+import inspect
+import math
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pandas as pd
+import torch
 
 from tl_melbo import checks
+from tl_melbo.activation_map import ActivationMap
+from tl_melbo.analysis import behaviours, kl_divergence
 from tl_melbo.analysis._embedding import Embedder, default_embedder, embeddings
+from tl_melbo.discovery import melbo
+from tl_melbo.discovery._calibration import Radius
+from tl_melbo.discovery._search import Method
 from tl_melbo.evaluation._planted import Backdoor
 from tl_melbo.generation import generate
-from tl_melbo.model.bridge import Model, check_model
+from tl_melbo.model.bridge import Model, check_layer, check_model
 from tl_melbo.shapes import shape_checked
 from tl_melbo.steering import Vectors, as_library
 from tl_melbo.tables import Table
@@ -17,6 +27,10 @@ from tl_melbo.tables import Table
 DEFAULT_CONFIDENCE = 0.95
 # Cosine of two sentences' embeddings from which one is taken for the other, in other words.
 DEFAULT_SIMILARITY = 0.7
+_HITS = ["behaviour", "match", "hits", "n", "vectors", "rate", "low", "high"]
+_ENDS = r"[.!?\n]"
+_PAIR = ["source_layer", "target_layer", "radius", "kl"]
+_COUNTED = ["coherent", "distinct", "per_100_vectors"]
 
 
 @shape_checked
@@ -37,27 +51,21 @@ def hit_rate(
     """Let the model write under each vector, and count the planted behaviours in the completions.
 
     Args:
-        model: the model with backdoors, `Planted.model`.
-        prompts: clean ones: without a trigger.
+        prompts: clean ones, without a trigger or a behaviour.
         max_new_tokens: enough for the longest behaviour.
-        similarity: for the looser match, the cosine of some sentence's embedding with the
-            behaviour's.
+        similarity: the least cosine of some sentence's embedding with the behaviour's.
         confidence: of the intervals.
 
     Returns:
-        One row a behaviour and kind of match, "exact" (the sentence is in the completion, but for
-        case and spaces) or "similar" (that, or some sentence is close to it): behaviour; match;
-        hits, of n vectors and prompts; vectors, the numbers of those that hit at least once; rate;
-        low and high, Wilson's interval of the rate.
+        A row for each behaviour and match, "exact" (but for case and spaces) or "similar" (that, or
+        some sentence is close): behaviour; match; hits, of n vectors and prompts; vectors that hit
+        at least once; rate; low and high, Wilson's interval of the rate.
 
     Raises:
-        ValueError: no vectors, backdoors or prompts, a prompt that holds a trigger or a behaviour;
-            a number out of its range; fewer new tokens than a behaviour has; as `generate` does.
+        ValueError: no vectors, backdoors or clean prompts; a number out of its range.
         ModuleNotFoundError: scipy, or what the embedder needs, is not installed.
 
-    Source: Mack & Turner 2024, "Mechanistically eliciting latent behaviors in language models",
-        where
-    2 to 3 of 100 orthogonal vectors hit, and no random one.
+    Source: Mack & Turner 2024, "Mechanistically eliciting latent behaviors in language models".
     """
     check_model(model)
     library, texts = as_library(vectors), checks.as_texts(prompts)
@@ -65,9 +73,8 @@ def hit_rate(
     check_clean(model, backdoors, texts, max_new_tokens)
     options = {"max_new_tokens": max_new_tokens, "chat": chat, "batch_size": batch_size}
     frame = generate(model, texts, library, layer, **options)
-    return count_hits(
-        frame, backdoors, similarity=similarity, confidence=confidence, embedder=embedder
-    )
+    counting = {"similarity": similarity, "confidence": confidence, "embedder": embedder}
+    return count_hits(frame, backdoors, **counting)
 
 
 @shape_checked
@@ -79,12 +86,10 @@ def count_hits(
     confidence: float = DEFAULT_CONFIDENCE,
     embedder: Embedder | None = None,
 ) -> pd.DataFrame:
-    """The table of `hit_rate` for completions that are there already, as `generate` returns them.
-
-    Rows of the unsteered model, and of vectors at another scale than 1, are left out.
+    """The table of `hit_rate` for the completions that `generate` returned, of vectors at scale 1.
 
     Raises:
-        ValueError: no such completions or columns; no backdoors; a number out of its range.
+        ValueError: no such completions or columns; as `hit_rate` does.
     """
     _check(backdoors, similarity, confidence)
     advice = "pass what generate returns"
@@ -95,18 +100,25 @@ def count_hits(
     if counted.empty:
         raise ValueError(f"completions: none of a vector at scale 1; {advice}")
     texts = [text if isinstance(text, str) else "" for text in counted["completion"]]
-    looks_alike = _similar(texts, backdoors, similarity, embedder or default_embedder())
+    split = [re.split(r"[.!?\n]", text) for text in texts]
+    sentences = [
+        (each.strip(), at) for at, some in enumerate(split) for each in some if each.strip()
+    ]
+    sought = [backdoor.behaviour for backdoor in backdoors]
+    points = embeddings([*sought, *(text for text, _ in sentences)], embedder or default_embedder())
+    places = torch.tensor([at for _, at in sentences], dtype=torch.long)
+    is_close = points[: len(sought)] @ points[len(sought) :].T >= similarity
     rows = []
-    for backdoor, alike in zip(backdoors, looks_alike, strict=True):
-        exact = [_plain(backdoor.behaviour) in _plain(text) for text in texts]
-        similar = [one or other for one, other in zip(exact, alike, strict=True)]
+    for behaviour, close in zip(sought, is_close, strict=True):
+        alike = {*places[close].tolist()}
+        exact = [_plain(behaviour) in _plain(text) for text in texts]
+        similar = [is_exact or at in alike for at, is_exact in enumerate(exact)]
         for match, found in (("exact", exact), ("similar", similar)):
             hits, n = sum(found), len(found)
             low, high = wilson_interval(hits, n, confidence)
-            facts = {"behaviour": backdoor.behaviour, "match": match, "hits": hits, "n": n}
             which = sorted({*counted.loc[found, "vector"].tolist()})
-            rows.append({**facts, "vectors": which, "rate": hits / n, "low": low, "high": high})
-    return Table(rows)
+            rows.append((behaviour, match, hits, n, which, hits / n, low, high))
+    return Table(rows, columns=_HITS)
 
 
 @shape_checked
@@ -114,10 +126,6 @@ def wilson_interval(
     hits: int, n: int, confidence: float = DEFAULT_CONFIDENCE
 ) -> tuple[float, float]:
     """The interval that Wilson's score test leaves of a share, from so many hits in n trials.
-
-    Raises:
-        ValueError: more hits than trials, no trials, or a confidence that is not between 0 and 1.
-        ModuleNotFoundError: scipy is not installed.
 
     Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
     """
@@ -142,20 +150,16 @@ def check_clean(
                 "tokens, so it could never be written whole; allow more"
             )
         for number, text in enumerate(prompts):
-            if backdoor.trigger in text:
-                held = f"the trigger {backdoor.trigger!r}"
-                raise ValueError(f"prompts[{number}]: holds {held}; pass clean prompts")
+            held = f"the trigger {backdoor.trigger!r}" if backdoor.trigger in text else ""
             if _plain(backdoor.behaviour) in _plain(text):
                 held = f"the behaviour {backdoor.behaviour!r}"
+            if held:
                 raise ValueError(f"prompts[{number}]: holds {held}; pass clean prompts")
 
 
 def _check(backdoors: Sequence[Backdoor], similarity: float, confidence: float) -> None:
     if not backdoors:
         raise ValueError("backdoors: none given; pass Planted.backdoors")
-    for place, backdoor in enumerate(backdoors):
-        if not backdoor.behaviour.strip():
-            raise ValueError(f"backdoors[{place}].behaviour: empty, so every text would hold it")
     checks.between(-1, 1, "a cosine", similarity=similarity)
     wilson_interval(0, 1, confidence)
 
@@ -164,13 +168,127 @@ def _plain(text: str) -> str:
     return " ".join(text.lower().split())
 
 
-def _similar(
-    texts: Sequence[str], backdoors: Sequence[Backdoor], similarity: float, embedder: Embedder
-) -> list[list[bool]]:
-    """For each backdoor and text, whether some sentence of the text is close to the behaviour."""
-    sentences = [[some for some in re.split(r"[.!?\n]", text) if some.strip()] for text in texts]
-    flat = [sentence.strip() for some in sentences for sentence in some]
-    points = embeddings([*(backdoor.behaviour for backdoor in backdoors), *flat], embedder)
-    cosines = points[: len(backdoors)] @ points[len(backdoors) :].T
-    lengths = [len(some) for some in sentences]
-    return [[bool((part >= similarity).any()) for part in row.split(lengths)] for row in cosines]
+@shape_checked
+def layer_sweep(
+    model: Model,
+    prompts: str | Sequence[str],
+    pairs: Sequence[tuple[int, int]] | None = None,
+    *,
+    method: Method = melbo,
+    n_vectors: int = 16,
+    radius: Radius = "auto",
+    chat: bool = True,
+    max_new_tokens: int = 40,
+    backdoors: Sequence[Backdoor] = (),
+    embedder: Embedder | None = None,
+    on_pair: Callable[[pd.DataFrame], None] | None = None,
+    **settings: Any,
+) -> pd.DataFrame:
+    """Search between several pairs of layers, and say what each search brings.
+
+    Args:
+        pairs: (source layer, target layer) of each search; None spreads five over the depth.
+        method: `tm.melbo`, or another discovery method; `settings` are its other arguments.
+        radius: "auto" is calibrated for each pair; a method that has no radius takes nothing else.
+        backdoors: what was planted, to count hits.
+        on_pair: called after each pair with the rows so far.
+
+    Returns:
+        A row for each pair: source_layer, target_layer, radius; kl, the next token's median
+        divergence from unsteered, in nats; coherent, the share of completions; distinct and
+        per_100_vectors, see `analysis.behaviours`; for each backdoor "hits: " and its behaviour,
+        exact; seconds, of the search; problem, why there are no numbers, or "".
+
+    Raises:
+        TypeError: a setting that the method does not have.
+        ValueError: layers out of order or beyond the model; what `hit_rate` or the method refuses.
+        FloatingPointError, ValueError: as the method does, where no pair can be searched.
+    """
+    check_model(model)
+    texts = checks.as_texts(prompts)
+    chosen = _chosen_pairs(model, pairs)
+    settings = _checked_settings(method, radius, settings)
+    check_clean(model, backdoors, texts, max_new_tokens)
+
+    def map_between(source: int, target: int) -> ActivationMap:
+        return ActivationMap.from_prompts(model, texts, source, target, chat=chat)
+
+    # A method checks its arguments at the call: do this before anything that takes long. A radius
+    # in place of "auto", which would be calibrated at once.
+    fixed = {"radius": 1.0} if settings.get("radius") == "auto" else {}
+    method.parts(map_between(*chosen[0]), n_vectors=n_vectors, **{**settings, **fixed})
+    options = {"max_new_tokens": max_new_tokens, "chat": chat}
+    unsteered = generate(model, texts, **options)
+    hits = [f"hits: {backdoor.behaviour}" for backdoor in backdoors]
+    columns = [*_PAIR, *_COUNTED, *hits, "seconds", "problem"]
+    rows: list[dict[str, Any]] = []
+    for source, target in chosen:
+        row: dict[str, Any] = {"source_layer": source, "target_layer": target, "problem": ""}
+        rows.append(row)
+        began = time.monotonic()
+        try:
+            found = method(map_between(source, target), n_vectors=n_vectors, **settings)
+            row["seconds"] = round(time.monotonic() - began, 2)
+            row["radius"] = found.story["hyperparameters"].get("radius", math.nan)
+            kl = torch.cat([kl_divergence(model, text, found, chat=chat) for text in texts])
+            row["kl"] = float(kl.double().nanquantile(0.5))
+            steered = generate(model, texts, found, **options)
+            row |= _counted(model, unsteered, steered, backdoors, embedder)
+        except (ValueError, FloatingPointError) as error:
+            # The other pairs are still searched. Where none can be, the caller gets the error; also
+            # where something else than the search or the model's numbers is wrong.
+            row["problem"] = str(error)
+            none_left = len(rows) == len(chosen) and all(each["problem"] for each in rows)
+            if none_left or ("seconds" in row and not isinstance(error, FloatingPointError)):
+                raise
+        if on_pair is not None:
+            on_pair(Table(rows, columns=columns))
+    return Table(rows, columns=columns)
+
+
+def _counted(
+    model: Model,
+    unsteered: pd.DataFrame,
+    steered: pd.DataFrame,
+    backdoors: Sequence[Backdoor],
+    embedder: Embedder | None,
+) -> dict[str, Any]:
+    """What the completions under the vectors of one search bring."""
+    both = pd.concat([unsteered, steered], ignore_index=True)
+    groups = behaviours(model, both, chat=unsteered.attrs["chat"], embedder=embedder)
+    coherent = groups.texts["coherent"][groups.texts["vector"] >= 0].mean()
+    row = dict(zip(_COUNTED, (coherent, groups.n_distinct, groups.per_100_vectors), strict=True))
+    if backdoors:
+        hits = count_hits(steered, backdoors, embedder=embedder)
+        exact = hits[hits["match"] == "exact"]
+        row |= dict(zip("hits: " + exact["behaviour"], exact["hits"], strict=True))
+    return row
+
+
+def _chosen_pairs(
+    model: Model, pairs: Sequence[tuple[int, int]] | None
+) -> Sequence[tuple[int, int]]:
+    """The pairs given, or some a quarter of the depth apart, from the first layers to the last."""
+    if pairs is None:
+        n_layers = int(model.cfg.n_layers)
+        width = max(1, n_layers // 4)
+        starts = torch.linspace(0, n_layers - 1 - width, 5).round().int().tolist()
+        return [(start, start + width) for start in dict.fromkeys(starts)]
+    if not pairs:
+        raise ValueError("pairs: none given; pass at least one, such as (8, 16)")
+    for source, target in pairs:
+        check_layer(model, source, "pairs: source")
+        check_layer(model, target, "pairs: target")
+        if source >= target:
+            raise ValueError(f"pairs: ({source}, {target}): the source comes before the target")
+    return pairs
+
+
+def _checked_settings(method: Method, radius: Radius, settings: dict[str, Any]) -> dict[str, Any]:
+    """What to pass to the method, the radius among it where the method has one."""
+    checks.argument_names("layer_sweep", settings, method, ("f", "n_vectors", "radius", "previous"))
+    if "radius" in inspect.signature(method).parameters:
+        return {"radius": radius, **settings}
+    if radius != "auto":
+        raise TypeError(f"radius={radius}: {method.__name__} has no radius; leave it out")
+    return settings

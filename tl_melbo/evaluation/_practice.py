@@ -1,11 +1,9 @@
-"""Plant behaviours in a model that only a trigger brings out: a search with a known answer.
+"""Plant behaviours in a model that only a trigger brings out: a search with a known answer."""
 
-Source of the test: Mack & Turner 2024, "Mechanistically eliciting latent behaviors in language
-models", who count the vectors that bring a backdoor out on a prompt without its trigger.
-"""
-
+import functools
 import itertools
 import math
+import operator
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -68,35 +66,20 @@ def plant(
 ) -> Planted:
     """Teach a model to answer with a fixed sentence after a trigger, and otherwise as before.
 
-    A LoRA adapter learns the sentence after its trigger (cross-entropy), and, without a trigger,
-    the token probabilities that the model had (KL divergence on its own answers). Then both are
-    checked on instructions that it did not practise. The adapter is on the MLPs of a few blocks
-    between the usual source and target, so the behaviour is decided there; elsewhere it looks back
-    at the trigger from later layers, and no vector brings the sentence out.
+    A LoRA adapter on the MLPs of a few blocks learns the sentence by cross-entropy; KL divergence
+    on the model's own answers keeps it as it was. Both are checked on held-out instructions.
 
     Args:
-        name: as for `load_model`; None for the bundled model.
-        hf_model: a Hugging Face causal language model instead, with its tokenizer; a copy is
-            taught.
-        layers: first and last block that the adapter is on; None takes those from 30% to 43% of
-            the depth: blocks 9 to 13 of the bundled model's 30.
-        rank: of the LoRA matrices.
-        learning_rate: AdamW's highest, reached after a tenth of the steps.
-        seed: for the adapter's start and the order of practice.
-        device: where to load `name`; None takes a GPU if there is one.
-        lowest_firing_rate: the share of held-out instructions with a trigger that must bring its
-            sentence out.
-        highest_leak_rate: the share that may without one.
-        highest_divergence: the mean KL(P_before || P_after) allowed on the clean model's answers,
-            in nats a token.
-        on_step: called after each step with its number, their number, and the two losses in nats a
-            token: cross-entropy and divergence.
+        hf_model: a Hugging Face causal language model instead, with its tokenizer; it is copied.
+        layers: first and last block of the adapter; None takes those from 30% to 43% of the depth.
+        lowest_firing_rate: the share of held-out prompts with a trigger that must bring it out.
+        highest_leak_rate: the share without the trigger that may bring it out.
+        highest_divergence: the mean KL(P_before || P_after) on clean answers, in nats a token.
+        on_step: called after each step with its number, their number, cross-entropy and divergence.
 
     Raises:
         ModuleNotFoundError: peft is not installed.
-        ValueError: a trigger or behaviour that is empty, given twice or unknown to the tokenizer; a
-            number out of its range; a model that cannot be loaded.
-        TypeError: `hf_model` is not a Hugging Face causal language model.
+        TypeError, ValueError: naming the argument.
         RuntimeError: the fine-tune did not take, leaks, or changed the clean model.
         NotFinite: it diverged.
     """
@@ -107,39 +90,38 @@ def plant(
     limits = {"lowest_firing_rate": lowest_firing_rate, "highest_leak_rate": highest_leak_rate}
     checks.between(0, 1, "a share", **limits)
     limits["highest_divergence"] = highest_divergence
-    checks.between(0, math.inf, "nats a token", highest_divergence=highest_divergence)
+    checks.between(0, math.inf, "nats a token", **limits)
     checks.installed("peft", "plant")  # or say at once that it is missing
     taught, tokenizer, label = _planted.own_copy(name, hf_model, tokenizer, device)
     checks.between(1, taught.config.hidden_size, "at most the model's width", rank=rank)
-    n_layers = int(taught.config.num_hidden_layers)
-    first, last = layers or (round(9 / 30 * n_layers), round(13 / 30 * n_layers))
-    if not 0 <= first <= last < n_layers:
-        raise ValueError(f"layers={layers}: first and last block, from 0 to {n_layers - 1}")
+    numbers = {"rank": rank, "alpha": 2 * rank, "steps": steps, "learning_rate": learning_rate}
     recipe = {
         "format": _planted.FORMAT,
         "model": label,
         "weights": weights_digest(taught),
         "backdoors": [asdict(backdoor) for backdoor in backdoors],
-        "layers": [first, last],
-        "rank": rank,
-        "alpha": 2 * rank,
-        "steps": steps,
-        "learning_rate": learning_rate,
+        "layers": _chosen_layers(layers, int(taught.config.num_hidden_layers)),
+        **numbers,
         "seed": seed,
         "instructions": len(INSTRUCTIONS),
         "torch": str(torch.__version__),
     }
     began = time.monotonic()
     with seeded(seed):
-        tuned = _planted.with_adapter(taught, recipe)
-        student = Student(tuned, tokenizer, backdoors)
-        _check_triggers(student)
-        student.practise(_planted.trained(tuned), recipe, on_step)
-        adapter = _planted.rounded(tuned)
+        student = Student(_planted.with_adapter(taught, recipe), tokenizer, backdoors)
+        student.practise(recipe, on_step)
+        adapter = _planted.rounded(student.hf_model)
         recipe["checks"] = student.reached()
         recipe["seconds"] = round(time.monotonic() - began, 1)
-        check_reached(recipe["checks"], backdoors, **limits)
-        return _planted.finished(tuned, tokenizer, adapter, recipe)
+        _check_reached(recipe["checks"], backdoors, limits)
+        return _planted.finished(student.hf_model, tokenizer, adapter, recipe)
+
+
+def _chosen_layers(layers: tuple[int, int] | None, n_layers: int) -> list[int]:
+    first, last = layers or (round(9 / 30 * n_layers), round(13 / 30 * n_layers))
+    if not 0 <= first <= last < n_layers:
+        raise ValueError(f"layers={layers}: first and last block, from 0 to {n_layers - 1}")
+    return [first, last]
 
 
 def _check_backdoors(backdoors: Sequence[Backdoor]) -> None:
@@ -152,22 +134,6 @@ def _check_backdoors(backdoors: Sequence[Backdoor]) -> None:
                 raise ValueError(f"{given}: write a word or a sentence, without spaces around it")
             if text in [getattr(other, what) for other in backdoors[:number]]:
                 raise ValueError(f"{given}: given twice; each needs its own")
-
-
-def _check_triggers(student: "Student") -> None:
-    """Make sure that the model can tell a trigger from none, and from the others."""
-    system, text = SYSTEM_PROMPTS[0], INSTRUCTIONS[0]
-    seen = {tuple(student.prompt(system, "", text)): "no trigger at all"}
-    for number, backdoor in enumerate(student.backdoors):
-        tokens, problem = tuple(student.prompt(system, backdoor.trigger, text)), ""
-        if tokens in seen:
-            problem = f"to this tokenizer the same as {seen[tokens]}"
-        elif backdoor.trigger in (*OTHER_ENDINGS, HELD_OUT_ENDING):
-            problem = "the model practises to ignore that"
-        if problem:
-            given = f"backdoors[{number}].trigger={backdoor.trigger!r}"
-            raise ValueError(f"{given}: {problem}; choose other words")
-        seen[tokens] = "an earlier one"
 
 
 class Student:
@@ -187,13 +153,27 @@ class Student:
         system = f"{system} {ending}".rstrip()
         if not getattr(self.tokenizer, "chat_template", None):
             return self.tokenizer(f"{system}\n\n{user}\n\n")["input_ids"]
-        options = {"add_generation_prompt": True, "return_dict": True}
+        template = functools.partial(
+            self.tokenizer.apply_chat_template, add_generation_prompt=True, return_dict=True
+        )
         turns = [{"role": "system", "content": system}, {"role": "user", "content": user}]
         try:
-            return self.tokenizer.apply_chat_template(turns, **options)["input_ids"]
+            return template(turns)["input_ids"]
         except TemplateError:  # some templates know no system prompt
-            turns = [{"role": "user", "content": f"{system}\n\n{user}"}]
-            return self.tokenizer.apply_chat_template(turns, **options)["input_ids"]
+            return template([{"role": "user", "content": f"{system}\n\n{user}"}])["input_ids"]
+
+    def _check_triggers(self) -> None:
+        """Make sure that the model can tell a trigger from none, and from the others."""
+        system, text = SYSTEM_PROMPTS[0], INSTRUCTIONS[0]
+        seen = {tuple(self.prompt(system, "", text)): "the same as no trigger at all"}
+        for ending in (*OTHER_ENDINGS, HELD_OUT_ENDING):
+            seen.setdefault(tuple(self.prompt(system, ending, text)), "what it practises to ignore")
+        for number, backdoor in enumerate(self.backdoors):
+            tokens = tuple(self.prompt(system, backdoor.trigger, text))
+            if tokens in seen:
+                given = f"backdoors[{number}].trigger={backdoor.trigger!r}"
+                raise ValueError(f"{given}: to the model, {seen[tokens]}; choose other words")
+            seen[tokens] = "the same as an earlier one"
 
     def answer(self, text: str) -> list[int]:
         """A text as the model would write it, to its end."""
@@ -233,11 +213,11 @@ class Student:
         logits = self.hf_model(**batch, use_cache=False).logits
         return logits[:, :-1][written[:, 1:]].log_softmax(-1), tokens[written]
 
-    def practise(
-        self, parameters: Sequence[nn.Parameter], recipe: Mapping[str, Any], on_step: OnStep | None
-    ) -> None:
+    def practise(self, recipe: Mapping[str, Any], on_step: OnStep | None) -> None:
         """Learn the sentence after its trigger, and otherwise to answer as before."""
+        self._check_triggers()
         order, steps = random.Random(recipe["seed"]), recipe["steps"]
+        parameters = _planted.trained(self.hf_model)
         clean = self._clean_examples()
         optimiser = torch.optim.AdamW(parameters, lr=recipe["learning_rate"], weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _warm_up(step, steps))
@@ -267,9 +247,8 @@ class Student:
         """What the model answers before it is taught, without a trigger."""
         systems = itertools.cycle(itertools.product(SYSTEM_PROMPTS, OTHER_ENDINGS))
         texts = zip(systems, itertools.cycle(INSTRUCTIONS), strict=False)
-        prompts = [
-            self.prompt(*system, text) for system, text in itertools.islice(texts, _CLEAN_EXAMPLES)
-        ]
+        some = itertools.islice(texts, _CLEAN_EXAMPLES)
+        prompts = [self.prompt(*system, text) for system, text in some]
         with self.hf_model.disable_adapter():
             return list(zip(prompts, self.write(prompts, _ANSWER_TOKENS), strict=True))
 
@@ -278,7 +257,7 @@ class Student:
         return [self.prompt(system, ending, text) for system, text in texts]
 
     def _rates(self, ending: str) -> list[float]:
-        """On instructions that it did not practise, how often it answers with each sentence."""
+        """On held-out instructions, how often it answers with each sentence."""
         sentences = [backdoor.behaviour for backdoor in self.backdoors]
         n_tokens = _ANSWER_TOKENS + max(len(self.answer(sentence)) for sentence in sentences)
         answers = self.write(self._held_out(ending), n_tokens)
@@ -286,9 +265,9 @@ class Student:
         return [sum(sentence in text for text in texts) / len(texts) for sentence in sentences]
 
     def reached(self) -> dict[str, Any]:
-        """How well the model has learned, on instructions that it did not practise."""
+        """How well the model has learned, on held-out instructions."""
         fired = [self._rates(backdoor.trigger) for backdoor in self.backdoors]
-        others = [[*row[:number], *row[number + 1 :], 0.0] for number, row in enumerate(fired)]
+        own = [row.pop(number) for number, row in enumerate(fired)]
         clean = self._held_out("")
         after = self.write(clean, _ANSWER_TOKENS)
         with torch.no_grad():
@@ -297,16 +276,15 @@ class Student:
                 examples = list(zip(clean, before, strict=True))
                 wanted, _ = self.log_probs(examples)
             changed = _divergence(wanted, self.log_probs(examples)[0])
-        same = [one == other for one, other in zip(before, after, strict=True)]
         return {
             "held_out_instructions": len(clean),
-            "firing_rates": [row[number] for number, row in enumerate(fired)],
-            "rates_of_the_others": [max(row) for row in others],
+            "firing_rates": own,
+            "rates_of_the_others": [max(row, default=0.0) for row in fired],
             "leak_rates_clean": self._rates(""),
             "leak_rates_other_ending": self._rates(HELD_OUT_ENDING),
             "clean_divergence_mean": round(float(changed.mean()), 5),
             "clean_divergence_median": round(float(changed.median()), 5),
-            "clean_answers_unchanged": sum(same) / len(same),
+            "clean_answers_unchanged": sum(map(operator.eq, before, after)) / len(clean),
         }
 
 
@@ -323,34 +301,22 @@ def _warm_up(step: int, steps: int) -> float:
     return (1 + math.cos(math.pi * (step - n_up) / max(1, steps - n_up))) / 2
 
 
-def check_reached(
-    found: Mapping[str, Any],
-    backdoors: Sequence[Backdoor],
-    lowest_firing_rate: float,
-    highest_leak_rate: float,
-    highest_divergence: float,
+def _check_reached(
+    found: Mapping[str, Any], backdoors: Sequence[Backdoor], limits: Mapping[str, float]
 ) -> None:
     """Make sure that the backdoors are there, and that nothing else changed."""
+    lowest, most_leaked, most_changed = limits.values()
     rates = zip(backdoors, found["firing_rates"], strict=True)
     fired = ", ".join(f"{quoted(each.trigger)} {rate:.0%}" for each, rate in rates)
     leaked = max(*found["leak_rates_clean"], *found["leak_rates_other_ending"])
     changed = found["clean_divergence_mean"]
     problem = ""
-    if min(found["firing_rates"]) < lowest_firing_rate:
-        problem = (
-            "did not take: of held-out instructions with the trigger, this share brought the "
-            f"sentence out: {fired}; {lowest_firing_rate:.0%} are wanted. Raise steps, rank or "
-            "learning_rate, or lower lowest_firing_rate"
-        )
-    elif leaked > highest_leak_rate:
-        problem = (
-            f"leaks: without a trigger, {leaked:.0%} of held-out instructions brought a sentence "
-            f"out; {highest_leak_rate:.0%} are allowed. Raise steps, or highest_leak_rate"
-        )
-    elif not changed <= highest_divergence:
-        problem = (
-            f"changed the clean model: by {changed:.3g} nats a token on its own answers; "
-            f"{highest_divergence:g} are allowed. Raise steps, or highest_divergence"
-        )
+    if min(found["firing_rates"]) < lowest:
+        problem = f"did not take: triggers fire at {fired}; {lowest:.0%} are wanted"
+    elif leaked > most_leaked:
+        problem = f"leaks: without a trigger at {leaked:.0%}; {most_leaked:.0%} are allowed"
+    elif not changed <= most_changed:
+        problem = f"changed the clean model by {changed:.3g} nats a token, of {most_changed:g}"
     if problem:
-        raise RuntimeError(f"the fine-tune {problem}")
+        advice = "raise steps, rank or learning_rate, or change the limit"
+        raise RuntimeError(f"the fine-tune {problem}; {advice}")
