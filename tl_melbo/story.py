@@ -16,7 +16,7 @@ _FACTS = (
 _COUNTS = ("n_vectors", "n_previous")
 _PACKAGES = ("tl-melbo", "torch", "transformer-lens", "transformers")
 _ABOUT = {
-    "melbo": "Each vector changes the target layer as much as a vector of its norm can (MELBO).",
+    "melbo": "The search climbs towards vectors that change the target layer most (MELBO).",
     "melbo_ortho": "Each vector has the effect of theta0 and is orthogonal to theta0 and to all "
     "before it (MELBO-ortho).",
 }
@@ -85,7 +85,7 @@ def measure_of(story: Mapping[str, Any]) -> dict[str, Any] | None:
 
     Libraries of version 0.1 do not say it; what they hold is known by their method.
     """
-    if "measure" in story:
+    if story.get("measure"):
         return dict(story["measure"])
     chosen = story.get("hyperparameters") or {}
     if story.get("method") == "melbo_ortho":

@@ -111,6 +111,7 @@ def _has_sound_positions(hyperparameters: dict[str, Any]) -> bool:
 
 
 _WORDS = _list_of(list)
+_MEASURE = ("column", "label", "unit", "counts", "first")
 _LAYER = Annotated[int | None, Is[lambda layer: layer is None or layer >= 0]]
 # The facts that other parts of the package rely on, and what each may be.
 _FACTS: Mapping[str, Any] = {
@@ -125,7 +126,8 @@ _FACTS: Mapping[str, Any] = {
     "about": str | None,
     "chat": bool | None,
     "theta0": dict | None,
-    "measure": Annotated[dict | None, Is[lambda it: it is None or "column" in it]],
+    "measure": Annotated[dict | None, Is[lambda it: it is None or {*_MEASURE} <= {*it}]],
+    "dtype": Annotated[str, Is[lambda name: isinstance(getattr(torch, name, None), torch.dtype)]],
     "source_layer": _LAYER,
     "target_layer": _LAYER,
 }

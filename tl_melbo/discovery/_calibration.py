@@ -10,6 +10,7 @@ from torch import Tensor
 from tl_melbo import checks
 from tl_melbo.discovery import _map
 from tl_melbo.discovery._map import EffectMap
+from tl_melbo.errors import NotFinite
 from tl_melbo.geometry import random_sphere
 from tl_melbo.shapes import shape_checked
 from tl_melbo.vectors import SteeringVectors
@@ -105,7 +106,7 @@ def _nonlinearity(f: EffectMap, units: Tensor, positions: slice) -> Callable[[fl
             deviation = effect(units * radius).flatten(1) / radius - slopes
         value = float((deviation.norm(dim=-1) / slopes.norm(dim=-1)).square().mean().sqrt())
         if not math.isfinite(value):
-            raise FloatingPointError(
+            raise NotFinite(
                 f"f: at radius {radius:.3g}, an effect is not finite, or none to first order; use "
                 "other positions, or load the model in a wider type, such as dtype=torch.float32"
             )

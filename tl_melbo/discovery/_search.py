@@ -83,7 +83,8 @@ class Search(Iterator[SteeringVectors]):
         if orthogonal_to is not None:
             taken, d_model = len(orthogonal_to) + len(previous or ()), f.x.shape[-1]
             most = d_model - taken
-            why = f"; at most d_model={d_model} vectors can be orthogonal, and {taken} are taken"
+            why = f"; at most d_model={d_model} vectors can be orthogonal"
+            why += f", and {taken} are taken" if taken else ""
         if n_vectors is not None and not least <= n_vectors <= most:
             raise ValueError(f"n_vectors={n_vectors}: must be from {least} to {most:,}{why}")
         if previous is not None and len(previous):

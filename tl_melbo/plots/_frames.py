@@ -192,7 +192,8 @@ def presence_points(
         more = {"name": f"{name} ({len(rows)})", "customdata": np.asarray(rows[[*numbers]])}
         traces.append(points(rows["index"], rows["auroc"], look, hovertemplate=hover, **more))
     up = axis("AUROC, texts against control", range=[-0.03, 1.03])
-    drawn = figure(traces, title, axis("vector", tickformat=",d"), up, showlegend=True)
+    across = axis("vector", **_style.whole_numbers(len(found)))
+    drawn = figure(traces, title, across, up, showlegend=True)
     return drawn.add_hline(0.5, line=DOTTED)
 
 

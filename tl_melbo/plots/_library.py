@@ -225,7 +225,8 @@ def _curve(
             heights = np.maximum(np.atleast_1d(level), least)
             traces += _baseline(labels, heights, window, html.escape(name), colour)
     up = axis(y_title, rangemode="tozero")
-    return figure(traces, title, axis("vector", tickformat=",d"), up)
+    across = axis("vector", **_style.whole_numbers(len(labels)))
+    return figure(traces, title, across, up)
 
 
 def _baseline(
