@@ -107,7 +107,7 @@ def test_the_code_about_trust_runs_as_printed(tiny_llama, tmp_path, monkeypatch,
     first, second = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     first = first.replace("source_layer=8, target_layer=16", "source_layer=1, target_layer=4")
     monkeypatch.setattr(tm, "load_model", lambda: tiny_llama)
-    for long, short in (("n_vectors=8", "n_vectors=2"), ("(8,", "(2,")):
+    for long, short in (("n_vectors=8", "n_vectors=2"), ("(f, 8,", "(f, 2,")):
         assert long in first
         first = first.replace(long, short)
     names = {}
