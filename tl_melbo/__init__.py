@@ -7,6 +7,8 @@ from tl_melbo.activation_map import ActivationMap
 from tl_melbo.concatenation import concatenate
 from tl_melbo.discovery import (
     calibrate_radius,
+    contrastive,
+    dct,
     iter_melbo,
     iter_melbo_ortho,
     jacobian,
@@ -16,6 +18,7 @@ from tl_melbo.discovery import (
     melbo_objective,
     melbo_ortho,
     random_vectors,
+    ranked,
 )
 from tl_melbo.generation import generate
 from tl_melbo.model.load import load_model
@@ -38,6 +41,8 @@ __all__ = [
     "analysis",
     "calibrate_radius",
     "concatenate",
+    "contrastive",
+    "dct",
     "evaluation",
     "generate",
     "iter_melbo",
@@ -52,6 +57,7 @@ __all__ = [
     "next_token_log_probs",
     "plots",
     "random_vectors",
+    "ranked",
     "report",
     "steered",
 ]

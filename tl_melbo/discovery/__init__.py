@@ -1,6 +1,8 @@
 """Methods that find vectors: one file a method, each takes f, never a model."""
 
 from tl_melbo.discovery._calibration import calibrate_radius
+from tl_melbo.discovery._contrastive import contrastive
+from tl_melbo.discovery._dct import dct, ranked
 from tl_melbo.discovery._gradient import value_and_gradient
 from tl_melbo.discovery._jacobian import jacobian
 from tl_melbo.discovery._melbo import iter_melbo, join_library, melbo
@@ -20,6 +22,8 @@ __all__ = [
     "Search",
     "Step",
     "calibrate_radius",
+    "contrastive",
+    "dct",
     "iter_melbo",
     "iter_melbo_ortho",
     "jacobian",
@@ -32,5 +36,6 @@ __all__ = [
     "method",
     "one_by_one",
     "random_vectors",
+    "ranked",
     "value_and_gradient",
 ]

@@ -73,7 +73,7 @@ def jacobian(
 
     def find(earlier: Tensor, first: int) -> Iterator[Part]:
         with own_arithmetic(f):
-            directions, values = _top(
+            directions, values = top_directions(
                 f, lambda theta: effects(theta)[:, counted], first + n_vectors
             )
         vectors, values = (directions * radius).float()[first:], values.float()[first:]
@@ -96,7 +96,9 @@ def jacobian(
     )
 
 
-def _top(f: EffectMap, effect: Callable[[Tensor], Tensor], count: int) -> tuple[Tensor, Tensor]:
+def top_directions(
+    f: EffectMap, effect: Callable[[Tensor], Tensor], count: int
+) -> tuple[Tensor, Tensor]:
     """The first right singular vectors of the Jacobian, float64 [count, d_model], and values."""
     d_model = int(f.x.shape[-1])
     if d_model <= _EXACT_WIDTH:
