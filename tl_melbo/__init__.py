@@ -3,6 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from tl_melbo.ablation import ablated
 from tl_melbo.activation_map import ActivationMap
 from tl_melbo.concatenation import concatenate
 from tl_melbo.discovery import (
@@ -38,6 +39,7 @@ __all__ = [
     "ActivationMap",
     "Run",
     "SteeringVectors",
+    "ablated",
     "analysis",
     "calibrate_radius",
     "concatenate",
