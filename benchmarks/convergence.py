@@ -23,7 +23,7 @@ import torch
 
 import tl_melbo as tm
 from benchmarks.tables import markdown
-from tl_melbo.discovery import _melbo_optimisers
+from tl_melbo.discovery import _sphere
 from tl_melbo.evaluation import count_hits, load_planted, wilson_interval
 from tl_melbo.geometry import random_sphere
 
@@ -146,7 +146,7 @@ def stopping_on_gain(smallest: float) -> Iterator[Callable[[Any], None]]:
     The search has no such option. It ends a vector whose gradient is within an angle of it; here
     that angle is opened once the gain is small. A step that was taken back (gain 0) is none.
     """
-    module: Any = _melbo_optimisers
+    module: Any = _sphere
     usual, last = module._CONVERGED_ANGLE, 0.0
 
     def on_step(step: Any) -> None:

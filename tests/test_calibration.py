@@ -88,7 +88,7 @@ def test_a_run_goes_on_with_the_radius_that_it_began_with(tmp_path, monkeypatch)
     f = tm.ActivationMap.from_prompts(tiny_bridge("llama"), "One two three four five", 1, 4)
     first = tm.Run(tmp_path).melbo(f, 2, radius="auto", steps=2)
     # Elsewhere the calibration may come out a digit different.
-    module = sys.modules["tl_melbo.discovery._melbo"]
+    module = sys.modules["tl_melbo.discovery._calibration"]
     monkeypatch.setattr(module, "calibrate_radius", lambda *_, **__: 3.21)
     both = tm.Run(tmp_path).melbo(f, 4, radius="auto", steps=2)
     assert both.story["hyperparameters"]["radius"] == first.story["hyperparameters"]["radius"]

@@ -71,6 +71,7 @@ def test_pairs_that_disagree_are_told(tiny_llama):
         tm.contrastive(f, other)
 
 
+@pytest.mark.filterwarnings("ignore:the mean cosine")
 def test_what_is_refused(maps, tiny_llama):
     f, other = maps
     with pytest.raises(ValueError, match="other: no difference"):

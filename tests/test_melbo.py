@@ -228,11 +228,11 @@ def test_steps_are_reported(tiny_llama):
         ({"radius": 0.0}, r"radius=0.0: must be a positive finite number"),
         ({"radius": -1}, r"radius=-1"),
         ({"radius": math.nan}, r"radius=nan"),
-        ({"p": 0.5}, r"p=0.5: allowed are finite numbers from 1"),
+        ({"p": 0.5}, r"p=0.5: a power, from 1"),
         ({"q": 0}, r"q=0"),
         ({"p": math.inf}, r"p=inf"),
         ({"n_vectors": 0}, r"n_vectors=0: must be from 1"),
-        ({"n_vectors": 33}, r"n_vectors=33: at most d_model=32"),
+        ({"n_vectors": 33}, r"n_vectors=33: .*at most d_model=32"),
         ({"steps": 0}, r"steps=0"),
         ({"positions": slice(90, None)}, r"picks no token of prompt 0"),
     ],
@@ -277,7 +277,7 @@ def test_nothing_is_not_hidden():
 
 @pytest.mark.everywhere
 def test_a_radius_without_effect_is_named(tiny_llama):
-    with pytest.raises(ValueError, match="radius: a random vector of this length changes nothing"):
+    with pytest.raises(ValueError, match="radius: a random vector of this norm changes nothing"):
         tm.melbo(tiny_map(tiny_llama), 2, 1e-12)
 
 

@@ -78,9 +78,7 @@ def test_another_search_is_not_continued(f, change, message):
         tm.iter_melbo(f, 2, previous=part[[1, 0]], **SETTINGS)
     with pytest.raises(ValueError, match="none twice"):
         tm.join_library([part, part])
-    with pytest.raises(
-        tm.errors.DifferentSearch, match=r"previous: holds vectors 1\.\.\., not all"
-    ):
+    with pytest.raises(tm.errors.DifferentSearch, match=r"previous: holds vectors \[1\], not all"):
         tm.iter_melbo(f, 2, previous=part[1:], **SETTINGS)
     with pytest.raises(tm.errors.DifferentSearch, match="not all from 0 on"):
         tm.iter_melbo(f, 2, previous=tm.melbo(f, 3, **SETTINGS)[[0, 2]], **SETTINGS)
@@ -376,7 +374,7 @@ def test_what_overwrites_replaces_only_what_it_has(f, tmp_path):
     run = tm.Run(tmp_path)
     found = run.melbo(f, 2, **SETTINGS)
     family = run.melbo_ortho(f, found[1], 1, steps=4)
-    with pytest.raises(ValueError, match="radius: a random vector of this length changes nothing"):
+    with pytest.raises(ValueError, match="radius: a random vector of this norm changes nothing"):
         run.melbo(f, 2, radius=1e-30, overwrite=True)
     with pytest.raises(ValueError, match="nothing orthogonal"):
         run.melbo_ortho(f, found[1], 1, norm_penalty=1e9, steps=4, overwrite=True)

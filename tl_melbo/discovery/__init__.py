@@ -3,14 +3,10 @@
 from tl_melbo.discovery._calibration import calibrate_radius
 from tl_melbo.discovery._contrastive import contrastive
 from tl_melbo.discovery._dct import dct, ranked
-from tl_melbo.discovery._gradient import value_and_gradient
 from tl_melbo.discovery._jacobian import jacobian
-from tl_melbo.discovery._melbo import iter_melbo, join_library, melbo
-from tl_melbo.discovery._melbo_optimisers import Step
-from tl_melbo.discovery._melbo_ortho import iter_melbo_ortho, join_family, melbo_ortho
-from tl_melbo.discovery._objective import melbo_objective
-from tl_melbo.discovery._ortho_optimisers import OrthoStep
-from tl_melbo.discovery._protocol import EffectMap
+from tl_melbo.discovery._map import EffectMap, value_and_gradient
+from tl_melbo.discovery._melbo import Step, iter_melbo, join_library, melbo, melbo_objective
+from tl_melbo.discovery._melbo_ortho import OrthoStep, iter_melbo_ortho, join_family, melbo_ortho
 from tl_melbo.discovery._random import random_vectors
 from tl_melbo.discovery._search import Method, Part, Search, join, method, one_by_one
 

@@ -1,19 +1,15 @@
-"""How long should a vector be? The radius at which the map stops being linear.
-
-Source: Mack & Turner 2024, "Deep causal transcoding".
-"""
+"""How long should a vector be? The radius at which the map stops being linear."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from tl_melbo import checks
-from tl_melbo.discovery._arithmetic import own_arithmetic
-from tl_melbo.discovery._linear import jacobian_times
-from tl_melbo.discovery._protocol import EffectMap, effects_at, theta_like, typical_norm
+from tl_melbo.discovery import _map
+from tl_melbo.discovery._map import EffectMap
 from tl_melbo.geometry import random_sphere
 from tl_melbo.shapes import shape_checked
 from tl_melbo.vectors import SteeringVectors
@@ -23,10 +19,9 @@ Radius = float | Literal["auto"]
 # Published: 0.5. At 0.4, libraries held more distinct coherent behaviours on each of three prompts
 # (benchmarks/RESULTS.md).
 DEFAULT_LEVEL = 0.4
-# Beyond these multiples of a token's typical norm no radius is looked for.
-_SMALLEST, _LARGEST = 1e-4, 1e3
-# Where the search begins, as such a multiple, and how exactly it ends.
-_FIRST, _PRECISION = 0.1, 0.01
+# In multiples of a token's typical norm: where the search begins, and where it gives up.
+_FIRST, _SMALLEST, _LARGEST = 0.1, 1e-4, 1e3
+_PRECISION = 0.01
 _MOST_DIRECTIONS = 10_000
 
 
@@ -39,29 +34,26 @@ def calibrate_radius(
     n_directions: int = 16,
     seed: int = 0,
 ) -> float:
-    """Find the radius at which random vectors begin to do more than the first order tells.
+    """Find the radius R at which the map's response to random vectors stops being linear.
 
-    Takes seconds. Another seed or a few directions give a radius some 5% to 10% away.
+    It takes seconds. With another seed or few directions, R differs by some 5% to 10%.
 
         radius = tm.calibrate_radius(f)
         found = tm.melbo(f, radius=radius)  # the same as radius="auto"
 
     Args:
         f: the activation map.
-        level: where to stop, of the nonlinearity: how far the effect of R v is from R times the
-            Jacobian's, relative to that, over random directions v (the root of the mean square).
-            Published: 0.5.
+        level: the nonlinearity at R: the root mean square, over random unit vectors v, of
+            |effect(R v) - R J v| / |R J v|. Published: 0.5.
         positions: where effects are compared, as in `melbo`.
-        n_directions: how many.
-        seed: of the directions.
+        n_directions: how many vectors v.
+        seed: of these vectors.
 
     Returns:
         R, to three digits, in the units of the residual stream.
 
     Raises:
-        ValueError: a number out of its range; no radius, from a ten-thousandth of a token's norm
-            to a thousand times it, has that level.
-        FloatingPointError: the effects are not finite.
+        ValueError: a number is out of its range; or no radius has that level.
 
     Source: Mack & Turner 2024, "Deep causal transcoding".
     """
@@ -70,94 +62,81 @@ def calibrate_radius(
     checks.seed(seed)
     generator = torch.Generator().manual_seed(seed)
     units = random_sphere(n_directions, int(f.x.shape[-1]), generator=generator)
-    with own_arithmetic(f):
-        nonlinearity = _nonlinearity(f, theta_like(f, units), positions)
-        radius = _crossing(nonlinearity, level, typical_norm(f))
+    typical = float(f.x.float().norm(dim=-1)[f.mask].median())
+    with _map.own_arithmetic(f):
+        nonlinearity = _nonlinearity(f, _map.theta_like(f, units), positions)
+        radius = _crossing(nonlinearity, level, typical)
     return float(f"{radius:.3g}")
 
 
-def check_radius(radius: Radius, typical: float | None = None) -> None:
-    """Refuse a radius that is no length; with a token's typical norm, for the error to name."""
+def check_radius(radius: Radius) -> None:
+    """Refuse a radius that is no norm, with a ValueError."""
     if radius != "auto" and not 0 < radius < math.inf:
-        here = "" if typical is None else f" (that of a token here is {typical:.3g})"
         raise ValueError(
             f"radius={radius}: must be a positive finite number, or 'auto'; useful ones were 0.05 "
-            f"to 0.4 of a token's norm at the source layer{here}; try 'auto', and read the texts"
+            "to 0.4 of a token's norm at the source layer; try 'auto', and read the completions"
         )
 
 
 def chosen_radius(
-    radius: Radius, previous: SteeringVectors | None, calibrate: Callable[[], float]
+    f: EffectMap,
+    radius: Radius,
+    previous: SteeringVectors | None,
+    positions: slice = slice(-3, None),
 ) -> tuple[float, dict[str, Any]]:
-    """The radius of a search, and what its story tells of the calibration, if there is one.
-
-    A search that is continued keeps its radius: calibrated anew, on another machine, it might come
-    out a digit different.
-    """
+    """The radius of a search, and what its metadata tells of the calibration, if there is one."""
+    check_radius(radius)
+    f.position_mask(positions)  # refuses what some prompt does not have
     if not isinstance(radius, str):
         return radius, {}
-    facts = {"calibration": {"criterion": "nonlinearity", "level": DEFAULT_LEVEL}}
-    story: Mapping[str, Any] = {} if previous is None else previous.story
-    known = (story.get("hyperparameters") or {}).get("radius")
-    if story.get("calibration") == facts["calibration"] and isinstance(known, int | float):
-        return (known if 0 < known < math.inf else calibrate()), facts
-    return calibrate(), facts
+    calibration = {"criterion": "nonlinearity", "level": DEFAULT_LEVEL}
+    known = None
+    # A search that is continued keeps its radius: another machine may find another last digit.
+    if previous is not None and previous.story.get("calibration") == calibration:
+        known = (previous.story.get("hyperparameters") or {}).get("radius")
+    if known is None:
+        known = calibrate_radius(f, positions=positions)
+    return known, {"calibration": calibration}
 
 
 def _nonlinearity(f: EffectMap, units: Tensor, positions: slice) -> Callable[[float], float]:
-    """The measure as a function of the radius; the Jacobian is taken once, at no vector at all."""
-    effects = effects_at(f, positions)
+    """The measure as a function of the radius; the Jacobian is taken once."""
+    effects = _map.effects_at(f, positions)
 
     def effect(theta: Tensor) -> Tensor:
         return effects(theta).double()
 
-    slopes = jacobian_times(f, effect, units)
-    sizes = slopes.norm(dim=-1)
-    if not (sizes.isfinite() & (sizes > 0)).all():
-        raise FloatingPointError(
-            "f: the Jacobian without a vector is zero or not finite along some direction; use "
-            "other positions, or load the model in a wider type, such as dtype=torch.float32"
-        )
+    slopes = _map.jacobian_times(f, effect, units)
 
     def nonlinearity(radius: float) -> float:
         with torch.no_grad():
             deviation = effect(units * radius).flatten(1) / radius - slopes
-        return float((deviation.norm(dim=-1) / sizes).square().mean().sqrt())
+        value = float((deviation.norm(dim=-1) / slopes.norm(dim=-1)).square().mean().sqrt())
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"f: at radius {radius:.3g}, an effect is not finite, or none to first order; use "
+                "other positions, or load the model in a wider type, such as dtype=torch.float32"
+            )
+        return value
 
     return nonlinearity
 
 
 def _crossing(nonlinearity: Callable[[float], float], level: float, typical: float) -> float:
-    """The smallest radius found that has the level: bracketed, then bisected."""
-
-    def above(radius: float) -> bool:
-        value = nonlinearity(radius)
-        if not math.isfinite(value):
-            raise FloatingPointError(
-                f"f: the nonlinearity at radius {radius:.3g} is not finite; load the model in a "
-                "wider type, such as dtype=torch.float32"
+    """A radius at which the nonlinearity passes the level: bracketed, then bisected."""
+    radius = _FIRST * typical
+    is_above = nonlinearity(radius) >= level
+    factor = 0.5 if is_above else 2.0
+    while (nonlinearity(radius * factor) >= level) == is_above:
+        radius *= factor
+        if not _SMALLEST * typical <= radius <= _LARGEST * typical:
+            raise ValueError(
+                f"level={level}: the nonlinearity of random vectors is still "
+                f"{'more' if is_above else 'less'} at radius {radius:.3g}; choose another level, "
+                "or a radius by reading the completions"
             )
-        return value >= level
-
-    low = high = _FIRST * typical
-    if above(high):
-        while above(low := low / 2):
-            high = low
-            if low < _SMALLEST * typical:
-                raise ValueError(_no_radius(level, "more", low))
-    else:
-        while not above(high := high * 2):
-            low = high
-            if high > _LARGEST * typical:
-                raise ValueError(_no_radius(level, "less", high))
+    low, high = sorted((radius, radius * factor))
     while high / low > 1 + _PRECISION:
         middle = math.sqrt(low * high)
-        low, high = (low, middle) if above(middle) else (middle, high)
+        low, high = (low, middle) if nonlinearity(middle) >= level else (middle, high)
     return math.sqrt(low * high)
-
-
-def _no_radius(level: float, which: str, radius: float) -> str:
-    return (
-        f"level={level}: the nonlinearity of random vectors is still {which} at radius "
-        f"{radius:.3g}; choose another level, or a radius by reading the texts"
-    )

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from tl_melbo import checks
-from tl_melbo.discovery._calibration import Radius, calibrate_radius, check_radius, chosen_radius
-from tl_melbo.discovery._protocol import EffectMap, typical_norm
+from tl_melbo.discovery._calibration import Radius, chosen_radius
+from tl_melbo.discovery._map import EffectMap
 from tl_melbo.discovery._search import Part, Search, method
 from tl_melbo.errors import warn_user
 from tl_melbo.story import measure
@@ -68,8 +68,6 @@ def contrastive(
         UserWarning: the pairs' differences hardly agree, so the vector may not steer.
     """
     checks.between(0, 1, "there is one vector", n_vectors=n_vectors)
-    if radius is not None:
-        check_radius(radius, typical_norm(f))
     _check_alike(f, other)
     ones, others = _means(f, positions), _means(other, positions)
     paired = len(ones) == len(others)
@@ -95,7 +93,7 @@ def contrastive(
     distance = mean @ unit
     calibration = {}
     if radius is not None:
-        radius, calibration = chosen_radius(radius, previous, lambda: calibrate_radius(f))
+        radius, calibration = chosen_radius(f, radius, previous)
 
     def find(earlier: Tensor, first: int) -> Iterator[Part]:
         vector = unit * (distance if radius is None else radius)

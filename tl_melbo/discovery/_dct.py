@@ -11,11 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_melbo import checks
-from tl_melbo.discovery._arithmetic import own_arithmetic
-from tl_melbo.discovery._calibration import Radius, calibrate_radius, check_radius, chosen_radius
+from tl_melbo.discovery._calibration import Radius, chosen_radius
 from tl_melbo.discovery._dct_fit import Factors, Fit, OnStep, Order, Start
-from tl_melbo.discovery._protocol import EffectMap, typical_norm
-from tl_melbo.discovery._search import Part, Search, check_count, method
+from tl_melbo.discovery._map import EffectMap, own_arithmetic
+from tl_melbo.discovery._search import Part, Search, method
 from tl_melbo.errors import DifferentSearch
 from tl_melbo.shapes import shape_checked
 from tl_melbo.story import measure
@@ -75,21 +74,18 @@ def dct(
 
     Source: Mack & Turner 2024, "Deep causal transcoding".
     """
-    check_radius(radius, typical_norm(f))
-    # Soft factors may outnumber the dimensions.
-    hard = orthogonal == "hard" or order == "linear"
-    check_count(n_vectors, f if hard else None, previous)
     checks.at_least(1, steps=steps)
     checks.seed(seed)
     if previous is not None and len(previous) and n_vectors:
         raise DifferentSearch(
             f"previous: holds {len(previous)} factors, and {n_vectors} more are wanted, but all "
-            "factors are found together; begin anew with the number that you want"
+            "factors are found together; begin anew with the number that you want",
+            [],
+            "all factors of which are found together",
         )
-    f.position_mask(positions)
-    radius, calibration = chosen_radius(
-        radius, previous, lambda: calibrate_radius(f, positions=positions)
-    )
+    radius, calibration = chosen_radius(f, radius, previous, positions)
+    # Soft factors may outnumber the dimensions.
+    hard = orthogonal == "hard" or order == "linear"
     settings = {
         "order": order, "orthogonal": orthogonal, "radius": radius, "positions": positions,
         "steps": steps, "start": start,
@@ -121,6 +117,7 @@ def dct(
         "dct", f, n_vectors, settings, find,
         previous=previous,
         needs=("importance", "effect"),
+        orthogonal_to={} if hard else None,
         progress=progress,
         seed=seed,
         measure=measure("importance", "importance α", "residual-stream units", "steps"),

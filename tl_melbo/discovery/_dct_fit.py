@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from tl_melbo.discovery._jacobian import top_directions
-from tl_melbo.discovery._linear import jacobian_times
-from tl_melbo.discovery._protocol import EffectMap, effects_at, theta_like
+from tl_melbo.discovery._map import EffectMap, effects_at, jacobian_times, theta_like
 from tl_melbo.geometry import numbered_sphere
 from tl_melbo.memory import map_batches
 

@@ -1,19 +1,14 @@
-"""Jacobian directions: what the target layer responds to most, to first order.
+"""Jacobian directions: what the target layer responds to most, to first order."""
 
-Source: O. Ayyub 2026, "Power steering"; the linear case of Mack & Turner 2024, "Deep causal
-transcoding".
-"""
-
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from tl_melbo.discovery._arithmetic import own_arithmetic
-from tl_melbo.discovery._calibration import Radius, calibrate_radius, check_radius, chosen_radius
-from tl_melbo.discovery._linear import jacobian_times, transpose_times
-from tl_melbo.discovery._protocol import EffectMap, effects_at, theta_like, typical_norm
-from tl_melbo.discovery._search import Part, Search, check_count, method
+from tl_melbo.discovery import _map
+from tl_melbo.discovery._calibration import Radius, chosen_radius
+from tl_melbo.discovery._map import EffectMap, Effects
+from tl_melbo.discovery._search import Part, Search, method
 from tl_melbo.geometry import random_sphere
 from tl_melbo.story import measure
 from tl_melbo.vectors import SteeringVectors
@@ -37,47 +32,36 @@ def jacobian(
 ) -> Search:
     """Find the orthogonal directions to which the target layer responds most, to first order.
 
-    They are the top right singular vectors of J, the derivative of the effect where no vector is
-    added; the effects at all positions that count, on all prompts, are one long output. MELBO at a
-    small radius finds the first of them. Both signs of every direction matter.
+    They are the top right singular vectors of J, the derivative at zero of the effect, flattened
+    over prompts and positions. Both signs of every direction matter.
 
     Args:
         f: the activation map.
-        n_vectors: how many; at most d_model.
-        radius: their L2 norm, in the units of the residual stream; "auto" takes
-            `calibrate_radius`.
+        radius: their norm; "auto" takes `calibrate_radius`.
         positions: where the effect is measured, counted on each prompt's own tokens.
-        previous: vectors 0 to k-1 of the same search, all of them; the new ones go on from there.
-        progress: show a progress bar.
+        previous: vectors 0 to k-1 of the same search, to go on from.
 
     Returns:
         The vectors, the largest singular value first. The column `singular_value` is the norm of
         the effect, to first order, of a vector of norm 1. The largest component is positive.
 
     Raises:
-        ValueError: a number out of its range, more vectors than d_model, positions that some
-            prompt does not have.
-        DifferentSearch: `previous` is not the beginning of this search.
         NotFinite: the derivative is not finite.
 
-    Source: O. Ayyub 2026, "Power steering"; Mack & Turner 2024, "Deep causal transcoding".
+    Source: O. Ayyub 2026, "Power steering"; the linear case of Mack & Turner 2024, "Deep causal
+    transcoding".
     """
-    check_radius(radius, typical_norm(f))
-    check_count(n_vectors, f, previous)
+    radius, calibration = chosen_radius(f, radius, previous, positions)
     counted = f.position_mask(positions)
-    radius, calibration = chosen_radius(
-        radius, previous, lambda: calibrate_radius(f, positions=positions)
-    )
-
-    effects = effects_at(f, positions)
+    effects = _map.effects_at(f, positions)
 
     def find(earlier: Tensor, first: int) -> Iterator[Part]:
-        with own_arithmetic(f):
-            directions, values = top_directions(
+        with _map.own_arithmetic(f):
+            units, values = top_directions(
                 f, lambda theta: effects(theta)[:, counted], first + n_vectors
             )
-        vectors, values = (directions * radius).float()[first:], values.float()[first:]
-        yield Part(first, vectors, {"singular_value": values})
+        vectors = (units * radius).float()
+        yield Part(first, vectors[first:], {"singular_value": values.float()[first:]})
 
     return Search(
         "jacobian",
@@ -96,14 +80,12 @@ def jacobian(
     )
 
 
-def top_directions(
-    f: EffectMap, effect: Callable[[Tensor], Tensor], count: int
-) -> tuple[Tensor, Tensor]:
+def top_directions(f: EffectMap, effect: Effects, count: int) -> tuple[Tensor, Tensor]:
     """The first right singular vectors of the Jacobian, float64 [count, d_model], and values."""
     d_model = int(f.x.shape[-1])
     if d_model <= _EXACT_WIDTH:
         axes = torch.eye(d_model, dtype=torch.float64)
-        images = jacobian_times(f, effect, theta_like(f, axes)).double().cpu()
+        images = _map.jacobian_times(f, effect, _map.theta_like(f, axes)).double().cpu()
         vectors, values = _principal(axes, images)
     else:
         vectors, values = _iterated(f, effect, min(count + _SPARE, d_model))
@@ -112,19 +94,19 @@ def top_directions(
     return vectors * largest.sign(), values
 
 
-def _iterated(f: EffectMap, effect: Callable[[Tensor], Tensor], size: int) -> tuple[Tensor, Tensor]:
+def _iterated(f: EffectMap, effect: Effects, size: int) -> tuple[Tensor, Tensor]:
     """Block power iteration on J'J, without forming it: a product forward, and one back."""
     generator = torch.Generator().manual_seed(0)
     start = random_sphere(size, int(f.x.shape[-1]), generator=generator).double()
     vectors, values = torch.linalg.qr(start.T).Q.T, torch.zeros(size, dtype=torch.float64)
     for _ in range(_MOST_ITERATIONS):
-        images = jacobian_times(f, effect, theta_like(f, vectors))
+        images = _map.jacobian_times(f, effect, _map.theta_like(f, vectors))
         before = values
         # Neighbours stay mixed without it.
         vectors, values = _principal(vectors, images.double().cpu())
         if not bool(((values - before).abs() > _SETTLED * values[0]).any()):
             break
-        back = transpose_times(f, effect, images)
+        back = _map.transpose_times(f, effect, images)
         vectors = torch.linalg.qr(back.double().cpu().T).Q.T
     return vectors, values
 

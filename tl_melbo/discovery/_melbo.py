@@ -1,61 +1,93 @@
-"""MELBO: vectors at an early layer that change a later layer as much as possible.
+"""MELBO: vectors at an early layer that change a later layer as much as possible."""
 
-Source: Mack & Turner 2024, "Mechanistically eliciting latent behaviors in language models".
-"""
-
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Literal, NamedTuple
 
+import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from tl_melbo import checks
-from tl_melbo.discovery._calibration import (
-    Radius,
-    calibrate_radius,
-    check_radius,
-    chosen_radius,
-)
-from tl_melbo.discovery._melbo_optimisers import Climb, OnStep, Optimiser
-from tl_melbo.discovery._objective import Norm, check_powers
-from tl_melbo.discovery._protocol import EffectMap, typical_norm
-from tl_melbo.discovery._search import (
-    Part,
-    Search,
-    check_count,
-    join,
-    method,
-)
+from tl_melbo import checks, story
+from tl_melbo.discovery import _map, _sphere
+from tl_melbo.discovery._calibration import Radius, check_radius, chosen_radius
+from tl_melbo.discovery._map import EffectMap
+from tl_melbo.discovery._search import MOST_VECTORS, Part, Search, join, method, one_by_one
+from tl_melbo.errors import warn_user
 from tl_melbo.geometry import numbered_sphere
-from tl_melbo.shapes import shape_checked
-from tl_melbo.story import about_of, measure_of
+from tl_melbo.shapes import Delta, shape_checked
 from tl_melbo.vectors import SteeringVectors
 
+Norm = Literal["l2", "lp"]
+Optimiser = Literal["ascent", "adamw"]
+
 DEFAULT_STEPS = {"ascent": 10, "adamw": 300}
+# Each with the number of its first step: the ascent counts gradients.
+OPTIMISERS = {"ascent": (_sphere.ascent, 1), "adamw": (_sphere.adamw, 0)}
+_LARGEST_POWER = 1e6
+# Above this share of the objective, one position drowns all others.
+_DOMINATED = 0.9
+# Independent vectors that are searched together; a search is taken up again after a group.
+_GROUP = 32
+
+
+class Step(NamedTuple):
+    """What a search reports after each step."""
+
+    first_vector: int
+    n_at_once: int
+    step: int
+    n_steps: int
+    objective: Float[Tensor, "vector"]
+
+
+OnStep = Callable[[Step], None]
+
+
+@shape_checked
+def melbo_objective(
+    delta: Delta, p: float = 2, q: float | None = None, norm: Norm = "l2"
+) -> Float[Tensor, "vector"]:
+    """Size of each vector's effect: sum over prompts of (sum over pos of ||delta||^p)^(1/q).
+
+    Args:
+        delta: effects; positions that are not to count hold zeros.
+        p: at least 1. Published: 2 and 4.
+        q: at least 1; None takes p. Published: p and 1.
+        norm: over d_model, "l2" (the original post) or "lp", the p-norm (a textbook chapter).
+
+    Source: Mack & Turner 2024. Their code takes the norm over positions, which is not copied.
+    """
+    q = p if q is None else q
+    checks.between(1, _LARGEST_POWER, "a power", p=p, q=q)
+    if norm == "l2":
+        squares = delta.square().sum(-1)
+        powers = squares if p == 2 else _safe_power(squares, p / 2)
+    else:
+        powers = _safe_power(delta.abs(), p).sum(-1)
+    return _safe_power(powers.sum(-1), 1 / q).sum(-1)
+
+
+def _safe_power(base: Tensor, exponent: float) -> Tensor:
+    """Base ** exponent for base >= 0, with gradient 0 instead of NaN where base is 0."""
+    if exponent >= 1:
+        return base**exponent
+    zero = base == 0
+    return torch.where(zero, 0.0, torch.where(zero, 1.0, base) ** exponent)
 
 
 @shape_checked
 def check_settings(
-    n_vectors: int,
-    radius: Radius,
-    p: float,
-    q: float | None,
-    steps: int | None,
-    seed: int,
-    typical: float | None = None,
+    n_vectors: int, radius: Radius, p: float, q: float | None, steps: int | None, seed: int
 ) -> None:
-    """Check what can be checked of a search without a model, so before one is loaded.
-
-    The arguments are those of `melbo`, and the typical norm of a residual at the source layer, for
-    the error to name.
-
-    Raises:
-        ValueError: a number is out of its range.
-    """
-    check_radius(radius, typical)
-    check_count(n_vectors)
+    """Check what can be checked of a search without a model, so before one is loaded."""
+    check_radius(radius)
+    if not 1 <= n_vectors <= MOST_VECTORS:
+        raise ValueError(f"n_vectors={n_vectors}: must be from 1 to {MOST_VECTORS:,}")
     checks.at_least(1, steps=steps)
     checks.seed(seed)
-    check_powers(p, q)
+    checks.between(1, _LARGEST_POWER, "a power", p=p, q=p if q is None else q)
 
 
 @partial(method, check=check_settings)
@@ -76,72 +108,48 @@ def melbo(
     progress: bool = False,
     on_step: OnStep | None = None,
 ) -> Search:
-    """Find vectors of a given length that change the target layer as much as possible.
+    """Find vectors of a given norm that change the target layer as much as possible.
 
     Args:
         f: the activation map, see `ActivationMap.from_prompts`.
         n_vectors: how many; at most d_model if orthogonal.
         radius: their L2 norm, in the units of the residual stream. The critical choice: too small
-            changes nothing, too large gives gibberish. "auto" takes `calibrate_radius`, which
-            costs some seconds.
-        p: power of the norm in `melbo_objective`.
-        q: root of each prompt's sum in `melbo_objective`; None takes p.
-        positions: where the effect is measured, counted on each prompt's own tokens. The default
-            is the last three, where the next tokens are made. With all positions the first token
-            takes over in most models: its residual is hundreds of times longer than the others',
-            and every vector ends up rescaling it (a warning says so).
-        orthogonal: find them one after another, each orthogonal to all before it; the order is
-            that of the search: vector k is what climbs highest in what vectors 0 to k-1 leave.
-            Otherwise optimise all at once, each from its own start; several may then coincide.
-        seed: of the random starts, which are uniform on the sphere. Start k depends on the
-            seed and k alone.
+            changes nothing, too large gives gibberish. "auto" takes `calibrate_radius`.
+        p, q, norm: of `melbo_objective`.
+        positions: where the effect is measured, counted on each prompt's own tokens. The first
+            token is an attention sink in most models: if it counts, little else does.
+        orthogonal: find one after another, vector k in the complement of vectors 0 to k-1. If not,
+            each climbs from its own start, and several may coincide.
+        seed: of the random starts, uniform on the sphere; start k depends on the seed and k alone.
         optimiser: "ascent", fast, its objective never falls; or "adamw", as published.
-        steps: gradient evaluations for each vector at most, the start's included ("ascent",
-            10 by default), or gradient steps ("adamw", 300 by default).
-        norm: over d_model, "l2" or "lp".
-        previous: vectors 0 to k-1 of the same search, all of them: it goes on at vector k, finds
-            what it would have found without a break, and gives the new ones. `n_vectors` counts
-            from there.
-        progress: show a progress bar.
-        on_step: called after every step of the search.
+        steps: gradients for each vector at most ("ascent", 10 by default), or steps ("adamw", 300).
+        previous: vectors 0 to k-1 of the same search, all of them. The result is what follows,
+            `n_vectors` more, as if there had been no break.
 
     Returns:
-        The vectors in the order above. `table()` tells each one's objective, how many gradients it
-        took, `gain`, by how much of itself its last step raised the objective (the last tenth of
-        the steps, for "adamw"), and whether it `converged`: it gained less than 1%, or points as
-        its gradient does. `history[:, i]` is the objective after i steps, and `story` tells
-        everything set here.
+        The vectors with their objective, how many gradients each took, `gain`, by how much of
+        itself its last step raised the objective (for "adamw", the last tenth of the steps), and
+        whether it `converged`: it gained less than 1%, or points as its gradient does.
+        `history[:, i]` is the objective after i steps.
 
     Raises:
-        ValueError: a number out of its range, more orthogonal vectors than d_model, positions
-            that some prompt does not have, a radius too small to have any effect.
+        ValueError: a number out of its range, a radius too small to have any effect.
         DifferentSearch: `previous` is not the beginning of this search.
         NotFinite: the objective or its gradient is not finite for any vector.
-
-    Warns:
-        UserWarning: one position makes nearly all of the objective; or some vectors were lost to
-            numbers that are not finite.
 
     Source: Mack & Turner 2024, "Mechanistically eliciting latent behaviors in language models".
     """
     steps = DEFAULT_STEPS[optimiser] if steps is None else steps
-    wanted = n_vectors if previous is None else max(1, n_vectors)
-    check_settings(wanted, radius, p, q, steps, seed, typical_norm(f))
-    check_count(n_vectors, f if orthogonal else None, previous)
-    f.position_mask(positions)  # refuses what some prompt does not have; the slow check last
-    radius, calibration = chosen_radius(
-        radius, previous, lambda: calibrate_radius(f, positions=positions)
-    )
+    check_settings(max(1, n_vectors), radius, p, q, steps, seed)
+    radius, calibration = chosen_radius(f, radius, previous, positions)
     chosen = {
         "radius": radius, "p": p, "q": p if q is None else q, "norm": norm, "positions": positions,
         "orthogonal": orthogonal, "optimiser": optimiser, "steps": steps,
     }  # fmt: skip
-    climb = Climb(f, on_step, **chosen)
 
     def find(earlier: Tensor, first: int) -> Iterator[Part]:
-        return climb.parts(
-            numbered_sphere(first + n_vectors, int(f.x.shape[-1]), seed), earlier, first
-        )
+        starts = numbered_sphere(first + n_vectors, int(f.x.shape[-1]), seed)
+        return _parts(f, starts, earlier, first, on_step, **chosen)
 
     found = {"method": "melbo", "hyperparameters": chosen}
     return Search(
@@ -151,8 +159,8 @@ def melbo(
         orthogonal_to={} if orthogonal else None,
         progress=progress,
         seed=seed,
-        measure=measure_of(found),
-        about=about_of(found),
+        measure=story.measure_of(found),
+        about=story.about_of(found),
         categories={"converged": ["no", "yes"]},
         **calibration,
     )  # fmt: skip
@@ -160,3 +168,71 @@ def melbo(
 
 iter_melbo = melbo.parts
 join_library = join
+
+
+def _parts(
+    f: EffectMap,
+    starts: Tensor,
+    earlier: Tensor,
+    first: int,
+    on_step: OnStep | None,
+    *,
+    radius: float,
+    p: float,
+    q: float,
+    norm: Norm,
+    positions: slice,
+    orthogonal: bool,
+    optimiser: Optimiser,
+    steps: int,
+) -> Iterator[Part]:
+    """One vector after another if they are to be orthogonal, else group by group."""
+    objective = partial(melbo_objective, p=p, q=q, norm=norm)
+    evaluate = _map.value_and_gradient(f, objective, positions)
+    optimise, first_step = OPTIMISERS[optimiser]
+    counted = f.position_mask(positions).double()[None, :, :, None]
+    of_rounding = float(objective(counted * _map.rounding(f, positions)))
+
+    def climb(k: int, basis: Tensor, size: int = 1) -> Part:
+        states = optimise(evaluate, starts[k : k + size], basis, radius, steps)
+        started = state = next(states)
+        if (started.value <= of_rounding).any():
+            raise ValueError(
+                "radius: a random vector of this norm changes nothing at the positions that count, "
+                f"as far as the model's type can tell (vector {k}); use a larger radius, or a "
+                "smaller p"
+            )
+        history = []
+        for step, state in enumerate(itertools.chain([started], states), first_step):
+            history.append(state.value)
+            if on_step is not None:
+                on_step(Step(k, len(state.value), step, steps, state.value.clone()))
+        theta = (state.unit * radius).float()
+        return Part(k, theta, state.columns(), torch.stack(history, 1))
+
+    if orthogonal:
+        parts = one_by_one(earlier, range(first, len(starts)), climb)
+    else:
+        groups = range(first, len(starts), _GROUP)
+        parts = (climb(k, starts[:0], _GROUP) for k in groups)
+    for part in parts:
+        if part.first == first:
+            _warn_if_dominated(f, part.vectors[:1], positions, p)
+        yield part
+
+
+def _warn_if_dominated(f: EffectMap, theta: Tensor, positions: slice, p: float) -> None:
+    """Say so where the first tokens alone make the objective: see `positions` in `melbo`."""
+    counted = f.position_mask(positions)
+    first = f.position_mask(slice(0, 1)) & counted
+    if not first.any() or torch.equal(first, counted):
+        return
+    with torch.no_grad():
+        powers = f.delta(theta.to(f.x.device))[0].norm(dim=-1).double() ** p
+    share = float(powers[first].sum() / powers[counted].sum())
+    if share > _DOMINATED:
+        warn_user(
+            f"{share:.0%} of the first vector's objective comes from the first token, so that all "
+            "vectors may do the same thing, or nothing. Leave it out with positions=slice(1, None),"
+            " or measure where the next tokens are made with slice(-3, None)"
+        )

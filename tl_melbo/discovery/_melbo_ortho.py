@@ -1,31 +1,22 @@
-"""MELBO-ortho: from one steering vector, many more that do the same, all orthogonal.
-
-Source: Jacob G-W 2024, "I found >800 orthogonal 'write code' steering vectors".
-"""
+"""MELBO-ortho: from one steering vector, many more with its effect, all orthogonal."""
 
 import functools
-import math
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_melbo import checks
-from tl_melbo.discovery._ortho_optimisers import (
-    NOT_FINITE,
-    STOPPED,
-    Adam,
-    OnOrthoStep,
-    Problem,
-    QuasiNewton,
-)
-from tl_melbo.discovery._protocol import EffectMap
+from tl_melbo import checks, story
+from tl_melbo.discovery import _descent, _map
+from tl_melbo.discovery._map import EffectMap
 from tl_melbo.discovery._search import Part, Search, join, method, one_by_one
 from tl_melbo.errors import DifferentSearch, place, warn_user
+from tl_melbo.memory import map_batches
 from tl_melbo.shapes import Theta, shape_checked
-from tl_melbo.story import about_of, differences, measure_of
 from tl_melbo.vectors import SteeringVectors
 
 OrthoOptimiser = Literal["quasi-newton", "adam"]
@@ -42,16 +33,22 @@ _LONGEST = 1e3
 _TRIES = 3
 
 
-def check_ortho_settings(norm_penalty: float, steps: int | None) -> None:
-    """Check what can be checked without a model, so before one is loaded.
+class OrthoStep(NamedTuple):
+    """What the search for one vector reports after each gradient."""
 
-    Raises:
-        ValueError: a number is out of its range.
-    """
-    if not 0 <= norm_penalty < math.inf:
-        raise ValueError(f"norm_penalty={norm_penalty}: a finite number, 0 or more")
-    if steps is not None and steps < 2:
-        raise ValueError(f"steps={steps}: at least 2; the first gradient is taken at the start")
+    vector: int
+    step: int
+    n_steps: int
+    distance: float
+
+
+OnOrthoStep = Callable[[OrthoStep], None]
+
+
+def check_ortho_settings(norm_penalty: float, steps: int | None) -> None:
+    """Check what can be checked without a model, so before one is loaded."""
+    checks.between(0, sys.float_info.max, "a weight", norm_penalty=norm_penalty)
+    checks.at_least(2, steps=steps)  # the first gradient is taken at the start
 
 
 @functools.partial(method, check=check_ortho_settings)
@@ -67,60 +64,54 @@ def melbo_ortho(
     progress: bool = False,
     on_step: OnOrthoStep | None = None,
 ) -> Search:
-    """Find vectors that do what theta0 does, each orthogonal to it and to all before it.
+    """Find vectors with the effect of theta0, each orthogonal to it and to all before it.
 
     With z(theta) the mean over positions of f(x + theta), vector k minimises
     ||z(theta) - z(theta0)|| + norm_penalty ||theta||^2 in the orthogonal complement of theta0 and
-    vectors 0 to k-1. Several prompts are taken together: the distance is over all their means.
+    vectors 0 to k-1. With several prompts, the distance is over all their means.
 
     Args:
         f: the activation map, see `ActivationMap.from_prompts`.
         theta0: exactly one vector, from anywhere.
-        n_vectors: how many to find; None goes on until their norms fall below 0.1 or the space is
-            used up (d_model - 1 vectors). It ends there in any case.
-        norm_penalty: weight of the squared norm, 0 as published; larger asks for shorter vectors.
-        previous: the vectors that this family has already, all of them. The new ones continue it,
-            and are the same as if it had never been interrupted.
-        optimiser: "quasi-newton", fast: L-BFGS from zero, preconditioned with the Jacobian of z
-            at zero, which is measured once for the family; or "adam", as published.
+        n_vectors: how many to find, at most; None goes on until their norms fall below 0.1 or the
+            space is used up (d_model - 1 vectors).
+        norm_penalty: 0 as published; larger asks for shorter vectors.
+        previous: the vectors that this family has already, all of them. The result is what
+            follows, as if there had been no break.
+        optimiser: "quasi-newton", fast: L-BFGS from zero; or "adam", as published.
         steps: gradients for each vector, at most: 40 ("quasi-newton") or 1000 ("adam") by default.
-        progress: show a progress bar.
-        on_step: called after every gradient.
 
     Returns:
-        The new vectors in order. `table()` tells each one's norm, distance |z - z0|, gradient
-        evaluations and why its search stopped; `history[:, i]` is the distance after i + 1 of them.
+        The new vectors in order, with their distance |z - z0|, how many gradients each took, and
+        why its search stopped; `history[:, i]` is the distance after i + 1 gradients.
 
     Raises:
-        ValueError: theta0 not one finite vector of the right width, or zero, or of another model
-            or layer; more vectors than the space holds; a number out of its range; not one vector
-            that qualifies (`melbo_ortho.parts` then yields none).
+        ValueError: theta0 zero, not finite, or of another model or layer; a number out of its
+            range; not one vector that qualifies (`melbo_ortho.parts` then yields none).
         DifferentSearch: `previous` of another family, not all of it, or not orthogonal.
-
-    Warns:
-        UserWarning: the map gives nothing finite next to zero, so that the family ends early.
 
     Source: Jacob G-W 2024, "I found >800 orthogonal 'write code' steering vectors". The
     quasi-Newton method and the penalty's form are ours; the author asked for the penalty.
     """
     start = _checked_start(f, theta0)
+    known = None
+    if isinstance(previous, SteeringVectors) and previous.story.get("method") == "melbo_ortho":
+        known = previous
+    elif previous is not None and len(previous):  # found by another method: without its metadata
+        known = SteeringVectors(_checked(f, previous, "previous"))
+    check_ortho_settings(norm_penalty, steps)
     n_steps = DEFAULT_ORTHO_STEPS[optimiser] if steps is None else steps
-    if isinstance(previous, SteeringVectors) and previous.story.get("method") != "melbo_ortho":
-        _check_same("previous", previous, f.story())
-        previous = previous.vectors
-    n_previous = 0 if previous is None else len(previous)
-    room = _room(len(start), n_previous, n_vectors, 1 if previous is None else 0)
-    check_ortho_settings(norm_penalty, n_steps)
-    problem = Problem(f, start, norm_penalty, n_steps, on_step)
-    search = QuasiNewton(problem) if optimiser == "quasi-newton" else Adam(problem)
+    family = _Family(f, start.double(), norm_penalty, optimiser, n_steps, on_step)
 
     def find(earlier: Tensor, first: int) -> Iterator[Part]:
         taken = torch.cat([start[None], earlier])
-        last = first + (len(start) - 1 - len(earlier) if n_vectors is None else n_vectors)
-        return one_by_one(taken, range(first, last), functools.partial(_next_of_family, search))
+        last = first + (len(start) - len(taken) if n_vectors is None else n_vectors)
+        return one_by_one(taken, range(first, last), family.find)
 
-    left = f"of norm {SMALLEST_NORM} or more does what it does" if room else "is left"
-    found = {"method": "melbo_ortho"}
+    n_previous = 0 if known is None else len(known)
+    origin = None
+    if isinstance(theta0, SteeringVectors):
+        origin = {**theta0.story, "index": int(theta0.columns["index"][0])}
     return Search(
         "melbo_ortho", f, n_vectors,
         {
@@ -128,16 +119,17 @@ def melbo_ortho(
             "steps": n_steps,
         },
         find,
-        previous=previous,
+        previous=known,
         needs=("distance", "evaluations"),
         orthogonal_to={"theta0": start},
-        nothing=f"theta0: nothing orthogonal to it and to {n_previous} previous vectors {left}: "
-        f"the space is used up, or the norm penalty ({norm_penalty}) or the steps forbid it",
+        nothing=f"theta0: nothing orthogonal to it and to {n_previous} previous vectors, and of "
+        f"norm {SMALLEST_NORM} or more, has its effect: the space is used up, or the norm penalty "
+        f"({norm_penalty}) or the steps forbid it",
         progress=progress,
-        measure=measure_of(found),
-        about=about_of(found),
-        theta0={"norm": float(start.norm()), "story": _story_of(theta0)},
-        categories={"stopped": list(STOPPED)},
+        measure=story.measure_of({"method": "melbo_ortho"}),
+        about=story.about_of({"method": "melbo_ortho"}),
+        theta0={"norm": float(start.norm()), "story": origin},
+        categories={"stopped": list(_descent.STOPPED)},
     )  # fmt: skip
 
 
@@ -146,84 +138,141 @@ iter_melbo_ortho = melbo_ortho.parts
 
 @shape_checked
 def join_family(parts: Sequence[SteeringVectors]) -> SteeringVectors:
-    """Join consecutive parts of one MELBO-ortho family: as `join_library`, for families only.
-
-    Raises:
-        ValueError: none given; or something that is not the next part of the same family.
-    """
+    """Join consecutive parts of one MELBO-ortho family: as `join_library`, for families only."""
     for number, part in enumerate(parts):
         if part.story.get("method") != "melbo_ortho":
-            raise ValueError(
-                f"parts[{number}]: not of melbo_ortho; pass parts of one family, or join others "
-                "with concatenate"
-            )
+            raise ValueError(f"parts[{number}]: not of melbo_ortho; join others with concatenate")
     return join(parts)
 
 
-def _room(d_model: int, n_previous: int, n_vectors: int | None, least: int) -> int:
-    """How many more vectors the space holds, which are enough."""
-    room = d_model - 1 - n_previous
-    if n_vectors is not None and not least <= n_vectors <= room:
-        raise ValueError(
-            f"n_vectors={n_vectors}: from 1 to {room}; {d_model} dimensions hold theta0, "
-            f"{n_previous} previous vectors and {room} more, or pass None for all there are"
+@dataclass
+class _Family:
+    """The loss of one family, in float64 on the CPU around f, and the search for its vectors."""
+
+    f: EffectMap
+    theta0: Tensor
+    norm_penalty: float
+    optimiser: OrthoOptimiser
+    n_steps: int
+    on_step: OnOrthoStep | None
+
+    def __post_init__(self) -> None:
+        self.effects = _map.effects_at(self.f, slice(None))
+        self.evaluate = _map.value_and_gradient(self.f, self.distance, slice(None))
+        with _map.own_arithmetic(self.f), torch.no_grad():
+            self.target = self.mean_effect(self.theta0[None])[0]
+        broken = (~self.target.isfinite().all(-1)).nonzero().flatten().tolist()
+        if broken:
+            raise ValueError(
+                f"theta0: the residual stream of {place(self.f.story(), broken)} is not finite "
+                "under it; use a shorter vector, or a model in a wider type (dtype=torch.float32)"
+            )
+
+    def mean_over_positions(self, effect: Tensor) -> Tensor:
+        """z(theta) - z(0): [vector, prompt, pos, d_model] -> [vector, prompt, d_model]."""
+        return effect.sum(2) / self.f.mask.sum(-1, keepdim=True)
+
+    def mean_effect(self, theta: Tensor) -> Tensor:
+        return self.mean_over_positions(self.effects(_map.theta_like(self.f, theta)))
+
+    def distance(self, effect: Tensor) -> Tensor:
+        """|z(theta) - z(theta0)|, over all prompts together."""
+        return torch.stack([(z - self.target).norm() for z in self.mean_over_positions(effect)])
+
+    def loss(self, theta: Tensor) -> _descent.Point:
+        value, gradient = self.evaluate(theta[None])
+        distance, penalty = float(value[0]), self.norm_penalty * float(theta @ theta)
+        whole = gradient[0] + 2 * self.norm_penalty * theta
+        return _descent.Point(theta, distance + penalty, distance, whole)
+
+    @functools.cached_property
+    def inverse(self) -> Tensor:
+        """Of J^T J, damped, with J the Jacobian of z at zero: the same for the whole family.
+
+        The damping, the mean eigenvalue, keeps directions that z hardly feels at zero from being
+        taken at huge norms.
+        """
+        gram = self.jacobian_gram()
+        scale = float(gram.diagonal().mean()) or 1.0
+        # The penalty's own curvature, as it stands beside the squared distance.
+        shift = scale + 2 * self.norm_penalty * float(self.target.norm())
+        return torch.linalg.inv(gram + shift * torch.eye(len(gram), dtype=gram.dtype))
+
+    def jacobian_gram(self) -> Tensor:
+        """J^T J by differences along every axis."""
+        # Far below where f bends, far above its rounding: a tenth of theta0.
+        step = 0.1 * float(self.theta0.norm())
+
+        def of_batch(axes: Tensor) -> Tensor:
+            return (self.mean_effect(step * axes).flatten(1) / step).double().cpu()
+
+        axes = torch.eye(len(self.theta0), dtype=torch.float32)
+        with _map.own_arithmetic(self.f), torch.no_grad():
+            columns, _ = map_batches(of_batch, axes, self.f.vectors_at_once(with_gradient=False))
+        jacobian = torch.cat(columns)  # transposed: one row an axis of theta
+        bad = ~jacobian.isfinite().all(-1)
+        if bad.any():
+            warn_user(
+                f"the residual stream of {place(self.f.story())} is not finite {step:.3g} along "
+                f"{int(bad.sum())} of {len(bad)} axes; the search goes on without knowing them, "
+                "and may take more steps. Use a shorter theta0, or a model in a wider type"
+            )
+            jacobian[bad] = 0.0
+        return jacobian @ jacobian.T
+
+    def find(self, k: int, basis: Tensor) -> Part | None:
+        """Vector k, or None where the family ends."""
+
+        def note(step: int, distance: float) -> None:
+            if self.on_step is not None:
+                self.on_step(OrthoStep(k, step, self.n_steps, distance))
+
+        for _ in range(_TRIES):
+            if self.optimiser == "adam":
+                end = _descent.adam(self.loss, self.theta0, basis, self.n_steps, note)
+            else:
+                end = _descent.quasi_newton(self.loss, self.inverse, basis, self.n_steps, note)
+            theta, history = end.theta.float(), torch.tensor([end.history], dtype=torch.float32)
+            if float(theta.norm()) >= SMALLEST_NORM:
+                columns = {
+                    "distance": torch.tensor([end.distance], dtype=torch.float32),
+                    "evaluations": torch.tensor([history.shape[1]], dtype=torch.float32),
+                    "stopped": torch.tensor([end.stopped]),
+                }
+                return Part(k, theta[None], columns, history)
+            if end.stopped != _descent.NOT_FINITE:
+                return None
+        warn_user(
+            f"vector {k}: the residual stream of {place(self.f.story())} was not finite next to "
+            f"zero, {_TRIES} times; the family ends here. Load the model in a wider type, or look "
+            "for what breaks it"
         )
-    return room
+        return None
 
 
-def _next_of_family(search: "QuasiNewton | Adam", k: int, basis: Tensor) -> Part | None:
-    """Vector k, or None where the family ends."""
-    for _ in range(_TRIES):
-        theta, distance, stopped, history = search.find(k, basis)
-        theta = theta.float()
-        if float(theta.norm()) >= SMALLEST_NORM:
-            columns = {
-                "distance": torch.tensor([distance], dtype=torch.float32),
-                "evaluations": torch.tensor([float(len(history))], dtype=torch.float32),
-                "stopped": torch.tensor([stopped]),
-            }
-            return Part(k, theta[None], columns, torch.tensor([history], dtype=torch.float32))
-        if stopped != NOT_FINITE:
-            return None
-    warn_user(
-        f"vector {k}: the residual stream of {place(search.problem.f.story())} was not finite next "
-        f"to zero, {_TRIES} times; the family ends here. Load the model in a wider type, or look "
-        "for what breaks it"
-    )
-    return None
+def _checked(f: EffectMap, vectors: SteeringVectors | Tensor, argument: str) -> Tensor:
+    """Vectors from anywhere, float32 on the CPU, that fit this model and source layer."""
+    theta = checks.as_matrix(vectors, argument).cpu()
+    checks.width(theta, int(f.x.shape[-1]), argument)
+    if isinstance(vectors, SteeringVectors):
+        ours = {name: f.story().get(name) for name in ("model", "source_layer")}
+        differing = story.differences(vectors.story, ours)
+        if differing:
+            raise DifferentSearch(
+                f"{argument}: found with {', '.join(map(str, differing))}; use the activation map "
+                "that it was found with",
+                differing,
+            )
+    return theta
 
 
-def _checked_start(f: EffectMap, theta0: SteeringVectors | Tensor) -> Vector:
-    """One vector that can be reproduced."""
-    checks.exactly_one(theta0, "theta0", "pick one, such as found[5]")
-    theta = theta0.vectors if isinstance(theta0, SteeringVectors) else theta0.detach().cpu().float()
-    checks.width(theta, int(f.x.shape[-1]), "theta0")
-    start = theta.flatten()
-    if not torch.isfinite(start).all() or not start.any():
-        raise ValueError("theta0: zero or not finite, so there is nothing to reproduce")
-    longest = float(f.x.norm(dim=-1).max())
+def _checked_start(f: EffectMap, theta0: SteeringVectors | Tensor) -> Tensor:
+    """One vector that has an effect, [d_model]."""
+    checks.one_vector(theta0, "theta0")
+    start, longest = _checked(f, theta0, "theta0")[0], float(f.x.norm(dim=-1).max())
     if float(start.norm()) > _LONGEST * longest:
         raise ValueError(
             f"theta0: a norm of {float(start.norm()):.3g}, but that of the residual stream is at "
             f"most {longest:.3g}; use a shorter vector"
         )
-    if isinstance(theta0, SteeringVectors):
-        facts = {name: f.story().get(name) for name in ("model", "source_layer")}
-        _check_same("theta0", theta0, facts)
     return start
-
-
-def _check_same(argument: str, vectors: SteeringVectors, ours: dict[str, Any]) -> None:
-    differing = differences(vectors.story, ours)
-    if differing:
-        raise DifferentSearch(
-            f"{argument}: found with {', '.join(map(str, differing))}; use the activation map that "
-            "it was found with",
-            differing,
-        )
-
-
-def _story_of(theta0: SteeringVectors | Tensor) -> dict[str, Any] | None:
-    if not isinstance(theta0, SteeringVectors):
-        return None
-    return {**theta0.story, "index": int(theta0.columns["index"][0])}

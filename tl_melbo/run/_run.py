@@ -10,7 +10,7 @@ from filelock import FileLock
 
 from tl_melbo import checks
 from tl_melbo.discovery import melbo, melbo_ortho
-from tl_melbo.discovery._protocol import EffectMap
+from tl_melbo.discovery._map import EffectMap
 from tl_melbo.discovery._search import Method
 from tl_melbo.errors import DifferentSearch
 from tl_melbo.run import _folder, _settings

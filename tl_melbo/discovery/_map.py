@@ -1,0 +1,135 @@
+"""The map that a method searches: its effects, their gradients, products with its Jacobian."""
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from tl_melbo.memory import map_batches
+
+# Rounding moves an effect by at most so many times the type's precision times the residual stream.
+_ROUNDING = 32
+
+
+@runtime_checkable
+class EffectMap(Protocol):
+    """A differentiable map from vectors to their effects; `ActivationMap` is one.
+
+    It may have `resolution(positions)`, a bound on the norm of an effect that is rounding alone.
+
+    Attributes:
+        x: the unsteered residual stream at the source, [prompt, pos, d_model].
+        mask: True where `x` holds a token, [prompt, pos].
+        delta: (theta [vector, d_model], positions) -> effects, [vector, prompt, pos, d_model], zero
+            outside the slice `positions`; or theta -> effects at all positions.
+        position_mask: which positions a slice picks in each prompt, [prompt, pos].
+        vectors_at_once: how many vectors fit in one call of `delta`.
+        story: where the map comes from, as JSON-ready facts.
+    """
+
+    @property
+    def x(self) -> Tensor: ...
+    @property
+    def mask(self) -> Tensor: ...
+    @property
+    def delta(self) -> Callable[..., Tensor]: ...
+    def position_mask(self, positions: slice) -> Tensor: ...
+    def vectors_at_once(self, with_gradient: bool = True) -> int: ...
+    def story(self) -> dict[str, Any]: ...
+
+
+class Evaluation(NamedTuple):
+    """Values and gradients of a measure, float64 on the CPU."""
+
+    value: Tensor
+    gradient: Tensor
+
+
+Effects = Callable[[Tensor], Tensor]
+Evaluate = Callable[[Tensor], Evaluation]
+
+
+@contextmanager
+def own_arithmetic(f: EffectMap) -> Iterator[None]:
+    """Gradients, and the types that the map has, whatever the caller's surroundings ask for."""
+    device = f.x.device.type
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
+        yield
+
+
+def effects_at(f: EffectMap, positions: slice) -> Effects:
+    """The function from vectors to their effects at some positions, and zeros at all others."""
+    if "positions" in inspect.signature(f.delta).parameters:
+        return functools.partial(f.delta, positions=positions)
+    counted = f.position_mask(positions)[:, :, None]
+    return lambda theta: f.delta(theta) * counted
+
+
+def rounding(f: EffectMap, positions: slice) -> float:
+    """A bound on the norm of an effect, over all these positions, that is rounding alone."""
+    resolution = getattr(f, "resolution", None)
+    if resolution is not None:
+        return float(resolution(positions))
+    x = f.x[f.position_mask(positions)].double()
+    return _ROUNDING * torch.finfo(f.x.dtype).eps * float(x.norm())
+
+
+def theta_like(f: EffectMap, theta: Tensor) -> Tensor:
+    """Vectors on the map's device, and in float32 at least."""
+    return theta.to(f.x.device, torch.promote_types(f.x.dtype, torch.float32))
+
+
+def value_and_gradient(
+    f: EffectMap, measure: Callable[[Tensor], Tensor], positions: slice
+) -> Evaluate:
+    """The function from vectors to a measure of their effects, and to its gradients.
+
+    Args:
+        f: the activation map; it is called on batches that fit in memory.
+        measure: effects [vector, prompt, pos, d_model] -> one number each.
+        positions: where effects count; they are zero elsewhere.
+    """
+    effects, fits = effects_at(f, positions), sys.maxsize
+
+    def of_batch(batch: Tensor) -> tuple[Tensor, Tensor]:
+        with own_arithmetic(f):
+            theta = batch.detach().clone().requires_grad_()
+            value = measure(effects(theta))
+            (gradient,) = torch.autograd.grad(value.sum(), theta)
+        return value.detach().double().cpu(), gradient.double().cpu()
+
+    def evaluate(theta: Tensor) -> Evaluation:
+        nonlocal fits
+        parts, fits = map_batches(of_batch, theta_like(f, theta), min(fits, f.vectors_at_once()))
+        return Evaluation(*map(torch.cat, zip(*parts, strict=True)))
+
+    return evaluate
+
+
+def jacobian_times(f: EffectMap, effect: Effects, directions: Tensor) -> Tensor:
+    """J v for each direction v, with J the Jacobian of `effect` at zero, [vector, output]."""
+
+    def of_batch(batch: Tensor) -> Tensor:
+        # Not torch.func.jvp, in which a model's own modules cannot be frozen.
+        with torch.no_grad(), forward_ad.dual_level():
+            dual = forward_ad.make_dual(torch.zeros_like(batch), batch)
+            value, tangent = forward_ad.unpack_dual(effect(dual))
+        return (torch.zeros_like(value) if tangent is None else tangent).flatten(1)
+
+    return torch.cat(map_batches(of_batch, directions, f.vectors_at_once())[0])
+
+
+def transpose_times(f: EffectMap, effect: Effects, outputs: Tensor) -> Tensor:
+    """J' w for each output w, [vector, output] -> [vector, d_model]."""
+
+    def of_batch(batch: Tensor) -> Tensor:
+        theta = batch.new_zeros(len(batch), f.x.shape[-1]).requires_grad_()
+        return torch.autograd.grad((effect(theta).flatten(1) * batch).sum(), theta)[0]
+
+    return torch.cat(map_batches(of_batch, outputs, f.vectors_at_once())[0])
