@@ -67,7 +67,7 @@ def test_the_linear_map_to_nine_digits():
     for width in (2048, 0):
         module._EXACT_WIDTH, before = width, module._EXACT_WIDTH
         try:
-            vectors, singular = module._top(f, f.delta, 12)
+            vectors, singular = module.top_directions(f, f.delta, 12)
         finally:
             module._EXACT_WIDTH = before
         torch.testing.assert_close(singular, values * 8**0.5, rtol=1e-9, atol=0)

@@ -3,10 +3,13 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from tl_melbo.ablation import ablated
 from tl_melbo.activation_map import ActivationMap
 from tl_melbo.concatenation import concatenate
 from tl_melbo.discovery import (
     calibrate_radius,
+    contrastive,
+    dct,
     iter_melbo,
     iter_melbo_ortho,
     jacobian,
@@ -16,6 +19,7 @@ from tl_melbo.discovery import (
     melbo_objective,
     melbo_ortho,
     random_vectors,
+    ranked,
 )
 from tl_melbo.generation import generate
 from tl_melbo.model.load import load_model
@@ -35,9 +39,12 @@ __all__ = [
     "ActivationMap",
     "Run",
     "SteeringVectors",
+    "ablated",
     "analysis",
     "calibrate_radius",
     "concatenate",
+    "contrastive",
+    "dct",
     "evaluation",
     "generate",
     "iter_melbo",
@@ -52,6 +59,7 @@ __all__ = [
     "next_token_log_probs",
     "plots",
     "random_vectors",
+    "ranked",
     "report",
     "steered",
 ]

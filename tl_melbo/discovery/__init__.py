@@ -1,6 +1,8 @@
 """Methods that find vectors: one file a method, each takes f, never a model."""
 
 from tl_melbo.discovery._calibration import calibrate_radius
+from tl_melbo.discovery._contrastive import contrastive
+from tl_melbo.discovery._dct import dct, ranked
 from tl_melbo.discovery._jacobian import jacobian
 from tl_melbo.discovery._map import EffectMap, value_and_gradient
 from tl_melbo.discovery._melbo import Step, iter_melbo, join_library, melbo, melbo_objective
@@ -16,6 +18,8 @@ __all__ = [
     "Search",
     "Step",
     "calibrate_radius",
+    "contrastive",
+    "dct",
     "iter_melbo",
     "iter_melbo_ortho",
     "jacobian",
@@ -28,5 +32,6 @@ __all__ = [
     "method",
     "one_by_one",
     "random_vectors",
+    "ranked",
     "value_and_gradient",
 ]

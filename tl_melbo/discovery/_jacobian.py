@@ -55,7 +55,9 @@ def jacobian(
 
     def find(earlier: Tensor, first: int) -> Iterator[Part]:
         with _map.own_arithmetic(f):
-            units, values = _top(f, lambda theta: effects(theta)[:, counted], first + n_vectors)
+            units, values = top_directions(
+                f, lambda theta: effects(theta)[:, counted], first + n_vectors
+            )
         vectors = (units * radius).float()
         yield Part(first, vectors[first:], {"singular_value": values.float()[first:]})
 
@@ -76,7 +78,8 @@ def jacobian(
     )
 
 
-def _top(f: EffectMap, effect: Effects, count: int) -> tuple[Tensor, Tensor]:
+def top_directions(f: EffectMap, effect: Effects, count: int) -> tuple[Tensor, Tensor]:
+    """The first right singular vectors of the Jacobian, float64 [count, d_model], and values."""
     d_model = int(f.x.shape[-1])
     if d_model <= _EXACT_WIDTH:
         axes = torch.eye(d_model, dtype=torch.float64)

@@ -1,0 +1,151 @@
+"""Contrastive vectors: the direction from prompts without a behaviour to prompts with it.
+
+Source: Rimsky et al. 2023, "Steering Llama 2 via contrastive activation addition"; Turner et al.
+2023, "Activation addition".
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tl_melbo import checks
+from tl_melbo.discovery._calibration import Radius, chosen_radius
+from tl_melbo.discovery._map import EffectMap
+from tl_melbo.discovery._search import Part, Search, method
+from tl_melbo.errors import warn_user
+from tl_melbo.story import measure
+from tl_melbo.vectors import SteeringVectors
+
+Estimator = Literal["mean", "principal"]
+
+# Pairs whose differences agree less than this seldom give a vector that steers.
+_LOW_AGREEMENT = 0.1
+# A difference this much smaller than the residuals themselves is rounding.
+_ROUNDING = 1e-6
+
+
+@method
+def contrastive(
+    f: EffectMap,
+    other: EffectMap,
+    estimator: Estimator = "mean",
+    radius: Radius | None = None,
+    positions: slice = slice(-1, None),
+    *,
+    n_vectors: int = 1,
+    previous: SteeringVectors | None = None,
+    progress: bool = False,
+) -> Search:
+    """Find the direction in which prompts with a behaviour differ from prompts without it.
+
+        other = tm.ActivationMap.from_prompts(model, prompts_without)
+        theta = tm.contrastive(f, other)
+
+    Args:
+        f: the map of the prompts with the behaviour.
+        other: the map of those without it, of the same model and layers. Prompt i of both is a
+            pair, where there are as many.
+        estimator: "mean", the difference of the means; or "principal", the first principal
+            component of the pairs' differences, uncentred, with the sign of the mean.
+        radius: the vector's norm; None keeps the measured difference's, along the direction.
+        positions: whose residuals count: the mean over these tokens of each prompt.
+        n_vectors: 1; there is only one.
+        previous: 0 or 1 vectors of the same search.
+        progress: show a progress bar.
+
+    Returns:
+        One vector. The column `distance` is the norm of the mean difference along it; the story's
+        `pair_cosine` is the mean cosine between the pairs' differences, or None without pairs.
+
+    Raises:
+        ValueError: maps of different models or layers, no difference between the two, pairs
+            needed and not there, a number out of its range.
+
+    Warns:
+        UserWarning: the pairs' differences hardly agree, so the vector may not steer.
+    """
+    checks.between(0, 1, "there is one vector", n_vectors=n_vectors)
+    _check_alike(f, other)
+    ones, others = _means(f, positions), _means(other, positions)
+    paired = len(ones) == len(others)
+    if estimator == "principal" and not paired:
+        raise ValueError(
+            f"other: {len(others)} prompts, but f has {len(ones)}; estimator='principal' needs "
+            "pairs: pass as many, in the same order, or take estimator='mean'"
+        )
+    mean = ones.mean(0) - others.mean(0)
+    if not mean.norm() > _ROUNDING * torch.cat([ones, others]).norm(dim=-1).max():
+        raise ValueError(
+            "other: no difference from f between the means of the two sets at these positions; "
+            "pass other prompts, or other positions"
+        )
+    agreement = _pair_cosine(ones - others) if paired else None
+    if agreement is not None and agreement < _LOW_AGREEMENT:
+        warn_user(
+            f"the mean cosine between the pairs' differences is {agreement:.2f}: they hardly "
+            "agree on a direction, and the vector may not steer; pass pairs that differ in the "
+            "behaviour alone"
+        )
+    unit = mean / mean.norm() if estimator == "mean" else _principal(ones - others, mean)
+    distance = mean @ unit
+    calibration = {}
+    if radius is not None:
+        radius, calibration = chosen_radius(f, radius, previous)
+
+    def find(earlier: Tensor, first: int) -> Iterator[Part]:
+        vector = unit * (distance if radius is None else radius)
+        yield Part(first, vector.float()[None], {"distance": distance.float()[None]})
+
+    return Search(
+        "contrastive",
+        f,
+        n_vectors,
+        {"estimator": estimator, "radius": radius, "positions": positions},
+        find,
+        previous=previous,
+        needs=("distance",),
+        progress=progress,
+        other=other.story().get("prompts"),
+        pair_cosine=agreement,
+        measure=measure("distance", "distance of the means", "residual-stream units"),
+        about="The vector points from prompts without a behaviour to prompts with it: it is made "
+        "from labels, unlike those of unsupervised methods.",
+        **calibration,
+    )
+
+
+def _check_alike(f: EffectMap, other: EffectMap) -> None:
+    ours, theirs = f.story(), other.story()
+    for fact in ("model", "weights", "d_model", "source_layer"):
+        if ours.get(fact) != theirs.get(fact):
+            raise ValueError(
+                f"other: its {fact} is {theirs.get(fact)}, but that of f is {ours.get(fact)}; "
+                "make both maps from the same model and layers"
+            )
+
+
+def _means(f: EffectMap, positions: slice) -> Tensor:
+    """The mean residual of each prompt at the positions, float64 [prompt, d_model]."""
+    counted = f.position_mask(positions)[:, :, None]
+    kept = torch.where(counted, f.x, 0).double()
+    return (kept.sum(1) / counted.sum(1)).cpu()
+
+
+def _pair_cosine(differences: Tensor) -> float | None:
+    """The mean cosine between all pairs of differences."""
+    norms = differences.norm(dim=-1, keepdim=True)
+    units = (differences / norms)[norms[:, 0] > 0]
+    count = len(units)
+    if count < 2:
+        return None
+    cosine = float((units.sum(0).square().sum() - count) / (count * (count - 1)))
+    return cosine if math.isfinite(cosine) else None
+
+
+def _principal(differences: Tensor, mean: Tensor) -> Tensor:
+    """The first right singular vector, not centred: centring takes the mean away."""
+    first = torch.linalg.svd(differences, full_matrices=False).Vh[0]
+    return first if first @ mean >= 0 else -first
