@@ -592,3 +592,15 @@ def test_measuring_and_the_page_are_commands_of_their_own(
     assert tm.Run(tmp_path).settings["max_new_tokens"] == 2
     assert run_command("page", tmp_path / "nowhere").exit_code == 1
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_numbers_that_are_not_finite_end_in_one_line(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise FloatingPointError("f: not finite")
+
+    monkeypatch.setattr(tm.Run, "keep", fails)
+    result = discover(model_folder, tmp_path)
+    assert isinstance(result.exception, SystemExit)
+    assert "Error: f: not finite" in result.stderr

@@ -242,3 +242,15 @@ def test_paths_in_a_story_decide_nothing(run: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
     assert names(run / "ortho-1") == FAMILY
+
+
+def test_a_damaged_family_can_be_begun_anew(run: Path) -> None:
+    assert ortho(run).exit_code == 0
+    for name in FAMILY:
+        (run / "ortho-1" / name).write_bytes(b'"cut')
+        result = CliRunner().invoke(app, ["page", str(run)])
+        assert result.exit_code == 1
+        told = one_line(result.stderr)
+        assert "delete the folder ortho-1, or find that family anew with --overwrite" in told
+        assert ortho(run, "--overwrite").exit_code == 0, name
+    assert "The family of vector 1" in (run / "report.html").read_text(encoding="utf-8")

@@ -340,3 +340,12 @@ def test_a_family_of_one_is_a_family(
         path, tiny_llama, found, completions=completions, activation_map=f, families=[family]
     )
     assert "1 more vector, each" in path.read_text(encoding="utf-8")
+
+
+def test_what_is_not_known_to_have_converged_is_told_apart(found: tm.SteeringVectors) -> None:
+    codes = torch.tensor([0, -1, 1, -1, -1])
+    story = {**found.story, "categories": {"converged": ["no", "yes"]}}
+    library = tm.SteeringVectors(found.vectors, story, {**found.columns, "converged": codes})
+    told = "1 of 2 still gained more than 1% in their last step; of 3 more it is not known"
+    assert report.not_converged(library) == told
+    assert not report.not_converged(tm.SteeringVectors(found.vectors, story))

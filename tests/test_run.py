@@ -473,3 +473,85 @@ def test_surroundings_do_not_matter(f, search):
         assert torch.equal(run(), expected)
     with torch.no_grad():
         assert torch.equal(run(), expected)
+
+
+def test_texts_of_replaced_vectors_are_nobodys(f, tmp_path):
+    """Also where the settings are gone, which told whose they were."""
+    run = tm.Run(tmp_path)
+    run.melbo(f, 2, **SETTINGS)
+    run.texts(f.model, max_new_tokens=2)
+    (tmp_path / "settings.json").unlink()
+    found = run.melbo(f, 2, **{**SETTINGS, "seed": 9}, overwrite=True)
+    expected = tm.report.collect_completions(f.model, PROMPT, found, max_new_tokens=3)
+    texts = run.texts(f.model, max_new_tokens=3)
+    assert texts["completion"].tolist() == expected["completion"].tolist()
+
+
+def test_a_theta0_without_a_number_does_not_replace_the_library(f, tmp_path):
+    run = tm.Run(tmp_path)
+    found = run.melbo(f, 2, **SETTINGS)
+    for theta0 in (found.vectors[1], found):
+        with pytest.raises(ValueError, match=r"theta0: .* pass one vector of a library, as found"):
+            run.keep(tm.melbo_ortho, f, 2, theta0=theta0, overwrite=True)
+    assert torch.equal(run.found.vectors, found.vectors)
+
+
+def test_damaged_settings_are_told_before_the_search_or_replaced(f, tmp_path, monkeypatch):
+    run = tm.Run(tmp_path)
+    (tmp_path / "settings.json").write_text("[")
+    assert len(run.melbo(f, 1, **SETTINGS, overwrite=True)) == 1
+    assert run.settings == {"texts_of": None}
+    (tmp_path / "settings.json").write_text("[")
+    monkeypatch.setattr(tm.melbo, "parts", lambda *_, **__: pytest.fail("searched"))
+    with pytest.raises(tm.errors.Damaged, match=r"settings.json: damaged"):
+        run.melbo(f, 3, **SETTINGS)
+
+
+@pytest.mark.parametrize("dtype", ["nope", 3, "int8"])
+def test_a_dtype_that_is_none_is_told_with_its_file(f, tmp_path, dtype):
+    run = tm.Run(tmp_path)
+    found = run.melbo(f, 1, **SETTINGS)
+    replace(found, story={**found.story, "dtype": dtype}).save(tmp_path / "vectors.safetensors")
+    with pytest.raises(ValueError, match=r"vectors.safetensors: .*a floating-point dtype"):
+        run.load()
+
+
+@pytest.mark.parametrize("settings", [{"model": 3}, {"max_new_tokens": "many"}, {"texts_of": 1}])
+def test_settings_of_a_wrong_type_are_told_with_their_file(tmp_path, settings):
+    run = tm.Run(tmp_path)
+    run.note(**settings)
+    with pytest.raises(tm.errors.Damaged, match=rf"settings.json: damaged \('{[*settings][0]}'"):
+        run.settings  # noqa: B018
+
+
+def test_a_model_that_nothing_names_is_asked_for_before_any_is_loaded(f, tmp_path, monkeypatch):
+    run = tm.Run(tmp_path)
+    run.melbo(f, 1, **SETTINGS)
+    monkeypatch.setattr(tm, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match=r"are of tiny-llama, .* as model=\.\.\."):
+        run.load()
+
+
+def test_no_token_is_not_the_known_length(f, tmp_path):
+    run = tm.Run(tmp_path)
+    run.melbo(f, 1, **SETTINGS)
+    run.texts(f.model, max_new_tokens=2)
+    with pytest.raises(ValueError, match="max_new_tokens=0: at least 1"):
+        run.texts(f.model, max_new_tokens=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda table: table[table["vector"] >= 0], "no baseline"),
+        (lambda table: table.assign(scale=float("nan")), "not a finite number"),
+        (lambda table: table.assign(prompt=" "), "a prompt is blank"),
+    ],
+)
+def test_completions_that_lack_something_are_damaged(f, tmp_path, change, message):
+    run = tm.Run(tmp_path)
+    run.melbo(f, 1, **SETTINGS)
+    texts = run.texts(f.model, max_new_tokens=2)
+    run_module._files.save_table(tmp_path / "completions.csv", change(texts))
+    with pytest.raises(tm.errors.Damaged, match=rf"completions.csv: .*{message}"):
+        run.texts(f.model)

@@ -159,7 +159,7 @@ def ortho(
     place = family_folder(run.folder, vector)
     # What is there is read under the lock, too: another process may have just added to it.
     with _session(run, place) as stages:
-        run.check()
+        run.check(without=vector if overwrite else None)
         if not overwrite:
             known = run.check_same(story, theta0)
         _say_what_is_there(place, known, wanted)

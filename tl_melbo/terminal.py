@@ -21,7 +21,9 @@ _INTERRUPTED = 130
 
 # What the package raises on purpose, its own errors among them; RuntimeError is torch's word for
 # full memory and bad devices.
-_EXPECTED_ERRORS = (ValueError, TypeError, OSError, ModuleNotFoundError, RuntimeError)
+_EXPECTED_ERRORS = (
+    ValueError, TypeError, OSError, FloatingPointError, ModuleNotFoundError, RuntimeError,
+)  # fmt: skip
 
 
 class Command(TyperCommand):

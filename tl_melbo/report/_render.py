@@ -207,8 +207,12 @@ def measure_shown(found: SteeringVectors) -> dict[str, Any] | None:
 def not_converged(found: SteeringVectors) -> str:
     """How many vectors still gained when their search ended; "" where none did, or none is told."""
     table = found.table()
-    count = [*table["converged"]].count("no") if "converged" in table else 0
-    return f"{count} of {len(found)} still gained more than 1% in their last step" if count else ""
+    known = [*table["converged"].dropna()] if "converged" in table else []
+    if not (count := known.count("no")):
+        return ""
+    told = f"{count} of {len(known)} still gained more than 1% in their last step"
+    unknown = len(found) - len(known)
+    return f"{told}; of {unknown} more it is not known" if unknown else told
 
 
 def vectors_table(

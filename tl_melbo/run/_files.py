@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -31,6 +32,11 @@ _COLUMNS = {
 _TEXTS = ("prompt", "completion")
 # Columns whose empty cells are texts, not missing numbers.
 _WORDS = (*_TEXTS, "kind", "members", "subset", "combination", "scaling", "stopped")
+# What the settings may be that this package reads.
+_SETTINGS: dict[str, Any] = {
+    "model": str | None, "max_new_tokens": int | None,
+    "texts_of": str | None, "side_effects_of": str | None,
+}  # fmt: skip
 # Spreadsheets take the wide forms for the same.
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 
@@ -87,6 +93,19 @@ def load_family(place: Path) -> tuple[SteeringVectors, SteeringVectors]:
     return SteeringVectors.load(place / VECTORS), SteeringVectors.load(place / REFERENCE)
 
 
+@contextmanager
+def family_damage_told(place: Path) -> Iterator[None]:
+    """What is Damaged within says also how to be rid of the family."""
+    try:
+        yield
+    except Damaged as error:
+        raise Damaged(
+            f"{error}; or delete the folder {place.name}, or find that family anew with "
+            "overwrite=True",
+            error.path,
+        ) from error
+
+
 def family_folder(folder: Path, vector: int | str) -> Path:
     """Where the family of one vector of a run is saved."""
     return folder / f"ortho-{vector}"
@@ -104,19 +123,25 @@ def absolute(model: str | None) -> str | None:
     return model
 
 
-def load_settings(folder: Path) -> dict[str, Any]:
-    """The model's name, and what else a folder says of itself. Raises Damaged."""
+def load_settings(folder: Path, overwrite: bool = False) -> dict[str, Any]:
+    """What a folder says of itself. Raises Damaged, or gives nothing where it is to be replaced."""
     path = folder / SETTINGS
     if not path.is_file():
         return {}
     try:
-        return {**json.loads(path.read_text(encoding="utf-8"))}
+        settings = {**json.loads(path.read_text(encoding="utf-8"))}
+        for name, kind in _SETTINGS.items():
+            if not isinstance(settings.get(name), kind):
+                raise ValueError(f"{name!r} cannot be {settings[name]!r}")
     except (TypeError, ValueError, RecursionError) as error:
+        if overwrite:
+            return {}
         raise Damaged(
-            f"{path}: damaged ({error}); delete it, and name the model with --model, unless it is "
+            f"{path}: damaged ({error}); delete it, and pass the model as model=..., unless it is "
             "the bundled one",
             path,
         ) from error
+    return settings
 
 
 def save_settings(folder: Path, settings: dict[str, Any]) -> None:
@@ -154,6 +179,8 @@ def load_table(path: Path, columns: Sequence[str] = ()) -> pd.DataFrame:
             table[name] = [_original(text) for text in table[name]]
         if "members" in table:
             table["members"] = [tuple(map(int, text.split())) for text in table["members"]]
+        if path.name == COMPLETIONS:
+            _check_completions(table)
     except (ValueError, TypeError, csv.Error) as error:
         raise Damaged(
             f"{path}: not a table that tl-melbo wrote, or damaged ({error}); delete it, and run "
@@ -161,6 +188,15 @@ def load_table(path: Path, columns: Sequence[str] = ()) -> pd.DataFrame:
             path,
         ) from error
     return table
+
+
+def _check_completions(table: pd.DataFrame) -> None:
+    if not all(map(math.isfinite, table["scale"])):
+        raise ValueError("a scale is not a finite number")
+    if not all(map(str.strip, table["prompt"])):
+        raise ValueError("a prompt is blank")
+    if {*table["prompt"]} != {*table.loc[table["vector"] == -1, "prompt"]}:
+        raise ValueError("a prompt has no baseline (vector -1)")
 
 
 def _defused(text: str) -> str:

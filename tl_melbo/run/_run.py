@@ -85,10 +85,11 @@ class Run:
         """Lock the folder for this process, in a `with`; BlockingIOError where another has it."""
         return _files.locked(self.folder, self._lock)
 
-    def check(self, *, side_effects: bool = False) -> None:
+    def check(self, *, side_effects: bool = False, without: int | None = None) -> None:
         """Make sure, before the work, that all files are a run's and not Damaged, else ValueError.
 
-        With `side_effects`, also that measuring them replaces no table of the user's own.
+        With `side_effects`, also that measuring them replaces no table of the user's own. The
+        family of vector `without` is left out.
         """
         names = (COMPLETIONS, _files.REPORT, _files.SETTINGS, SIDE_EFFECTS)
         theirs = [name for name in names if (self.folder / name).exists()]
@@ -103,7 +104,7 @@ class Run:
         if found is not None:
             self._table(COMPLETIONS, found)
             self._table(SIDE_EFFECTS, found)
-            self.families()
+            self.families(without)
 
     def check_same(self, story: Mapping[str, Any], theta0: SteeringVectors | None = None) -> int:
         """How many vectors of this search the folder holds, lost ones included.
@@ -157,12 +158,16 @@ class Run:
         checks.argument_names(method.__name__, settings, method, _OWN)
         checks.at_least(1, n_vectors=n_vectors)
         theta0 = settings.get("theta0")
-        if not isinstance(theta0, SteeringVectors) or len(theta0) != 1:
-            theta0 = None
+        if theta0 is not None and not (isinstance(theta0, SteeringVectors) and len(theta0) == 1):
+            raise ValueError(
+                "theta0: its number names the folder of its family; pass one vector of a library, "
+                "as found[5]"
+            )
         tell = on_vector or (lambda *_: None)
         place = self._place(theta0)
         with self.writing():
             found = None if overwrite else _files.load_vectors(place, theta0)
+            known = {} if theta0 else _files.load_settings(self.folder, overwrite)
             missing = n_vectors and max(0, n_vectors - _n_tried(found))
             try:
                 search = method.parts(f, n_vectors=missing, previous=found, **settings)
@@ -174,7 +179,7 @@ class Run:
             tell(0 if found is None else len(found), n_vectors)
             for part in search:
                 if found is None:
-                    self._begin(place, theta0)
+                    self._begin(place, theta0, known)
                 found = part if found is None else join([found, part])
                 found.save(place / VECTORS)
                 tell(len(found), n_vectors)
@@ -198,33 +203,37 @@ class Run:
     ) -> "tuple[Model, ActivationMap]":
         """Load the model and the map that the vectors were found with.
 
-        None takes the name that the settings tell. Raises ValueError where it is another model.
+        None takes the name that the settings tell, or the bundled model. Raises ValueError where
+        it is another model, or the story or the settings make no sense.
         """
         import tl_melbo as tm
         from tl_melbo.model.bridge import model_name
+        from tl_melbo.model.load import BUNDLED_NAME
 
         story = self.found.story
         facts = ("model", "prompts", "source_layer", "target_layer")
         lacking = [fact for fact in facts if story.get(fact) is None]
+        dtype: Any = getattr(torch, str(story.get("dtype", "float32")), None)
+        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            lacking.append("a floating-point dtype")
         if lacking:
             raise ValueError(
                 f"{self.folder / VECTORS}: its story does not tell {', '.join(lacking)}; in "
                 "Python, tm.melbo_ortho(f, theta0) takes any vector"
             )
         asked = _files.absolute(model)
-        known = self.settings.get("model", asked)
+        known = self.settings.get("model") or asked
         if model is not None and known != asked:
             raise ValueError(
-                f"model={model}: the vectors in {self.folder} are of {known or _BUNDLED}; leave "
-                "--model out"
+                f"model={model}: the vectors in {self.folder} are of {known}; leave it out"
             )
-        dtype = getattr(torch, story.get("dtype", "float32"))
-        loaded = tm.load_model(model or known, device=device, dtype=dtype)
+        advice = "pass that model's hub id, folder or file as model=..."
+        theirs = f"the vectors in {self.folder} are of {story['model']}"
+        if known is None and story["model"] != BUNDLED_NAME:
+            raise ValueError(f"{theirs}, and nothing tells where that is; {advice}")
+        loaded = tm.load_model(known, device=device, dtype=dtype)
         if model_name(loaded) != story["model"]:
-            raise ValueError(
-                f"--model: {model_name(loaded)}, but the vectors in {self.folder} are of "
-                f"{story['model']}; name that model's hub id, folder or file"
-            )
+            raise ValueError(f"{theirs}, but {known or _BUNDLED} is {model_name(loaded)}; {advice}")
         place = {name: story[name] for name in facts[1:]}
         return loaded, tm.ActivationMap.from_prompts(loaded, **place, chat=bool(story.get("chat")))
 
@@ -242,9 +251,10 @@ class Run:
         """
         from tl_melbo import report
 
+        checks.at_least(1, max_new_tokens=max_new_tokens)
         with self.writing():
             found, known = self.found, self.settings.get("max_new_tokens")
-            length = max_new_tokens or known or 50
+            length = (known or 50) if max_new_tokens is None else max_new_tokens
             # Of completions that version 0.1 wrote, the length may be unknown.
             same = not overwrite and known in (None, length)
             texts = self._table(COMPLETIONS, found) if same else None
@@ -286,10 +296,11 @@ class Run:
             _files.save_table(place / _files.COMPOSITION, part.composition)
         return part
 
-    def families(self) -> "list[Family]":
+    def families(self, without: int | None = None) -> "list[Family]":
         """The families that are measured, by number of vector; Damaged if one cannot be read.
 
-        Left out are those whose theta0 left the library, or to which vectors came since.
+        Left out are those whose theta0 left the library, or to which vectors came since, and that
+        of vector `without`.
         """
         from tl_melbo.analysis._family import Family
 
@@ -297,12 +308,14 @@ class Run:
         for position, index in enumerate(library.columns["index"].tolist()):
             place = family_folder(self.folder, index)
             paths = [place / name for name in (_files.TABLE, _files.COMPOSITION)]
-            if not all(path.is_file() for path in (*paths, place / VECTORS, place / REFERENCE)):
+            files = (*paths, place / VECTORS, place / REFERENCE)
+            if index == without or not all(path.is_file() for path in files):
                 continue
-            vectors, reference = _files.load_family(place)
-            if not torch.equal(reference.vectors, library[position].vectors):
-                continue
-            table, composed = map(_files.load_table, paths)
+            with _files.family_damage_told(place):
+                vectors, reference = _files.load_family(place)
+                if not torch.equal(reference.vectors, library[position].vectors):
+                    continue
+                table, composed = map(_files.load_table, paths)
             norms = table.loc[table["kind"] == "family", "norm"].to_numpy()
             if len(norms) == len(vectors) and np.allclose(norms, vectors.norms, rtol=1e-3):
                 families.append(Family(reference, vectors, table, composed))
@@ -321,15 +334,19 @@ class Run:
             path = self.folder / _files.REPORT
             return report.write(path, model, found, completions=texts, activation_map=f, **parts)
 
-    def _begin(self, place: Path, theta0: SteeringVectors | None) -> None:
-        """Remove what belongs to an earlier search."""
+    def _begin(self, place: Path, theta0: SteeringVectors | None, known: Mapping[str, Any]) -> None:
+        """Remove what belongs to an earlier search, and forget what is known of it."""
         if theta0 is not None:
             writable_folder(place)
-            (place / VECTORS).unlink(missing_ok=True)
+            for name in (VECTORS, _files.TABLE, _files.COMPOSITION):
+                (place / name).unlink(missing_ok=True)
             theta0.save(place / REFERENCE)
-        elif self.settings.get("side_effects_of"):
+            return
+        if known.get("side_effects_of"):
             (self.folder / SIDE_EFFECTS).unlink(missing_ok=True)
-            self.note(side_effects_of=None)
+        if any((self.folder / name).exists() for name in (_files.SETTINGS, COMPLETIONS)):
+            # None, unlike nothing, is nobody's.
+            _files.save_settings(self.folder, {"texts_of": None})
 
     def _place(self, theta0: SteeringVectors | None) -> Path:
         if theta0 is None:
