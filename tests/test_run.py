@@ -520,7 +520,8 @@ def test_a_dtype_that_is_none_is_told_with_its_file(f, tmp_path, dtype):
 def test_settings_of_a_wrong_type_are_told_with_their_file(tmp_path, settings):
     run = tm.Run(tmp_path)
     run.note(**settings)
-    with pytest.raises(tm.errors.Damaged, match=rf"settings.json: damaged \('{[*settings][0]}'"):
+    name = next(iter(settings))
+    with pytest.raises(tm.errors.Damaged, match=rf"settings.json: damaged \('{name}'"):
         run.settings  # noqa: B018
 
 

@@ -127,7 +127,6 @@ _FACTS: Mapping[str, Any] = {
     "chat": bool | None,
     "theta0": dict | None,
     "measure": Annotated[dict | None, Is[lambda it: it is None or {*_MEASURE} <= {*it}]],
-    "dtype": Annotated[str, Is[lambda name: isinstance(getattr(torch, name, None), torch.dtype)]],
     "source_layer": _LAYER,
     "target_layer": _LAYER,
 }
