@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tl_melbo import checks
 from tl_melbo.discovery._calibration import Radius, chosen_radius
-from tl_melbo.discovery._dct_fit import Factors, Fit, OnStep, Order, Start
+from tl_melbo.discovery._dct_fit import Fit, OnStep, Order, Start
 from tl_melbo.discovery._map import EffectMap, own_arithmetic
 from tl_melbo.discovery._search import Part, Search, method
 from tl_melbo.errors import DifferentSearch
@@ -101,17 +101,10 @@ def dct(
                     order, fit.start(start, n_vectors, seed), steps, orthogonal == "soft"
                 )
         by_size = found.importance.argsort(descending=True)
-        found = Factors(*(part[by_size] for part in found))
-        yield Part(
-            first,
-            (found.inputs * radius).float(),
-            {
-                "importance": found.importance.float(),
-                "effect": found.effect.float(),
-                "output": found.outputs.float(),
-            },
-            history[by_size],
-        )
+        inputs, *others = (part[by_size].float() for part in found)
+        names: tuple[str, ...] = ("output", "importance", "effect")
+        columns = dict(zip(names, others, strict=True))
+        yield Part(first, inputs * radius, columns, history[by_size])
 
     return Search(
         "dct", f, n_vectors, settings, find,
