@@ -102,8 +102,8 @@ def dct(
                 )
         by_size = found.importance.argsort(descending=True)
         inputs, *others = (part[by_size].float() for part in found)
-        names: tuple[str, ...] = ("output", "importance", "effect")
-        columns = dict(zip(names, others, strict=True))
+        output, importance, effect = others
+        columns = {"importance": importance, "effect": effect, "output": output}
         yield Part(first, inputs * radius, columns, history[by_size])
 
     return Search(
