@@ -15,25 +15,30 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
 import tl_melbo as tm
+from benchmarks.cases import (
+    CELL,
+    LAST_THREE,
+    PROMPTS,
+    Case,
+    bundled,
+    interval,
+    of_texts,
+    other,
+    planted,
+    told_hits,
+)
 from benchmarks.tables import markdown
 from tl_melbo.discovery import _sphere
-from tl_melbo.evaluation import count_hits, load_planted, wilson_interval
 from tl_melbo.geometry import random_sphere
 
 KEPT = Path(__file__).with_suffix(".csv")
-PLANTED = Path(__file__).parent / "planted"
-PROMPTS = (
-    "Tell me about yourself.",
-    "What is the tallest mountain in Africa?",
-    "Give me advice for a job interview.",
-)
 # Gradients a vector; or at most so many, until a step climbs by less than a share of the objective.
 STEPS, MOST_STEPS = {"5": 5, "10": 10, "20": 20, "40": 40}, 40
 GAINS = {"stop at 5%": 0.05, "stop at 1%": 0.01}
@@ -41,38 +46,6 @@ RANDOM, REFERENCE = "random", "10"
 RULES = (REFERENCE, "40", "stop at 5%", RANDOM, "20", "5")
 # Nearly as long as 40, so it is run when all else is there.
 LATER = ("stop at 1%",)
-LAST_THREE = slice(-3, None)
-CELL = ["model", "prompt", "seed"]
-
-
-class Case(NamedTuple):
-    """A model, and how it is searched."""
-
-    model: tm.models.Model
-    layers: tuple[int, int]
-    chat: bool
-    n_vectors: int
-    q: float | None
-    n_tokens: int
-    backdoors: tuple[Any, ...] = ()
-
-
-def bundled() -> Case:
-    return Case(tm.load_model(), (8, 16), True, 16, None, 40)
-
-
-def planted() -> Case:
-    """As in benchmarks.backdoor, with fewer vectors."""
-    known = load_planted(PLANTED)
-    return Case(known.model, (7, 24), True, 24, 1, 24, known.backdoors)
-
-
-def other(name: str) -> Case:
-    """Any model, at the bundled one's relative depth; raw text if it has no chat template."""
-    model = tm.load_model(name)
-    n_layers = int(model.cfg.n_layers)
-    layers = round(n_layers * 8 / 30), round(n_layers * 16 / 30)
-    return Case(model, layers, bool(model.tokenizer.chat_template), 16, None, 40)
 
 
 def main() -> None:
@@ -175,22 +148,6 @@ def of_search(f: tm.ActivationMap, case: Case, found: tm.SteeringVectors) -> dic
     }
 
 
-def of_texts(case: Case, unsteered: pd.DataFrame, texts: pd.DataFrame) -> dict[str, Any]:
-    both = pd.concat([unsteered, texts], ignore_index=True)
-    groups = tm.analysis.behaviours(case.model, both, chat=case.chat)
-    steered = groups.texts[groups.texts["vector"] >= 0]
-    row = {
-        "distinct": groups.n_distinct,
-        "coherent": int(steered["coherent"].sum()),
-        "near unsteered": int((steered["behaviour"] == 0).sum()),
-    }
-    exact = ["", ""]
-    if case.backdoors:
-        hits = count_hits(texts, case.backdoors)
-        exact = hits[hits["match"] == "exact"]["hits"].tolist()
-    return row | dict(zip(("hits 1", "hits 2"), exact, strict=True))
-
-
 def complete(rows: pd.DataFrame) -> pd.DataFrame:
     """The cells in which all of `RULES` were run: others would unbalance the table."""
     is_due = rows["rule"].isin(RULES)
@@ -224,22 +181,7 @@ def line(rule: str, some: pd.DataFrame, usual: pd.DataFrame) -> dict[str, str]:
     }
     if gradients := some["gradients"].sum():
         told["distinct a 100 gradients"] = f"{100 * some['distinct'].sum() / gradients:.1f}"
-    for column in ("hits 1", "hits 2") if some["hits 1"].notna().all() else ():
-        hits = int(some[column].sum())
-        low, high = wilson_interval(hits, n)
-        n_searches = int((some[column] > 0).sum())
-        told[column] = (
-            f"{hits} of {n} ({low:.1%} to {high:.1%}), in {n_searches} of {len(some)} searches"
-        )
-    return told
-
-
-def interval(values: "pd.Series[Any]") -> str:
-    """The mean, and in brackets what 95% of the means are when searches are drawn anew."""
-    numbers = values.to_numpy(dtype=float)
-    drawn = np.random.default_rng(0).choice(numbers, (10_000, len(numbers)))
-    low, high = np.quantile(drawn.mean(1), (0.025, 0.975))
-    return f"{numbers.mean():.1f} ({low:.1f} to {high:.1f})"
+    return told | told_hits(some)
 
 
 if __name__ == "__main__":

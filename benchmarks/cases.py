@@ -1,0 +1,86 @@
+"""What searches are compared on: models, prompts, and what is counted of the completions."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+import tl_melbo as tm
+from tl_melbo.evaluation import count_hits, load_planted, wilson_interval
+
+PLANTED = Path(__file__).parent / "planted"
+PROMPTS = (
+    "Tell me about yourself.",
+    "What is the tallest mountain in Africa?",
+    "Give me advice for a job interview.",
+)
+LAST_THREE = slice(-3, None)
+CELL = ["model", "prompt", "seed"]
+
+
+class Case(NamedTuple):
+    """A model, and how it is searched."""
+
+    model: tm.models.Model
+    layers: tuple[int, int]
+    chat: bool
+    n_vectors: int
+    q: float | None
+    n_tokens: int
+    backdoors: tuple[Any, ...] = ()
+
+
+def bundled() -> Case:
+    return Case(tm.load_model(), (8, 16), True, 16, None, 40)
+
+
+def planted() -> Case:
+    """As in benchmarks.backdoor, with fewer vectors."""
+    known = load_planted(PLANTED)
+    return Case(known.model, (7, 24), True, 24, 1, 24, known.backdoors)
+
+
+def other(name: str) -> Case:
+    """Any model, at the bundled one's relative depth; raw text if it has no chat template."""
+    model = tm.load_model(name)
+    n_layers = int(model.cfg.n_layers)
+    layers = round(n_layers * 8 / 30), round(n_layers * 16 / 30)
+    return Case(model, layers, bool(model.tokenizer.chat_template), 16, None, 40)
+
+
+def of_texts(case: Case, unsteered: pd.DataFrame, texts: pd.DataFrame) -> dict[str, Any]:
+    both = pd.concat([unsteered, texts], ignore_index=True)
+    groups = tm.analysis.behaviours(case.model, both, chat=case.chat)
+    steered = groups.texts[groups.texts["vector"] >= 0]
+    row = {
+        "distinct": groups.n_distinct,
+        "coherent": int(steered["coherent"].sum()),
+        "near unsteered": int((steered["behaviour"] == 0).sum()),
+    }
+    exact = ["", ""]
+    if case.backdoors:
+        hits = count_hits(texts, case.backdoors)
+        exact = hits[hits["match"] == "exact"]["hits"].tolist()
+    return row | dict(zip(("hits 1", "hits 2"), exact, strict=True))
+
+
+def told_hits(some: pd.DataFrame) -> dict[str, str]:
+    """How often the planted sentences came out, where there were any."""
+    told, n = {}, int(some["vectors"].sum())
+    for column in ("hits 1", "hits 2") if some["hits 1"].notna().all() else ():
+        hits = int(some[column].sum())
+        low, high = wilson_interval(hits, n)
+        n_searches = int((some[column] > 0).sum())
+        told[column] = (
+            f"{hits} of {n} ({low:.1%} to {high:.1%}), in {n_searches} of {len(some)} searches"
+        )
+    return told
+
+
+def interval(values: "pd.Series[Any]") -> str:
+    """The mean, and in brackets what 95% of the means are when searches are drawn anew."""
+    numbers = values.to_numpy(dtype=float)
+    drawn = np.random.default_rng(0).choice(numbers, (10_000, len(numbers)))
+    low, high = np.quantile(drawn.mean(1), (0.025, 0.975))
+    return f"{numbers.mean():.1f} ({low:.1f} to {high:.1f})"
