@@ -58,7 +58,7 @@ class Command(TyperCommand):
                 return found[0]
             return option if value == "True" else f"{option}={value}"
 
-        return re.sub(r"(?<![-\w])([a-z]\w*)=(?:torch\.)?([\w.+-]*)", renamed, message)
+        return re.sub(r"(?<![-\w])(?<!--set )([a-z]\w*)=(?:torch\.)?([\w.+-]*)", renamed, message)
 
 
 class Stages(progress.Progress):

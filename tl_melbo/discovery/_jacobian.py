@@ -1,12 +1,13 @@
 """Jacobian directions: what the target layer responds to most, to first order."""
 
+import functools
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from tl_melbo.discovery import _map
-from tl_melbo.discovery._calibration import Radius, chosen_radius
+from tl_melbo.discovery._calibration import Radius, check_radius, chosen_radius
 from tl_melbo.discovery._map import EffectMap, Effects
 from tl_melbo.discovery._search import Part, Search, method
 from tl_melbo.geometry import random_sphere
@@ -20,7 +21,7 @@ _SPARE = 5
 _MOST_ITERATIONS, _SETTLED = 50, 1e-6
 
 
-@method
+@functools.partial(method, check=check_radius)
 def jacobian(
     f: EffectMap,
     n_vectors: int = 32,
