@@ -98,8 +98,13 @@ def dct(
         "steps": steps, "start": start,
     }  # fmt: skip
 
+    def after_step(step: int, objective: float) -> None:
+        search.show(step / steps)
+        if on_step is not None:
+            on_step(step, objective)
+
     def find(earlier: Tensor, first: int) -> Iterator[Part]:
-        fit = Fit(f, positions, float(radius), on_step)
+        fit = Fit(f, positions, float(radius), after_step)
         with own_arithmetic(f):
             if order == "linear":
                 found, history = fit.linear(n_vectors)
@@ -113,7 +118,7 @@ def dct(
         columns = {"importance": importance, "effect": effect, "output": output}
         yield Part(first, inputs * radius, columns, history[by_size])
 
-    return Search(
+    search = Search(
         "dct", f, n_vectors, settings, find,
         previous=previous,
         needs=("importance", "effect"),
@@ -125,6 +130,7 @@ def dct(
         f"models the effect ({order} deep causal transcoding).",
         **calibration,
     )  # fmt: skip
+    return search
 
 
 @shape_checked
