@@ -687,6 +687,12 @@ def test_measuring_and_the_page_are_commands_of_their_own(
     assert discover(model_folder, tmp_path).exit_code == 0
     result = run_command("measure", tmp_path)
     assert result.exit_code == 0, result.output
+    measured = pd.read_csv(tmp_path / "side_effects.csv")
+    header, *rows = [line for line in result.stdout.splitlines() if "│" in line or "┃" in line]
+    assert "specificity" in header
+    assert "loss (nats)" in header
+    for row, specificity in zip(rows, measured["specificity"], strict=True):
+        assert f"{specificity:#.3g}" in row
     run = tm.Run(tmp_path)
     model, _ = run.load()
     written = (tmp_path / "side_effects.csv").stat().st_mtime_ns
