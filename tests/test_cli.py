@@ -538,23 +538,39 @@ def test_what_has_not_converged_is_told(model_folder: Path, tmp_path: Path) -> N
 
 
 def test_a_folder_of_version_0_1_is_shown_and_continued(model_folder: Path, tmp_path: Path) -> None:
+    """A library with its side effects, and the family of its vector 1."""
     recorded = Path(__file__).parent / "data" / "run_of_version_0_1"
-    for name in ("completions.csv", "settings.json", "vectors.safetensors"):
-        shutil.copy(recorded / name, tmp_path)
-    run = tm.Run(tmp_path)
+    shutil.copytree(recorded, tmp_path, dirs_exist_ok=True)
+    run, place = tm.Run(tmp_path), tmp_path / "ortho-1"
     run.note(model=str(model_folder))
     # Random weights may differ in their last digit from one processor to another.
     f = tm.ActivationMap.from_prompts(tm.load_model(model_folder), PROMPT, 1, 4, chat=True)
-    old = replace(run.found, story={**run.found.story, "weights": f.story().get("weights")})
-    old.save(tmp_path / "vectors.safetensors")
-    texts = (tmp_path / "completions.csv").read_bytes()
+    weights = {"weights": f.story().get("weights")}
+    for path in (tmp_path / "vectors.safetensors", place / "vectors.safetensors"):
+        library = tm.SteeringVectors.load(path)
+        replace(library, story={**library.story, **weights}).save(path)
+    old, family = run.found, tm.SteeringVectors.load(place / "vectors.safetensors")
+    tables = ("completions.csv", "side_effects.csv", "ortho-1/family.csv")
+    before = [(tmp_path / name).read_bytes() for name in tables]
     result = run_command("page", tmp_path)
     assert result.exit_code == 0, result.output
-    assert (tmp_path / "completions.csv").read_bytes() == texts
-    assert "(MELBO)" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert [(tmp_path / name).read_bytes() for name in tables] == before
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    for shown in ("(MELBO)", "<h2>Side effects", "The family of vector 1"):
+        assert shown in page
+    # One more vector, whose side effects are measured as those of the others were.
     assert discover(model_folder, tmp_path).exit_code == 0
     assert len(run.found) == 3
     assert torch.equal(run.found.vectors[:2], old.vectors)
+    assert pd.read_csv(tmp_path / "side_effects.csv")["vector"].tolist() == [0, 1, 2]
+    follow = ("--vector=1", "--n-vectors=3", "--steps=4", "--max-new-tokens=3")
+    result = run_command("ortho", tmp_path, *follow)
+    assert result.exit_code == 0, result.output
+    more = tm.SteeringVectors.load(place / "vectors.safetensors")
+    assert len(more) == 3
+    assert torch.equal(more.vectors[:2], family.vectors)
+    assert (pd.read_csv(place / "family.csv")["kind"] == "family").sum() == 3
+    assert [part.number for part in run.families()] == [1]
 
 
 SETTING = "--method=dct", "--set"
