@@ -98,6 +98,9 @@ def shared_calls():
             {"model": model, "prompts": "Hi!", "vectors": found[0], "layer": 1, "scales": 1.0,
              "temperature": 0.0, "seed": 0, "chat": False, "batch_size": 2, **SHORT},
         ),
+        "token_direction": (
+            tm.analysis.token_direction, {"model": model, "token": " and", "other": " do"}
+        ),
         "cosine_similarity": (tm.analysis.cosine_similarity, {"vectors": found}),
         "kl_divergence": (
             tm.analysis.kl_divergence,

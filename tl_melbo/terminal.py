@@ -58,7 +58,7 @@ class Command(TyperCommand):
                 return found[0]
             return option if value == "True" else f"{option}={value}"
 
-        return re.sub(r"(?<![-\w])([a-z]\w*)=(?:torch\.)?([\w.+-]*)", renamed, message)
+        return re.sub(r"(?<![-\w])(?<!--set )([a-z]\w*)=(?:torch\.)?([\w.+-]*)", renamed, message)
 
 
 class Stages(progress.Progress):
@@ -94,12 +94,22 @@ def say(line: str) -> None:
 
 
 def print_found(table: "pd.DataFrame", measure: Mapping[str, Any] | None) -> None:
-    """Print the page's table: what the method measured, KL and completions."""
+    """Print the page's table: what the method measured, KL, side effects and completions."""
     measured = [] if measure is None else [measure["column"]]
     numbers = {name: map("{:#.4g}".format, table[name]) for name in measured}
+    costs = {
+        label: map("{:#.3g}".format, table[name])
+        for name, label in (("specificity", "specificity"), ("loss_increase", "loss (nats)"))
+        if name in table
+    }
     prompts = {"prompt": table["prompt"]} if len({*table["prompt"]}) > 1 else {}
     _print_columns(
-        {"vector": table["index"], **numbers, "KL (nats)": map("{:.3f}".format, table["kl"])},
+        {
+            "vector": table["index"],
+            **numbers,
+            "KL (nats)": map("{:.3f}".format, table["kl"]),
+            **costs,
+        },
         {**prompts, "completion": table["completion"]},
     )
 
