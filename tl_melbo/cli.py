@@ -11,7 +11,7 @@ import typer
 from typer import Argument, Option
 
 import tl_melbo as tm
-from tl_melbo import checks, terminal
+from tl_melbo import checks, cli_atlas, terminal
 from tl_melbo.discovery import Method
 from tl_melbo.run import VECTORS, absolute, family_folder
 from tl_melbo.story import slice_to_json
@@ -173,6 +173,9 @@ def ortho(
         length: dict[str, Any] = {"max_new_tokens": max_new_tokens}
         part = run.family(loaded, f, vector, on_batch=stages.count, **length)
         _show_page(run, loaded, f, stages, part.table, **length)
+
+
+app.command(cls=terminal.Command)(cli_atlas.atlas)
 
 
 @app.command(cls=terminal.Command)
