@@ -79,8 +79,8 @@ def atlas(
         target_layer; vector, 0 for the largest singular value;
         singular_value, as `jacobian` has it; share, the part that its square has of the sum of all
         squares; cumulative_share, that of this vector and those before it; norm; prompt; sign, 1
-        or -1; kl, the next
-        token's divergence from unsteered, in nats; completion, missing where that is too small.
+        or -1; kl, the next token's divergence from unsteered, in nats; completion, missing where
+        the KL is not above the threshold.
 
     Raises:
         ValueError: no pair of layers; a number out of its range; a model wider than 4096.
@@ -108,10 +108,15 @@ def atlas(
         "kl_threshold": kl_threshold,
     }
     facts = {**f.story(), "source_layer": None, "target_layer": None, "hyperparameters": chosen}
-    place = None if folder is None else writable_folder(folder)
+    place = None if folder is None else Path(folder).expanduser()
     known = {} if place is None else load(place, facts)
     found = {source: known[source] for source in pairs if source in known}
     left = {source: each for source, each in pairs.items() if source not in found}
+    length = {"chat": chat, "max_new_tokens": max_new_tokens}
+    if left:  # also refuses a length for which the model has no room
+        facts["unsteered"] = generate(model, texts, **length)["completion"].tolist()
+    if left and place is not None:
+        writable_folder(place)
     with _counting(f, left, progress, on_batch) as count:
         for source, library in _search(f, left, facts, count):
             if place is not None:
@@ -197,13 +202,9 @@ def _search(
     count: Callable[[int], None],
 ) -> Iterator[tuple[int, SteeringVectors]]:
     """The library of one source after another."""
-    if not pairs:
-        return
     chosen = facts["hyperparameters"]
     positions = story.slice_from_json(chosen["positions"])
-    length = {"max_new_tokens": chosen["max_new_tokens"]}
-    unsteered = generate(f.model, f.prompts, chat=f.chat, **length)["completion"].tolist()
-    norms = _token_norms(f, list(pairs))
+    norms = _token_norms(f, [*pairs]) if pairs else {}
     for source, targets in pairs.items():
         with own_arithmetic(f):
             blocks = f.target_layer - source
@@ -216,8 +217,8 @@ def _search(
             parts.append(_decomposed(f, source, target, gram, chosen["vectors_per_pair"], radius))
         columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         vectors = columns.pop("vectors")
-        columns["kl"], texts = _tried(f, source, vectors, chosen["kl_threshold"], length)
-        place = {"source_layer": source, "unsteered": unsteered, "completions": texts}
+        columns["kl"], texts = _tried(f, source, vectors, chosen)
+        place = {"source_layer": source, "completions": texts}
         measured = story.measure(
             "singular_value", "singular value", "effect for a vector of norm 1"
         )
@@ -267,18 +268,19 @@ def _decomposed(
 
 
 def _tried(
-    f: ActivationMap, source: int, vectors: Tensor, threshold: float, length: dict[str, Any]
+    f: ActivationMap, source: int, vectors: Tensor, chosen: Mapping[str, Any]
 ) -> tuple[Tensor, list[list[list[str | None]]]]:
     """KL and completions of both signs, each [vector, prompt, sign]."""
     both = torch.stack([vectors, -vectors], 1).flatten(0, 1)
     options: dict[str, Any] = {"layer": source, "chat": f.chat}
+    length = {"max_new_tokens": chosen["max_new_tokens"]}
     kl = torch.stack([kl_divergence(f.model, text, both, **options) for text in f.prompts], 1)
     texts: list[list[str | None]] = [[None] * len(f.prompts) for _ in both]
     for number, text in enumerate(f.prompts):
-        rows = (kl[:, number] > threshold).nonzero().flatten()
+        rows = (kl[:, number] > chosen["kl_threshold"]).nonzero().flatten()
         if len(rows):
-            written = generate(f.model, text, both[rows], **options, **length)["completion"]
-            for row, completion in zip(rows.tolist(), written, strict=True):
+            written = generate(f.model, text, both[rows], **options, **length)
+            for row, completion in zip(rows.tolist(), written["completion"], strict=True):
                 texts[row][number] = completion
     signs = zip(texts[::2], texts[1::2], strict=True)
     by_prompt = [[list(each) for each in zip(*pair, strict=True)] for pair in signs]
