@@ -31,6 +31,7 @@ _SHARE, _LARGEST_SHARE = 0.35, 2.0
 _MOST_WIDTH = 4096
 # Tokens of all completions of one source, which the header of its file can hold.
 _MOST_TOKENS = 200_000
+_UNIT = "effect for a vector of norm 1"
 _ABOUT = (
     "Each vector is a direction to which a later layer responds most, to first order (top singular "
     "vectors of the Jacobian for each pair of layers)."
@@ -91,7 +92,8 @@ def atlas(
     """
     check_model(model)
     texts = checks.as_texts(prompts)
-    pairs = _pairs(model, sources, targets)
+    asked = _layers(model, sources, "sources"), _layers(model, targets, "targets")
+    pairs = _pairs(*asked)
     checks.at_least(1, max_new_tokens=max_new_tokens)
     checks.between(0, 1e3, "nats", kl_threshold=kl_threshold)
     _check_radius(radius)
@@ -100,7 +102,7 @@ def atlas(
     f = ActivationMap.from_prompts(model, texts, first, last, chat=chat)
     f.position_mask(positions)  # refuses what some prompt does not have
     chosen = {
-        "targets": sorted({target for each in pairs.values() for target in each}),
+        "targets": asked[1],
         "vectors_per_pair": n_vectors,
         "relative_radius": radius,
         "positions": story.slice_to_json(positions),
@@ -127,26 +129,26 @@ def atlas(
     return Atlas(found)
 
 
-def _pairs(
-    model: Model, sources: Sequence[int] | None, targets: Sequence[int] | None
-) -> dict[int, list[int]]:
+def _layers(model: Model, layers: Sequence[int] | None, argument: str) -> list[int]:
+    """These layers in their order, or all."""
+    if layers is None:
+        return list(range(int(model.cfg.n_layers)))
+    if not len(layers):
+        raise ValueError(f"{argument}: none given; pass at least one layer, or None for all")
+    for layer in layers:
+        check_layer(model, layer, argument)
+    return sorted({*layers})
+
+
+def _pairs(sources: list[int], targets: list[int]) -> dict[int, list[int]]:
     """The targets of each source that has any."""
-    every = range(int(model.cfg.n_layers))
-    chosen = []
-    for argument, layers in (("sources", sources), ("targets", targets)):
-        if layers is not None and not len(layers):
-            raise ValueError(f"{argument}: none given; pass at least one layer, or None for all")
-        for layer in layers or ():
-            check_layer(model, layer, argument)
-        chosen.append(sorted({*(every if layers is None else layers)}))
-    pairs = {source: [each for each in chosen[1] if each > source] for source in chosen[0]}
-    pairs = {source: each for source, each in pairs.items() if each}
-    if not pairs:
+    pairs = {source: [each for each in targets if each > source] for source in sources}
+    if not any(pairs.values()):
         raise ValueError(
-            f"sources={chosen[0]}, targets={chosen[1]}: no target comes after a source; a target "
-            "is a later layer than its source"
+            f"sources={sources}, targets={targets}: no target comes after a source; a target is a "
+            "later layer than its source"
         )
-    return pairs
+    return {source: each for source, each in pairs.items() if each}
 
 
 def _check_radius(radius: Radius) -> None:
@@ -219,9 +221,7 @@ def _search(
         vectors = columns.pop("vectors")
         columns["kl"], texts = _tried(f, source, vectors, chosen)
         place = {"source_layer": source, "completions": texts}
-        measured = story.measure(
-            "singular_value", "singular value", "effect for a vector of norm 1"
-        )
+        measured = story.measure("singular_value", "singular value", _UNIT)
         told = story.make("atlas", **{**facts, **place}, measure=measured, about=_ABOUT)
         yield source, SteeringVectors(vectors, told, columns)
 

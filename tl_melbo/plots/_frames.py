@@ -197,12 +197,12 @@ def atlas_heatmap(
         cells.pivot(index="target_layer", columns="source_layer", values=name)
         for name in (value, "hover")
     )
-    look = {"zmin": 0, "colorscale": _style.SEQUENTIAL}
+    look = {"zmin": 0, "zmax": cells[value].max(), "colorscale": _style.SEQUENTIAL}
     look["colorbar"] = _style.colour_bar(_ATLAS_TITLES[value], side="bottom")
     shown = {"customdata": hover.to_numpy(), "hovertemplate": HOVER, "hoverongaps": False}
     heatmap = go.Heatmap(z=z.to_numpy(), x=z.columns, y=z.index, **look, **shown)
-    across = axis("source layer", showgrid=False, **_style.whole_numbers(len(z.columns)))
-    up = axis("target layer", showgrid=False, **_style.whole_numbers(len(z)))
+    across = axis("source layer", showgrid=False, type="category")
+    up = axis("target layer", showgrid=False, type="category")
     return figure(heatmap, title, across, up, 720, 720)
 
 
