@@ -10,7 +10,7 @@ import typer
 from typer import Argument, Option
 
 import tl_melbo as tm
-from tl_melbo import checks, options, terminal
+from tl_melbo import checks, cli_atlas, options, terminal
 from tl_melbo.run import VECTORS, absolute, family_folder
 
 
@@ -174,6 +174,9 @@ def ortho(
         length: dict[str, Any] = {"max_new_tokens": max_new_tokens}
         part = run.family(loaded, f, vector, on_batch=stages.count, **length)
         _show_page(run, loaded, f, stages, part.table, **length)
+
+
+app.command(cls=terminal.Command)(cli_atlas.atlas)
 
 
 @app.command(cls=terminal.Command)

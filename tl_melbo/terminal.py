@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _INTERRUPTED = 130
+_MOST_ATLAS_ROWS = 12
 
 # What the package raises on purpose, its own errors among them; RuntimeError is torch's word for
 # full memory and bad devices.
@@ -127,6 +128,23 @@ def print_family(table: "pd.DataFrame") -> None:
             "KL to theta0": map("{:.3f}".format, rows["kl_to_reference"]),
         },
         {"completion": rows["completion"]},
+    )
+
+
+def print_atlas(table: "pd.DataFrame") -> None:
+    """Print the rows of an atlas whose KL is largest."""
+    rows = table.nlargest(_MOST_ATLAS_ROWS, "kl")
+    _print_columns(
+        {
+            "source": rows["source_layer"],
+            "target": rows["target_layer"],
+            "vector": rows["vector"],
+            "sign": map("{:+d}".format, rows["sign"]),
+            "singular value": map("{:#.4g}".format, rows["singular_value"]),
+            "share": map("{:.3f}".format, rows["share"]),
+            "KL (nats)": map("{:.3f}".format, rows["kl"]),
+        },
+        {"completion": rows["completion"].fillna("")},
     )
 
 

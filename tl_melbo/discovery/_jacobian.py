@@ -91,9 +91,12 @@ def top_directions(
         vectors, values = _principal(axes, images)
     else:
         vectors, values = _iterated(f, effect, min(count + _SPARE, d_model), on_share)
-    vectors, values = vectors[:count], values[:count]
-    largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
-    return vectors * largest.sign(), values
+    return signed(vectors[:count]), values[:count]
+
+
+def signed(vectors: Tensor) -> Tensor:
+    """Each vector or its opposite: the one whose largest component is positive."""
+    return vectors * vectors.gather(1, vectors.abs().argmax(1, keepdim=True)).sign()
 
 
 def _iterated(

@@ -2,6 +2,8 @@
 
 from tl_melbo.analysis._side_effects import reach, side_effects
 from tl_melbo.analysis._texts import PASSAGES, UNRELATED_PROMPTS
+from tl_melbo.evaluation._atlas import atlas
+from tl_melbo.evaluation._atlas_library import Atlas
 from tl_melbo.evaluation._hits import count_hits, hit_rate, layer_sweep, wilson_interval
 from tl_melbo.evaluation._planted import BACKDOORS, Backdoor, Planted, load_planted
 from tl_melbo.evaluation._practice import plant
@@ -10,8 +12,10 @@ __all__ = [
     "BACKDOORS",
     "PASSAGES",
     "UNRELATED_PROMPTS",
+    "Atlas",
     "Backdoor",
     "Planted",
+    "atlas",
     "count_hits",
     "hit_rate",
     "layer_sweep",

@@ -4,6 +4,7 @@ Every `title` stands above its figure; "" leaves it out.
 """
 
 from tl_melbo.plots._frames import (
+    atlas_heatmap,
     composition_curves,
     presence_points,
     scale_curves,
@@ -21,6 +22,7 @@ from tl_melbo.plots._library import (
 )
 
 __all__ = [
+    "atlas_heatmap",
     "composition_curves",
     "cosine_heatmap",
     "distance_curve",
