@@ -29,19 +29,25 @@ def small(tiny_llama):
     return atlas(tiny_llama, PROMPTS[:2], [0, 1, 3], [1, 3, 4], n_vectors=2, **QUICK)
 
 
+def test_all_pairs_are_there(tiny_llama):
+    options = {"kl_threshold": 900, "chat": False, "max_new_tokens": 1}
+    table = atlas(tiny_llama, PROMPTS[1], **options).table
+    pairs = [(s, t) for s in range(N_LAYERS) for t in range(s + 1, N_LAYERS)]
+    rows = table[table["sign"].eq(1)]
+    assert [*zip(rows["source_layer"], rows["target_layer"], strict=True)] == pairs
+    assert len(table) == 2 * len(pairs)
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_all_pairs_have_the_singular_values_of_the_whole_model(architecture):
-    model = tiny_bridge(architecture, torch.float64)
+def test_singular_values_are_those_of_the_whole_model(architecture):
+    model, options = tiny_bridge(architecture, torch.float64), {"kl_threshold": 900, **QUICK}
+    last = slice(-1, None)
     with HonestFloat64():
-        found = atlas(model, PROMPTS[:2], n_vectors=3, positions=LAST_TWO, kl_threshold=50, **QUICK)
-    pairs = [(s, t) for t in range(N_LAYERS) for s in range(t)]
-    rows = found.table[found.table["sign"].eq(1) & found.table["prompt"].eq(PROMPTS[0])]
-    assert {*zip(rows["source_layer"], rows["target_layer"], strict=True)} == {*pairs}
-    assert len(rows) == 3 * len(pairs)
-    for source, target in ((0, 1), (1, 5), (3, 4)):
+        found = atlas(model, PROMPTS[:2], [0, 3], n_vectors=3, positions=last, **options)
+    for source, target in ((0, 5), (3, 4)):
         with HonestFloat64():
-            J = reference.jacobian(model, PROMPTS[:2], source, target, LAST_TWO)
-        assert J.shape == (2 * 2 * 32, 32)
+            J = reference.jacobian(model, PROMPTS[:2], source, target, last)
+        assert J.shape == (2 * 32, 32)
         _, values, right = torch.linalg.svd(J)
         shares = values**2 / values.square().sum()
         expected = {
@@ -85,11 +91,11 @@ def test_derivatives_of_fast_blocks_are_those_of_finite_differences():
         torch.testing.assert_close(some, whole[:, places], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("positions", [LAST_TWO, slice(None), slice(0, 2)])
+@pytest.mark.parametrize("positions", [LAST_TWO, slice(None)])
 def test_a_pair_is_what_jacobian_finds(tiny, positions):
     settings = {"n_vectors": 2, "positions": positions, "kl_threshold": 50}
     found = atlas(tiny, PROMPTS, [0, 2], [1, 3, 5], **settings, **QUICK)
-    for source, target in ((0, 1), (0, 5), (2, 3), (2, 5)):
+    for source, target in ((0, 1), (0, 5), (2, 3)):
         f = tm.ActivationMap.from_prompts(tiny, PROMPTS, source, target)
         single = tm.jacobian(f, 2, radius=1.0, positions=positions)
         pair = found.vectors(source, target)
@@ -102,16 +108,17 @@ def test_a_pair_is_what_jacobian_finds(tiny, positions):
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_hooks_of_the_user_fire_and_dropout_does_not(architecture):
     model, args = tiny_bridge(architecture), ([PROMPTS[0]], [0, 1], [3])
-    plain = atlas(model, *args, **QUICK)
+    quick = {"kl_threshold": 900, "chat": False, "max_new_tokens": 1}
+    plain = atlas(model, *args, **quick)
     calls = []
     hook = model.blocks[2].register_forward_hook(lambda *_: calls.append(1))
     model.train()
-    hooked = atlas(model, *args, **QUICK)
+    hooked = atlas(model, *args, **quick)
     assert calls
     assert model.training
     hook.remove()
     double = model.blocks[2].register_forward_hook(lambda module, args, output: output * 2)
-    other = atlas(model, *args, **QUICK)
+    other = atlas(model, *args, **quick)
     double.remove()
     for source in (0, 1):
         values = [
@@ -177,7 +184,7 @@ class Stopped(Exception):
 def test_an_interrupted_atlas_goes_on(tiny_llama, tmp_path, unchanged):
     unchanged(tiny_llama)
     call = (tiny_llama, PROMPTS[:2])
-    whole = atlas(*call, [0, 1, 3], **QUICK)
+    whole = atlas(*call, [0, 1, 3], [2, 4], **QUICK)
     counts = []
 
     def stop(found):
@@ -185,7 +192,7 @@ def test_an_interrupted_atlas_goes_on(tiny_llama, tmp_path, unchanged):
             raise Stopped
 
     with pytest.raises(Stopped):
-        atlas(*call, [0, 1, 3], folder=tmp_path, on_source=stop, **QUICK)
+        atlas(*call, [0, 1, 3], [2, 4], folder=tmp_path, on_source=stop, **QUICK)
     names = ["source-00.safetensors", "source-01.safetensors"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     pd.testing.assert_frame_equal(
@@ -193,13 +200,13 @@ def test_an_interrupted_atlas_goes_on(tiny_llama, tmp_path, unchanged):
     )
     before = {name: (tmp_path / name).read_bytes() for name in names}
     count = lambda *each: counts.append(each)  # noqa: E731
-    found = atlas(*call, [0, 1, 3], folder=tmp_path, on_batch=count, **QUICK)
+    found = atlas(*call, [0, 1, 3], [2, 4], folder=tmp_path, on_batch=count, **QUICK)
     pd.testing.assert_frame_equal(found.table, whole.table)
-    # Two blocks, 32 directions and two prompts were left.
-    assert counts[-1] == (2 * 32 * 2, 2 * 32 * 2)
+    # One block, 32 directions and two prompts were left.
+    assert counts[-1] == (32 * 2, 32 * 2)
     assert before == {name: (tmp_path / name).read_bytes() for name in names}
     counts.clear()
-    again = atlas(*call, [3], folder=tmp_path, on_batch=count, **QUICK)
+    again = atlas(*call, [3], [2, 4], folder=tmp_path, on_batch=count, **QUICK)
     assert not counts
     pd.testing.assert_frame_equal(again.table, Atlas(dict([*whole.libraries.items()][2:])).table)
 
@@ -215,9 +222,10 @@ def test_the_model_is_as_it_was_after_an_exception(unchanged):
         atlas(model, PROMPTS[0], [1], [3], on_batch=stop, **QUICK)
 
 
-@pytest.mark.parametrize(
-    ("settings", "named"),
-    [
+def test_another_atlas_is_refused(tiny_llama, tmp_path):
+    call = {"sources": [1], "targets": [2, 3], "folder": tmp_path, **QUICK}
+    atlas(tiny_llama, PROMPTS[0], **call)
+    for settings, named in (
         ({"n_vectors": 2}, "vectors_per_pair=1"),
         ({"radius": 0.2}, "relative_radius=0.35"),
         ({"positions": LAST_TWO}, "positions="),
@@ -226,15 +234,10 @@ def test_the_model_is_as_it_was_after_an_exception(unchanged):
         ({"max_new_tokens": 3}, "max_new_tokens=2"),
         # Another source, which the folder does not hold yet, is of another atlas, too.
         ({"sources": [2], "radius": 0.2}, "relative_radius=0.35"),
-    ],
-)
-def test_another_atlas_is_refused(tiny_llama, tmp_path, settings, named):
-    call = {"sources": [1], "targets": [2, 3], "folder": tmp_path, **QUICK}
-    atlas(tiny_llama, PROMPTS[0], **call)
-    with pytest.raises(tm.errors.DifferentSearch, match=named):
-        atlas(tiny_llama, PROMPTS[0], **{**call, **settings})
-    with pytest.raises(tm.errors.DifferentSearch, match="prompts="):
-        atlas(tiny_llama, PROMPTS[1], **call)
+        ({"prompts": PROMPTS[1]}, "prompts="),
+    ):
+        with pytest.raises(tm.errors.DifferentSearch, match=named):
+            atlas(tiny_llama, **{"prompts": PROMPTS[0], **call, **settings})
 
 
 def test_files_that_are_no_atlas_are_damaged(tiny_llama, tmp_path, small):
