@@ -111,6 +111,20 @@ def generate(
     return frame
 
 
+def written(model: Model, tokens: Tokens, max_new_tokens: int) -> str:
+    """The greedy completion of the unsteered model after these tokens."""
+    room = context_length(model) - tokens.shape[1] if context_length(model) else max_new_tokens
+    if room < max_new_tokens:
+        raise ValueError(
+            f"a text of {tokens.shape[1]} tokens: {model_name(model)} has room for {max(room, 0)} more, "
+            f"but max_new_tokens={max_new_tokens}; shorten the text"
+        )
+    unsteered = _Rows(torch.zeros(1, int(model.cfg.d_model)), _draws(max_new_tokens, False)[None])
+    texts, not_finite = _writer(model, 0, max_new_tokens, 0.0)(tokens, unsteered)
+    warn_of_rows(not_finite, f"what {model_name(model)} writes", "")
+    return texts[0]
+
+
 def _sampling(n_samples: int | None, temperature: float | None) -> tuple[float, list[int]]:
     """The temperature, and the numbers of the completions of each row: 0 is greedy."""
     if temperature is None:
