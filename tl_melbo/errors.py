@@ -55,7 +55,7 @@ class NoAnswer(ValueError):
 
 
 class Unanswered(NoAnswer):
-    """A sheet waits for a person: `path` is its file, `rows` are the numbers of the open questions."""
+    """A sheet waits for a person: `path` is its file, `rows` are the open questions' numbers."""
 
     def __init__(self, message: str, path: Path, rows: Sequence[int]) -> None:
         super().__init__(message)

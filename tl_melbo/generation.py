@@ -116,8 +116,8 @@ def written(model: Model, tokens: Tokens, max_new_tokens: int) -> str:
     room = context_length(model) - tokens.shape[1] if context_length(model) else max_new_tokens
     if room < max_new_tokens:
         raise ValueError(
-            f"a text of {tokens.shape[1]} tokens: {model_name(model)} has room for {max(room, 0)} more, "
-            f"but max_new_tokens={max_new_tokens}; shorten the text"
+            f"a text of {tokens.shape[1]} tokens: {model_name(model)} has room for {max(room, 0)} "
+            f"more, but max_new_tokens={max_new_tokens}; shorten the text"
         )
     unsteered = _Rows(torch.zeros(1, int(model.cfg.d_model)), _draws(max_new_tokens, False)[None])
     texts, not_finite = _writer(model, 0, max_new_tokens, 0.0)(tokens, unsteered)

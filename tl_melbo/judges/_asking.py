@@ -1,15 +1,18 @@
 """Ask a judge: what a judge is, and what of its answers is checked."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from tl_melbo.errors import NoAnswer
 from tl_melbo.text import printable, quoted
 
 Judge = Callable[[str], str]
+Value = TypeVar("Value")
 
 # An answer is a letter, a number or a sentence. A longer one is a mistake, or an attack.
 MOST_CHARACTERS = 20_000
+# A judge of whose answers more than this share cannot be read is none.
+_MOST_UNREAD = 0.5
 
 
 def ask(judge: Judge, questions: Sequence[str]) -> list[str]:
@@ -56,3 +59,28 @@ def _checked(answer: Any, number: int) -> str:
             f"are read; it begins with {quoted(printable(answer[:200]))}; ask for fewer tokens"
         )
     return printable(answer).strip()
+
+
+def ask_for(
+    judge: Judge, questions: Sequence[str], read: Callable[[str], Value | None], wanted: str
+) -> list[Value | None]:
+    """What `read` makes of the answers; None for those that it cannot read, asked twice.
+
+    The second time the question ends with what is `wanted`, such as "a number".
+
+    Raises:
+        NoAnswer: more than half of the answers cannot be read.
+    """
+    found = [read(answer) for answer in ask(judge, questions)]
+    unread = [place for place, value in enumerate(found) if value is None]
+    again = [f"{questions[place]}\n\nAnswer with {wanted} and nothing else." for place in unread]
+    answers = ask(judge, again)
+    for place, answer in zip(unread, answers, strict=True):
+        found[place] = read(answer)
+    bad = [answer for answer in answers if read(answer) is None]
+    if len(bad) > _MOST_UNREAD * len(found):
+        raise NoAnswer(
+            f"judge: {len(bad)} of {len(found)} answers are not {wanted}, the first is "
+            f"{quoted(bad[0])}; ask another judge, or put it in other words"
+        )
+    return found

@@ -157,7 +157,10 @@ class ServerJudge:
 
         problem = ""
         try:
-            return self._client.chat.completions.with_raw_response.create(**asked).text
+            completions = self._client.chat.completions.with_raw_response
+            known = {name: asked[name] for name in ("model", "messages")}
+            others = {name: value for name, value in asked.items() if name not in known}
+            return completions.create(**known, extra_body=others).text
         except openai.APIStatusError as error:
             problem = (
                 f"refused with status {error.status_code}: {quoted(self._safe(error.message))}"
@@ -165,10 +168,11 @@ class ServerJudge:
         except openai.APITimeoutError:
             problem = f"gave no whole answer in timeout={self.timeout:g} s, {self.retries} retries"
         except openai.APIConnectionError as error:
-            cause = error.__cause__
-            why = str(cause) if isinstance(cause, _Refused) else type(cause or error).__name__
+            why = type(error.__cause__ or error).__name__
             problem = f"cannot be reached, or broke off ({why}), {self.retries} retries"
-        except (openai.OpenAIError, ValueError, TypeError, RecursionError) as error:
+        except _Refused as error:
+            problem = f"sent what is not read: {error}"
+        except Exception as error:  # whatever else the client raises may hold the key, too
             problem = f"cannot be asked, or cannot be understood ({type(error).__name__})"
         # Out here, where the client's error, which holds the request with its key, is forgotten.
         raise NoAnswer(f"{self.base_url}: the server {problem}")
@@ -196,7 +200,7 @@ class ServerJudge:
         return self._safe(content).strip(), tokens if is_count else 0
 
     def _strange(self, what: str, body: str) -> NoAnswer:
-        shown = f": {quoted(self._safe(body[:500]))}" if body else ""
+        shown = f": {quoted(self._safe(body))}" if body else ""
         return NoAnswer(f"{self.base_url}: the server sent {what}{shown}; is it OpenAI-compatible?")
 
     def _safe(self, text: str) -> str:

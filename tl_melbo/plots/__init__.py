@@ -3,6 +3,7 @@
 Every `title` stands above its figure; "" leaves it out.
 """
 
+from tl_melbo.plots._experiments import description_heatmap, dose_response, pairwise
 from tl_melbo.plots._frames import (
     composition_curves,
     presence_points,
@@ -23,11 +24,14 @@ from tl_melbo.plots._library import (
 __all__ = [
     "composition_curves",
     "cosine_heatmap",
+    "description_heatmap",
     "distance_curve",
+    "dose_response",
     "kl_curve",
     "moving_average",
     "norm_curve",
     "objective_history",
+    "pairwise",
     "presence_points",
     "scale_curves",
     "specificity_points",

@@ -1,0 +1,148 @@
+"""Linearity: the score against all matchings, and adapters whose answer is known."""
+
+import random
+import re
+
+import pandas as pd
+import pytest
+import torch
+from scipy import stats
+
+import tl_melbo as tm
+from tests.reference.assignment import best_matching
+from tl_melbo.errors import NoAnswer
+
+PROMPTS = [f"Tell me about {thing}." for thing in "cats dogs rain snow tea rice".split()] * 4
+
+
+def points(texts):
+    """A known embedding: six numbers a text, by a hash of it."""
+    return [[random.Random(f"{text} {i}").gauss(0, 1) for i in range(6)] for text in texts]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_score_is_that_of_the_best_of_all_matchings(seed):
+    a, b = ([f"{seed} {side} {i}" for i in range(6)] for side in "ab")
+    found = tm.evaluation.linearity_score(a, b, points)
+    score, order = best_matching(points(a), points(b))
+    assert found.score == pytest.approx(score, abs=1e-6)
+    assert found.matched == list(order)
+    partners = [float(found.matrix[i, j]) for i, j in enumerate(order)]
+    interval = stats.t.interval(0.95, 5, score, stats.sem(partners))
+    assert (found.low, found.high) == pytest.approx(interval, abs=1e-5)
+
+
+def test_the_same_descriptions_in_another_order_score_one():
+    texts = [f"text {i}" for i in range(6)]
+    found = tm.evaluation.linearity_score(texts, texts[::-1], points)
+    assert (found.score, found.low, found.high) == pytest.approx((1, 1, 1))
+    assert found.matched == [5, 4, 3, 2, 1, 0]
+
+
+def test_the_null_is_the_scores_between_adapters():
+    # Adapters 0 and 1 are their vectors; adapter 2 is unlike anything.
+    sets = [[f"{k} {i}" for i in range(3)] for k in range(4)]
+    of_adapters, of_vectors = [*sets[:2], sets[2]], [*sets[:2], sets[3]]
+    table = tm.evaluation.linearity_null(of_adapters, of_vectors, points)
+    scores = table.attrs["scores"]
+    for i in range(3):
+        for j in range(3):
+            expected, _ = best_matching(points(of_adapters[i]), points(of_vectors[j]))
+            assert scores[i][j] == pytest.approx(expected, abs=1e-6)
+    assert table["score"][:2].tolist() == pytest.approx([1, 1])
+    null = [scores[0][1], scores[0][2], scores[1][0], scores[2][0]]
+    row = table.to_dict("records")[0]
+    assert row["null_mean"] == pytest.approx(sum(null) / 4)
+    assert (row["null_low"], row["null_high"]) == pytest.approx((min(null), max(null)))
+    assert row["p_value"] == pytest.approx(1 / 5)
+    assert table["p_value"][2] > 1 / 5
+
+
+def vector(seed, size=6.0):
+    generator = torch.Generator().manual_seed(seed)
+    theta = size * torch.nn.functional.normalize(torch.randn(1, 32, generator=generator))
+    return tm.SteeringVectors.from_tensor(theta, source_layer=2)
+
+
+def second_texts(question):
+    return re.findall(r"second text:\n(.*?)(?=\nPair |\n\nPair |\n\nIn one)", question, re.DOTALL)
+
+
+def frequent_words(question):
+    """A judge with a known answer: the words of the second texts, the most frequent first."""
+    words = re.findall(r"\w+", " ".join(second_texts(question)).lower())
+    return " ".join(sorted({*words}, key=words.count, reverse=True)[:12])
+
+
+def test_one_direction_scores_higher_than_another(tiny_llama, unchanged):
+    unchanged(tiny_llama)
+    options = {"judge": frequent_words, "n_batches": 4, "max_new_tokens": 12, "embedder": "words"}
+    same = tm.evaluation.linearity(tiny_llama, vector(0), vector(0), PROMPTS, **options)
+    others = [
+        tm.evaluation.linearity(tiny_llama, vector(0), vector(seed), PROMPTS, **options)
+        for seed in (1, 2)
+    ]
+    assert same.matrix.shape == (4, 4)
+    assert same.score > max(other.score for other in others) + 0.2
+    # Both sides are described from batches of their own.
+    assert same.of_adapter != same.of_vectors
+
+
+def test_both_sides_are_equally_long(tiny_llama):
+    asked = []
+    judge = lambda text: asked.append(text) or "They differ."  # noqa: E731
+    found = tm.evaluation.linearity(
+        tiny_llama, vector(0), vector(1), PROMPTS, judge=judge, max_new_tokens=12, embedder=points
+    )
+    encode = tiny_llama.tokenizer.encode
+    for row in found.texts.to_dict("records"):
+        lengths = [
+            len(encode(row[side], add_special_tokens=False)) for side in ("adapter", "vectors")
+        ]
+        assert (
+            abs(lengths[0] - lengths[1]) <= 1
+        )  # a text cut in the middle of a word may join tokens
+    assert len(found.texts) + found.left_out == len(PROMPTS)
+    assert len(asked) == 12
+    shown = [text.strip() for question in asked[:6] for text in second_texts(question)]
+    assert sorted(shown) == sorted(text.strip() for text in found.texts["adapter"])
+    assert found.score == pytest.approx(1)
+    with pytest.raises(NoAnswer, match=r"descriptions \[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11\]"):
+        tm.evaluation.linearity(
+            tiny_llama, vector(0), vector(1), PROMPTS, judge=lambda text: " ", max_new_tokens=4
+        )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"judge": 3}, TypeError, "judge: got int"),
+        ({"prompts": PROMPTS[:2]}, ValueError, "2 of 2 have a text on both sides, but n_batches=6"),
+        ({"n_batches": 0}, ValueError, "n_batches=0"),
+        ({"vectors": torch.ones(2, 32), "layer": 2}, ValueError, "vectors: more than one"),
+    ],
+)
+def test_bad_arguments_are_named(tiny_llama, arguments, error, message):
+    given = {"adapter": vector(0), "vectors": vector(1), "prompts": PROMPTS, "max_new_tokens": 2}
+    with pytest.raises(error, match=message):
+        tm.evaluation.linearity(tiny_llama, **{**given, "judge": len, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "message"),
+    [([], [], "0 and 0"), (["a"], ["b", "c"], "1 and 2"), ("a", "b", "lists")],
+)
+def test_descriptions_that_cannot_be_matched_are_named(a, b, message):
+    with pytest.raises(ValueError, match=message):
+        tm.evaluation.linearity_score(a, b, points)
+    with pytest.raises(ValueError, match="at least two adapters"):
+        tm.evaluation.linearity_null([["a"]], [["b"]], points)
+
+
+def test_the_picture_frames_the_partners():
+    found = tm.evaluation.linearity_score(["a", "b"], ["b", "a"], points)
+    figure = tm.plots.description_heatmap(found)
+    assert pd.DataFrame(figure.data[0].z).shape == (2, 2)
+    centres = [((s.x0 + s.x1) / 2, (s.y0 + s.y1) / 2) for s in figure.layout.shapes]
+    assert centres == pytest.approx([(1, 0), (0, 1)])
+    assert "score 1.00" in figure.layout.meta["alt"]
