@@ -12,7 +12,7 @@ import tl_melbo as tm
 from tests.reference.assignment import best_matching
 from tl_melbo.errors import NoAnswer
 
-PROMPTS = [f"Tell me about {thing}." for thing in "cats dogs rain snow tea rice".split()] * 4
+PROMPTS = [f"Tell me about {thing}." for thing in ("cats", "rain", "tea", "rice")] * 3
 
 
 def points(texts):
@@ -54,8 +54,11 @@ def test_the_null_is_the_scores_between_adapters():
     row = table.to_dict("records")[0]
     assert row["null_mean"] == pytest.approx(sum(null) / 4)
     assert (row["null_low"], row["null_high"]) == pytest.approx((min(null), max(null)))
-    assert row["p_value"] == pytest.approx(1 / 5)
-    assert table["p_value"][2] > 1 / 5
+    for i, p_value in enumerate(table["p_value"]):
+        null = [scores[i][j] for j in range(3) if j != i] + [
+            scores[j][i] for j in range(3) if j != i
+        ]
+        assert p_value == pytest.approx((1 + sum(each >= scores[i][i] for each in null)) / 5)
 
 
 def vector(seed, size=6.0):
@@ -76,14 +79,11 @@ def frequent_words(question):
 
 def test_one_direction_scores_higher_than_another(tiny_llama, unchanged):
     unchanged(tiny_llama)
-    options = {"judge": frequent_words, "n_batches": 4, "max_new_tokens": 12, "embedder": "words"}
+    options = {"judge": frequent_words, "n_batches": 3, "max_new_tokens": 8, "embedder": "words"}
     same = tm.evaluation.linearity(tiny_llama, vector(0), vector(0), PROMPTS, **options)
-    others = [
-        tm.evaluation.linearity(tiny_llama, vector(0), vector(seed), PROMPTS, **options)
-        for seed in (1, 2)
-    ]
-    assert same.matrix.shape == (4, 4)
-    assert same.score > max(other.score for other in others) + 0.2
+    other = tm.evaluation.linearity(tiny_llama, vector(0), vector(1), PROMPTS, **options)
+    assert same.matrix.shape == (3, 3)
+    assert same.score > other.score + 0.2
     # Both sides are described from batches of their own.
     assert same.of_adapter != same.of_vectors
 
@@ -92,16 +92,18 @@ def test_both_sides_are_equally_long(tiny_llama):
     asked = []
     judge = lambda text: asked.append(text) or "They differ."  # noqa: E731
     found = tm.evaluation.linearity(
-        tiny_llama, vector(0), vector(1), PROMPTS, judge=judge, max_new_tokens=12, embedder=points
+        tiny_llama, vector(0), vector(1), PROMPTS, judge=judge, max_new_tokens=6, embedder=points
     )
-    encode = tiny_llama.tokenizer.encode
-    for row in found.texts.to_dict("records"):
-        lengths = [
-            len(encode(row[side], add_special_tokens=False)) for side in ("adapter", "vectors")
-        ]
-        assert (
-            abs(lengths[0] - lengths[1]) <= 1
-        )  # a text cut in the middle of a word may join tokens
+    raw = {
+        side: tm.generate(tiny_llama, PROMPTS, vector(seed), max_new_tokens=6)["completion"]
+        for seed, side in enumerate(("adapter", "vectors"))
+    }
+    kept = [i for i in range(len(PROMPTS)) if all(raw[side][i].strip() for side in raw)]
+    for i, row in zip(kept, found.texts.to_dict("records"), strict=True):
+        whole = [side for side in raw if row[side] == raw[side][i]]
+        assert whole
+        # The other one is cut, if at all: the last token may be part of a character.
+        assert all(raw[side][i].startswith(row[side].rstrip("\ufffd")) for side in raw)
     assert len(found.texts) + found.left_out == len(PROMPTS)
     assert len(asked) == 12
     shown = [text.strip() for question in asked[:6] for text in second_texts(question)]
@@ -116,7 +118,7 @@ def test_both_sides_are_equally_long(tiny_llama):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"judge": 3}, TypeError, "judge: got int"),
+        ({"judge": 3}, TypeError, "argument 'judge' is 3"),
         ({"prompts": PROMPTS[:2]}, ValueError, "2 of 2 have a text on both sides, but n_batches=6"),
         ({"n_batches": 0}, ValueError, "n_batches=0"),
         ({"vectors": torch.ones(2, 32), "layer": 2}, ValueError, "vectors: more than one"),
@@ -144,5 +146,5 @@ def test_the_picture_frames_the_partners():
     figure = tm.plots.description_heatmap(found)
     assert pd.DataFrame(figure.data[0].z).shape == (2, 2)
     centres = [((s.x0 + s.x1) / 2, (s.y0 + s.y1) / 2) for s in figure.layout.shapes]
-    assert centres == pytest.approx([(1, 0), (0, 1)])
+    assert centres == [(1, 0), (0, 1)]
     assert "score 1.00" in figure.layout.meta["alt"]

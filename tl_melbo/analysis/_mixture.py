@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from tl_melbo import checks
-from tl_melbo.geometry import random_sphere
 from tl_melbo.shapes import Float, Theta, shape_checked
 from tl_melbo.steering import Reference, Vectors
 from tl_melbo.vectors import SteeringVectors
@@ -71,8 +70,9 @@ def mixture(
     basis = (parts / norms[:, None]).T.numpy()
     size = float(target.norm())
     found, rest = _fitted(basis, target[0].numpy() / size)
-    generator = torch.Generator().manual_seed(seed)
-    units = random_sphere(n_random, target.shape[1], generator=generator).double().numpy()
+    # Not from torch: a library that `random_vectors` drew with this seed must not come back.
+    units = np.random.default_rng(seed).normal(size=(n_random, target.shape[1]))
+    units /= np.linalg.norm(units, axis=1, keepdims=True)
     left = [_fitted(basis, unit)[1] for unit in units]
     null = torch.tensor([1 - float(each @ each) for each in left], dtype=torch.float64)
     explained = 1 - float(rest @ rest)

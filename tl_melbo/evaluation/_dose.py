@@ -15,8 +15,7 @@ from tl_melbo.analysis._coherence import DEFAULT_PERPLEXITY, DEFAULT_REPETITION,
 from tl_melbo.analysis._similarity import random_like
 from tl_melbo.evaluation._hits import DEFAULT_CONFIDENCE, wilson_interval
 from tl_melbo.generation import generate
-from tl_melbo.judges import ask_for
-from tl_melbo.judges._asking import check_judge
+from tl_melbo.judges._asking import ask_for, check_judge
 from tl_melbo.model.bridge import Model, check_model
 from tl_melbo.shapes import shape_checked
 from tl_melbo.steering import steering_layer
@@ -138,6 +137,8 @@ def dose_response(
     steps = [float(scale) for scale in scales if scale]
     if not steps or len({*steps}) < len(steps) or not all(map(math.isfinite, steps)):
         raise ValueError(f"scales={list(scales)}: finite numbers other than 0, each once")
+    if steering is None:
+        raise ValueError("steering: none given; pass vectors, or an adapter")
     options = {
         "n_samples": n_samples, "temperature": temperature, "seed": seed,
         "max_new_tokens": max_new_tokens, "batch_size": batch_size,
@@ -175,7 +176,9 @@ def _random(
             "pass n_random=0"
         )
     theta = checks.as_matrix(steering, "steering")
-    some = [random_like(theta, seed + number) for number in range(n_random)]
+    # Far from the seeds that vectors may have been drawn with: they must not come back.
+    seeds = [(seed + 1_000_003 * number) % 2**63 for number in range(1, n_random + 1)]
+    some = [random_like(theta, each) for each in seeds]
     return torch.cat(some), steering_layer(model, steering, layer)
 
 

@@ -14,8 +14,7 @@ from tl_melbo.analysis._coherence import tokens_of
 from tl_melbo.analysis._embedding import Embedder, default_embedder, embeddings
 from tl_melbo.errors import NoAnswer
 from tl_melbo.generation import generate
-from tl_melbo.judges import Judge, ask
-from tl_melbo.judges._asking import check_judge
+from tl_melbo.judges._asking import Judge, ask, check_judge
 from tl_melbo.model.bridge import Model, check_model
 from tl_melbo.shapes import Float, shape_checked
 from tl_melbo.tables import Table

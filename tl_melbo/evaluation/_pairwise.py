@@ -11,8 +11,7 @@ import pandas as pd
 from tl_melbo import checks
 from tl_melbo.errors import warn_user
 from tl_melbo.evaluation._hits import DEFAULT_CONFIDENCE, wilson_interval
-from tl_melbo.judges import Judge, ask_for
-from tl_melbo.judges._asking import check_judge
+from tl_melbo.judges._asking import Judge, ask_for, check_judge
 from tl_melbo.shapes import shape_checked
 from tl_melbo.tables import Table
 
@@ -74,8 +73,8 @@ def pairwise(
         seed: of the order in which the pairs are asked, and of which order comes first.
 
     Returns:
-        as ours and theirs, preferred in both orders, tie in both orders, inconsistent, and
-        as ours and theirs, preferred in both orders, tie in both orders, inconsistent, and invalid,
+        A `Pairwise`. Its table: vector, scale (missing for lists); n, how many pairs; ours and
+        theirs, how many were preferred in both orders; tie, in both orders; inconsistent; invalid,
         where an answer was no letter, asked twice; share, ours of ours and theirs, with low and
         high, Wilson's interval, NaN if no pair was decided; consistent, the share of valid pairs
         that have the same verdict in both orders; first, how many of the answers A and B were A:
@@ -102,9 +101,8 @@ def pairwise(
         questions.append(_QUESTION.format(a=a.strip(), b=b.strip(), quality=quality))
     answers = ask_for(judge, questions, letter, "one letter: A, B or T")
     given = dict(zip(places, answers, strict=True))
-    pairs["first"] = [given[place, False] for place in range(len(pairs))]
-    pairs["second"] = [given[place, True] for place in range(len(pairs))]
-    pairs["verdict"] = [*map(_verdict, pairs["first"], pairs["second"])]
+    first, second = ([given[place, turned] for place in range(len(pairs))] for turned in (0, 1))
+    pairs = pairs.assign(first=first, second=second, verdict=[*map(_verdict, first, second)])
     groups = pairs.groupby(["vector", "scale"], sort=False, dropna=False)
     table = Table([(*key, *_row(some, confidence)) for key, some in groups], columns=_COLUMNS)
     counts = pairs["verdict"].value_counts().reindex(_VERDICTS, fill_value=0)

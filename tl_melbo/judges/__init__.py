@@ -4,9 +4,9 @@ A function of yours is a judge. `local` makes one of a model, `openai_compatible
 `sheet` of a person with a spreadsheet. What a judge answers is checked, never trusted.
 """
 
-from tl_melbo.judges._asking import Judge, ask, ask_for
-from tl_melbo.judges._local import local
-from tl_melbo.judges._server import openai_compatible
-from tl_melbo.judges._sheet import sheet
+from tl_melbo.judges._asking import ask
+from tl_melbo.judges._local import LocalJudge, local
+from tl_melbo.judges._server import ServerJudge, openai_compatible
+from tl_melbo.judges._sheet import Sheet, sheet
 
-__all__ = ["Judge", "ask", "ask_for", "local", "openai_compatible", "sheet"]
+__all__ = ["LocalJudge", "ServerJudge", "Sheet", "ask", "local", "openai_compatible", "sheet"]

@@ -73,9 +73,9 @@ def openai_compatible(
         json.dumps(settings)
     except TypeError as error:
         raise ValueError(f"options: {error}; pass what JSON can hold") from None
-    kept = None if cache is None else Cache(cache)
-    judge = ServerJudge(_address(base_url), settings, system, api_key_env, timeout, retries, kept)
+    judge = ServerJudge(_address(base_url), settings, system, api_key_env, timeout, retries)
     judge.key()  # or say at once that there is none
+    judge.cache = None if cache is None else Cache(cache)
     return judge
 
 
@@ -95,11 +95,11 @@ class ServerJudge:
         api_key_env: str | None,
         timeout: float,
         retries: int,
-        cache: Cache | None,
     ) -> None:
         self.base_url, self.settings, self.system = base_url, dict(settings), system
         self.api_key_env, self.timeout, self.retries = api_key_env, timeout, retries
-        self.cache, self.calls, self.tokens = cache, 0, 0
+        self.cache: Cache | None = None
+        self.calls = self.tokens = 0
 
     def __call__(self, text: str) -> str:
         """The answer, from the cache or the server."""
