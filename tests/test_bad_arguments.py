@@ -120,7 +120,8 @@ def shared_calls():
         ),
         "mixture": (
             tm.analysis.mixture,
-            {"vector": found[0], "library": found[1:], "both_signs": True, "n_random": 2, "seed": 0},
+            {"vector": found[0], "library": found[1:], "both_signs": True, "n_random": 2,
+             "seed": 0},
         ),
         "openai_compatible": (
             tm.judges.openai_compatible,

@@ -12,7 +12,7 @@ import tl_melbo as tm
 from tests.reference.assignment import best_matching
 from tl_melbo.errors import NoAnswer
 
-PROMPTS = [f"Tell me about {thing}." for thing in ("cats", "rain", "tea", "rice")] * 3
+PROMPTS = [f"Tell me about {thing}." for thing in ("cats", "rain", "tea")] * 2
 
 
 def points(texts):
@@ -92,7 +92,14 @@ def test_both_sides_are_equally_long(tiny_llama):
     asked = []
     judge = lambda text: asked.append(text) or "They differ."  # noqa: E731
     found = tm.evaluation.linearity(
-        tiny_llama, vector(0), vector(1), PROMPTS, judge=judge, max_new_tokens=6, embedder=points
+        tiny_llama,
+        vector(0),
+        vector(1),
+        PROMPTS,
+        judge=judge,
+        n_batches=3,
+        max_new_tokens=6,
+        embedder=points,
     )
     raw = {
         side: tm.generate(tiny_llama, PROMPTS, vector(seed), max_new_tokens=6)["completion"]
@@ -105,13 +112,19 @@ def test_both_sides_are_equally_long(tiny_llama):
         # The other one is cut, if at all: the last token may be part of a character.
         assert all(raw[side][i].startswith(row[side].rstrip("\ufffd")) for side in raw)
     assert len(found.texts) + found.left_out == len(PROMPTS)
-    assert len(asked) == 12
-    shown = [text.strip() for question in asked[:6] for text in second_texts(question)]
+    assert len(asked) == 6
+    shown = [text.strip() for question in asked[:3] for text in second_texts(question)]
     assert sorted(shown) == sorted(text.strip() for text in found.texts["adapter"])
     assert found.score == pytest.approx(1)
-    with pytest.raises(NoAnswer, match=r"descriptions \[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11\]"):
+    with pytest.raises(NoAnswer, match=r"descriptions \[0, 1, 2, 3, 4, 5\] of 6"):
         tm.evaluation.linearity(
-            tiny_llama, vector(0), vector(1), PROMPTS, judge=lambda text: " ", max_new_tokens=4
+            tiny_llama,
+            vector(0),
+            vector(1),
+            PROMPTS,
+            judge=lambda text: " ",
+            n_batches=3,
+            max_new_tokens=2,
         )
 
 
@@ -125,7 +138,7 @@ def test_both_sides_are_equally_long(tiny_llama):
     ],
 )
 def test_bad_arguments_are_named(tiny_llama, arguments, error, message):
-    given = {"adapter": vector(0), "vectors": vector(1), "prompts": PROMPTS, "max_new_tokens": 2}
+    given = {"adapter": vector(0), "vectors": vector(1), "prompts": PROMPTS, "max_new_tokens": 1}
     with pytest.raises(error, match=message):
         tm.evaluation.linearity(tiny_llama, **{**given, "judge": len, **arguments})
 

@@ -12,22 +12,15 @@ import pytest
 
 import tl_melbo as tm
 from tl_melbo.errors import NoAnswer
+from tl_melbo.evaluation._dose import number_in
 from tl_melbo.model.cache import cache_folder, is_whole
 
 pytestmark = pytest.mark.slow
 
 PATIENCE = 300.0
-# The examples say what is asked for better than an instruction does, for a model this small.
-QUESTION = """Text: I like it.
-Sentiment: positive
-
-Text: I do not like it.
-Sentiment: negative
-
-Text: {text}
-Sentiment:"""
-POSITIVE = ["I love this film, it is wonderful.", "What a great day! I am so happy."]
-NEGATIVE = ["I hate this film, it is terrible.", "What an awful day. I am so sad."]
+# Within the reach of so small a model, and the order of the answers is known.
+QUESTION = "Tom has {n} apples. How many apples does Tom have?"
+APPLES = [7, 2, 9, 4]
 
 
 @pytest.fixture(scope="module")
@@ -63,17 +56,16 @@ def served(model, tmp_path_factory):
 
 def test_a_served_model_judges_as_a_local_one(model, served, tmp_path):
     url, name, process = served
-    local = tm.judges.local(model, max_new_tokens=5)
-    options = {"api_key_env": None, "max_tokens": 5, "timeout": PATIENCE}
+    local = tm.judges.local(model, max_new_tokens=8)
+    options = {"api_key_env": None, "max_tokens": 8, "timeout": PATIENCE}
     behind = tm.judges.openai_compatible(url, name, cache=tmp_path, **options)
-    asked = [QUESTION.format(text=text) for text in (*POSITIVE, *NEGATIVE)]
+    asked = [QUESTION.format(n=n) for n in APPLES]
     answers = tm.judges.ask(behind, asked)
     assert answers == tm.judges.ask(local, asked)
-    assert behind.calls == len(asked)
-    assert behind.tokens >= 20 * len(asked)
     # Both rank what is known as it is known.
-    scores = [text.lower().startswith("positive") for text in answers]
-    assert scores == [True] * len(POSITIVE) + [False] * len(NEGATIVE)
+    assert [number_in(answer) for answer in answers] == APPLES
+    assert behind.calls == local.calls == len(asked)
+    assert behind.tokens >= 20 * len(asked)
     # The server dies; what was answered is there, and what was not is told.
     process.kill()
     process.wait()
