@@ -102,6 +102,36 @@ def shared_calls():
         "token_direction": (
             tm.analysis.token_direction, {"model": model, "token": " and", "other": " do"}
         ),
+        "generate_samples": (
+            tm.generate,
+            {"model": model, "prompts": "Hi!", "vectors": found[0], "n_samples": 1,
+             "temperature": 0.7, "seed": 0, **SHORT},
+        ),
+        "dose_response": (
+            tm.evaluation.dose_response,
+            {"model": model, "prompts": "Hi!", "steering": found[0], "scales": [1.0], "count": len,
+             "question": None, "layer": 1, "n_samples": 1, "temperature": 0.7, "n_random": 1,
+             "seed": 0, "confidence": 0.95, **SHORT},
+        ),
+        "pairwise": (
+            tm.evaluation.pairwise,
+            {"judge": lambda text: "T", "ours": ["Hi!"], "theirs": ["Bye."], "quality": "joy",
+             "seed": 0, "confidence": 0.95},
+        ),
+        "linearity_score": (
+            tm.evaluation.linearity_score,
+            {"descriptions_a": ["Hi!"], "descriptions_b": ["Hi there!"], "embedder": "words"},
+        ),
+        "mixture": (
+            tm.analysis.mixture,
+            {"vector": found[0], "library": found[1:], "both_signs": True, "n_random": 2,
+             "seed": 0},
+        ),
+        "openai_compatible": (
+            tm.judges.openai_compatible,
+            {"base_url": "http://127.0.0.1:9/v1", "model": "m", "api_key_env": None, "system": None,
+             "timeout": 1.0, "retries": 0, "max_tokens": 9, "options": None, "cache": None},
+        ),
         "cosine_similarity": (tm.analysis.cosine_similarity, {"vectors": found}),
         "kl_divergence": (
             tm.analysis.kl_divergence,
@@ -276,7 +306,7 @@ def shared_calls():
 
 
 # Not drawn: a model from a hub would wait for a network, and huge numbers of steps for ever.
-ENDLESS = {"steps", "n_vectors", "max_new_tokens", "batch_size"}
+ENDLESS = {"steps", "n_vectors", "n_samples", "n_random", "max_new_tokens", "batch_size"}
 
 
 @pytest.mark.parametrize("hooked", [False, True])

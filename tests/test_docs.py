@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MODULES = {
     "analysis": tm.analysis,
     "evaluation": tm.evaluation,
+    "judges": tm.judges,
     "plots": tm.plots,
     "report": tm.report,
 }

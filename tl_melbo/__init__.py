@@ -30,7 +30,7 @@ from tl_melbo.steering import steered
 from tl_melbo.vectors import SteeringVectors
 
 if TYPE_CHECKING:
-    from tl_melbo import analysis, evaluation, plots, report
+    from tl_melbo import analysis, evaluation, judges, plots, report
 
 __version__ = "0.2.0"
 
@@ -52,6 +52,7 @@ __all__ = [
     "jacobian",
     "join_family",
     "join_library",
+    "judges",
     "load_model",
     "melbo",
     "melbo_objective",
@@ -66,7 +67,8 @@ __all__ = [
 
 # These pull in plotly, pandas and the like; they load when first used, so that importing the
 # package stays quick.
-_LAZY = ("analysis", "evaluation", "models", "plots", "report")  # models: the old path of model
+# models: the old path of model
+_LAZY = ("analysis", "evaluation", "judges", "models", "plots", "report")
 
 
 def __getattr__(name: str) -> Any:

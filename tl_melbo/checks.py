@@ -167,7 +167,7 @@ def argument_names(
             raise TypeError(f"{name}(): got an unexpected argument {setting!r}; {hint}")
 
 
-def installed(module: str, purpose: str) -> Any:
+def installed(module: str, purpose: str, extra: str = "evaluation") -> Any:
     """A module of a library that comes with an extra.
 
     Raises:
@@ -177,5 +177,5 @@ def installed(module: str, purpose: str) -> Any:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"{purpose}: needs {module.partition('.')[0]}; pip install 'tl_melbo[evaluation]'"
+            f"{purpose}: needs {module.partition('.')[0]}; pip install 'tl_melbo[{extra}]'"
         ) from error

@@ -50,6 +50,18 @@ class NotFinite(FloatingPointError, ValueError):
         self.rows = list(rows)
 
 
+class NoAnswer(ValueError):
+    """A judge gave no answer that can be used."""
+
+
+class Unanswered(NoAnswer):
+    """A sheet waits for a person: `path` is its file, `rows` are the open questions' numbers."""
+
+    def __init__(self, message: str, path: Path, rows: Sequence[int]) -> None:
+        super().__init__(message)
+        self.path, self.rows = path, list(rows)
+
+
 def told(rows: Sequence[object]) -> str:
     """The first ten names of rows, and how many more there are."""
     more = f" and {len(rows) - _MOST_ROWS} more" if len(rows) > _MOST_ROWS else ""

@@ -1,10 +1,13 @@
 """Let the model write under each vector."""
 
 import copy
+import hashlib
 import itertools
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +27,9 @@ from tl_melbo.text import quoted
 if TYPE_CHECKING:
     import pandas as pd
 
+# Of samples, where nothing else is asked for.
+_TEMPERATURE = 0.7
+
 
 @shape_checked
 def generate(
@@ -34,7 +40,8 @@ def generate(
     *,
     scales: float | Sequence[float] = 1.0,
     max_new_tokens: int = 50,
-    temperature: float = 0.0,
+    n_samples: int | None = None,
+    temperature: float | None = None,
     seed: int = 0,
     chat: bool | None = None,
     batch_size: int = 32,
@@ -44,13 +51,18 @@ def generate(
     Args:
         vectors: added to the prompt and to every new token; None for the unsteered model.
         layer: None takes the layer that the vectors were found at.
-        temperature: 0 takes the likeliest token (greedy), above 0 samples.
-        seed: for sampling: the same texts, if all else is the same, the batch size included.
+        n_samples: so many sampled completions of each, after the greedy one; None writes one
+            completion of each, greedy or sampled as `temperature` says.
+        temperature: 0 takes the likeliest token (greedy), above 0 samples. None takes 0, or 0.7
+            with `n_samples`.
+        seed: for sampling. Each row draws from a generator of its own, by the seed, the numbers of
+            prompt, vector and sample, and the scale: the batch size changes nothing but rounding.
         chat: None takes the format that the vectors were found with.
 
     Returns:
         A frame with the columns vector (position in `vectors`, or -1 for unsteered), scale, prompt,
-        completion; and `attrs["chat"]`, how the prompts were formatted.
+        completion; with `n_samples` also sample, 0 for greedy, before prompt; and `attrs["chat"]`,
+        how the prompts were formatted.
 
     Raises:
         NotFinite: the logits after a prompt are not finite under any of the vectors; a warning if
@@ -61,13 +73,12 @@ def generate(
     from tl_melbo.tables import Table
 
     factors = [scales] if isinstance(scales, int | float) else list(scales)
-    checks.at_least(1, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    checks.at_least(1, max_new_tokens=max_new_tokens, batch_size=batch_size, n_samples=n_samples)
     checks.seed(seed)
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature={temperature}: 0 for greedy, or a positive finite number")
+    temperature, samples = _sampling(n_samples, temperature)
     if not factors or not all(math.isfinite(factor) for factor in factors):
         raise ValueError(f"scales={factors}: one finite number, or several")
-    rows, layer = steering_rows(model, vectors, layer, factors)
+    rows, layer = steering_rows(model, vectors, layer, factors * len(samples))
     texts, chat = checks.as_texts(prompts), as_chat(vectors, chat)
     prompt_tokens = [to_tokens(model, text, chat) for text in texts]
     longest, limit = max(tokens.shape[1] for tokens in prompt_tokens), context_length(model)
@@ -76,25 +87,80 @@ def generate(
             f"max_new_tokens={max_new_tokens}: after a prompt of {longest} tokens, "
             f"{model_name(model)} has room for {limit - longest} of its {limit}"
         )
-    numbers = range(len(rows) // len(factors))
-    labels = [(i, float(factor)) for factor in factors for i in numbers]
-    labels = [(-1, 0.0)] if vectors is None else labels
+    numbers = range(len(rows) // (len(factors) * len(samples)))
+    places = [(i, float(factor)) for factor in factors for i in numbers]
+    places = [(-1, 0.0)] if vectors is None else places
+    labels = [(*place, sample) for sample in samples for place in places]
     write = _writer(model, layer, max_new_tokens, temperature)
     frames, not_finite = [], []
-    with seeded(seed):
-        for text, tokens in zip(texts, prompt_tokens, strict=True):
-            written, batch_size = map_batches(partial(write, tokens), rows, batch_size)
-            completions = [each for some, _ in written for each in some]
-            not_finite += [is_bad for _, some in written for is_bad in some]
-            frame = pd.DataFrame(labels, columns=["vector", "scale"])
-            frames.append(frame.assign(prompt=text, completion=completions))
+    for number, (text, tokens) in enumerate(zip(texts, prompt_tokens, strict=True)):
+        drawn = [_draws(max_new_tokens, each[-1] > 0, seed, number, *each) for each in labels]
+        steered = _Rows(rows, torch.stack(drawn))
+        written, batch_size = map_batches(partial(write, tokens), steered, batch_size)
+        completions = [each for some, _ in written for each in some]
+        not_finite += [is_bad for _, some in written for is_bad in some]
+        frame = pd.DataFrame(labels, columns=["vector", "scale", "sample"])
+        frames.append(frame.assign(prompt=text, completion=completions))
     frame = Table(pd.concat(frames, ignore_index=True))
+    frame = frame if n_samples else frame.drop(columns="sample")
     frame.attrs["chat"] = chat
     labels = zip(frame["vector"], frame["scale"], frame["prompt"], strict=True)
     names = [f"{vector} at scale {scale:g} after {quoted(text)}" for vector, scale, text in labels]
     what = f"what {model_name(model)} writes, steered after layer {layer},"
     warn_of_rows(not_finite, what, "their completions end where it began", names)
     return frame
+
+
+def written(model: Model, tokens: Tokens, max_new_tokens: int) -> str:
+    """The greedy completion of the unsteered model after these tokens."""
+    room = context_length(model) - tokens.shape[1] if context_length(model) else max_new_tokens
+    if room < max_new_tokens:
+        raise ValueError(
+            f"a text of {tokens.shape[1]} tokens: {model_name(model)} has room for {max(room, 0)} "
+            f"more, but max_new_tokens={max_new_tokens}; shorten the text"
+        )
+    unsteered = _Rows(torch.zeros(1, int(model.cfg.d_model)), _draws(max_new_tokens, False)[None])
+    texts, not_finite = _writer(model, 0, max_new_tokens, 0.0)(tokens, unsteered)
+    warn_of_rows(not_finite, f"what {model_name(model)} writes", "")
+    return texts[0]
+
+
+def _sampling(n_samples: int | None, temperature: float | None) -> tuple[float, list[int]]:
+    """The temperature, and the numbers of the completions of each row: 0 is greedy."""
+    if temperature is None:
+        temperature = _TEMPERATURE if n_samples else 0.0
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature={temperature}: 0 for greedy, or a positive finite number")
+    if n_samples and temperature == 0:
+        raise ValueError(
+            f"temperature=0 with n_samples={n_samples}: all would be the greedy completion; "
+            "pass a positive temperature, such as 0.7"
+        )
+    return temperature, list(range(n_samples + 1)) if n_samples else [int(temperature > 0)]
+
+
+def _draws(n_tokens: int, is_sampled: bool, *name: float) -> Tensor:
+    """Where in the distribution of each new token a row's text takes it; NaN for the likeliest."""
+    if not is_sampled:
+        return torch.full((n_tokens,), torch.nan, dtype=torch.float64)
+    digest = hashlib.sha256(json.dumps(name).encode()).digest()
+    own = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.rand(n_tokens, generator=own, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What is added to each row, or one for all, and from where its tokens are drawn."""
+
+    added: Theta
+    draws: Tensor
+
+    def __len__(self) -> int:
+        return len(self.draws)
+
+    def __getitem__(self, rows: slice) -> "_Rows":
+        added = self.added if len(self.added) == 1 else self.added[rows]
+        return _Rows(added, self.draws[rows])
 
 
 @contextmanager
@@ -107,26 +173,26 @@ def seeded(seed: int) -> Iterator[None]:
 
 def _writer(
     model: Model, layer: int, max_new_tokens: int, temperature: float
-) -> Callable[[Tokens, Theta], tuple[list[str], list[bool]]]:
-    """A function that writes one text a vector, and tells whether its logits were not finite."""
+) -> Callable[[Tokens, _Rows], tuple[list[str], list[bool]]]:
+    """A function that writes one text a row, and tells whether its logits were not finite."""
     from transformers import GenerationConfig, LogitsProcessorList
 
     plain, bridged = plain_model(model), getattr(model, "original_model", None)
     ends = end_tokens(model.tokenizer, bridged, int(model.cfg.d_vocab))
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
-    only_ours = {"top_k": 0} if temperature > 0 else {}
+    # Always the likeliest token, after `_Choice` has made what is drawn the likeliest.
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
     config = GenerationConfig(
-        eos_token_id=ends or None, pad_token_id=(ends or [None])[0], **options, **only_ours
+        eos_token_id=ends or None, pad_token_id=(ends or [None])[0], **options
     )
     # With no settings but ours: some models bring a penalty or a temperature along.
     writes = copy.copy(bridged if plain is None else plain)
     if writes is not None:
         writes.generation_config = GenerationConfig()
 
-    def write(tokens: Tokens, theta: Theta) -> tuple[list[str], list[bool]]:
-        rows = tokens.expand(len(theta), -1)
-        choice = _Choice(len(theta), torch.tensor(ends, device=tokens.device), temperature)
-        with adding(model, plain, theta, layer):
+    def write(tokens: Tokens, steered: _Rows) -> tuple[list[str], list[bool]]:
+        rows = tokens.expand(len(steered), -1)
+        choice = _Choice(steered.draws, torch.tensor(ends, device=tokens.device), temperature)
+        with adding(model, plain, steered.added, layer):
             if writes is None:  # a HookedTransformer
                 with model.unembed.register_forward_hook(choice.of_logits):
                     out = model.generate(rows, return_type="tokens", verbose=False, **options)
@@ -148,9 +214,10 @@ def _writer(
 class _Choice:
     """The scores by which the next token is picked: a text ends where they are not finite."""
 
-    def __init__(self, n_rows: int, ends: Tensor, temperature: float) -> None:
-        self.ends, self.temperature, self.began = ends, temperature, False
-        self.not_finite = torch.zeros(n_rows, dtype=torch.bool, device=ends.device)
+    def __init__(self, draws: Tensor, ends: Tensor, temperature: float) -> None:
+        self.ends, self.temperature, self.n_written = ends, temperature, 0
+        self.draws = draws.to(ends.device)
+        self.not_finite = torch.zeros(len(draws), dtype=torch.bool, device=ends.device)
         self.ended = self.not_finite.clone()
 
     def of_logits(self, module: nn.Module, args: Any, logits: Tensor) -> Tensor:
@@ -159,15 +226,27 @@ class _Choice:
         return self(unknown, logits[:, -1].float())[:, None]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if self.began:
+        if self.n_written:
             self.ended |= torch.isin(input_ids[:, -1], self.ends)
-        self.began = True
+        draws = self.draws[:, self.n_written, None]
+        self.n_written += 1
         # The largest is NaN if any is.
         largest = scores.amax(-1, keepdim=True)
         self.not_finite |= ~(largest[:, 0].isfinite() | self.ended)
-        if self.temperature > 0:
-            # From the largest down, so that no temperature makes infinities.
-            scores = (scores - largest) / self.temperature
+        is_drawn = ~draws.isnan()
+        if is_drawn.any():
+            scores = torch.where(is_drawn, self._drawn(scores - largest, draws), scores)
         certain = torch.full_like(scores[0], -torch.inf)
         certain[int(self.ends[0]) if len(self.ends) else 0] = 0.0
         return torch.where((self.not_finite | self.ended)[:, None], certain, scores)
+
+    def _drawn(self, scores: Tensor, draws: Tensor) -> Tensor:
+        """Scores that leave one token of each row: where its cumulated probability passes `draws`.
+
+        From the largest score down, so that no temperature makes infinities. A row takes one
+        number a token, whatever the other rows take.
+        """
+        cumulated = (scores.double() / self.temperature).exp().cumsum(-1)
+        token = torch.searchsorted(cumulated, draws * cumulated[:, -1:], right=True)
+        token = token.clamp_max(scores.shape[-1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter_(-1, token, 0.0)

@@ -13,6 +13,8 @@ _VISIBLE = str.maketrans(
     | dict.fromkeys(range(0xD800, 0xE000), "\ufffd")
 )
 _MOST_QUOTED = 60
+# Spreadsheets take the wide forms for the same.
+_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 
 
 def printable(text: str) -> str:
@@ -23,6 +25,17 @@ def printable(text: str) -> str:
 def quoted(text: str) -> str:
     """A text in quotes on one line, short enough for a message."""
     return repr(text if len(text) <= _MOST_QUOTED else text[: _MOST_QUOTED - 1] + "…")
+
+
+def defused(text: str) -> str:
+    """Keep a spreadsheet from running text as a formula (OWASP, "CSV injection")."""
+    return f"'{text}" if text.lstrip("'").startswith(_FORMULA_STARTS) else text
+
+
+def undefused(text: str) -> str:
+    """The text that `defused` was given."""
+    is_defused = text.startswith("'") and text.lstrip("'").startswith(_FORMULA_STARTS)
+    return text[1:] if is_defused else text
 
 
 def did_you_mean(word: str, allowed: Iterable[str]) -> str:

@@ -10,6 +10,7 @@ from tl_melbo.analysis._coherence import repetition
 from tl_melbo.analysis._completions import rescale, scale_sweep, transfer
 from tl_melbo.analysis._embedding import embeddings
 from tl_melbo.analysis._family import composition, family
+from tl_melbo.analysis._mixture import Mixture, mixture
 from tl_melbo.analysis._presence import presence, presence_statistics
 from tl_melbo.analysis._similarity import (
     cosine_similarity,
@@ -22,6 +23,7 @@ from tl_melbo.probability import kl_from_log_probs
 
 __all__ = [
     "Behaviours",
+    "Mixture",
     "behaviours",
     "composition",
     "cosine_similarity",
@@ -31,6 +33,7 @@ __all__ = [
     "kl_baselines",
     "kl_divergence",
     "kl_from_log_probs",
+    "mixture",
     "presence",
     "presence_statistics",
     "repetition",

@@ -11,11 +11,12 @@ from tl_melbo.shapes import Tokens, shape_checked
 
 
 @shape_checked
-def to_tokens(model: Model, prompt: str, chat: bool = False) -> Tokens:
+def to_tokens(model: Model, prompt: str, chat: bool = False, system: str | None = None) -> Tokens:
     """Tokenise one prompt, without a doubled beginning-of-sequence token; on the model's device.
 
     Args:
         chat: put the text into the tokenizer's chat template, if there is one, as a user's turn.
+        system: a system prompt; before the text, where the template knows none.
 
     Raises:
         ValueError: an empty prompt, one that is too long, a model without a tokenizer.
@@ -31,7 +32,11 @@ def to_tokens(model: Model, prompt: str, chat: bool = False) -> Tokens:
             "prompt is used. Pass chat=False, or load an instruction-tuned model"
         )
         chat = False
-    tokens = _chat_tokens(tokenizer, prompt) if chat else model.to_tokens(prompt, truncate=False)
+    if chat:
+        tokens = _chat_tokens(tokenizer, prompt, system)
+    else:
+        text = prompt if system is None else f"{system}\n\n{prompt}"
+        tokens = model.to_tokens(text, truncate=False)
     tokens = tokens.to(model_device(model)).long()
     longest = context_length(model)
     if longest and tokens.shape[1] > longest:
@@ -42,14 +47,18 @@ def to_tokens(model: Model, prompt: str, chat: bool = False) -> Tokens:
     return tokens
 
 
-def _chat_tokens(tokenizer: Any, prompt: str) -> Tensor:
+def _chat_tokens(tokenizer: Any, prompt: str, system: str | None = None) -> Tensor:
     from jinja2 import TemplateError
 
     turns = [{"role": "user", "content": prompt}]
+    if system is not None:
+        turns.insert(0, {"role": "system", "content": system})
     options = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
     try:
         return tokenizer.apply_chat_template(turns, **options)["input_ids"]
     except TemplateError as error:
+        if system is not None:  # some templates know no system prompt
+            return _chat_tokens(tokenizer, f"{system}\n\n{prompt}")
         raise ValueError(
             f"the tokenizer's chat template does not work ({error}); pass chat=False, or repair "
             "model.tokenizer.chat_template"

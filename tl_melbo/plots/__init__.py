@@ -3,6 +3,7 @@
 Every `title` stands above its figure; "" leaves it out.
 """
 
+from tl_melbo.plots._experiments import description_heatmap, dose_response, pairwise
 from tl_melbo.plots._frames import (
     atlas_heatmap,
     composition_curves,
@@ -25,11 +26,14 @@ __all__ = [
     "atlas_heatmap",
     "composition_curves",
     "cosine_heatmap",
+    "description_heatmap",
     "distance_curve",
+    "dose_response",
     "kl_curve",
     "moving_average",
     "norm_curve",
     "objective_history",
+    "pairwise",
     "presence_points",
     "scale_curves",
     "specificity_points",

@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 
 from tl_melbo.errors import Damaged
 from tl_melbo.files import clear_partial, replacing, writable_folder
+from tl_melbo.text import defused, undefused
 from tl_melbo.vectors import SteeringVectors
 
 VECTORS, REFERENCE, LOCK = "vectors.safetensors", "theta0.safetensors", ".lock"
@@ -37,8 +38,6 @@ _SETTINGS: dict[str, Any] = {
     "model": str | None, "max_new_tokens": int | None,
     "texts_of": str | None, "side_effects_of": str | None,
 }  # fmt: skip
-# Spreadsheets take the wide forms for the same.
-_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 
 
 @contextmanager
@@ -155,7 +154,7 @@ def save_table(path: Path, table: pd.DataFrame) -> None:
     """Write a CSV file that a spreadsheet can open without running what a model wrote."""
     safe = table.copy()
     for name in {*_TEXTS} & {*safe.columns}:
-        safe[name] = [_defused(text) if isinstance(text, str) else "" for text in safe[name]]
+        safe[name] = [defused(text) if isinstance(text, str) else "" for text in safe[name]]
     if "members" in safe:
         safe["members"] = [" ".join(map(str, members)) for members in safe["members"]]
     # All text in quotes: pandas forgets them around a lone carriage return.
@@ -176,7 +175,7 @@ def load_table(path: Path, columns: Sequence[str] = ()) -> pd.DataFrame:
         for name in {*header} - {*_WORDS}:
             table[name] = pd.to_numeric(table[name])
         for name in {*_TEXTS} & {*header}:
-            table[name] = [_original(text) for text in table[name]]
+            table[name] = [undefused(text) for text in table[name]]
         if "members" in table:
             table["members"] = [tuple(map(int, text.split())) for text in table["members"]]
         if path.name == COMPLETIONS:
@@ -197,13 +196,3 @@ def _check_completions(table: pd.DataFrame) -> None:
         raise ValueError("a prompt is blank")
     if {*table["prompt"]} != {*table.loc[table["vector"] == -1, "prompt"]}:
         raise ValueError("a prompt has no baseline (vector -1)")
-
-
-def _defused(text: str) -> str:
-    """Keep a spreadsheet from running text as a formula (OWASP, "CSV injection")."""
-    return f"'{text}" if text.lstrip("'").startswith(_FORMULA_STARTS) else text
-
-
-def _original(text: str) -> str:
-    defused = text.startswith("'") and text.lstrip("'").startswith(_FORMULA_STARTS)
-    return text[1:] if defused else text

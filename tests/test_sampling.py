@@ -1,0 +1,99 @@
+"""Sampled completions: their distribution, their seeds, and the greedy one before them."""
+
+from collections import Counter
+
+import pytest
+import scipy.stats
+import torch
+
+import tl_melbo as tm
+from tl_melbo.model.tokens import to_tokens
+
+pytestmark = pytest.mark.boundary
+
+PROMPT = "Once upon a time"
+
+
+def two_vectors():
+    generator = torch.Generator().manual_seed(0)
+    return 3 * torch.nn.functional.normalize(torch.randn(2, 32, generator=generator))
+
+
+@pytest.mark.parametrize("temperature", [0.7, 2.0])
+def test_tokens_are_drawn_as_often_as_the_model_says(tiny_llama, temperature):
+    options = {"n_samples": 600, "temperature": temperature, "batch_size": 301}
+    frame = tm.generate(tiny_llama, PROMPT, max_new_tokens=1, **options)
+    drawn = Counter(frame["completion"][frame["sample"] > 0])
+    with torch.no_grad():
+        logits = tiny_llama(to_tokens(tiny_llama, PROMPT))[0, -1].double()
+    # Tokens that are written alike count as one; the rare ones, too.
+    expected = Counter()
+    for token, p in enumerate((logits / temperature).softmax(-1).tolist()):
+        expected[tiny_llama.tokenizer.decode([token], skip_special_tokens=True)] += 600 * p
+    often = [text for text, n in expected.items() if n >= 5]
+    assert len(often) >= 5
+    observed = [drawn[text] for text in often]
+    wanted = [expected[text] for text in often]
+    rest = 600 - sum(wanted)
+    if rest > 1:
+        observed, wanted = [*observed, 600 - sum(observed)], [*wanted, rest]
+    else:
+        wanted = [each * sum(observed) / sum(wanted) for each in wanted]
+    assert scipy.stats.chisquare(observed, wanted).pvalue > 0.01
+
+
+def test_the_batch_size_changes_nothing(tiny, unchanged):
+    unchanged(tiny)
+    options = {"layer": 2, "scales": [1.0, -1.0], "n_samples": 3, "max_new_tokens": 5, "seed": 3}
+    prompts = [PROMPT, "Hi!"]
+    frames = [
+        tm.generate(tiny, prompts, two_vectors(), batch_size=size, **options) for size in (1, 5, 32)
+    ]
+    assert all(frame.equals(frames[0]) for frame in frames)
+    drawn = frames[0][frames[0]["sample"] > 0]
+    assert drawn["completion"].nunique() > len(drawn) / 2
+
+
+def test_the_greedy_completion_stays_the_first(tiny_llama):
+    options = {"layer": 2, "scales": [0.5, -1.0], "max_new_tokens": 5}
+    greedy = tm.generate(tiny_llama, [PROMPT, "Hi!"], two_vectors(), **options)
+    assert "sample" not in greedy
+    frame = tm.generate(tiny_llama, [PROMPT, "Hi!"], two_vectors(), n_samples=2, **options)
+    assert frame.columns.tolist() == ["vector", "scale", "sample", "prompt", "completion"]
+    assert len(frame) == 3 * len(greedy)
+    first = frame[frame["sample"] == 0].drop(columns="sample").reset_index(drop=True)
+    assert first.equals(greedy)
+    groups = frame.groupby(["prompt", "scale", "vector"])["sample"]
+    assert {tuple(samples) for _, samples in groups} == {(0, 1, 2)}
+
+
+def test_a_row_keeps_its_text_whatever_is_beside_it(tiny_llama):
+    options = {"layer": 2, "max_new_tokens": 5}
+    few = tm.generate(tiny_llama, PROMPT, two_vectors()[:1], n_samples=1, **options)
+    many = tm.generate(
+        tiny_llama, [PROMPT, "Hi!"], two_vectors(), scales=[2.0, 1.0], n_samples=3, **options
+    )
+    assert few.merge(many, on=[*few.columns]).shape[0] == 2
+    # One sampled completion without `n_samples` is sample 1.
+    drawn = tm.generate(tiny_llama, PROMPT, two_vectors()[:1], temperature=0.7, **options)
+    assert drawn["completion"].tolist() == few["completion"][1:].tolist()
+
+
+def test_unsteered_samples(tiny_llama):
+    frame = tm.generate(tiny_llama, PROMPT, n_samples=4, max_new_tokens=5)
+    assert frame["vector"].tolist() == [-1] * 5
+    assert frame["scale"].tolist() == [0.0] * 5
+    assert frame["completion"].nunique() > 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"n_samples": 0}, "n_samples=0: at least 1"),
+        ({"n_samples": 2, "temperature": 0.0}, "temperature=0 with n_samples=2"),
+        ({"temperature": float("inf")}, "temperature=inf"),
+    ],
+)
+def test_sampling_that_cannot_be_is_named(tiny_llama, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        tm.generate(tiny_llama, PROMPT, max_new_tokens=2, **arguments)

@@ -1,0 +1,293 @@
+"""A count against the scale of a vector, beside random vectors and the unsteered model."""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from tl_melbo import checks
+from tl_melbo.analysis._coherence import DEFAULT_PERPLEXITY, DEFAULT_REPETITION, judged
+from tl_melbo.analysis._similarity import random_like
+from tl_melbo.evaluation._hits import DEFAULT_CONFIDENCE, wilson_interval
+from tl_melbo.generation import generate
+from tl_melbo.judges._asking import ask_for, check_judge
+from tl_melbo.model.bridge import Model, check_model
+from tl_melbo.shapes import shape_checked
+from tl_melbo.steering import steering_layer
+from tl_melbo.tables import Table
+from tl_melbo.text import quoted
+from tl_melbo.vectors import SteeringVectors
+
+SCALES = (-2.0, -1.0, -0.5, 0.5, 1.0, 2.0)
+_RESAMPLES = 2_000
+_ROW = ["steering", "vector", "scale"]
+_TABLE = [*_ROW, "n", "mean", "low", "high", "greedy", "coherent", "invalid"]
+_ADVICE = "pass the table of dose_response"
+
+
+@dataclass(frozen=True, eq=False)
+class DoseResponse:
+    """What `dose_response` gives.
+
+    Attributes:
+        table: a row for each vector and scale, and for their controls.
+        texts: the completions, each with its `count`, and whether it is `coherent`.
+        confidence: of the intervals.
+    """
+
+    table: pd.DataFrame
+    texts: pd.DataFrame
+    confidence: float
+
+    def negative_scale(self) -> pd.DataFrame:
+        """Does the negative of a vector do the opposite?
+
+        The change of the mean from the unsteered one, split into a part that turns around with the
+        sign, `odd`, and one that does not, `even`. A direction along which the count grows has an
+        even part near 0. One that is far from 0 says that something else happens on one side, as
+        for a sum of several directions.
+
+        Returns:
+            A row for each vector and each scale that was taken with both signs: vector, scale; odd,
+            odd_low, odd_high; even, even_low, even_high, by bootstrap over samples.
+
+        Source: a conjecture in "Unsupervised discovery of steering vectors" (2025): combinations do
+        something interesting when they are scaled negatively.
+        """
+        sampled = self.texts[self.texts["sample"] > 0]
+        strata = dict(iter(sampled.groupby(_ROW)))
+        (zero,) = (_strata(rows) for key, rows in strata.items() if key[0] == "unsteered")
+        rows = []
+        for (steering, vector, scale), plus in strata.items():
+            minus = strata.get((steering, vector, -scale))
+            if steering != "vector" or scale < 0 or minus is None:
+                continue
+            rng = np.random.default_rng(0)
+            up, down, none = (_resampled(s, rng) for s in (_strata(plus), _strata(minus), zero))
+            means = [_mean(s) for s in (_strata(plus), _strata(minus), zero)]
+            row: dict[str, Any] = {"vector": vector, "scale": scale}
+            for name, sign, rest in (("odd", -1, 0), ("even", 1, 1)):
+                row[name] = (means[0] + sign * means[1]) / 2 - rest * means[2]
+                some = (up + sign * down) / 2 - rest * none
+                row[f"{name}_low"], row[f"{name}_high"] = _quantiles(some, self.confidence)
+            rows.append(row)
+        if not rows:
+            raise ValueError("scales: none was taken with both signs; pass for example [-1, 1]")
+        return Table(rows)
+
+
+@shape_checked
+def dose_response(
+    model: Model,
+    prompts: str | Sequence[str],
+    steering: Any,
+    scales: Sequence[float] = SCALES,
+    *,
+    count: Callable[[str], Any],
+    question: str | None = None,
+    layer: int | None = None,
+    n_samples: int = 8,
+    temperature: float = 0.7,
+    n_random: int = 2,
+    max_new_tokens: int = 50,
+    chat: bool | None = None,
+    seed: int = 0,
+    confidence: float = DEFAULT_CONFIDENCE,
+    batch_size: int = 32,
+) -> DoseResponse:
+    """Count something in sampled completions at each scale of each vector.
+
+        response = tm.evaluation.dose_response(
+            model, prompts, found[3], count=lambda text: text.count("?")
+        )
+
+    Args:
+        steering: what `generate` takes: vectors, or an adapter.
+        scales: of both signs. 0, the unsteered model, is always beside them.
+        count: from a completion to a number; or a judge, if there is a `question`.
+        question: what to ask the judge of each completion, such as "How many questions are in
+            this text?".
+        n_samples: sampled completions of each prompt; a greedy one is beside them.
+        n_random: random vectors of equal norm for each vector, as a control; 0 for adapters.
+
+    Returns:
+        A `DoseResponse`. Its table: steering, "vector", "random" or "unsteered"; vector, for
+        "random" the one whose norm they have; scale; n, how many sampled completions; mean, with
+        low and high; greedy, the mean of the greedy completions; coherent, the share of coherent
+        completions, by perplexity and repetition; invalid, how many a judge gave no number for.
+        The interval is over samples of these prompts, not over other prompts: Wilson's if all
+        counts are 0 or 1, otherwise a bootstrap within each prompt.
+
+    Raises:
+        TypeError: `count` is no function, or does not give a number.
+        ValueError: a scale is given twice or is not finite; n_random with an adapter.
+        NoAnswer: more than half of a judge's answers hold no number.
+    """
+    check_model(model)
+    checks.at_least(1, n_samples=n_samples)
+    checks.at_least(0, n_random=n_random)
+    checks.positive(temperature=temperature)
+    wilson_interval(0, 1, confidence)
+    check_judge(count, "count")
+    steps = [float(scale) for scale in scales if scale]
+    if not steps or len({*steps}) < len(steps) or not all(map(math.isfinite, steps)):
+        raise ValueError(f"scales={list(scales)}: finite numbers other than 0, each once")
+    if steering is None:
+        raise ValueError("steering: none given; pass vectors, or an adapter")
+    options = {
+        "n_samples": n_samples, "temperature": temperature, "seed": seed,
+        "max_new_tokens": max_new_tokens, "batch_size": batch_size,
+    }  # fmt: skip
+    steered = generate(model, prompts, steering, layer, scales=steps, chat=chat, **options)
+    options["chat"] = steered.attrs["chat"]
+    unsteered = generate(model, prompts, **options)
+    parts = [steered.assign(steering="vector"), unsteered.assign(steering="unsteered")]
+    if n_random:
+        theta, layer = _random(model, steering, layer, n_random, seed)
+        control = generate(model, prompts, theta, layer, scales=steps, **options)
+        parts.append(control.assign(steering="random"))
+    texts = pd.concat(parts, ignore_index=True)
+    # Strata of the random control are prompts and vectors; it stands for the vector of its norm.
+    texts["member"] = texts["vector"]
+    n_vectors = int(steered["vector"].max()) + 1
+    is_random = texts["steering"] == "random"
+    texts["vector"] = texts["vector"].where(~is_random, texts["vector"] % n_vectors)
+    texts["count"] = _counts(texts["completion"].tolist(), count, question)
+    pairs = list(zip(texts["prompt"], texts["completion"], strict=True))
+    limits = (DEFAULT_PERPLEXITY, DEFAULT_REPETITION, batch_size)
+    texts["coherent"] = (
+        judged(model, pairs, options["chat"], *limits)["filtered_out"] == ""
+    ).tolist()
+    return DoseResponse(_table(texts, confidence), Table(texts), confidence)
+
+
+def _random(
+    model: Model, steering: Any, layer: int | None, n_random: int, seed: int
+) -> tuple[torch.Tensor, int]:
+    """Random vectors, `n_random` for each vector, and their layer."""
+    if not isinstance(steering, SteeringVectors | torch.Tensor):
+        raise ValueError(
+            f"n_random={n_random}: {type(steering).__name__} has no random vectors of equal norm; "
+            "pass n_random=0"
+        )
+    theta = checks.as_matrix(steering, "steering")
+    # Far from the seeds that vectors may have been drawn with: they must not come back.
+    seeds = [(seed + 1_000_003 * number) % 2**63 for number in range(1, n_random + 1)]
+    some = [random_like(theta, each) for each in seeds]
+    return torch.cat(some), steering_layer(model, steering, layer)
+
+
+def _counts(texts: Sequence[str], count: Callable[[str], Any], question: str | None) -> list[float]:
+    """The number for each text; NaN where a judge gave none. Equal texts are counted once."""
+    different = list(dict.fromkeys(texts))
+    if question is None:
+        known = {text: _number(count(text)) for text in different}
+    else:
+        checks.as_text(question, "question")
+        asked = [f"{question}\n\nThe text:\n\n{text}" for text in different]
+        answers = ask_for(count, asked, number_in, "a number")
+        known = {
+            text: math.nan if answer is None else answer
+            for text, answer in zip(different, answers, strict=True)
+        }
+    return [known[text] for text in texts]
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, str):
+        raise TypeError(
+            f"count: gave the text {quoted(value)}, expected a number; if it is a judge, pass "
+            "question= to ask it"
+        )
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"count: gave a {type(value).__name__}, expected a number") from None
+    if not math.isfinite(number):
+        raise ValueError(f"count: gave {number}, expected a finite number")
+    return number
+
+
+def number_in(answer: str) -> float | None:
+    """The number in an answer; None where there is none, or more than one."""
+    found = {float(each) for each in re.findall(r"(?<![\w.])-?\d{1,9}(?:\.\d{1,9})?(?!\w)", answer)}
+    return found.pop() if len(found) == 1 else None
+
+
+def _table(texts: pd.DataFrame, confidence: float) -> Table:
+    rows = []
+    for key, some in texts.groupby(_ROW, sort=False):
+        drawn = some[some["sample"] > 0]
+        interval = _interval(_strata(drawn), confidence)
+        greedy, coherent = some["count"][some["sample"] == 0].mean(), drawn["coherent"].mean()
+        rows.append(
+            (*key, len(drawn), *interval, greedy, coherent, int(drawn["count"].isna().sum()))
+        )
+    return Table(rows, columns=_TABLE).sort_values(
+        ["steering", "vector", "scale"], ascending=[False, True, True], ignore_index=True
+    )
+
+
+def _strata(texts: pd.DataFrame) -> list[np.ndarray]:
+    """Counts of samples that are drawn alike: of one prompt, under one vector."""
+    known = texts[texts["count"].notna()]
+    return [some["count"].to_numpy() for _, some in known.groupby(["member", "prompt"], sort=False)]
+
+
+def _mean(strata: Sequence[np.ndarray]) -> float:
+    return float(np.concatenate(strata).mean()) if strata else math.nan
+
+
+def _resampled(strata: Sequence[np.ndarray], rng: np.random.Generator) -> np.ndarray:
+    """The mean over samples drawn again, within each stratum, many times."""
+    sums = [
+        some[rng.integers(0, len(some), (_RESAMPLES, len(some)))].sum(1) for some in strata
+    ] or [np.full(_RESAMPLES, math.nan)]
+    return np.sum(sums, 0) / max(1, sum(map(len, strata)))
+
+
+def _quantiles(values: np.ndarray, confidence: float) -> tuple[float, float]:
+    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def _interval(strata: Sequence[np.ndarray], confidence: float) -> tuple[float, float, float]:
+    mean = _mean(strata)
+    values = np.concatenate(strata) if strata else np.zeros(0)
+    if len(values) and np.isin(values, (0, 1)).all():
+        return mean, *wilson_interval(int(values.sum()), len(values), confidence)
+    return mean, *_quantiles(_resampled(strata, np.random.default_rng(0)), confidence)
+
+
+@shape_checked
+def coherent_window(table: pd.DataFrame, least: float = 0.8) -> pd.DataFrame:
+    """From which to which scale completions stay coherent, for each vector.
+
+    Outwards from 0, to the last scale before the share of coherent completions falls below `least`
+    of the unsteered model's.
+
+    Args:
+        table: as `dose_response` gives it.
+
+    Returns:
+        A row for each vector: vector, low, high; 0 where the first scale is too much already.
+    """
+    checks.columns(table, (*_ROW, "coherent"), "table", _ADVICE)
+    checks.between(0, 1, "a share", least=least)
+    unsteered = table["coherent"][table["steering"] == "unsteered"]
+    if len(unsteered) != 1:
+        raise ValueError(f"table: {len(unsteered)} unsteered rows, expected one; {_ADVICE}")
+    limit, rows = least * float(unsteered.iloc[0]), []
+    for vector, some in table[table["steering"] == "vector"].groupby("vector"):
+        ends = {}
+        for name, sign in (("low", -1), ("high", 1)):
+            side = some[some["scale"] * sign > 0].sort_values("scale", key=abs)
+            good = side["scale"][(side["coherent"] >= limit).cumprod().astype(bool)]
+            ends[name] = float(good.iloc[-1]) if len(good) else 0.0
+        rows.append({"vector": vector, **ends})
+    return Table(rows)

@@ -1,0 +1,262 @@
+"""Is what an adapter does one direction? Its texts and its vectors' texts, described by a judge."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from tl_melbo import checks
+from tl_melbo.analysis._coherence import tokens_of
+from tl_melbo.analysis._embedding import Embedder, default_embedder, embeddings
+from tl_melbo.errors import NoAnswer
+from tl_melbo.generation import generate
+from tl_melbo.judges._asking import Judge, ask, check_judge
+from tl_melbo.model.bridge import Model, check_model
+from tl_melbo.shapes import Float, shape_checked
+from tl_melbo.tables import Table
+
+_CONFIDENCE = 0.95
+_QUESTION = """Below are {n} pairs of texts. The first text of each pair is ordinary. The second \
+was written under an influence that is the same in all pairs.
+
+{pairs}
+
+In one sentence, how do the second texts differ from the first ones? Name what they have in \
+common, not what single texts are about."""
+_PAIR = """Pair {number}, first text:
+{unsteered}
+Pair {number}, second text:
+{steered}"""
+
+
+@dataclass(frozen=True, eq=False)
+class Score:
+    """How alike two sets of descriptions are; see `linearity_score`.
+
+    Attributes:
+        matrix: cosines of the embeddings, [description of a, description of b].
+        matched: for each description of a, the number of its partner.
+        score: the mean cosine of the partners.
+        low, high: 95% interval of the mean of as many partners, by Student's t.
+    """
+
+    matrix: Float[Tensor, "a b"]
+    matched: list[int]
+    score: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, eq=False)
+class Linearity(Score):
+    """What `linearity` gives: a score, with what was described.
+
+    Attributes:
+        of_adapter, of_vectors: the judge's descriptions.
+        texts: prompt, adapter, vectors and unsteered: the texts that the judge saw.
+        left_out: how many prompts were left out, because one side wrote nothing.
+    """
+
+    of_adapter: list[str]
+    of_vectors: list[str]
+    texts: pd.DataFrame
+    left_out: int
+
+
+@shape_checked
+def linearity(
+    model: Model,
+    adapter: Any,
+    vectors: Any,
+    prompts: Sequence[str],
+    *,
+    judge: Judge,
+    n_batches: int = 6,
+    layer: int | None = None,
+    max_new_tokens: int = 50,
+    chat: bool | None = None,
+    embedder: Embedder | None = None,
+    seed: int = 0,
+    batch_size: int = 32,
+) -> Linearity:
+    """Compare what a model writes under an adapter with what it writes under the adapter's vectors.
+
+    A judge sees random batches of texts beside the unsteered ones, and says in a sentence how they
+    differ. The score is high where it says the same of both sides. A score alone says little:
+    `linearity_null` holds several adapters' scores against the scores between them.
+
+    Args:
+        adapter: what `generate` takes; one row of it.
+        vectors: likewise; `layer` is theirs where they do not know it.
+        prompts: held out from the adapter's training; 96 for six batches of 16.
+        n_batches: on each side, drawn independently, so that no description meets one of the same
+            prompts by design.
+
+    Returns:
+        A `Linearity`. Texts of one prompt have the same number of tokens on both sides.
+
+    Raises:
+        ValueError: fewer prompts than batches, several rows, or nothing written on one side.
+        NoAnswer: a description is empty.
+
+    Source: "Unsupervised discovery of steering vectors" (2025). The null and the equal lengths are
+    this package's.
+    """
+    check_model(model)
+    check_judge(judge)
+    checks.at_least(1, n_batches=n_batches)
+    checks.seed(seed)
+    options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    frames = {}
+    for name, steering in (("adapter", adapter), ("vectors", vectors)):
+        frames[name] = generate(model, prompts, steering, layer, chat=chat, **options)
+        if frames[name]["vector"].max() > 0:
+            raise ValueError(f"{name}: more than one; pass one, as found[5]")
+    ways = {frame.attrs["chat"] for frame in frames.values()}
+    if len(ways) > 1:
+        raise ValueError("chat: adapter and vectors differ in it; pass chat=True or chat=False")
+    frames["unsteered"] = generate(model, prompts, chat=ways.pop(), **options)
+    texts = pd.DataFrame({"prompt": frames["unsteered"]["prompt"]})
+    texts = texts.assign(**{name: frame["completion"] for name, frame in frames.items()})
+    cut = _equally_long(model, texts)
+    if len(cut) < n_batches:
+        raise ValueError(
+            f"prompts: {len(cut)} of {len(texts)} have a text on both sides, but "
+            f"n_batches={n_batches}; pass more prompts, or ask for fewer batches"
+        )
+    questions = [
+        _question(batch, name)
+        for name in ("adapter", "vectors")
+        for batch in _batches(cut, n_batches, f"{seed} {name}")
+    ]
+    described = ask(judge, questions)
+    if empty := [number for number, text in enumerate(described) if not text]:
+        raise NoAnswer(
+            f"judge: descriptions {empty} of {len(described)} are empty; ask another judge"
+        )
+    sides = described[:n_batches], described[n_batches:]
+    found = linearity_score(*sides, embedder)
+    return Linearity(**vars(found), of_adapter=sides[0], of_vectors=sides[1], texts=Table(cut),
+                     left_out=len(texts) - len(cut))  # fmt: skip
+
+
+def _equally_long(model: Model, texts: pd.DataFrame) -> pd.DataFrame:
+    """The texts of both sides cut to the shorter one's tokens, where neither is empty."""
+    rows = []
+    for row in texts.to_dict("records"):
+        tokens = {side: tokens_of(model, row[side]) for side in ("adapter", "vectors")}
+        length = min(map(len, tokens.values()))
+        if length:
+            cut = {side: model.tokenizer.decode(some[:length]) for side, some in tokens.items()}
+            rows.append({**row, **cut})
+    return pd.DataFrame(rows, columns=texts.columns)
+
+
+def _batches(texts: pd.DataFrame, n_batches: int, seed: str) -> list[pd.DataFrame]:
+    """A random partition, sizes as equal as can be."""
+    order = random.Random(seed).sample(range(len(texts)), len(texts))
+    return [texts.iloc[order[first::n_batches]] for first in range(n_batches)]
+
+
+def _question(batch: pd.DataFrame, side: str) -> str:
+    pairs = [
+        _PAIR.format(number=number, unsteered=row["unsteered"].strip(), steered=row[side].strip())
+        for number, row in enumerate(batch.to_dict("records"), start=1)
+    ]
+    return _QUESTION.format(n=len(pairs), pairs="\n\n".join(pairs))
+
+
+@shape_checked
+def linearity_score(
+    descriptions_a: Sequence[str], descriptions_b: Sequence[str], embedder: Embedder | None = None
+) -> Score:
+    """How alike two sets of descriptions are, in the best one-to-one matching of them.
+
+    Args:
+        embedder: as in `analysis.embeddings`; None takes sentences where that is installed.
+
+    Raises:
+        ValueError: none, or not as many on both sides.
+        ModuleNotFoundError: scipy, or what the embedder needs, is not installed.
+    """
+    _check(descriptions_a, descriptions_b)
+    texts = [*descriptions_a, *descriptions_b]
+    points = embeddings(texts, embedder or default_embedder()).double()
+    return _score(points[: len(descriptions_a)], points[len(descriptions_a) :])
+
+
+def _check(a: Sequence[str], b: Sequence[str]) -> None:
+    if isinstance(a, str) or isinstance(b, str) or len(a) != len(b) or not a:
+        raise ValueError(
+            f"descriptions_a, descriptions_b: {len(a)} and {len(b)}; pass two lists of the same, "
+            "positive length"
+        )
+
+
+def _score(a: Tensor, b: Tensor) -> Score:
+    matrix = (a @ b.T).clamp(-1, 1)
+    solver = checks.installed("scipy.optimize", "linearity_score")
+    rows, matched = solver.linear_sum_assignment(matrix.numpy(), maximize=True)
+    partners = matrix[rows, matched]
+    score, half = float(partners.mean()), 0.0
+    if len(partners) > 1:
+        student = checks.installed("scipy.stats", "linearity_score").t
+        width = float(student.ppf((1 + _CONFIDENCE) / 2, len(partners) - 1))
+        half = width * float(partners.std()) / len(partners) ** 0.5
+    low, high = max(-1.0, score - half), min(1.0, score + half)
+    return Score(matrix, matched.tolist(), score, low, high)
+
+
+@shape_checked
+def linearity_null(
+    of_adapters: Sequence[Sequence[str]],
+    of_vectors: Sequence[Sequence[str]],
+    embedder: Embedder | None = None,
+) -> pd.DataFrame:
+    """The scores of several adapters, beside those between different ones: the null.
+
+        scores = [tm.evaluation.linearity(model, ...) for ...]
+        tm.evaluation.linearity_null(
+            [each.of_adapter for each in scores], [each.of_vectors for each in scores]
+        )
+
+    Args:
+        of_adapters: the descriptions of each adapter's texts.
+        of_vectors: the descriptions of the texts of each one's vectors, in the same order.
+
+    Returns:
+        A row for each adapter: adapter, its number; score; null_mean, null_low and null_high, the
+        mean and range of the scores of its texts with others' vectors, and of its vectors with
+        others' texts; p_value, the chance that its own score is as high among these. `attrs` holds
+        the matrix of all `scores`, as lists: adapters down, vectors across.
+
+    Raises:
+        ValueError: fewer than two adapters, or not as many descriptions everywhere.
+    """
+    count = len(of_adapters)
+    if count != len(of_vectors) or count < 2:
+        raise ValueError(
+            f"of_adapters, of_vectors: {count} and {len(of_vectors)} sets of descriptions; pass "
+            "those of at least two adapters, as many on both sides"
+        )
+    for some in (*of_adapters, *of_vectors):
+        _check(of_adapters[0], some)
+    flat = [text for some in (*of_adapters, *of_vectors) for text in some]
+    points = embeddings(flat, embedder or default_embedder()).double()
+    sets = points.reshape(2, count, len(of_adapters[0]), -1)
+    scores = torch.tensor([[_score(a, b).score for b in sets[1]] for a in sets[0]])
+    rows = []
+    for i in range(count):
+        others = [j for j in range(count) if j != i]
+        null = torch.cat([scores[i, others], scores[others, i]])
+        own = float(scores[i, i])
+        p_value = (1 + int((null >= own).sum())) / (1 + len(null))
+        rows.append((i, own, float(null.mean()), float(null.min()), float(null.max()), p_value))
+    columns = ["adapter", "score", "null_mean", "null_low", "null_high", "p_value"]
+    table = Table(rows, columns=columns)
+    table.attrs["scores"] = scores.tolist()
+    return table

@@ -1,0 +1,86 @@
+"""Ask a judge: what a judge is, and what of its answers is checked."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from tl_melbo.errors import NoAnswer
+from tl_melbo.text import printable, quoted
+
+Judge = Callable[[str], str]
+Value = TypeVar("Value")
+
+# An answer is a letter, a number or a sentence. A longer one is a mistake, or an attack.
+MOST_CHARACTERS = 20_000
+# A judge of whose answers more than this share cannot be read is none.
+_MOST_UNREAD = 0.5
+
+
+def ask(judge: Judge, questions: Sequence[str]) -> list[str]:
+    """The answers to questions, in order, without spaces around them; some may be empty.
+
+    A judge with a method `answers` gets all questions at once, so that a person sees them all.
+    Control characters are made visible.
+
+    Raises:
+        TypeError: the judge is not callable, or its answer is not a text.
+        NoAnswer: an answer is too long; or as the judge raises it.
+    """
+    check_judge(judge)
+    at_once = getattr(judge, "answers", None)
+    texts = list(questions)
+    answers = list(at_once(texts)) if callable(at_once) else [judge(text) for text in texts]
+    if len(answers) != len(texts):
+        raise NoAnswer(
+            f"judge: {len(answers)} answers to {len(texts)} questions; expected one each"
+        )
+    return [_checked(answer, number) for number, answer in enumerate(answers)]
+
+
+def check_judge(judge: Any, argument: str = "judge") -> None:
+    """Make sure that something can be asked: TypeError."""
+    if not callable(judge) or hasattr(judge, "cfg") or hasattr(judge, "parameters"):
+        is_model = callable(judge)
+        advice = f"tm.judges.local({'model' if is_model else '...'})"
+        raise TypeError(
+            f"{argument}: got {'a model' if is_model else type(judge).__name__}, expected a "
+            f"function from a text to a text; make one with {advice}, "
+            "tm.judges.openai_compatible(base_url, model) or tm.judges.sheet(path)"
+        )
+
+
+def _checked(answer: Any, number: int) -> str:
+    if not isinstance(answer, str):
+        raise TypeError(
+            f"judge: answer {number} is of type {type(answer).__name__}, expected a text (str)"
+        )
+    if len(answer) > MOST_CHARACTERS:
+        raise NoAnswer(
+            f"judge: answer {number} has {len(answer):,} characters, at most {MOST_CHARACTERS:,} "
+            f"are read; it begins with {quoted(printable(answer[:200]))}; ask for fewer tokens"
+        )
+    return printable(answer).strip()
+
+
+def ask_for(
+    judge: Judge, questions: Sequence[str], read: Callable[[str], Value | None], wanted: str
+) -> list[Value | None]:
+    """What `read` makes of the answers; None for those that it cannot read, asked twice.
+
+    The second time the question ends with what is `wanted`, such as "a number".
+
+    Raises:
+        NoAnswer: more than half of the answers cannot be read.
+    """
+    found = [read(answer) for answer in ask(judge, questions)]
+    unread = [place for place, value in enumerate(found) if value is None]
+    again = [f"{questions[place]}\n\nAnswer with {wanted} and nothing else." for place in unread]
+    answers = ask(judge, again)
+    for place, answer in zip(unread, answers, strict=True):
+        found[place] = read(answer)
+    bad = [answer for answer in answers if read(answer) is None]
+    if len(bad) > _MOST_UNREAD * len(found):
+        raise NoAnswer(
+            f"judge: {len(bad)} of {len(found)} answers are not {wanted}, the first is "
+            f"{quoted(bad[0])}; ask another judge, or put it in other words"
+        )
+    return found

@@ -1,0 +1,172 @@
+"""Experiments with judges and counts, as figures. `layout.meta["alt"]` tells them in words."""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from tl_melbo import checks
+from tl_melbo.evaluation import Score
+from tl_melbo.plots import _style
+from tl_melbo.plots._style import BLUE, DOTTED, GREY, HOVER, OTHERS, axis, figure, line
+from tl_melbo.shapes import shape_checked
+
+_ADVICE = "pass the frame as the experiment returned it"
+# Where the share of coherent completions is lower, a point is open.
+_COHERENT = 0.5
+
+
+@shape_checked
+def dose_response(
+    table: pd.DataFrame, unit: str = "mean count", title: str = "Count against scale"
+) -> go.Figure:
+    """Draw a count against the scale, with its interval: vectors in colour, random ones in grey.
+
+    Open points: fewer than half of the completions are coherent.
+
+    Args:
+        table: of a `DoseResponse`.
+        unit: what is counted, for the axis.
+    """
+    columns = ("steering", "vector", "scale", "mean", "low", "high", "coherent", "n", "greedy")
+    checks.columns(table, columns, "table", _ADVICE)
+    unsteered = table[table["steering"] == "unsteered"]
+    steered = table[table["steering"] == "vector"]
+    traces = [
+        _dose(table, vector, "random", f"random, as long as {vector}", GREY, unsteered)
+        for vector in dict.fromkeys(table["vector"][table["steering"] == "random"])
+    ]
+    colours = (BLUE, *OTHERS[:-1])
+    traces += [
+        _dose(table, vector, "vector", f"vector {vector}", colours[i % len(colours)], unsteered)
+        for i, vector in enumerate(dict.fromkeys(steered["vector"]))
+    ]
+    ends = [
+        f"vector {vector}: {some['mean'].iloc[0]:.3g} at {some['scale'].iloc[0]:g}, "
+        f"{some['mean'].iloc[-1]:.3g} at {some['scale'].iloc[-1]:g}"
+        for vector, some in steered.sort_values("scale").groupby("vector")
+    ]
+    zero = "".join(f" Unsteered: {mean:.3g}." for mean in unsteered["mean"])
+    alt = f"{unit.capitalize()} against the scale of the vector. {'; '.join(ends)}.{zero}"
+    drawn = figure(
+        traces, title, axis("scale"), axis(unit), showlegend=len(traces) > 1, meta={"alt": alt}
+    )
+    for mean in unsteered["mean"]:
+        drawn.add_hline(mean, line=DOTTED | {"color": GREY})
+    return drawn
+
+
+def _dose(
+    table: pd.DataFrame, vector: int, kind: str, name: str, colour: str, unsteered: pd.DataFrame
+) -> go.Scatter:
+    own = table[(table["steering"] == kind) & (table["vector"] == vector)]
+    rows = pd.concat([own, unsteered]).sort_values("scale")
+    hover = [
+        f"{name if row['scale'] else 'unsteered'}, scale {row['scale']:g}<br>"
+        f"{row['mean']:.3g} ({row['low']:.3g} to {row['high']:.3g}), {row['n']} completions<br>"
+        f"greedy {row['greedy']:.3g}, coherent {row['coherent']:.0%}"
+        for row in rows.to_dict("records")
+    ]
+    symbols = np.where(rows["coherent"] < _COHERENT, "circle-open", "circle")
+    trace = line(rows["scale"], rows["mean"], {"width": 2, "color": colour}, customdata=hover)
+    trace.update(mode="lines+markers", name=name, hovertemplate=HOVER)
+    trace.update(marker={"size": 8, "symbol": symbols}, error_y=_bars(rows, "mean", colour))
+    return trace
+
+
+def _bars(rows: pd.DataFrame, middle: str, colour: str) -> dict[str, object]:
+    """Error bars from low to high, as plotly wants them: as distances."""
+    up, down = rows["high"] - rows[middle], rows[middle] - rows["low"]
+    return {
+        "type": "data", "symmetric": False, "array": up, "arrayminus": down,
+        "color": colour, "thickness": 1, "width": 4,
+    }  # fmt: skip
+
+
+@shape_checked
+def pairwise(
+    table: pd.DataFrame, quality: str = "", title: str = "Preferred, in both orders"
+) -> go.Figure:
+    """Draw the share of pairs that a vector won at each scale, and how many were not decided.
+
+    Args:
+        table: of a `Pairwise`.
+        quality: that was asked for.
+    """
+    numbers = ("n", "ours", "theirs", "tie", "inconsistent", "invalid", "share", "low", "high")
+    checks.columns(table, ("vector", "scale", *numbers), "table", _ADVICE)
+    colours = (BLUE, *OTHERS[:-1])
+    groups = list(table.groupby("vector", dropna=False))
+    traces: list[go.Scatter] = []
+    for i, (vector, rows) in enumerate(groups):
+        name = (
+            "all pairs" if isinstance(vector, float) and math.isnan(vector) else f"vector {vector}"
+        )
+        traces += _shares(rows.sort_values("scale"), name, colours[i % len(colours)])
+    told = [
+        f"scale {row['scale']:g}: {row['ours']} won, {row['theirs']} lost, "
+        f"{row['n'] - row['ours'] - row['theirs']} undecided"
+        for row in table.to_dict("records")
+    ]
+    asked = f", for {quality}" if quality else ""
+    alt = f"Share of pairs won against scale{asked}. {'; '.join(told)}."
+    up = axis("share of pairs", range=[-0.03, 1.03], tickformat=".0%")
+    title = f"{title}: {quality}" if title and quality else title
+    drawn = figure(traces, title, axis("scale"), up, showlegend=True, meta={"alt": alt})
+    return drawn.add_hline(0.5, line=DOTTED)
+
+
+def _shares(rows: pd.DataFrame, name: str, colour: str) -> Iterator[go.Scatter]:
+    scales = rows["scale"].fillna(0)
+    hover = [
+        f"{name}<br>of {row['n']} pairs: {row['ours']} won, {row['theirs']} lost, "
+        f"{row['tie']} ties, {row['inconsistent']} inconsistent, {row['invalid']} invalid"
+        for row in rows.to_dict("records")
+    ]
+    won = line(scales, rows["share"], {"width": 2, "color": colour}, customdata=hover)
+    won.update(mode="lines+markers", name=f"{name}: won, of those decided", hovertemplate=HOVER)
+    yield won.update(marker={"size": 8}, error_y=_bars(rows, "share", colour))
+    undecided = 1 - (rows["ours"] + rows["theirs"]) / rows["n"]
+    look = {"width": 1.4, "color": colour, "dash": "dash"}
+    rest = line(scales, undecided, look, customdata=hover, hovertemplate=HOVER)
+    yield rest.update(mode="lines+markers", name=f"{name}: not decided", marker={"size": 5})
+
+
+@shape_checked
+def description_heatmap(
+    score: Score, title: str = "Descriptions of the adapter and of its vectors"
+) -> go.Figure:
+    """Draw the cosines of all pairs of descriptions, the matched ones in frames.
+
+    Args:
+        score: as `evaluation.linearity` or `evaluation.linearity_score` gives it.
+    """
+    z = score.matrix.numpy()
+    sides = getattr(score, "of_adapter", None), getattr(score, "of_vectors", None)
+    hover = [
+        [
+            f"cosine {z[i, j]:.3f}<br>" + "<br>".join(
+                f"{name} {number}: {_style.wrapped(texts[number])}"
+                for name, number, texts in (("adapter", i, sides[0]), ("vectors", j, sides[1]))
+                if texts is not None
+            )
+            for j in range(z.shape[1])
+        ]
+        for i in range(z.shape[0])
+    ]  # fmt: skip
+    look = {"zmin": -1, "zmax": 1, "colorscale": _style.DIVERGING}
+    look["colorbar"] = _style.colour_bar("cosine", side="bottom")
+    heatmap = go.Heatmap(z=z, customdata=hover, hovertemplate=HOVER, **look)
+    whole = _style.whole_numbers(len(z))
+    across = axis("description of the vectors' texts", showgrid=False, **whole)
+    down = axis("description of the adapter's texts", showgrid=False, autorange="reversed", **whole)
+    told = f"score {score.score:.2f} ({score.low:.2f} to {score.high:.2f})"
+    alt = f"Cosines of {z.shape[0]} by {z.shape[1]} descriptions; matched ones are framed; {told}."
+    named = f"{title}: {told}" if title else title
+    drawn = figure(heatmap, named, across, down, width=640, height=620, meta={"alt": alt})
+    for i, j in enumerate(score.matched):
+        corners = {"x0": j - 0.48, "x1": j + 0.48, "y0": i - 0.48, "y1": i + 0.48}
+        drawn.add_shape(type="rect", **corners, line={"width": 2, "color": "#24292f"})
+    return drawn
