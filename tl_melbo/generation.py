@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from tl_melbo import checks
+from tl_melbo.additions import Additions
 from tl_melbo.errors import warn_of_rows
 from tl_melbo.memory import map_batches
 from tl_melbo.model.bridge import Model, model_name, plain_model
-from tl_melbo.model.tokens import context_length, end_tokens, to_tokens
+from tl_melbo.model.tokens import check_room, end_tokens, to_tokens
 from tl_melbo.reading import adding
-from tl_melbo.shapes import Theta, Tokens, shape_checked
-from tl_melbo.steering import Vectors, as_chat, steering_rows
+from tl_melbo.shapes import Tokens, shape_checked
+from tl_melbo.steering import Steerable, as_chat, place_told, steering_rows
 from tl_melbo.text import quoted
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 def generate(
     model: Model,
     prompts: str | Sequence[str],
-    vectors: Vectors | None = None,
+    vectors: Steerable | None = None,
     layer: int | None = None,
     *,
     scales: float | Sequence[float] = 1.0,
@@ -42,7 +43,8 @@ def generate(
     """Let the model write under each vector, at each scale, after each prompt.
 
     Args:
-        vectors: added to the prompt and to every new token; None for the unsteered model.
+        vectors: added to the prompt and to every new token: vectors, vectors of several layers, or
+            adapters; None for the unsteered model.
         layer: None takes the layer that the vectors were found at.
         temperature: 0 takes the likeliest token (greedy), above 0 samples.
         seed: for sampling: the same texts, if all else is the same, the batch size included.
@@ -67,19 +69,14 @@ def generate(
         raise ValueError(f"temperature={temperature}: 0 for greedy, or a positive finite number")
     if not factors or not all(math.isfinite(factor) for factor in factors):
         raise ValueError(f"scales={factors}: one finite number, or several")
-    rows, layer = steering_rows(model, vectors, layer, factors)
+    rows = steering_rows(model, vectors, layer, factors)
     texts, chat = checks.as_texts(prompts), as_chat(vectors, chat)
     prompt_tokens = [to_tokens(model, text, chat) for text in texts]
-    longest, limit = max(tokens.shape[1] for tokens in prompt_tokens), context_length(model)
-    if limit and longest + max_new_tokens > limit:
-        raise ValueError(
-            f"max_new_tokens={max_new_tokens}: after a prompt of {longest} tokens, "
-            f"{model_name(model)} has room for {limit - longest} of its {limit}"
-        )
+    check_room(model, prompt_tokens, max_new_tokens)
     numbers = range(len(rows) // len(factors))
     labels = [(i, float(factor)) for factor in factors for i in numbers]
     labels = [(-1, 0.0)] if vectors is None else labels
-    write = _writer(model, layer, max_new_tokens, temperature)
+    write = _writer(model, max_new_tokens, temperature)
     frames, not_finite = [], []
     with seeded(seed):
         for text, tokens in zip(texts, prompt_tokens, strict=True):
@@ -92,7 +89,7 @@ def generate(
     frame.attrs["chat"] = chat
     labels = zip(frame["vector"], frame["scale"], frame["prompt"], strict=True)
     names = [f"{vector} at scale {scale:g} after {quoted(text)}" for vector, scale, text in labels]
-    what = f"what {model_name(model)} writes, steered after layer {layer},"
+    what = f"what {model_name(model)} writes, steered {place_told(rows)},"
     warn_of_rows(not_finite, what, "their completions end where it began", names)
     return frame
 
@@ -106,9 +103,9 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def _writer(
-    model: Model, layer: int, max_new_tokens: int, temperature: float
-) -> Callable[[Tokens, Theta], tuple[list[str], list[bool]]]:
-    """A function that writes one text a vector, and tells whether its logits were not finite."""
+    model: Model, max_new_tokens: int, temperature: float
+) -> Callable[[Tokens, Additions], tuple[list[str], list[bool]]]:
+    """A function that writes one text a row, and tells whether its logits were not finite."""
     from transformers import GenerationConfig, LogitsProcessorList
 
     plain, bridged = plain_model(model), getattr(model, "original_model", None)
@@ -123,10 +120,10 @@ def _writer(
     if writes is not None:
         writes.generation_config = GenerationConfig()
 
-    def write(tokens: Tokens, theta: Theta) -> tuple[list[str], list[bool]]:
-        rows = tokens.expand(len(theta), -1)
-        choice = _Choice(len(theta), torch.tensor(ends, device=tokens.device), temperature)
-        with adding(model, plain, theta, layer):
+    def write(tokens: Tokens, added: Additions) -> tuple[list[str], list[bool]]:
+        rows = tokens.expand(len(added), -1)
+        choice = _Choice(len(added), torch.tensor(ends, device=tokens.device), temperature)
+        with adding(model, plain, added):
             if writes is None:  # a HookedTransformer
                 with model.unembed.register_forward_hook(choice.of_logits):
                     out = model.generate(rows, return_type="tokens", verbose=False, **options)

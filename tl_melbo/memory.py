@@ -2,17 +2,26 @@
 
 import gc
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Protocol, Self, TypeVar
 
 import psutil
 import torch
-from torch import Tensor
 
 Result = TypeVar("Result")
 
 
+class _Sliced(Protocol):
+    """Rows that can be counted and cut: a tensor, or what steers a model."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, rows: slice, /) -> Self: ...
+
+
+Rows = TypeVar("Rows", bound=_Sliced)
+
+
 def map_batches(
-    function: Callable[[Tensor], Result], rows: Tensor, size: int
+    function: Callable[[Rows], Result], rows: Rows, size: int
 ) -> tuple[list[Result], int]:
     """Call a function on batches of rows, in order, with smaller ones where memory is full.
 
