@@ -7,7 +7,7 @@ that the adapted one samples, and sure of itself.
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -139,18 +139,8 @@ class Training(Iterator[Adapter]):
     def _finished(self, number: int, rows: AdapterAdditions, measured: Tensor) -> Adapter:
         end = measured[-math.ceil(len(measured) / _END) :].mean(0)
         columns = {name: end[[place]] for place, name in enumerate(_COLUMNS)}
-        measured_last = dict(zip(_COLUMNS, end.tolist(), strict=True))
-        entropy, repeated = measured_last["entropy"], measured_last["repetition"]
-        # A model that is as uncertain without the adapter has not collapsed.
-        most = _LARGEST_ENTROPY * math.log(int(self.model.cfg.d_vocab))
-        most = max(most, _MOST_ABOVE * measured_last["entropy_without"])
-        reasons = {
-            f"a share of {repeated:.2f} of what it writes repeats itself": (
-                repeated > DEFAULT_REPETITION
-            ),
-            f"its next token has an entropy of {entropy:.1f} nats": entropy > most,
-        }
-        why = " and ".join(reason for reason, holds in reasons.items() if holds)
+        means = dict(zip(_COLUMNS, end.tolist(), strict=True))
+        why = _collapse(means, int(self.model.cfg.d_vocab))
         if why:
             warn_user(
                 f"adapter {number} has collapsed: {why}. Use fewer steps, a smaller learning_rate "
@@ -160,7 +150,17 @@ class Training(Iterator[Adapter]):
         history = measured[None, :, 0]
         return Adapter(rows.A, rows.B, story=self.story, columns=columns, history=history)
 
-        )
+
+def _collapse(means: Mapping[str, float], d_vocab: int) -> str:
+    """Why what an adapter writes is gibberish, or nothing."""
+    # A model that is as uncertain without the adapter has not collapsed.
+    most = max(_LARGEST_ENTROPY * math.log(d_vocab), _MOST_ABOVE * means["entropy_without"])
+    reasons = []
+    if means["repetition"] > DEFAULT_REPETITION:
+        reasons.append(f"a share of {means['repetition']:.2f} of what it writes repeats itself")
+    if means["entropy"] > most:
+        reasons.append(f"its next token has an entropy of {means['entropy']:.1f} nats")
+    return " and ".join(reasons)
 
 
 class AdapterMethod(Protocol):
