@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 
 Estimator = Literal["difference", "addition"]
 
+# The order of a table; a file keeps none.
+_COLUMNS = (
+    "index", "loss", "kl", "nll", "entropy", "entropy_without", "repetition", "collapsed",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class AdapterAdditions:
@@ -206,8 +211,9 @@ class Adapter(Stored):
 
     def table(self) -> "pd.DataFrame":
         """One row an adapter: what was measured at the end of its training."""
-        numbers = {n: each.numpy() for n, each in self.columns.items() if each.ndim == 1}
-        return Table(numbers)
+        names = [name for name in _COLUMNS if name in self.columns]
+        names += [name for name in self.columns if name not in names]
+        return Table({n: self.columns[n].numpy() for n in names if self.columns[n].ndim == 1})
 
     def __repr__(self) -> str:
         blocks = f"{len(self.layers)} blocks"
