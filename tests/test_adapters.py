@@ -12,7 +12,7 @@ import tl_melbo as tm
 from tests.reference import adapters as slow
 from tests.tiny_models import D_MODEL, N_CTX, N_LAYERS, tiny_bridge
 from tl_melbo import cli
-from tl_melbo.adapters import _extraction, _loss, _sampling, join, situations
+from tl_melbo.adapters import _extraction, _loss, _sampling, _training, join, situations
 from tl_melbo.errors import Damaged, DifferentSearch, NotFinite
 from tl_melbo.model.bridge import plain_model, residual_streams
 from tl_melbo.model.tokens import end_tokens, to_tokens
@@ -177,12 +177,17 @@ def test_what_an_adapter_tells(trained):
     assert trained.story["hyperparameters"]["steps"] == 2
 
 
-def test_a_collapse_is_told():
-    model = tiny_bridge("llama")
-    with torch.no_grad():  # sure of each token, so that it goes in circles
-        model.original_model.lm_head.weight.mul_(1000)
-    with pytest.warns(UserWarning, match=r"adapter 0 has collapsed: a share of .* repeats itself"):
-        found = tm.divergence_adapter(model, PROMPTS, length=1e5, max_new_tokens=40, steps=1)
+def test_a_collapse_is_told(model, monkeypatch):
+    sound = {"repetition": 0.1, "entropy": 3.0, "entropy_without": 3.5}
+    words = {"repetition": "0.70 of what it writes repeats", "entropy": "an entropy of 9.0 nats"}
+    assert not _training._collapse(sound, 49152)
+    assert words["repetition"] in _training._collapse({**sound, "repetition": 0.7}, 49152)
+    assert words["entropy"] in _training._collapse({**sound, "entropy": 9.0}, 49152)
+    # A model that is as uncertain by itself is not meant.
+    assert not _training._collapse({**sound, "entropy": 9.0, "entropy_without": 9.0}, 49152)
+    monkeypatch.setattr(_training, "DEFAULT_REPETITION", -1.0)
+    with pytest.warns(UserWarning, match=r"adapter 0 has collapsed: a share of 0\.00"):
+        found = tm.divergence_adapter(model, PROMPTS, 1, **QUICK)
     assert found.columns["collapsed"].tolist() == [1]
 
 

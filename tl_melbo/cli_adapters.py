@@ -85,5 +85,5 @@ def adapters(
         what = f"{kept}; the same command continues" if n_kept else "nothing was finished"
         raise KeyboardInterrupt(f"; {what}") from None
     first = texts[(texts["vector"] >= 0) & (texts["prompt"] == asked[0])]
-    terminal.print_adapters(found.table().assign(completion=first["completion"].to_list()))
+    terminal.print_adapters(found.table().assign(completion=[*first["completion"]]))
     typer.echo(str((run.folder / _COMPLETIONS).resolve()))

@@ -162,8 +162,8 @@ class Adapter(Stored):
     def additions(self, scales: Sequence[float]) -> AdapterAdditions:
         """What `steered` adds: see `tl_melbo.additions.Steering`."""
         size = torch.tensor([self.length * scale for scale in scales])
-        repeated = (each.repeat(len(scales), 1, 1, 1) for each in (self.A, self.B))
-        return AdapterAdditions(*repeated, size.repeat_interleave(len(self)), self.layers)
+        A, B = (each.repeat(len(scales), 1, 1, 1) for each in (self.A, self.B))
+        return AdapterAdditions(A, B, size.repeat_interleave(len(self)), self.layers)
 
     @shape_checked
     def vectors(

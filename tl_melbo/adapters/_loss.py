@@ -65,5 +65,6 @@ def loss_and_gradients(
     at_once = rows_at_once(model, wanted, len(drawn.tokens))
     parts, _ = map_batches(of_batch, torch.arange(len(drawn.tokens)), at_once)
     totals, others, gradients = zip(*parts, strict=True)
-    measured = Measured(*map(float, (sum(totals), *sum(others))))
-    return measured, [sum(each) for each in zip(*gradients, strict=True)]
+    means = torch.stack(others).sum(0).tolist()
+    measured = Measured(float(torch.stack(totals).sum()), *means)
+    return measured, [torch.stack(each).sum(0) for each in zip(*gradients, strict=True)]

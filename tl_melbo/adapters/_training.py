@@ -93,7 +93,9 @@ class Training(Iterator[Adapter]):
         total = len(self.numbers) * self.n_steps
         with tqdm(total=total, desc="adapters", unit="step", disable=not self.progress) as bar:
             for number in self.numbers:
-                yield self._train(number, bar)
+                with torch.inference_mode(False), torch.enable_grad():
+                    adapter = self._train(number, bar)
+                yield adapter
 
     def _train(self, number: int, bar: Any) -> Adapter:
         random = generator(self.seed, number)
