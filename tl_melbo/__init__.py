@@ -32,7 +32,7 @@ from tl_melbo.steering import steered
 from tl_melbo.vectors import SteeringVectors
 
 if TYPE_CHECKING:
-    from tl_melbo import analysis, evaluation, plots, report
+    from tl_melbo import adapters, analysis, evaluation, plots, report
 
 __version__ = "0.1.0"
 
