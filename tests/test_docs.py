@@ -41,12 +41,14 @@ def site(tmp_path_factory):
 
 def test_every_public_name_is_there(site):
     main = (site / "reference" / "tl_melbo.html").read_text(encoding="utf-8")
-    for name in {*tm.__all__} - {*MODULES}:
+    for name in {*tm.__all__} - {*MODULES, "adapters"}:
         assert shown(main, "tl_melbo", name, getattr(tm, name)), name
     for method in ("from_prompts", "delta", "position_mask", "path"):
         assert f'id="tl_melbo.ActivationMap.{method}"' in main
     for method in ("save", "load", "to_repeng_gguf", "push_to_hub", "table"):
         assert f'id="tl_melbo.SteeringVectors.{method}"' in main
+    for name in {*tm.adapters.__all__} - {*tm.__all__}:
+        assert shown(main, "tl_melbo.adapters", name, getattr(tm.adapters, name)), name
     for name, module in MODULES.items():
         page = (site / "reference" / f"{name}.html").read_text(encoding="utf-8")
         assert len(public(module)) >= 4

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from tl_melbo.ablation import ablated
 from tl_melbo.activation_map import ActivationMap
+from tl_melbo.adapters import Adapter, divergence_adapter
 from tl_melbo.concatenation import concatenate
 from tl_melbo.discovery import (
     calibrate_radius,
@@ -22,6 +23,7 @@ from tl_melbo.discovery import (
     ranked,
 )
 from tl_melbo.generation import generate
+from tl_melbo.layered import LayeredVectors
 from tl_melbo.model.load import load_model
 from tl_melbo.presets import PRESETS
 from tl_melbo.reading import next_token_log_probs
@@ -30,21 +32,25 @@ from tl_melbo.steering import steered
 from tl_melbo.vectors import SteeringVectors
 
 if TYPE_CHECKING:
-    from tl_melbo import analysis, evaluation, judges, plots, report
+    from tl_melbo import adapters, analysis, evaluation, judges, plots, report
 
 __version__ = "0.2.0"
 
 __all__ = [
     "PRESETS",
     "ActivationMap",
+    "Adapter",
+    "LayeredVectors",
     "Run",
     "SteeringVectors",
     "ablated",
+    "adapters",
     "analysis",
     "calibrate_radius",
     "concatenate",
     "contrastive",
     "dct",
+    "divergence_adapter",
     "evaluation",
     "generate",
     "iter_melbo",

@@ -10,7 +10,7 @@ import typer
 from typer import Argument, Option
 
 import tl_melbo as tm
-from tl_melbo import checks, cli_atlas, options, terminal
+from tl_melbo import checks, cli_adapters, cli_atlas, options, terminal
 from tl_melbo.run import VECTORS, absolute, family_folder
 
 
@@ -205,6 +205,9 @@ def page(
     checks.at_least(1, max_new_tokens=max_new_tokens)
     with _opened(folder, model, device) as (run, loaded, f, stages):
         _show_page(run, loaded, f, stages, max_new_tokens=max_new_tokens, overwrite=overwrite)
+
+
+app.command(cls=terminal.Command)(cli_adapters.adapters)
 
 
 @contextmanager

@@ -28,7 +28,7 @@ _COMPLETION = ["vector", "scale", "prompt", "completion"]
 
 
 def write_control_vector(
-    path: str | Path, library: "SteeringVectors", layer: int | None, model_type: str | None
+    path: str | Path, directions: Mapping[int, Tensor], model_type: str | None
 ) -> None:
     """Write a GGUF file that llama.cpp and repeng read: `direction.N` is added after block N.
 
@@ -37,24 +37,23 @@ def write_control_vector(
     """
     import gguf
 
-    theta, layer = _vector_and_layer(library, layer, "to_repeng_gguf")
-    model_type = model_type or library.story.get("model_type")
     if not model_type:
         raise ValueError(
             "model_type: not given, and the story does not tell; pass the one in the model's "
             "config, for example model_type='llama'"
         )
-    if layer < 1:
+    if min(directions) < 1:
         raise ValueError(
-            f"layer={layer}: llama.cpp adds control vectors after blocks 1 and later; a vector "
-            "for block 0 cannot be written to such a file"
+            f"layer={min(directions)}: llama.cpp adds control vectors after blocks 1 and later; a "
+            "vector for block 0 cannot be written to such a file"
         )
     with replacing(path) as temporary:
         writer = gguf.GGUFWriter(temporary, _CONTROL_VECTOR)
         try:
             writer.add_string(f"{_CONTROL_VECTOR}.model_hint", model_type)
-            writer.add_uint32(f"{_CONTROL_VECTOR}.layer_count", 1)
-            writer.add_tensor(f"direction.{layer}", theta.contiguous().numpy())
+            writer.add_uint32(f"{_CONTROL_VECTOR}.layer_count", len(directions))
+            for layer, theta in directions.items():
+                writer.add_tensor(f"direction.{layer}", theta.contiguous().numpy())
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
@@ -62,9 +61,8 @@ def write_control_vector(
             writer.close()
 
 
-def as_steering_vector(library: "SteeringVectors", layer: int | None) -> "SteeringVector":
-    """An object of the steering-vectors package."""
-    theta, layer = _vector_and_layer(library, layer, "to_steering_vectors")
+def as_steering_vector(directions: Mapping[int, Tensor]) -> "SteeringVector":
+    """An object of the steering-vectors package, of one vector a block."""
     try:
         from steering_vectors import SteeringVector
     except ModuleNotFoundError as error:
@@ -72,12 +70,12 @@ def as_steering_vector(library: "SteeringVectors", layer: int | None) -> "Steeri
             "to_steering_vectors needs the package steering-vectors, which asks for an older "
             "transformers than it needs: pip install --no-deps steering-vectors scikit-learn"
         ) from error
-    return SteeringVector(layer_activations={layer: theta.clone()}, layer_type="decoder_block")
+    vectors = {layer: theta.clone() for layer, theta in directions.items()}
+    return SteeringVector(layer_activations=vectors, layer_type="decoder_block")
 
 
-def _vector_and_layer(
-    library: "SteeringVectors", layer: int | None, function: str
-) -> tuple[Tensor, int]:
+def direction(library: "SteeringVectors", layer: int | None, function: str) -> dict[int, Tensor]:
+    """The one vector of a library, by the block after which it is added."""
     checks.exactly_one(library, function, f"pick one, as found[3].{function}(...)")
     layer = library.source_layer if layer is None else layer
     if layer is None:
@@ -86,7 +84,7 @@ def _vector_and_layer(
             "layer=, for example layer=8"
         )
     checks.at_least(0, layer=layer)
-    return library.vectors[0], layer
+    return {layer: library.vectors[0]}
 
 
 def upload(

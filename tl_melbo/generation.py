@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from tl_melbo import checks
+from tl_melbo.additions import Additions, VectorAdditions
 from tl_melbo.errors import warn_of_rows
 from tl_melbo.memory import map_batches
 from tl_melbo.model.bridge import Model, model_name, plain_model
-from tl_melbo.model.tokens import context_length, end_tokens, to_tokens
+from tl_melbo.model.tokens import check_room, end_tokens, to_tokens
 from tl_melbo.reading import adding
-from tl_melbo.shapes import Theta, Tokens, shape_checked
-from tl_melbo.steering import Vectors, as_chat, steering_rows
+from tl_melbo.shapes import Tokens, shape_checked
+from tl_melbo.steering import Steerable, as_chat, place_told, steering_rows
 from tl_melbo.text import quoted
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ _TEMPERATURE = 0.7
 def generate(
     model: Model,
     prompts: str | Sequence[str],
-    vectors: Vectors | None = None,
+    vectors: Steerable | None = None,
     layer: int | None = None,
     *,
     scales: float | Sequence[float] = 1.0,
@@ -49,7 +50,8 @@ def generate(
     """Let the model write under each vector, at each scale, after each prompt.
 
     Args:
-        vectors: added to the prompt and to every new token; None for the unsteered model.
+        vectors: added to the prompt and to every new token: vectors, vectors of several layers, or
+            adapters; None for the unsteered model.
         layer: None takes the layer that the vectors were found at.
         n_samples: so many sampled completions of each, after the greedy one; None writes one
             completion of each, greedy or sampled as `temperature` says.
@@ -78,20 +80,15 @@ def generate(
     temperature, samples = _sampling(n_samples, temperature)
     if not factors or not all(math.isfinite(factor) for factor in factors):
         raise ValueError(f"scales={factors}: one finite number, or several")
-    rows, layer = steering_rows(model, vectors, layer, factors * len(samples))
+    rows = steering_rows(model, vectors, layer, factors * len(samples))
     texts, chat = checks.as_texts(prompts), as_chat(vectors, chat)
     prompt_tokens = [to_tokens(model, text, chat) for text in texts]
-    longest, limit = max(tokens.shape[1] for tokens in prompt_tokens), context_length(model)
-    if limit and longest + max_new_tokens > limit:
-        raise ValueError(
-            f"max_new_tokens={max_new_tokens}: after a prompt of {longest} tokens, "
-            f"{model_name(model)} has room for {limit - longest} of its {limit}"
-        )
+    check_room(model, prompt_tokens, max_new_tokens)
     numbers = range(len(rows) // (len(factors) * len(samples)))
     places = [(i, float(factor)) for factor in factors for i in numbers]
     places = [(-1, 0.0)] if vectors is None else places
     labels = [(*place, sample) for sample in samples for place in places]
-    write = _writer(model, layer, max_new_tokens, temperature)
+    write = _writer(model, max_new_tokens, temperature)
     frames, not_finite = [], []
     for number, (text, tokens) in enumerate(zip(texts, prompt_tokens, strict=True)):
         drawn = [_draws(max_new_tokens, each[-1] > 0, seed, number, *each) for each in labels]
@@ -106,21 +103,17 @@ def generate(
     frame.attrs["chat"] = chat
     labels = zip(frame["vector"], frame["scale"], frame["prompt"], strict=True)
     names = [f"{vector} at scale {scale:g} after {quoted(text)}" for vector, scale, text in labels]
-    what = f"what {model_name(model)} writes, steered after layer {layer},"
+    what = f"what {model_name(model)} writes, steered {place_told(rows)},"
     warn_of_rows(not_finite, what, "their completions end where it began", names)
     return frame
 
 
 def written(model: Model, tokens: Tokens, max_new_tokens: int) -> str:
     """The greedy completion of the unsteered model after these tokens."""
-    room = context_length(model) - tokens.shape[1] if context_length(model) else max_new_tokens
-    if room < max_new_tokens:
-        raise ValueError(
-            f"a text of {tokens.shape[1]} tokens: {model_name(model)} has room for {max(room, 0)} "
-            f"more, but max_new_tokens={max_new_tokens}; shorten the text"
-        )
-    unsteered = _Rows(torch.zeros(1, int(model.cfg.d_model)), _draws(max_new_tokens, False)[None])
-    texts, not_finite = _writer(model, 0, max_new_tokens, 0.0)(tokens, unsteered)
+    check_room(model, [tokens], max_new_tokens)
+    nothing = VectorAdditions.of(torch.zeros(1, int(model.cfg.d_model)), 0)
+    unsteered = _Rows(nothing, _draws(max_new_tokens, False)[None])
+    texts, not_finite = _writer(model, max_new_tokens, 0.0)(tokens, unsteered)
     warn_of_rows(not_finite, f"what {model_name(model)} writes", "")
     return texts[0]
 
@@ -152,7 +145,7 @@ def _draws(n_tokens: int, is_sampled: bool, *name: float) -> Tensor:
 class _Rows:
     """What is added to each row, or one for all, and from where its tokens are drawn."""
 
-    added: Theta
+    added: Additions
     draws: Tensor
 
     def __len__(self) -> int:
@@ -172,7 +165,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def _writer(
-    model: Model, layer: int, max_new_tokens: int, temperature: float
+    model: Model, max_new_tokens: int, temperature: float
 ) -> Callable[[Tokens, _Rows], tuple[list[str], list[bool]]]:
     """A function that writes one text a row, and tells whether its logits were not finite."""
     from transformers import GenerationConfig, LogitsProcessorList
@@ -192,7 +185,7 @@ def _writer(
     def write(tokens: Tokens, steered: _Rows) -> tuple[list[str], list[bool]]:
         rows = tokens.expand(len(steered), -1)
         choice = _Choice(steered.draws, torch.tensor(ends, device=tokens.device), temperature)
-        with adding(model, plain, steered.added, layer):
+        with adding(model, plain, steered.added):
             if writes is None:  # a HookedTransformer
                 with model.unembed.register_forward_hook(choice.of_logits):
                     out = model.generate(rows, return_type="tokens", verbose=False, **options)

@@ -4,20 +4,21 @@ Rows that add nothing are the unsteered model to the last bit, whatever runs bes
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tl_melbo import checks
+from tl_melbo.additions import Additions
 from tl_melbo.errors import NotFinite, warn_of_rows
 from tl_melbo.memory import map_batches
 from tl_melbo.model.bridge import Model, at_rest, block_below, model_name, plain_model
 from tl_melbo.model.tokens import to_tokens
 from tl_melbo.probability import LogProbs
-from tl_melbo.shapes import Float, Theta, Tokens, shape_checked
-from tl_melbo.steering import Vectors, as_chat, hooked, steering_rows
+from tl_melbo.shapes import Float, Tokens, shape_checked
+from tl_melbo.steering import Steerable, as_chat, hooked, place_told, steering_rows
 from tl_melbo.text import quoted
 
 # How many logits of whole texts are held at once: 128 MiB in float32.
@@ -25,28 +26,41 @@ _MOST_LOGITS = 2**25
 
 
 @contextmanager
-def adding(model: Model, plain: Any, theta: Theta, layer: int) -> Iterator[Any]:
-    """Add a vector to each row; yields what to run: `plain_model(model)`, or else the model."""
+def adding(model: Model, plain: Any, rows: Additions) -> Iterator[Any]:
+    """Add to each row what is its own; yields what to run: `plain_model(model)`, or the model."""
     if plain is None:
-        with at_rest(model), hooked(model, theta, layer):
+        with at_rest(model), hooked(model, rows):
             yield model
         return
-    added = theta.to(next(plain.parameters()))[:, None]
+    with torch.no_grad(), adding_below(model, plain, rows):
+        yield plain
 
+
+@contextmanager
+def adding_below(model: Model, plain: Any, rows: Additions) -> Iterator[None]:
+    """Hook the blocks of `plain_model(model)`; gradients flow into the rows."""
+    rows = rows.to(next(plain.parameters()).device)
+    with ExitStack() as hooks:
+        for layer in rows.layers:
+            block = block_below(model, plain, layer)
+            hooks.enter_context(block.register_forward_hook(_adder(rows, layer)))
+        yield
+
+
+def _adder(rows: Additions, layer: int) -> Callable[[nn.Module, Any, Any], Any]:
     def add(block: nn.Module, args: Any, output: Any) -> Any:
         if isinstance(output, tuple):
-            return (output[0] + added, *output[1:])
-        return output + added
+            return (output[0] + rows.after(layer, output[0]), *output[1:])
+        return output + rows.after(layer, output)
 
-    with torch.no_grad(), block_below(model, plain, layer).register_forward_hook(add):
-        yield plain
+    return add
 
 
 @shape_checked
 def next_token_log_probs(
     model: Model,
     prompt: str,
-    vectors: Vectors | None = None,
+    vectors: Steerable | None = None,
     layer: int | None = None,
     *,
     scale: float = 1.0,
@@ -56,7 +70,7 @@ def next_token_log_probs(
     """Log-probabilities of the token after the prompt, one row a vector: float32, on the CPU.
 
     Args:
-        vectors: None for the unsteered model.
+        vectors: vectors, vectors of several layers, or adapters; None for the unsteered model.
         layer: None takes the layer that the vectors were found at.
         chat: None takes the format that the vectors were found with.
 
@@ -65,29 +79,28 @@ def next_token_log_probs(
             under some, whose rows are NaN.
     """
     checks.batch_size(batch_size)
-    theta, layer = steering_rows(model, vectors, layer, [scale])
+    rows = steering_rows(model, vectors, layer, [scale])
     options = {"chat": as_chat(vectors, chat), "batch_size": batch_size}
-    log_probs = map_next_token(model, prompt, theta, layer, lambda rows: rows, **options)
+    log_probs = map_next_token(model, prompt, rows, lambda rows: rows, **options)
     if vectors is None and log_probs.isnan().any():
         raise NotFinite(
             f"what {model_name(model)} makes of {quoted(prompt)} is not finite; load the model "
             "in a wider type, for example dtype=torch.float32"
         )
-    warn_of_log_probs(model, prompt, layer, log_probs.isnan().all(-1))
+    warn_of_log_probs(model, prompt, rows, log_probs.isnan().all(-1))
     return log_probs
 
 
 def map_next_token(
     model: Model,
     prompt: str,
-    theta: Theta,
-    layer: int,
+    rows: Additions,
     measure: Callable[[LogProbs], Tensor],
     *,
     chat: bool,
     batch_size: int = 32,
 ) -> Tensor:
-    """What `measure` says of the next token's log-probabilities, one batch of vectors at a time.
+    """What `measure` says of the next token's log-probabilities, one batch of rows at a time.
 
     Rows that are not finite are NaN throughout.
     """
@@ -97,14 +110,13 @@ def map_next_token(
         return measure(log_probs.masked_fill(log_probs.isnan().any(-1, keepdim=True), torch.nan))
 
     tokens = to_tokens(model, prompt, chat)
-    return map_rows(model, tokens, theta, layer, of_last, batch_size, 1)
+    return map_rows(model, tokens, rows, of_last, batch_size, 1)
 
 
 def map_rows(
     model: Model,
     tokens: Tokens,
-    theta: Theta,
-    layer: int,
+    rows: Additions,
     measure: Callable[[Tensor], Tensor],
     batch_size: int,
     n_logits: int = 0,
@@ -116,17 +128,17 @@ def map_rows(
     """
     plain = plain_model(model)
 
-    def of_batch(rows: Theta) -> Tensor:
-        with adding(model, plain, rows, layer) as runs:
+    def of_batch(some: Additions) -> Tensor:
+        with adding(model, plain, some) as runs:
             if plain is None:
-                return measure(runs(tokens.expand(len(rows), -1))[:, -n_logits:])
+                return measure(runs(tokens.expand(len(some), -1))[:, -n_logits:])
             # Up to the steered layer all rows are alike: one runs, and the vectors make many of it.
             return measure(runs(tokens, use_cache=False, logits_to_keep=n_logits).logits)
 
-    silent = ~theta.to(next(model.parameters()).dtype).any(-1).cpu()
-    parts, _ = map_batches(of_batch, theta[~silent], batch_size)
+    silent = rows.sizes(next(model.parameters()).dtype) == 0
+    parts, _ = map_batches(of_batch, rows[~silent], batch_size)
     if silent.any():
-        unsteered = of_batch(torch.zeros_like(theta[:1]))
+        unsteered = of_batch(rows[silent][:1])
         parts += [unsteered] * int(silent.sum())
     # Back in their order: the silent ones were put at the end.
     return torch.cat(parts)[silent.to(torch.uint8).argsort(stable=True).argsort()]
@@ -137,7 +149,7 @@ def rows_at_once(model: Model, length: int, batch_size: int) -> int:
     return max(1, min(batch_size, _MOST_LOGITS // (length * int(model.cfg.d_vocab))))
 
 
-def warn_of_log_probs(model: Model, prompt: str, layer: int, bad: Tensor) -> None:
+def warn_of_log_probs(model: Model, prompt: str, rows: Additions, bad: Tensor) -> None:
     """Say under which vectors the logits after a prompt are not finite; NotFinite if under all."""
-    what = f"what {model_name(model)}, steered after layer {layer}, makes of {quoted(prompt)}"
+    what = f"what {model_name(model)}, steered {place_told(rows)}, makes of {quoted(prompt)}"
     warn_of_rows(bad.tolist(), what, "what is measured there is NaN")

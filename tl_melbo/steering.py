@@ -1,7 +1,7 @@
 """Put vectors into a model: a hook, and checks of vectors before they go in."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -9,11 +9,14 @@ from torch import Tensor, nn
 
 from tl_melbo import checks
 from tl_melbo.activation_map import ActivationMap
+from tl_melbo.additions import Additions, Steering, VectorAdditions
 from tl_melbo.model.bridge import Model, check_layer, check_model, model_name, residual_hook_name
 from tl_melbo.shapes import Float, Theta, checked_slice, shape_checked
 from tl_melbo.vectors import SteeringVectors
 
 Vectors = SteeringVectors | Float[Tensor, "d_model"] | Theta
+# Whatever can be put into a model: vectors, vectors of several blocks, adapters.
+Steerable = Vectors | Steering
 # Beside Vectors in one signature: an axis of the same name would have to be of the same size.
 Reference = SteeringVectors | Float[Tensor, "d_model"] | Float[Tensor, "reference d_model"]
 Positions = slice | Sequence[int]
@@ -23,7 +26,7 @@ Positions = slice | Sequence[int]
 @shape_checked
 def steered(
     model: Model,
-    vectors: Vectors,
+    vectors: Steerable,
     layer: int | None = None,
     *,
     scale: float = 1.0,
@@ -37,30 +40,40 @@ def steered(
     Contexts nest: their vectors add up.
 
     Args:
-        vectors: one vector for every row of the batch, or exactly one for each row.
-        layer: None takes the layer that the vectors were found at.
+        vectors: one vector for every row of the batch, or exactly one for each row; or vectors of
+            several layers, or adapters, in the same way.
+        layer: None takes the layer that the vectors were found at. Vectors of several layers and
+            adapters know their own.
         positions: which tokens of the prompt, the first forward pass, to steer: a slice or indices.
             Tokens generated from the KV cache are steered if the slice has no end.
 
     Raises:
         ValueError: inside, for a batch with another number of rows.
     """
-    theta, layer = steering_rows(model, vectors, layer, [scale])
+    rows = steering_rows(model, vectors, layer, [scale])
     if isinstance(positions, slice):
         positions = checked_slice(positions)
         if (positions.step or 1) < 0:
             raise ValueError(f"positions={positions}: a slice that runs backwards; turn it around")
     elif not len(positions):
         raise ValueError("positions: an empty list steers nothing; pass indices or a slice")
-    with hooked(model, theta, layer, positions):
+    with hooked(model, rows, positions):
         yield model
 
 
 @contextmanager
-def hooked(
-    model: Model, theta: Theta, layer: int, positions: Positions = slice(None)
-) -> Iterator[None]:
+def hooked(model: Model, rows: Additions, positions: Positions = slice(None)) -> Iterator[None]:
     """`steered`, of arguments that were checked."""
+    with ExitStack() as hooks:
+        for layer in rows.layers:
+            hooks.enter_context(_hooked_after(model, layer, rows, positions))
+        yield
+
+
+@contextmanager
+def _hooked_after(
+    model: Model, layer: int, rows: Additions, positions: Positions
+) -> Iterator[None]:
     past, prompt = 0, 0  # positions in the KV cache, and in the first pass
 
     def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -75,17 +88,17 @@ def hooked(
 
     def add(module: nn.Module, args: Any, residual: Tensor) -> Tensor:
         nonlocal prompt
-        rows, length = residual.shape[:2]
-        if len(theta) not in (1, rows):
+        n_rows, length = residual.shape[:2]
+        if len(rows) not in (1, n_rows):
             raise ValueError(
-                f"vectors: {len(theta)} vectors, but a batch of {rows} came by; steer with one "
+                f"vectors: {len(rows)} vectors, but a batch of {n_rows} came by; steer with one "
                 "vector, or with one for each row"
             )
         if past == 0:
             prompt = length
         chosen = _chosen_positions(positions, past, length, prompt).to(residual.device)
-        addend = theta.to(residual.device, residual.dtype)[:, None, :]
-        return torch.where(chosen[None, :, None], residual + addend, residual)
+        steered = residual + rows.after(layer, residual)
+        return torch.where(chosen[None, :, None], steered, residual)
 
     point = model.hook_dict[residual_hook_name(layer)]
     with (
@@ -109,20 +122,53 @@ def _chosen_positions(positions: Positions, past: int, length: int, prompt: int)
 
 
 def steering_rows(
-    model: Model, vectors: Vectors | None, layer: int | None, scales: Sequence[float]
-) -> tuple[Theta, int]:
-    """The rows to add (zeros if no vectors), all at the first scale first, and their layer."""
+    model: Model, vectors: Steerable | None, layer: int | None, scales: Sequence[float]
+) -> Additions:
+    """The rows to add (zeros if no vectors), all at the first scale first."""
     check_model(model)
     if vectors is None:
-        return torch.zeros(1, int(model.cfg.d_model)), 0
-    theta, dtype = as_theta(model, vectors), next(model.parameters()).dtype
-    rows = [theta * scale for scale in scales]
-    for scale, some in zip(scales, rows, strict=True):
-        if not some.to(dtype).isfinite().all():
+        return VectorAdditions.of(torch.zeros(1, int(model.cfg.d_model)), 0)
+    if isinstance(vectors, Steering):
+        rows = _own_rows(model, vectors, layer, scales)
+    else:
+        theta = as_theta(model, vectors)
+        theta = torch.cat([theta * scale for scale in scales])
+        rows = VectorAdditions.of(theta, steering_layer(model, vectors, layer))
+    sizes = rows.sizes(next(model.parameters()).dtype).reshape(len(scales), -1)
+    for scale, some in zip(scales, sizes, strict=True):
+        if not some.isfinite().all():
             raise ValueError(
-                f"scale={scale}: vectors are not finite in the model's {dtype}; use a smaller one"
+                f"scale={scale}: vectors are not finite in the model's "
+                f"{next(model.parameters()).dtype}; use a smaller one"
             )
-    return torch.cat(rows), steering_layer(model, vectors, layer)
+    return rows
+
+
+def _own_rows(
+    model: Model, steering: Steering, layer: int | None, scales: Sequence[float]
+) -> Additions:
+    """The rows of what knows its layers: ones that the model has, and of its width."""
+    kind = type(steering).__name__
+    if layer is not None:
+        raise ValueError(f"layer={layer}: {kind} knows its layers; leave it out")
+    if not len(steering):
+        raise ValueError(f"vectors: {kind} of length 0; pass one that holds something")
+    if steering.d_model != int(model.cfg.d_model):
+        raise ValueError(
+            f"vectors: {kind} is {steering.d_model} wide, but the residual stream of "
+            f"{model_name(model)} has d_model={model.cfg.d_model}; take both from the same model"
+        )
+    rows = steering.additions(scales)
+    for own in rows.layers:
+        check_layer(model, own)
+    return rows
+
+
+def place_told(rows: Additions) -> str:
+    """After which layers something is added, for a message."""
+    if len(rows.layers) == 1:
+        return f"after layer {rows.layers[0]}"
+    return f"after {len(rows.layers)} layers, {min(rows.layers)} to {max(rows.layers)}"
 
 
 def as_theta(model: Model, vectors: Vectors) -> Theta:
@@ -175,13 +221,14 @@ def steering_layer(model: Model, vectors: Vectors | None, layer: int | None) -> 
     return layer
 
 
-def as_chat(vectors: Vectors | None, chat: bool | None) -> bool:
+def as_chat(vectors: Steerable | None, chat: bool | None) -> bool:
     """Whether prompts are chat: as said, or else as the vectors were found, if all alike."""
-    if chat is not None or not isinstance(vectors, SteeringVectors):
+    story = getattr(vectors, "story", {})
+    if chat is not None or not story:
         return bool(chat)
-    if "chat" in vectors.story:
-        return bool(vectors.story["chat"])
-    ways = {part.get("chat") for part in vectors.story.get("parts", [])} - {None}
+    if "chat" in story:
+        return bool(story["chat"])
+    ways = {part.get("chat") for part in story.get("parts", [])} - {None}
     if len(ways) > 1:
         raise ValueError(
             "chat: some of the vectors were found with chat prompts and some with raw ones; pass "

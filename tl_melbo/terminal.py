@@ -148,6 +148,16 @@ def print_atlas(table: "pd.DataFrame") -> None:
     )
 
 
+def print_adapters(table: "pd.DataFrame") -> None:
+    """Print what was measured of adapters at the end of their training, and a text of each."""
+    names = {"loss": "loss", "kl": "KL (nats)", "nll": "NLL", "repetition": "repetition"}
+    numbers = {shown: map("{:.3f}".format, table[name]) for name, shown in names.items()}
+    collapsed = ("collapsed" if each else "" for each in table["collapsed"])
+    _print_columns(
+        {"adapter": table["index"], **numbers, "": collapsed}, {"completion": table["completion"]}
+    )
+
+
 def _print_columns(
     numbers: Mapping[str, Iterable[object]], texts: Mapping[str, Iterable[str]]
 ) -> None:

@@ -3,7 +3,7 @@
 import html
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tl_melbo import checks, exchange, vectors_file
 from tl_melbo.shapes import Float, Theta, shape_checked
+from tl_melbo.stored import Index, as_column, chosen_rows
 from tl_melbo.story import now
 from tl_melbo.tables import Table
 from tl_melbo.text import printable
@@ -23,9 +24,7 @@ from tl_melbo.text import printable
 if TYPE_CHECKING:
     from steering_vectors import SteeringVector
 
-Index = int | slice | Sequence[int] | Tensor
 _NOT_COLUMNS = ("norm", "vectors", "history")
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -58,7 +57,7 @@ class SteeringVectors:
         for name, column in columns.items():
             if name in _NOT_COLUMNS:
                 raise ValueError(f"columns: {name!r} cannot be the name of one; choose another")
-            columns[name] = _numbers(column, f"columns[{name!r}]", n_vectors)
+            columns[name] = as_column(column, f"columns[{name!r}]", n_vectors)
         history = self.history
         # Through JSON and back: what cannot be saved is refused now, not at the end of a long run.
         story = json.loads(json.dumps(dict(self.story), allow_nan=False))
@@ -66,7 +65,7 @@ class SteeringVectors:
             ("vectors", vectors),
             ("story", MappingProxyType(story)),
             ("columns", MappingProxyType(columns)),
-            ("history", None if history is None else _numbers(history, "history", n_vectors)),
+            ("history", None if history is None else as_column(history, "history", n_vectors)),
         ):
             object.__setattr__(self, name, value)
 
@@ -110,37 +109,13 @@ class SteeringVectors:
         Raises:
             IndexError: there is no such vector.
         """
-        chosen = self._positions(index)
+        chosen = chosen_rows(index, len(self), "library", "vectors")
         return replace(
             self,
             vectors=self.vectors[chosen],
             columns={name: column[chosen] for name, column in self.columns.items()},
             history=None if self.history is None else self.history[chosen],
         )
-
-    def _positions(self, index: Index) -> Tensor:
-        n_vectors = len(self)
-        if isinstance(index, slice):
-            return torch.tensor(list(range(n_vectors))[index], dtype=torch.long)
-        try:
-            chosen = torch.as_tensor(index)
-        except (TypeError, ValueError, RuntimeError):
-            chosen = torch.tensor(torch.nan)
-        if chosen.dtype == torch.bool and chosen.shape == (n_vectors,):
-            return chosen.nonzero().flatten()
-        if chosen.numel() and chosen.dtype not in _INTEGERS:
-            raise TypeError(
-                f"index: got {index!r}, expected an int, a slice, a list of ints, or a mask of "
-                f"{n_vectors} booleans"
-            )
-        chosen = chosen.long().flatten()
-        outside = chosen[(chosen < -n_vectors) | (chosen >= n_vectors)]
-        if len(outside):
-            raise IndexError(
-                f"index {outside.tolist()}: the library holds {n_vectors} vectors, numbered 0 to "
-                f"{n_vectors - 1}"
-            )
-        return chosen % max(1, n_vectors)
 
     def __mul__(self, scale: float) -> "SteeringVectors":
         """Scale every vector. What was measured of the unscaled ones (objective) is left out."""
@@ -233,7 +208,8 @@ class SteeringVectors:
         Raises:
             ValueError: more or fewer than one vector; layer 0, or none known; no model type known.
         """
-        exchange.write_control_vector(path, self, layer, model_type)
+        directions = exchange.direction(self, layer, "to_repeng_gguf")
+        exchange.write_control_vector(path, directions, model_type or self.story.get("model_type"))
 
     @shape_checked
     def to_steering_vectors(self, *, layer: int | None = None) -> "SteeringVector":
@@ -248,7 +224,7 @@ class SteeringVectors:
         Raises:
             ValueError: more or fewer than one vector, or no layer known.
         """
-        return exchange.as_steering_vector(self, layer)
+        return exchange.as_steering_vector(exchange.direction(self, layer, "to_steering_vectors"))
 
     @shape_checked
     def push_to_hub(
@@ -317,19 +293,3 @@ class SteeringVectors:
 
 
 SteeringVectors.__init__ = shape_checked(SteeringVectors.__init__)
-
-
-def _numbers(column: Any, name: str, n_vectors: int) -> Tensor:
-    """A column as it can be saved: float32, float64 or int64, on the CPU, a row a vector."""
-    if not isinstance(column, Tensor) or column.is_complex() or column.is_meta or column.is_sparse:
-        got = f"a {column.dtype} tensor" if isinstance(column, Tensor) else type(column).__name__
-        raise TypeError(f"{name}: {got}, expected a tensor of numbers")
-    if column.shape[:1] != (n_vectors,):
-        raise ValueError(
-            f"{name}: shape {tuple(column.shape)}, expected a number or a row for each of the "
-            f"{n_vectors} vectors"
-        )
-    kind = column.dtype
-    if kind not in (torch.float32, torch.float64):
-        kind = torch.float32 if column.is_floating_point() else torch.int64
-    return column.detach().to("cpu", kind, copy=True)

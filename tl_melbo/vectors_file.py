@@ -1,10 +1,10 @@
-"""The file of a library: safetensors, with its metadata in the header. Nothing in it is run."""
+"""The files of what was found: safetensors, with metadata in the header. Nothing in them is run."""
 
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from beartype.door import is_bearable
@@ -16,22 +16,44 @@ from torch import Tensor
 from tl_melbo.errors import Damaged
 from tl_melbo.files import replacing
 
-_FORMAT, _FORMAT_VERSION = "tl_melbo.vectors", "1"
-_COLUMN, _NOT_COLUMNS = "column.", ("vectors", "history")
+_FORMAT_VERSION = "1"
+_COLUMN = "column."
 _COLUMN_TYPES = (torch.float32, torch.float64, torch.int64)
 # A header larger than this is damage or an attack, not a long prompt; so are more tensors.
 _LARGEST_HEADER = 2 * 2**20
 _MOST_TENSORS = 256
 
 
-def write(path: str | Path, story: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+class Kind(NamedTuple):
+    """A kind of file: its format, the class that reads it, and the class's tensors by their axes.
+
+    All other tensors are columns, or the history.
+    """
+
+    format: str
+    reader: str
+    axes: Mapping[str, int]
+
+
+VECTORS = Kind("tl_melbo.vectors", "SteeringVectors", {"vectors": 2})
+LAYERED = Kind("tl_melbo.layered_vectors", "LayeredVectors", {"vectors": 3})
+ADAPTER = Kind("tl_melbo.adapter", "Adapter", {"A": 4, "B": 4})
+_READERS = {kind.format: kind.reader for kind in (VECTORS, LAYERED, ADAPTER)}
+
+
+def write(
+    path: str | Path,
+    story: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    kind: Kind = VECTORS,
+) -> None:
     """Write a file, whole or not at all; a ValueError where `read` would refuse it."""
-    metadata = {"format": _FORMAT, "format_version": _FORMAT_VERSION, "story": json.dumps(story)}
+    metadata = {"format": kind.format, "format_version": _FORMAT_VERSION}
+    metadata["story"] = json.dumps(story)
     # safetensors sorts them.
     metadata["order"] = json.dumps([*tensors])
-    named = {
-        n if n in _NOT_COLUMNS else _COLUMN + n: each.contiguous() for n, each in tensors.items()
-    }
+    own = {*kind.axes, "history"}
+    named = {n if n in own else _COLUMN + n: each.contiguous() for n, each in tensors.items()}
     with replacing(path) as temporary:
         try:
             save_file(named, temporary, metadata)
@@ -39,10 +61,10 @@ def write(path: str | Path, story: Mapping[str, Any], tensors: Mapping[str, Tens
             raise OSError(
                 f"{path}: cannot be written ({error}); what was there before is intact"
             ) from error
-        read(temporary)
+        read(temporary, kind)
 
 
-def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read(path: str | Path, kind: Kind = VECTORS) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The story and the tensors of a file; call it within `damage_told`."""
     path = Path(path).expanduser()
     if path.is_dir():
@@ -54,7 +76,7 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise ValueError("not a safetensors file, or one whose prompts are too long")
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
-        story, order = _story(metadata), _order(metadata)
+        story, order = _story(metadata, kind), _order(metadata)
         names = list(file.keys())
         if len(names) > _MOST_TENSORS:
             raise ValueError(f"{len(names)} tensors, and at most {_MOST_TENSORS} can be kept")
@@ -63,9 +85,11 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for name, tensor in tensors.items():
         if name == "norm" or tensor.dtype not in _COLUMN_TYPES:
             raise ValueError(f"the column {name!r} is not one that tl_melbo saves")
-    vectors = tensors.get("vectors")
-    if vectors is None or vectors.dtype != torch.float32 or vectors.ndim != 2:
-        raise ValueError("holds no float32 matrix of vectors")
+    for name, axes in kind.axes.items():
+        tensor = tensors.get(name)
+        if tensor is None or tensor.dtype != torch.float32 or tensor.ndim != axes:
+            what = "matrix of vectors" if kind is VECTORS else f"{name!r} with {axes} axes"
+            raise ValueError(f"holds no float32 {what}")
     index = tensors.get("index", torch.arange(0))
     if index.dtype != torch.int64 or index.ndim != 1 or (index < 0).any():
         raise ValueError("the column 'index' does not hold numbers of vectors")
@@ -86,11 +110,13 @@ def damage_told(path: str | Path) -> Iterator[None]:
         raise Damaged(f"{path}: {error}; save it again", Path(path)) from error
 
 
-def _story(metadata: Mapping[str, str]) -> Any:
-    if metadata.get("format") != _FORMAT:
+def _story(metadata: Mapping[str, str], kind: Kind) -> Any:
+    if metadata.get("format") != kind.format:
+        if reader := _READERS.get(metadata.get("format", "")):
+            raise ValueError(f"read it with {reader}.load, not with {kind.reader}.load")
         raise ValueError(
             "a safetensors file, but not one that tl_melbo saved; read it with "
-            "safetensors.torch.load_file and pass the tensor to SteeringVectors.from_tensor"
+            f"safetensors.torch.load_file and pass its tensors to {kind.reader}.from_tensor"
         )
     version = metadata.get("format_version")
     if version != _FORMAT_VERSION:
@@ -139,6 +165,7 @@ _FACTS: Mapping[str, Any] = {
     "chat": bool | None,
     "theta0": dict | None,
     "measure": Annotated[dict | None, Is[lambda it: it is None or {*_MEASURE} <= {*it}]],
+    "layers": _list_of(Annotated[int, Is[lambda layer: layer >= 0]]),
     "source_layer": _LAYER,
     "target_layer": _LAYER,
 }

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tl_melbo import checks, steering
+from tl_melbo.additions import VectorAdditions
 from tl_melbo.analysis._coherence import repetition, tokens_of
 from tl_melbo.analysis._similarity import kl_divergence, kl_to
 from tl_melbo.generation import generate
@@ -150,7 +151,8 @@ def scale_sweep(
         entropy = torch.special.entr(log_probs.double().exp()).sum(-1, keepdim=True)
         return torch.cat([kl_to(unsteered)(log_probs), entropy.float()], 1)
 
-    kl, entropy = map_next_token(model, prompt, rows, layer, measure, chat=chat).unbind(1)
+    added = VectorAdditions.of(rows, layer)
+    kl, entropy = map_next_token(model, prompt, added, measure, chat=chat).unbind(1)
     frame.insert(2, "norm", rows.norm(dim=-1).cpu().numpy())
     frame.insert(3, "kl", kl.numpy())
     frame.insert(4, "entropy", entropy.numpy())

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tl_melbo import checks
 from tl_melbo.activation_map import ActivationMap
+from tl_melbo.additions import VectorAdditions
 from tl_melbo.analysis._completions import OnBatch, rescale
 from tl_melbo.analysis._similarity import effect_distance, kl_to, random_like
 from tl_melbo.generation import generate
@@ -104,7 +105,8 @@ def _comparison(
         return torch.cat([to(log_probs), back(log_probs)], 1)
 
     def compare(rows: Theta, writes: bool) -> pd.DataFrame:
-        kl = map_next_token(model, text, rows, layer, measure, chat=chat)
+        added = VectorAdditions.of(rows, layer)
+        kl = map_next_token(model, text, added, measure, chat=chat)
         frame = pd.DataFrame({"norm": rows.norm(dim=-1).cpu().numpy(), "distance": math.nan})
         frame[["kl_to_reference", "kl_to_unsteered", "kl_from_reference"]] = kl.numpy()
         frame.insert(3, "kl_from_reference", frame.pop("kl_from_reference"))
@@ -114,7 +116,7 @@ def _comparison(
             frame["distance"] = effect_distance(f, rows, reference).numpy()
         frame["completion"] = None
         if writes:
-            warn_of_log_probs(model, text, layer, kl[:, 1].isnan())
+            warn_of_log_probs(model, text, added, kl[:, 1].isnan())
             options = {"max_new_tokens": max_new_tokens, "chat": chat}
             frame["completion"] = generate(model, text, rows, layer, **options)["completion"]
         return frame

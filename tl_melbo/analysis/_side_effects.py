@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tl_melbo import checks
+from tl_melbo.additions import VectorAdditions
 from tl_melbo.analysis._completions import transfer
 from tl_melbo.analysis._embedding import Embedder, default_embedder, embeddings
 from tl_melbo.analysis._similarity import kl_divergence
@@ -65,7 +66,7 @@ def side_effects(
     options = {"layer": layer, "chat": chat, "batch_size": batch_size}
     theta = as_theta(model, library)
     # The last row is the unsteered model.
-    theta = torch.cat([theta, torch.zeros_like(theta[:1])])
+    rows = VectorAdditions.of(torch.cat([theta, torch.zeros_like(theta[:1])]), layer)
 
     def divergence(text: str) -> Tensor:
         return kl_divergence(model, text, library, **options)
@@ -79,7 +80,7 @@ def side_effects(
             return mean_losses(logits[:, :-1], tokens[:, 1:].expand(len(logits), -1))
 
         at_once = rows_at_once(model, tokens.shape[1], batch_size)
-        losses = map_rows(model, tokens, theta, layer, loss, at_once)
+        losses = map_rows(model, tokens, rows, loss, at_once)
         return losses[:-1] - losses[-1]
 
     tasks = [(divergence, text) for text in meant + others]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tl_melbo import checks, steering
 from tl_melbo.activation_map import ActivationMap
+from tl_melbo.additions import VectorAdditions
 from tl_melbo.errors import NotFinite, place, warn_of_rows
 from tl_melbo.geometry import normalise, random_sphere
 from tl_melbo.memory import map_batches
@@ -122,8 +123,9 @@ def kl_divergence(
     log_reference = next_token_log_probs(model, prompt, reference, layer, chat=chat)
     theta, measure = steering.as_theta(model, vectors), kl_to(log_reference, direction)
     options = {"chat": chat, "batch_size": batch_size}
-    kl = map_next_token(model, prompt, theta, own_layer, measure, **options)[:, 0]
-    warn_of_log_probs(model, prompt, own_layer, kl.isnan())
+    rows = VectorAdditions.of(theta, own_layer)
+    kl = map_next_token(model, prompt, rows, measure, **options)[:, 0]
+    warn_of_log_probs(model, prompt, rows, kl.isnan())
     return kl
 
 

@@ -1,5 +1,6 @@
 """Prompts to tokens, raw or in the tokenizer's chat template, and the tokens that end a text."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -68,6 +69,16 @@ def _chat_tokens(tokenizer: Any, prompt: str, system: str | None = None) -> Tens
 def context_length(model: Model) -> int:
     """The most tokens that the model reads, or 0 where it does not say."""
     return int(getattr(model.cfg, "n_ctx", 0) or 0)
+
+
+def check_room(model: Model, prompts: Sequence[Tokens], max_new_tokens: int) -> None:
+    """Make sure that the model can write so many tokens after each of the prompts."""
+    longest, limit = max(tokens.shape[1] for tokens in prompts), context_length(model)
+    if limit and longest + max_new_tokens > limit:
+        raise ValueError(
+            f"max_new_tokens={max_new_tokens}: after a prompt of {longest} tokens, "
+            f"{model_name(model)} has room for {limit - longest} of its {limit}"
+        )
 
 
 def end_tokens(tokenizer: Any, hf_model: Any, d_vocab: int) -> list[int]:

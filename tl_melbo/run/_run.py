@@ -15,6 +15,7 @@ from tl_melbo.discovery import EffectMap, Method, join, melbo, melbo_ortho
 from tl_melbo.errors import DifferentSearch
 from tl_melbo.files import writable_folder
 from tl_melbo.run import _files
+from tl_melbo.run._adapters import keep_adapters, write_adapter_texts
 from tl_melbo.run._files import COMPLETIONS, REFERENCE, SIDE_EFFECTS, VECTORS, family_folder
 from tl_melbo.shapes import shape_checked
 from tl_melbo.story import differences
@@ -197,6 +198,8 @@ class Run:
     ) -> SteeringVectors:
         """Find the family of `tm.melbo_ortho`: see `keep`."""
         return self.keep(melbo_ortho, f, n_vectors, theta0=theta0, **settings)
+
+    adapters, adapter_texts = keep_adapters, write_adapter_texts
 
     def load(
         self, model: str | None = None, device: str | None = None

@@ -1,0 +1,7 @@
+"""Adapters that make a model write something else, and what they add as vectors."""
+
+from tl_melbo.adapters._adapter import Adapter, join
+from tl_melbo.adapters._situations import situations
+from tl_melbo.adapters._training import Training, divergence_adapter
+
+__all__ = ["Adapter", "Training", "divergence_adapter", "join", "situations"]

@@ -1,0 +1,253 @@
+"""An adapter: a low-rank map of the residual stream whose addition has a constant length."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, Self
+
+import torch
+from torch import Tensor
+
+from tl_melbo import checks, vectors_file
+from tl_melbo.adapters import _extraction
+from tl_melbo.errors import DifferentSearch
+from tl_melbo.layered import LayeredVectors
+from tl_melbo.model.bridge import Model
+from tl_melbo.shapes import Float, shape_checked
+from tl_melbo.stored import Stored
+from tl_melbo.story import differences, now
+from tl_melbo.tables import Table
+from tl_melbo.text import printable
+from tl_melbo.vectors import SteeringVectors
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Estimator = Literal["difference", "addition"]
+
+# The order of a table; a file keeps none.
+_COLUMNS = (
+    "index", "loss", "kl", "nll", "entropy", "entropy_without", "repetition", "collapsed",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class AdapterAdditions:
+    """What adapters add: `size * h A B / |h A B|` to the residual stream h, row by row.
+
+    A is [row, pair, d_model, rank], B [row, pair, rank, d_model]: one pair for all blocks, or one
+    for each. `size` is [row]. Gradients flow into A and B.
+    """
+
+    A: Tensor
+    B: Tensor
+    size: Tensor
+    layers: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.A)
+
+    def __getitem__(self, rows: slice | Tensor) -> Self:
+        return replace(self, A=self.A[rows], B=self.B[rows], size=self.size[rows])
+
+    def to(self, device: torch.device) -> Self:
+        """The same on another device."""
+        return replace(self, A=self.A.to(device), B=self.B.to(device), size=self.size.to(device))
+
+    def sizes(self, dtype: torch.dtype) -> Float[Tensor, "row"]:
+        """The length of what is added: 0 where B is."""
+        some = self.B.detach().flatten(1).any(-1)
+        return (self.size.to(dtype).abs() * some).float().cpu()
+
+    def after(self, layer: int, residual: Tensor) -> Tensor:
+        """The addition after a block, in float32 at least before it is rounded."""
+        pair = 0 if self.A.shape[1] == 1 else self.layers.index(layer)
+        h = residual.to(torch.promote_types(residual.dtype, torch.float32))
+        A, B, size = (each.to(h.device, h.dtype) for each in (self.A, self.B, self.size))
+        low = h @ A[:, pair]
+        return (size[:, None, None] * _direction(low, low @ B[:, pair])).to(residual.dtype)
+
+
+def _direction(low: Tensor, added: Tensor) -> Tensor:
+    """The addition at length 1; 0 where it is 0.
+
+    There its direction is not defined. The gradient is that of `h A B / |h A|`, which is of the
+    size of later ones. A tiny constant below the fraction would give one so large that the
+    optimiser's running mean of squares would hold B in place from then on.
+    """
+    norm, reference = added.norm(dim=-1, keepdim=True), low.detach().norm(dim=-1, keepdim=True)
+    norm = torch.where(norm > 0, norm, reference)
+    return added / torch.where(norm > 0, norm, 1.0)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Adapter(Stored):
+    """Adapters of a model: `h + length * h A B / |h A B|` after each of its blocks.
+
+        adapter = tm.divergence_adapter(model, n_adapters=8)
+        tm.generate(model, "Dear diary,", adapter)
+        with tm.steered(model, adapter[0]):
+            print(model.generate("Dear diary,"))
+
+    It is a library: its length is the number of adapters, `adapter[3]` is one of them, and row i of
+    a batch gets adapter i. A scale multiplies what is added. Where B is 0, nothing is added.
+
+    Attributes:
+        A: float32, on the CPU. One pair for all blocks, or one for each.
+        B: as A.
+        columns: what was measured at the end of the training: `loss`, `kl`, `nll`, `entropy` and
+            `entropy_without` the adapter (all in nats a token), `repetition`, `collapsed` (1 or 0).
+        history: the loss after each step.
+    """
+
+    kind = vectors_file.ADAPTER
+    A: Float[Tensor, "adapter pair d_model rank"]
+    B: Float[Tensor, "adapter pair rank d_model"]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        shape, n_layers = self.A.shape, len(self.layers)
+        if self.B.shape != (*shape[:2], shape[3], shape[2]):
+            raise ValueError(f"B: shape {(*self.B.shape,)} does not belong to A's {(*shape,)}")
+        if shape[1] not in (1, n_layers):
+            raise ValueError(
+                f"A: {shape[1]} pairs for {n_layers} blocks; one for all, or one for each"
+            )
+        check_rank(shape[3], shape[2])
+        checks.positive(length=self.length)
+
+    @classmethod
+    @shape_checked
+    def from_tensor(
+        cls,
+        A: Float[Tensor, "adapter pair d_model rank"],
+        B: Float[Tensor, "adapter pair rank d_model"],
+        layers: Sequence[int],
+        *,
+        length: float = 2.0,
+        model: str | None = None,
+    ) -> "Adapter":
+        """Take adapters that were made elsewhere.
+
+        Args:
+            layers: the blocks after which they add something.
+            length: of what they add, in the residual stream's units.
+
+        Raises:
+            ValueError: shapes that do not fit together; a value that is not finite.
+        """
+        facts = {"method": "from_tensor", "model": model, "d_model": A.shape[2], "date": now()}
+        facts["hyperparameters"] = {"length": float(length)}
+        return cls(A, B, story={**facts, "layers": list(layers)})
+
+    @property
+    def d_model(self) -> int:
+        """The width of the residual stream."""
+        return self.A.shape[2]
+
+    @property
+    def rank(self) -> int:
+        """The rank of A B."""
+        return self.A.shape[3]
+
+    @property
+    def shared(self) -> bool:
+        """Whether all blocks have the same pair."""
+        return self.A.shape[1] == 1
+
+    @property
+    def length(self) -> float:
+        """The length of what is added after each block, in the residual stream's units."""
+        return float((self.story.get("hyperparameters") or {}).get("length", 2.0))
+
+    def additions(self, scales: Sequence[float]) -> AdapterAdditions:
+        """What `steered` adds: see `tl_melbo.additions.Steering`."""
+        size = torch.tensor([self.length * scale for scale in scales])
+        A, B = (each.repeat(len(scales), 1, 1, 1) for each in (self.A, self.B))
+        return AdapterAdditions(A, B, size.repeat_interleave(len(self)), self.layers)
+
+    @shape_checked
+    def vectors(
+        self,
+        model: Model,
+        prompts: str | Sequence[str] | None = None,
+        estimator: Estimator = "difference",
+        layer: int | None = None,
+        *,
+        max_new_tokens: int = 32,
+        positions: slice = slice(None),
+        seed: int = 0,
+        chat: bool | None = None,
+    ) -> LayeredVectors | SteeringVectors:
+        """The vector of each block that does most nearly what the adapter does.
+
+        The mean over all tokens of the prompts and of a continuation, which the adapted model
+        samples: of what the adapter changes in the residual stream after the block, all that
+        earlier blocks did included ("difference"); or of what the adapter adds there to the
+        unsteered model ("addition"). So the vectors of a difference are for one block each, those
+        of an addition for all blocks at once.
+
+        Args:
+            prompts: None takes the held-out prompts of `tm.adapters.situations`.
+            layer: the block of which a vector is wanted; None for all blocks of the adapter.
+            max_new_tokens: of the continuation; 0 takes the prompts alone.
+            positions: which tokens of each text count; `slice(1, None)` leaves out the first, whose
+                residual is an attention sink in many models.
+            chat: None takes the format that the adapter was trained with.
+
+        Returns:
+            `LayeredVectors`, or `SteeringVectors` of one block. The column `constant_share` is
+            |mean|² / mean |.|², over the tokens: 1 if the same was added to all.
+
+        Raises:
+            ValueError: a block without an adapter, or no room for the continuation.
+            NotFinite: a residual is not finite.
+        """
+        if layer is not None and layer not in self.layers:
+            raise ValueError(f"layer={layer}: the adapter's blocks are {list(self.layers)}")
+        found = _extraction.extract(
+            model, self, prompts, estimator, max_new_tokens, positions, seed, chat
+        )
+        return found if layer is None else found.at(layer)
+
+    def table(self) -> "pd.DataFrame":
+        """One row an adapter: what was measured at the end of its training."""
+        names = [name for name in _COLUMNS if name in self.columns]
+        names += [name for name in self.columns if name not in names]
+        return Table({n: self.columns[n].numpy() for n in names if self.columns[n].ndim == 1})
+
+    def __repr__(self) -> str:
+        blocks = f"{len(self.layers)} blocks"
+        told = f"{len(self)} of rank {self.rank}, {'shared by' if self.shared else 'in each of'}"
+        facts = [str(self.story[fact]) for fact in ("method", "model") if self.story.get(fact)]
+        parts = [f"{told} {blocks}", f"length {self.length:g}", *facts]
+        return printable(f"Adapter({', '.join(parts)})")
+
+
+def check_rank(rank: int, d_model: int) -> None:
+    """A rank must not be over the width."""
+    if not 1 <= rank <= d_model:
+        raise ValueError(f"rank={rank}: from 1 to d_model={d_model}")
+
+
+def join(parts: Sequence[Adapter]) -> Adapter:
+    """Adapters of one training, in one library; each keeps its number.
+
+    Raises:
+        DifferentSearch, ValueError: parts of other trainings; none given.
+    """
+    if not parts:
+        raise ValueError("parts: none given; pass at least one")
+    first = parts[0]
+    for number, part in enumerate(parts):
+        if differing := differences(first.story, part.story):
+            advice = "pass adapters that were trained alike"
+            raise DifferentSearch.of(f"parts[{number}]", differing, advice)
+    shared = [n for n in first.columns if all(n in part.columns for part in parts)]
+    histories = [part.history for part in parts if part.history is not None]
+    return Adapter(
+        torch.cat([part.A for part in parts]),
+        torch.cat([part.B for part in parts]),
+        story=first.story,
+        columns={name: torch.cat([part.columns[name] for part in parts]) for name in shared},
+        history=torch.cat(histories) if len(histories) == len(parts) else None,
+    )

@@ -1,0 +1,159 @@
+"""From an adapter to vectors: what it does to the residual stream on average, block by block."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tl_melbo import checks, story
+from tl_melbo.adapters import _sampling
+from tl_melbo.adapters._situations import held_out
+from tl_melbo.additions import Additions
+from tl_melbo.errors import NotFinite
+from tl_melbo.layered import LayeredVectors
+from tl_melbo.model.bridge import (
+    Model,
+    model_name,
+    model_type,
+    plain_model,
+    residual_streams,
+    weights_digest,
+)
+from tl_melbo.model.tokens import check_room, to_tokens
+from tl_melbo.shapes import Tokens, checked_slice
+from tl_melbo.steering import as_chat, hooked, steering_rows
+
+if TYPE_CHECKING:
+    from tl_melbo.adapters._adapter import Adapter
+
+# Texts sampled at once.
+_BATCH = 16
+_ABOUT = {
+    "difference": "Each vector is the mean over tokens of the residual stream with the adapter "
+    "less that without it; it holds what earlier blocks added, too.",
+    "addition": "Each vector is the mean over tokens of what the adapter adds after the block.",
+}
+
+
+def extract(
+    model: Model,
+    adapter: "Adapter",
+    prompts: str | Sequence[str] | None,
+    estimator: str,
+    max_new_tokens: int,
+    positions: slice,
+    seed: int,
+    chat: bool | None,
+) -> LayeredVectors:
+    """See `Adapter.vectors`."""
+    checks.at_least(0, max_new_tokens=max_new_tokens)
+    checks.seed(seed)
+    positions = checked_slice(positions)
+    rows = steering_rows(model, adapter, None, [1.0])
+    texts, chat = (
+        checks.as_texts(held_out() if prompts is None else prompts),
+        as_chat(adapter, chat),
+    )
+    tokens = [to_tokens(model, text, chat) for text in texts]
+    check_room(model, tokens, max_new_tokens)
+    means, shares = [], []
+    for row, number in enumerate(adapter.columns["index"].tolist()):
+        added, sums = rows[row : row + 1], _Sums(len(adapter.layers), adapter.d_model)
+        for text in _continued(model, added, tokens, max_new_tokens, generator(seed, number)):
+            sums.add(_effects(model, adapter, added, text, estimator)[:, positions])
+        mean, share = sums.result()
+        means.append(mean)
+        shares.append(share)
+    made = {name: adapter.story.get(name) for name in ("method", "seed", "hyperparameters")}
+    facts = story.make(
+        "adapter_vectors",
+        model=model_name(model),
+        model_type=model_type(model),
+        weights=weights_digest(model),
+        d_model=adapter.d_model,
+        layers=list(adapter.layers),
+        prompts=texts,
+        chat=chat,
+        seed=seed,
+        adapter=made,
+        hyperparameters={
+            "estimator": estimator,
+            "max_new_tokens": max_new_tokens,
+            "positions": story.slice_to_json(positions),
+        },
+        about=_ABOUT[estimator],
+    )
+    columns = {"index": adapter.columns["index"], "constant_share": torch.stack(shares)}
+    return LayeredVectors(torch.stack(means), story=facts, columns=columns)
+
+
+def generator(*key: int) -> torch.Generator:
+    """Random numbers of their own for each key, such as a seed and the number of an adapter."""
+    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+
+
+class _Sums:
+    """Running sums over tokens, in float64: of vectors, and of their squared lengths."""
+
+    def __init__(self, n_layers: int, d_model: int) -> None:
+        self.total = torch.zeros(n_layers, d_model, dtype=torch.float64)
+        self.squares = torch.zeros(n_layers, dtype=torch.float64)
+        self.count = 0
+
+    def add(self, vectors: Tensor) -> None:
+        """Add vectors, [layer, pos, d_model]."""
+        self.total += vectors.sum(1)
+        self.squares += vectors.square().sum((1, 2))
+        self.count += vectors.shape[1]
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """The mean vectors, and the share of the mean square that they are."""
+        if not self.count:
+            raise ValueError("positions: no token of any text; pass a longer slice")
+        if not self.squares.isfinite().all():
+            raise NotFinite(
+                "the residual stream with the adapter is not finite; load the model in a wider "
+                "type, for example dtype=torch.float32"
+            )
+        mean, squares = self.total / self.count, self.squares / self.count
+        share = mean.square().sum(-1) / squares.clamp_min(torch.finfo(torch.float64).tiny)
+        return mean.float(), share.float()
+
+
+def _continued(
+    model: Model,
+    added: Additions,
+    prompts: Sequence[Tokens],
+    max_new_tokens: int,
+    random: torch.Generator,
+) -> list[Tokens]:
+    """Each prompt and what the adapted model samples after it."""
+    if not max_new_tokens:
+        return list(prompts)
+    _sampling.check_can_sample(model)
+    plain, texts = plain_model(model), []
+    for first in range(0, len(prompts), _BATCH):
+        some = prompts[first : first + _BATCH]
+        drawn = _sampling.sample(model, plain, added, some, max_new_tokens, random)
+        texts += [row[kept][None] for row, kept in zip(drawn.tokens, drawn.text, strict=True)]
+    return texts
+
+
+def _effects(
+    model: Model, adapter: "Adapter", added: Additions, tokens: Tokens, estimator: str
+) -> Tensor:
+    """What the adapter changes after each of its blocks: float64 [layer, pos, d_model]."""
+    without = residual_streams(model, tokens, adapter.layers)
+    if estimator == "addition":
+        pairs = zip(adapter.layers, without, strict=True)
+        effects = [added.after(layer, residual) for layer, residual in pairs]
+    else:
+        with hooked(model, added):
+            adapted = residual_streams(model, tokens, adapter.layers)
+        effects = [
+            one.double() - other.double() for one, other in zip(adapted, without, strict=True)
+        ]
+    return torch.cat(effects).double().cpu()

@@ -1,0 +1,96 @@
+"""What steers a model: additions to the residual stream, a row for each row of a batch.
+
+The seam between what was found (vectors, vectors of several blocks, adapters) and the hooks that
+put it into a model. It knows tensors, no models.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, Self, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from tl_melbo.shapes import Float, Theta
+
+
+class Additions(Protocol):
+    """Rows of additions after some blocks; sliced as a tensor is."""
+
+    @property
+    def layers(self) -> Sequence[int]:
+        """The blocks after which something is added."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: slice | Tensor) -> Self: ...
+
+    def to(self, device: torch.device) -> Self:
+        """The same on another device."""
+        ...
+
+    def sizes(self, dtype: torch.dtype) -> Float[Tensor, "row"]:
+        """A bound on what each row adds, in this type: 0 adds nothing, and must be exact."""
+        ...
+
+    def after(self, layer: int, residual: Tensor) -> Tensor:
+        """What to add to the residual stream after a block, to be broadcast: its type, its place.
+
+        The residual stream has one row, or as many as there are rows here.
+        """
+        ...
+
+
+@runtime_checkable
+class Steering(Protocol):
+    """What knows its own blocks, and can steer: it has a length, rows, metadata and additions."""
+
+    @property
+    def story(self) -> Mapping[str, Any]:
+        """How it was made."""
+        ...
+
+    @property
+    def d_model(self) -> int:
+        """The width of the residual stream that it belongs to."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Any) -> Self: ...
+
+    def additions(self, scales: Sequence[float]) -> Additions:
+        """All at the first scale, then all at the second, and so on."""
+        ...
+
+
+@dataclass(frozen=True)
+class VectorAdditions:
+    """Vectors, whatever the residual stream is: `theta` is [row, layer, d_model], float32."""
+
+    theta: Float[Tensor, "row layer d_model"]
+    layers: Sequence[int]
+
+    @classmethod
+    def of(cls, theta: Theta, layer: int) -> Self:
+        """Vectors after one block."""
+        return cls(theta[:, None], (layer,))
+
+    def __len__(self) -> int:
+        return len(self.theta)
+
+    def __getitem__(self, rows: slice | Tensor) -> Self:
+        return replace(self, theta=self.theta[rows])
+
+    def to(self, device: torch.device) -> Self:
+        """The same on another device."""
+        return replace(self, theta=self.theta.to(device))
+
+    def sizes(self, dtype: torch.dtype) -> Float[Tensor, "row"]:
+        """The largest absolute value of each row."""
+        return self.theta.to(dtype).abs().amax((1, 2)).cpu()
+
+    def after(self, layer: int, residual: Tensor) -> Tensor:
+        """The vectors of a block, at every position."""
+        return self.theta[:, [self.layers.index(layer)]].to(residual.device, residual.dtype)

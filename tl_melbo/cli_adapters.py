@@ -1,0 +1,89 @@
+"""Divergence adapters from a shell: `tl-melbo adapters --situations --out runs/adapters`."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import typer
+from typer import Argument, Option
+
+import tl_melbo as tm
+from tl_melbo import checks, terminal
+
+_COMPLETIONS = "adapters.csv"
+
+
+def adapters(
+    out: Annotated[Path, Option(help="Folder for the results; made if need be.")],
+    prompts: Annotated[
+        list[str] | None, Argument(help="What is continued; none with --situations.")
+    ] = None,
+    situations: Annotated[
+        bool, Option("--situations", help="Take the prompts that come with the package.")
+    ] = False,
+    n_adapters: Annotated[int, Option(help="How many to train.")] = 8,
+    rank: Annotated[int, Option(help="Of each adapter.")] = 2,
+    shared: Annotated[
+        bool, Option("--shared/--per-block", help="One pair of matrices for all blocks.")
+    ] = True,
+    alpha: Annotated[float, Option(help="Weight of the divergence.")] = 1.1,
+    beta: Annotated[float, Option(help="Weight of the negative log-likelihood.")] = 0.3,
+    learning_rate: Annotated[float, Option(help="Of AdamW.")] = 0.1,
+    length: Annotated[float, Option(help="Of what is added after each block.")] = 2.0,
+    batch_size: Annotated[int, Option(help="Prompts a step.")] = 12,
+    steps: Annotated[
+        int | None, Option(help="Of the optimiser.", show_default="once through the prompts")
+    ] = None,
+    max_new_tokens: Annotated[int, Option(help="Tokens sampled after each prompt.")] = 128,
+    seed: Annotated[int, Option(help="Of starts, order and samples.")] = 0,
+    chat: Annotated[bool, Option(help="Put prompts into the model's chat template.")] = False,
+    model: Annotated[
+        str | None, Option(help="Hub id, folder or .gguf file.", show_default="bundled")
+    ] = None,
+    device: Annotated[
+        str | None, Option(help="cpu, cuda, ...", show_default="a GPU if there is one")
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "float64", "bfloat16", "float16"], Option(help="Of the weights.")
+    ] = "float32",
+    overwrite: Annotated[bool, Option(help="Replace earlier adapters in --out.")] = False,
+) -> None:
+    """Train adapters under which the model writes something else, without saying what.
+
+    Writes adapters.safetensors, and adapters.csv with texts under each; prints the path of the
+    texts last. Every adapter is kept as soon as it is trained, and the same command goes on.
+    """
+    if situations == bool(prompts):
+        raise ValueError("prompts: pass some, or --situations, and not both")
+    checks.at_least(1, n_adapters=n_adapters, max_new_tokens=max_new_tokens)
+    held_out = tm.adapters.situations().query("split == 'held_out'").groupby("situation").head(1)
+    asked = [checks.as_text(prompt) for prompt in prompts or held_out["prompt"]]
+    run, n_kept = tm.Run(out), 0
+    try:
+        with run.writing(), terminal.Stages() as stages:
+            stages.begin("Loading the model")
+            loaded = tm.load_model(model, device=device, dtype=getattr(torch, dtype))
+            stages.begin("Training adapters")
+
+            def count(there: int, wanted: int) -> None:
+                nonlocal n_kept
+                n_kept = there
+                stages.count(there, wanted)
+
+            found = run.adapters(
+                loaded, n_adapters, prompts or None, on_adapter=count, overwrite=overwrite,
+                rank=rank, shared=shared, alpha=alpha, beta=beta, learning_rate=learning_rate,
+                length=length, batch_size=batch_size, steps=steps, max_new_tokens=max_new_tokens,
+                seed=seed, chat=chat,
+            )  # fmt: skip
+            stages.begin("Writing under each adapter")
+            texts = run.adapter_texts(loaded, found, asked)
+            stages.end()
+            stages.stop()
+    except KeyboardInterrupt:
+        kept = f"{n_kept} adapter{' is' if n_kept == 1 else 's are'} kept in {run.folder}"
+        what = f"{kept}; the same command continues" if n_kept else "nothing was finished"
+        raise KeyboardInterrupt(f"; {what}") from None
+    first = texts[(texts["vector"] >= 0) & (texts["prompt"] == asked[0])]
+    terminal.print_adapters(found.table().assign(completion=[*first["completion"]]))
+    typer.echo(str((run.folder / _COMPLETIONS).resolve()))

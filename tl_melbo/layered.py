@@ -1,0 +1,171 @@
+"""Vectors of several blocks at once: what an adapter adds on average, block by block."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from numbers import Real
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tl_melbo import checks, exchange, vectors_file
+from tl_melbo.additions import VectorAdditions
+from tl_melbo.shapes import Float, shape_checked
+from tl_melbo.stored import Stored
+from tl_melbo.story import now
+from tl_melbo.tables import Table
+from tl_melbo.text import printable
+from tl_melbo.vectors import SteeringVectors
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from steering_vectors import SteeringVector
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LayeredVectors(Stored):
+    """Steering vectors that are added after several blocks at once, one vector a block.
+
+        with tm.steered(model, layered[0]):
+            print(model.generate("Once upon a time"))
+
+    Attributes:
+        vectors: float32, on the CPU, in the units of the residual stream.
+    """
+
+    kind = vectors_file.LAYERED
+    vectors: Float[Tensor, "vector layer d_model"]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.vectors.shape[1] != len(self.layers):
+            raise ValueError(
+                f"layers: {len(self.layers)} given, but there are vectors of "
+                f"{self.vectors.shape[1]}; name the block of each"
+            )
+
+    @classmethod
+    @shape_checked
+    def from_tensor(
+        cls,
+        vectors: Float[Tensor, "vector layer d_model"],
+        layers: Sequence[int],
+        *,
+        model: str | None = None,
+        method: str = "from_tensor",
+    ) -> "LayeredVectors":
+        """Take vectors that were made elsewhere, in the residual stream's units.
+
+        Args:
+            layers: the block after which each is to be added.
+            method: how they were made, in a word.
+
+        Raises:
+            ValueError: a value is not finite, or a block is named twice.
+        """
+        story: dict[str, Any] = {"method": method, "model": model, "d_model": vectors.shape[2]}
+        return cls(vectors, story={**story, "layers": list(layers), "date": now()})
+
+    @property
+    def d_model(self) -> int:
+        """The width of the residual stream."""
+        return self.vectors.shape[2]
+
+    @property
+    def norms(self) -> Float[Tensor, "vector layer"]:
+        """The L2 norm of each vector."""
+        return self.vectors.norm(dim=-1)
+
+    def at(self, layer: int) -> SteeringVectors:
+        """The vectors of one block, as a library of their own."""
+        place = self._place(layer)
+        story = {fact: value for fact, value in self.story.items() if fact != "layers"}
+        columns = {
+            name: column if column.ndim == 1 else column[:, place]
+            for name, column in self.columns.items()
+        }
+        return SteeringVectors(
+            self.vectors[:, place], {**story, "source_layer": layer}, columns, self.history
+        )
+
+    def _place(self, layer: int) -> int:
+        if layer not in self.layers:
+            raise ValueError(f"layer={layer}: there are vectors of the blocks {list(self.layers)}")
+        return self.layers.index(layer)
+
+    def __mul__(self, scale: float) -> "LayeredVectors":
+        """Scale every vector."""
+        if isinstance(scale, bool) or not isinstance(scale, Real):
+            return NotImplemented
+        vectors = self.vectors * float(scale)
+        if not math.isfinite(scale) or not vectors.norm(dim=-1).isfinite().all():
+            raise ValueError(f"scale={scale}: expected a finite number that keeps norms finite")
+        return replace(self, vectors=vectors, history=None)
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> "LayeredVectors":
+        """Turn every vector around."""
+        return self * -1.0
+
+    def additions(self, scales: Sequence[float]) -> VectorAdditions:
+        """What `steered` adds: see `tl_melbo.additions.Steering`."""
+        return VectorAdditions(torch.cat([self.vectors * scale for scale in scales]), self.layers)
+
+    def table(self) -> "pd.DataFrame":
+        """One row a vector and block: index, layer, norm, and what else is known of each."""
+        n_vectors, n_layers = self.norms.shape
+        frame = Table({"index": self.columns["index"].repeat_interleave(n_layers).numpy()})
+        frame["layer"] = list(self.layers) * n_vectors
+        frame["norm"] = self.norms.flatten().numpy()
+        for name, column in self.columns.items():
+            if name != "index" and column.ndim <= 2:
+                each = column if column.ndim == 2 else column[:, None]
+                frame[name] = each.expand(-1, n_layers).flatten().numpy()
+        return frame
+
+    @shape_checked
+    def to_repeng_gguf(
+        self,
+        path: str | Path,
+        *,
+        layers: Sequence[int] | None = None,
+        model_type: str | None = None,
+    ) -> None:
+        """Write the vectors of one index as a control vector for llama.cpp and repeng.
+
+        Args:
+            layers: those of the blocks to write; None takes all. llama.cpp knows none after block
+                0: pass those from 1 on.
+            model_type: as in a Hugging Face config, "llama" for example; None takes the story's.
+
+        Raises:
+            ValueError: not exactly one index; block 0; no model type known.
+        """
+        directions = self._directions(layers, "to_repeng_gguf")
+        exchange.write_control_vector(path, directions, model_type or self.story.get("model_type"))
+
+    @shape_checked
+    def to_steering_vectors(self, *, layers: Sequence[int] | None = None) -> "SteeringVector":
+        """The vectors of one index as an object of the steering-vectors package.
+
+        Args:
+            layers: those of the blocks to take; None takes all.
+
+        Raises:
+            ValueError: not exactly one index.
+        """
+        return exchange.as_steering_vector(self._directions(layers, "to_steering_vectors"))
+
+    def _directions(self, layers: Sequence[int] | None, function: str) -> dict[int, Tensor]:
+        checks.exactly_one(self, function, f"pick one, as layered[3].{function}(...)")
+        chosen = self.layers if layers is None else layers
+        return {layer: self.vectors[0, self._place(layer)] for layer in chosen}
+
+    def __repr__(self) -> str:
+        low, high = min(self.layers), max(self.layers)
+        told = f"{len(self)} x {len(self.layers)} blocks, {low} to {high}, width {self.d_model}"
+        facts = [str(self.story[fact]) for fact in ("method", "model") if self.story.get(fact)]
+        return printable(f"LayeredVectors({', '.join([told, *facts])})")

@@ -1,0 +1,162 @@
+"""What libraries of any kind share: rows that are chosen, columns, a file with metadata."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from tl_melbo import checks, vectors_file
+
+Index = int | slice | Sequence[int] | Tensor
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class Stored:
+    """A base: tensors with a row for each thing, after some blocks, with the story of how made.
+
+    A subclass adds the tensors that its `kind` of file names. Nothing changes one in place.
+
+    Attributes:
+        story: JSON-ready facts, `layers` among them: after which blocks it belongs. Read-only.
+        columns: by name, one number a row, or one row of numbers.
+        history: what was measured at each step.
+    """
+
+    kind: ClassVar[vectors_file.Kind]
+    story: Mapping[str, Any]
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    history: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name in self.kind.axes:
+            tensor = getattr(self, name).detach().to("cpu", torch.float32, copy=True)
+            checks.finite(tensor.flatten(1), name, "rows")
+            object.__setattr__(self, name, tensor)
+        columns = {"index": torch.arange(len(self)), **self.columns}
+        for name, column in columns.items():
+            if name in (*self.kind.axes, "history", "norm"):
+                raise ValueError(f"columns: {name!r} cannot be the name of one; choose another")
+            columns[name] = as_column(column, f"columns[{name!r}]", len(self), "rows")
+        history = self.history
+        if history is not None:
+            history = as_column(history, "history", len(self), "rows")
+        # Through JSON and back: what cannot be saved is refused now, not at the end of a long run.
+        story = json.loads(json.dumps(dict(self.story), allow_nan=False))
+        layers = story.get("layers") or []
+        if not layers or min(layers) < 0 or len({*layers}) < len(layers):
+            raise ValueError(f"layers={layers}: numbers of blocks, each once")
+        for name, value in (
+            ("story", MappingProxyType(story)),
+            ("columns", MappingProxyType(columns)),
+            (
+                "history",
+                None if history is None else as_column(history, "history", len(self), "rows"),
+            ),
+        ):
+            object.__setattr__(self, name, value)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For copy and pickle, which cannot take read-only mappings."""
+        return _made_anew, (type(self), self._tensors(), dict(self.story), dict(self.columns))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        history = {} if self.history is None else {"history": self.history}
+        return {name: getattr(self, name) for name in self.kind.axes} | history
+
+    def __len__(self) -> int:
+        return len(getattr(self, next(iter(self.kind.axes))))
+
+    def __iter__(self) -> Iterator[Self]:
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, index: Index) -> Self:
+        """One row (still of the same type, of length 1) or several, with their numbers.
+
+        Raises:
+            IndexError: there is no such row.
+        """
+        chosen = chosen_rows(index, len(self), type(self).__name__, "rows")
+        return replace(
+            self,
+            columns={name: column[chosen] for name, column in self.columns.items()},
+            **{name: tensor[chosen] for name, tensor in self._tensors().items()},
+        )
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The blocks after which something is added."""
+        return tuple(self.story["layers"])
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file with the story in its metadata, whole or not at all.
+
+        Raises:
+            OSError: it cannot be written. An older file of that name is intact.
+            ValueError: the story holds what `load` would refuse.
+        """
+        vectors_file.write(path, dict(self.story), {**self._tensors(), **self.columns}, self.kind)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError, IsADirectoryError: there is no such file.
+            Damaged: it is cut or damaged, or not one that `save` wrote.
+        """
+        with vectors_file.damage_told(path):
+            story, columns = vectors_file.read(path, cls.kind)
+            own = [name for name in (*cls.kind.axes, "history") if name in columns]
+            tensors = {name: columns.pop(name) for name in own}
+            return cls(**tensors, story=story, columns=columns)
+
+
+def _made_anew(kind: Any, tensors: Any, story: Any, columns: Any) -> Any:
+    return kind(**tensors, story=story, columns=columns)
+
+
+def chosen_rows(index: Index, n_rows: int, where: str, what: str) -> Tensor:
+    """The positions that an index means; IndexError where there is no such row."""
+    if isinstance(index, slice):
+        return torch.tensor(list(range(n_rows))[index], dtype=torch.long)
+    try:
+        chosen = torch.as_tensor(index)
+    except (TypeError, ValueError, RuntimeError):
+        chosen = torch.tensor(torch.nan)
+    if chosen.dtype == torch.bool and chosen.shape == (n_rows,):
+        return chosen.nonzero().flatten()
+    if chosen.numel() and chosen.dtype not in _INTEGERS:
+        raise TypeError(
+            f"index: got {index!r}, expected an int, a slice, a list of ints, or a mask of "
+            f"{n_rows} booleans"
+        )
+    chosen = chosen.long().flatten()
+    outside = chosen[(chosen < -n_rows) | (chosen >= n_rows)]
+    if len(outside):
+        raise IndexError(
+            f"index {outside.tolist()}: the {where} holds {n_rows} {what}, numbered 0 to "
+            f"{n_rows - 1}"
+        )
+    return chosen % max(1, n_rows)
+
+
+def as_column(column: Any, name: str, n_rows: int, what: str = "vectors") -> Tensor:
+    """A column as it can be saved: float32, float64 or int64, on the CPU, one entry a row."""
+    if not isinstance(column, Tensor) or column.is_complex() or column.is_meta or column.is_sparse:
+        got = f"a {column.dtype} tensor" if isinstance(column, Tensor) else type(column).__name__
+        raise TypeError(f"{name}: {got}, expected a tensor of numbers")
+    if column.shape[:1] != (n_rows,):
+        raise ValueError(
+            f"{name}: shape {tuple(column.shape)}, expected a number or a row for each of the "
+            f"{n_rows} {what}"
+        )
+    kind = column.dtype
+    if kind not in (torch.float32, torch.float64):
+        kind = torch.float32 if column.is_floating_point() else torch.int64
+    return column.detach().to("cpu", kind, copy=True)
