@@ -2,6 +2,7 @@
 
 import html
 import math
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -40,6 +41,12 @@ class Table(pd.DataFrame):
             rows.insert(_MOST_ROWS // 2, gap)
         head, body = f"<tr><th></th>{header}</tr>", "".join(rows)
         return f"<table><thead>{head}</thead><tbody>{body}</tbody></table>"
+
+
+def groups(frame: pd.DataFrame, names: Sequence[str]) -> dict[tuple[Any, ...], pd.DataFrame]:
+    """The rows that agree in these columns, in the order in which they come; NaN is a value."""
+    grouped: Any = frame.groupby(list(names), sort=False, dropna=False)
+    return {key: pd.DataFrame(some) for key, some in grouped}
 
 
 def _cell(value: Any) -> str:

@@ -19,12 +19,13 @@ from tl_melbo.judges._asking import ask_for, check_judge
 from tl_melbo.model.bridge import Model, check_model
 from tl_melbo.shapes import shape_checked
 from tl_melbo.steering import steering_layer
-from tl_melbo.tables import Table
+from tl_melbo.tables import Table, groups
 from tl_melbo.text import quoted
 from tl_melbo.vectors import SteeringVectors
 
 SCALES = (-2.0, -1.0, -0.5, 0.5, 1.0, 2.0)
 _RESAMPLES = 2_000
+_KINDS = ("vector", "random", "unsteered")
 _ROW = ["steering", "vector", "scale"]
 _TABLE = [*_ROW, "n", "mean", "low", "high", "greedy", "coherent", "invalid"]
 _ADVICE = "pass the table of dose_response"
@@ -59,17 +60,15 @@ class DoseResponse:
         Source: a conjecture in "Unsupervised discovery of steering vectors" (2025): combinations do
         something interesting when they are scaled negatively.
         """
-        sampled = self.texts[self.texts["sample"] > 0]
-        strata = dict(iter(sampled.groupby(_ROW)))
-        (zero,) = (_strata(rows) for key, rows in strata.items() if key[0] == "unsteered")
-        rows = []
-        for (steering, vector, scale), plus in strata.items():
-            minus = strata.get((steering, vector, -scale))
+        found = {key: _strata(some) for key, some in groups(self.texts, _ROW).items()}
+        zero, rows = next(found[key] for key in found if key[0] == "unsteered"), []
+        for (steering, vector, scale), plus in found.items():
+            minus = found.get((steering, vector, -scale))
             if steering != "vector" or scale < 0 or minus is None:
                 continue
             rng = np.random.default_rng(0)
-            up, down, none = (_resampled(s, rng) for s in (_strata(plus), _strata(minus), zero))
-            means = [_mean(s) for s in (_strata(plus), _strata(minus), zero)]
+            up, down, none = (_resampled(each, rng) for each in (plus, minus, zero))
+            means = [_mean(each) for each in (plus, minus, zero)]
             row: dict[str, Any] = {"vector": vector, "scale": scale}
             for name, sign, rest in (("odd", -1, 0), ("even", 1, 1)):
                 row[name] = (means[0] + sign * means[1]) / 2 - rest * means[2]
@@ -154,7 +153,7 @@ def dose_response(
     texts = pd.concat(parts, ignore_index=True)
     # Strata of the random control are prompts and vectors; it stands for the vector of its norm.
     texts["member"] = texts["vector"]
-    n_vectors = int(steered["vector"].max()) + 1
+    n_vectors = len({*steered["vector"]})
     is_random = texts["steering"] == "random"
     texts["vector"] = texts["vector"].where(~is_random, texts["vector"] % n_vectors)
     texts["count"] = _counts(texts["completion"].tolist(), count, question)
@@ -221,22 +220,20 @@ def number_in(answer: str) -> float | None:
 
 def _table(texts: pd.DataFrame, confidence: float) -> Table:
     rows = []
-    for key, some in texts.groupby(_ROW, sort=False):
-        drawn = some[some["sample"] > 0]
-        interval = _interval(_strata(drawn), confidence)
-        greedy, coherent = some["count"][some["sample"] == 0].mean(), drawn["coherent"].mean()
-        rows.append(
-            (*key, len(drawn), *interval, greedy, coherent, int(drawn["count"].isna().sum()))
-        )
-    return Table(rows, columns=_TABLE).sort_values(
-        ["steering", "vector", "scale"], ascending=[False, True, True], ignore_index=True
-    )
+    for key, some in groups(texts, _ROW).items():
+        drawn = pd.DataFrame(some[some["sample"] > 0])
+        interval = _interval(_strata(some), confidence)
+        greedy = np.mean(some["count"][some["sample"] == 0].tolist())
+        coherent, invalid = np.mean(drawn["coherent"].tolist()), np.isnan(drawn["count"].tolist())
+        rows.append((*key, len(drawn), *interval, greedy, coherent, int(invalid.sum())))
+    rows.sort(key=lambda row: (_KINDS.index(row[0]), *row[1:3]))
+    return Table(rows, columns=_TABLE)
 
 
 def _strata(texts: pd.DataFrame) -> list[np.ndarray]:
     """Counts of samples that are drawn alike: of one prompt, under one vector."""
-    known = texts[texts["count"].notna()]
-    return [some["count"].to_numpy() for _, some in known.groupby(["member", "prompt"], sort=False)]
+    known = pd.DataFrame(texts[(texts["sample"] > 0) & texts["count"].notna()])
+    return [np.array(some["count"]) for some in groups(known, ["member", "prompt"]).values()]
 
 
 def _mean(strata: Sequence[np.ndarray]) -> float:
@@ -279,15 +276,17 @@ def coherent_window(table: pd.DataFrame, least: float = 0.8) -> pd.DataFrame:
     """
     checks.columns(table, (*_ROW, "coherent"), "table", _ADVICE)
     checks.between(0, 1, "a share", least=least)
-    unsteered = table["coherent"][table["steering"] == "unsteered"]
+    known = table.to_dict("records")
+    unsteered = [row["coherent"] for row in known if row["steering"] == "unsteered"]
     if len(unsteered) != 1:
         raise ValueError(f"table: {len(unsteered)} unsteered rows, expected one; {_ADVICE}")
-    limit, rows = least * float(unsteered.iloc[0]), []
-    for vector, some in table[table["steering"] == "vector"].groupby("vector"):
-        ends = {}
-        for name, sign in (("low", -1), ("high", 1)):
-            side = some[some["scale"] * sign > 0].sort_values("scale", key=abs)
-            good = side["scale"][(side["coherent"] >= limit).cumprod().astype(bool)]
-            ends[name] = float(good.iloc[-1]) if len(good) else 0.0
-        rows.append({"vector": vector, **ends})
-    return Table(rows)
+    rows = [row for row in known if row["steering"] == "vector"]
+    windows = {row["vector"]: {"vector": row["vector"], "low": 0.0, "high": 0.0} for row in rows}
+    ended = set()
+    for row in sorted(rows, key=lambda row: abs(row["scale"])):
+        side = (row["vector"], "low" if row["scale"] < 0 else "high")
+        if row["coherent"] < least * unsteered[0]:
+            ended.add(side)
+        if side not in ended:
+            windows[row["vector"]][side[1]] = row["scale"]
+    return Table([*windows.values()])

@@ -112,7 +112,8 @@ def linearity(
     checks.seed(seed)
     options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     frames = {}
-    for name, steering in (("adapter", adapter), ("vectors", vectors)):
+    sides: dict[str, Any] = {"adapter": adapter, "vectors": vectors}
+    for name, steering in sides.items():
         frames[name] = generate(model, prompts, steering, layer, chat=chat, **options)
         if frames[name]["vector"].max() > 0:
             raise ValueError(f"{name}: more than one; pass one, as found[5]")
@@ -138,9 +139,9 @@ def linearity(
         raise NoAnswer(
             f"judge: descriptions {empty} of {len(described)} are empty; ask another judge"
         )
-    sides = described[:n_batches], described[n_batches:]
-    found = linearity_score(*sides, embedder)
-    return Linearity(**vars(found), of_adapter=sides[0], of_vectors=sides[1], texts=Table(cut),
+    of_adapter, of_vectors = described[:n_batches], described[n_batches:]
+    found = linearity_score(of_adapter, of_vectors, embedder)
+    return Linearity(**vars(found), of_adapter=of_adapter, of_vectors=of_vectors, texts=Table(cut),
                      left_out=len(texts) - len(cut))  # fmt: skip
 
 

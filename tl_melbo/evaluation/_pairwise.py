@@ -3,6 +3,7 @@
 import math
 import random
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from tl_melbo.errors import warn_user
 from tl_melbo.evaluation._hits import DEFAULT_CONFIDENCE, wilson_interval
 from tl_melbo.judges._asking import Judge, ask_for, check_judge
 from tl_melbo.shapes import shape_checked
-from tl_melbo.tables import Table
+from tl_melbo.tables import Table, groups
 
 _QUESTION = """Compare two texts.
 
@@ -101,16 +102,17 @@ def pairwise(
         questions.append(_QUESTION.format(a=a.strip(), b=b.strip(), quality=quality))
     answers = ask_for(judge, questions, letter, "one letter: A, B or T")
     given = dict(zip(places, answers, strict=True))
-    first, second = ([given[place, turned] for place in range(len(pairs))] for turned in (0, 1))
+    first, second = (
+        [given[place, turned] for place in range(len(pairs))] for turned in (False, True)
+    )
     pairs = pairs.assign(first=first, second=second, verdict=[*map(_verdict, first, second)])
-    groups = pairs.groupby(["vector", "scale"], sort=False, dropna=False)
-    table = Table([(*key, *_row(some, confidence)) for key, some in groups], columns=_COLUMNS)
-    counts = pairs["verdict"].value_counts().reindex(_VERDICTS, fill_value=0)
-    if counts["inconsistent"] > counts[["ours", "theirs", "tie"]].sum():
-        said = pd.concat([pairs["first"], pairs["second"]])
+    grouped = groups(pairs, ["vector", "scale"]).items()
+    table = Table([(*key, *_row(some, confidence)) for key, some in grouped], columns=_COLUMNS)
+    counts, said = Counter(pairs["verdict"]), Counter([*first, *second])
+    if counts["inconsistent"] > counts["ours"] + counts["theirs"] + counts["tie"]:
         warn_user(
             f"judge: {counts['inconsistent']} of {len(pairs)} verdicts changed with the order of "
-            f"the texts; it answered A {(said == 'A').sum()} times and B {(said == 'B').sum()} "
+            f"the texts; it answered A {said['A']} times and B {said['B']} "
             "times. Its answers say more about places than about texts; take another judge"
         )
     return Pairwise(table, Table(pairs))
@@ -125,33 +127,35 @@ def letter(answer: str) -> str | None:
 def _paired(
     ours: Sequence[str] | pd.DataFrame, theirs: Sequence[str] | pd.DataFrame
 ) -> pd.DataFrame:
-    if isinstance(ours, pd.DataFrame) != isinstance(theirs, pd.DataFrame):
+    if isinstance(ours, pd.DataFrame) and isinstance(theirs, pd.DataFrame):
+        return _merged(ours, theirs)
+    if isinstance(ours, pd.DataFrame) or isinstance(theirs, pd.DataFrame):
         raise ValueError(
             "ours, theirs: one is a frame and one is not; pass two lists or two frames"
         )
-    if not isinstance(ours, pd.DataFrame):
-        if isinstance(ours, str) or isinstance(theirs, str) or len(ours) != len(theirs) or not ours:
-            raise ValueError(
-                f"ours, theirs: {len(ours)} and {len(theirs)} texts; pass two lists of the same, "
-                "positive length"
-            )
-        both = {"ours": list(ours), "theirs": list(theirs)}
-        return pd.DataFrame({"vector": math.nan, "scale": math.nan, **both})
-    both = ["sample"] if "sample" in ours and "sample" in theirs else []
+    if isinstance(ours, str) or isinstance(theirs, str) or len(ours) != len(theirs) or not ours:
+        raise ValueError(
+            f"ours, theirs: {len(ours)} and {len(theirs)} texts; pass two lists of the same, "
+            "positive length"
+        )
+    texts = {"ours": list(ours), "theirs": list(theirs)}
+    return pd.DataFrame({"vector": math.nan, "scale": math.nan, **texts})
+
+
+def _merged(ours: pd.DataFrame, theirs: pd.DataFrame) -> pd.DataFrame:
+    """Completions beside those of the same prompt and sample."""
     for argument, frame in (("ours", ours), ("theirs", theirs)):
         checks.columns(frame, ("vector", "scale", "prompt", "completion"), argument, _ADVICE)
-    on = (
-        ["prompt", *both]
-        if (theirs["vector"] == -1).all()
-        else ["vector", "scale", "prompt", *both]
-    )
-    if theirs.duplicated(on).any():
+    both = ["sample"] if "sample" in ours and "sample" in theirs else []
+    is_unsteered = {*theirs["vector"]} == {-1}
+    on = ["prompt", *both] if is_unsteered else ["vector", "scale", "prompt", *both]
+    if any(theirs.duplicated(on)):
         raise ValueError(f"theirs: several completions with the same {on}; leave one of each")
-    other = theirs[[*on, "completion"]].rename(columns={"completion": "theirs"})
+    other = pd.DataFrame(theirs[[*on, "completion"]]).rename(columns={"completion": "theirs"})
     pairs = ours.rename(columns={"completion": "ours"}).merge(other, "left", on)
-    if (missing := int(pairs["theirs"].isna().sum())) > 0:
+    if missing := sum(pairs["theirs"].isna()):
         raise ValueError(f"theirs: lacks a completion with the same {on} for {missing} of ours")
-    return pairs[["vector", "scale", "prompt", *both, "ours", "theirs"]]
+    return pd.DataFrame(pairs[["vector", "scale", "prompt", *both, "ours", "theirs"]])
 
 
 def _verdict(first: str | None, second: str | None) -> str:
@@ -164,14 +168,13 @@ def _verdict(first: str | None, second: str | None) -> str:
 
 
 def _row(pairs: pd.DataFrame, confidence: float) -> tuple[float, ...]:
-    counts = pairs["verdict"].value_counts().reindex(_VERDICTS, fill_value=0).astype(int)
-    won, lost = int(counts["ours"]), int(counts["theirs"])
-    share = (math.nan,) * 3
+    counts = Counter(pairs["verdict"])
+    won, lost, share = counts["ours"], counts["theirs"], (math.nan,) * 3
     if won + lost:
         share = (won / (won + lost), *wilson_interval(won, won + lost, confidence))
     valid = len(pairs) - counts["invalid"]
     same = (valid - counts["inconsistent"]) / valid if valid else math.nan
-    said = pd.concat([pairs["first"], pairs["second"]])
-    n_letters = int(said.isin(["A", "B"]).sum())
-    first = float((said == "A").sum()) / n_letters if n_letters else math.nan
-    return (len(pairs), *counts.tolist(), *share, float(same), first)
+    said = Counter([*pairs["first"], *pairs["second"]])
+    n_letters = said["A"] + said["B"]
+    first = said["A"] / n_letters if n_letters else math.nan
+    return (len(pairs), *(counts[verdict] for verdict in _VERDICTS), *share, same, first)

@@ -26,7 +26,7 @@ def ask(judge: Judge, questions: Sequence[str]) -> list[str]:
         NoAnswer: an answer is too long; or as the judge raises it.
     """
     check_judge(judge)
-    at_once = getattr(judge, "answers", None)
+    at_once: Any = getattr(judge, "answers", None)
     texts = list(questions)
     answers = list(at_once(texts)) if callable(at_once) else [judge(text) for text in texts]
     if len(answers) != len(texts):

@@ -196,8 +196,9 @@ class ServerJudge:
             raise self._strange(f"{len(content):,} characters, at most {most:,} were asked for", "")
         usage = reply.get("usage")
         tokens = usage.get("total_tokens") if isinstance(usage, dict) else None
-        is_count = isinstance(tokens, int) and not isinstance(tokens, bool) and 0 <= tokens < 2**40
-        return self._safe(content).strip(), tokens if is_count else 0
+        if not isinstance(tokens, int) or isinstance(tokens, bool) or not 0 <= tokens < 2**40:
+            tokens = 0
+        return self._safe(content).strip(), tokens
 
     def _strange(self, what: str, body: str) -> NoAnswer:
         shown = f": {quoted(self._safe(body))}" if body else ""

@@ -32,8 +32,8 @@ def dose_response(
     """
     columns = ("steering", "vector", "scale", "mean", "low", "high", "coherent", "n", "greedy")
     checks.columns(table, columns, "table", _ADVICE)
-    unsteered = table[table["steering"] == "unsteered"]
-    steered = table[table["steering"] == "vector"]
+    unsteered = pd.DataFrame(table[table["steering"] == "unsteered"])
+    steered = pd.DataFrame(table[table["steering"] == "vector"])
     traces = [
         _dose(table, vector, "random", f"random, as long as {vector}", GREY, unsteered)
         for vector in dict.fromkeys(table["vector"][table["steering"] == "random"])
@@ -61,7 +61,7 @@ def dose_response(
 def _dose(
     table: pd.DataFrame, vector: int, kind: str, name: str, colour: str, unsteered: pd.DataFrame
 ) -> go.Scatter:
-    own = table[(table["steering"] == kind) & (table["vector"] == vector)]
+    own = pd.DataFrame(table[(table["steering"] == kind) & (table["vector"] == vector)])
     rows = pd.concat([own, unsteered]).sort_values("scale")
     hover = [
         f"{name if row['scale'] else 'unsteered'}, scale {row['scale']:g}<br>"
