@@ -110,7 +110,7 @@ def linearity(
     check_judge(judge)
     checks.at_least(1, n_batches=n_batches)
     checks.seed(seed)
-    options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     frames = {}
     sides: dict[str, Any] = {"adapter": adapter, "vectors": vectors}
     for name, steering in sides.items():

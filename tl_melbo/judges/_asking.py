@@ -1,7 +1,7 @@
 """Ask a judge: what a judge is, and what of its answers is checked."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from tl_melbo.errors import NoAnswer
 from tl_melbo.text import printable, quoted
@@ -26,9 +26,11 @@ def ask(judge: Judge, questions: Sequence[str]) -> list[str]:
         NoAnswer: an answer is too long; or as the judge raises it.
     """
     check_judge(judge)
-    at_once: Any = getattr(judge, "answers", None)
-    texts = list(questions)
-    answers = list(at_once(texts)) if callable(at_once) else [judge(text) for text in texts]
+    at_once, texts = getattr(judge, "answers", None), list(questions)
+    if callable(at_once):
+        answers = list(cast(Any, at_once)(texts))
+    else:
+        answers = [judge(text) for text in texts]
     if len(answers) != len(texts):
         raise NoAnswer(
             f"judge: {len(answers)} answers to {len(texts)} questions; expected one each"
