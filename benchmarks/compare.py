@@ -7,24 +7,23 @@ run as published: `batched-melbo` 0.1.1 from the package index (its original cod
 class), and the reference of MELBO-ortho in tests/, which hooks the whole model.
 """
 
-import ctypes
 import platform
 import re
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 import tl_melbo as tm
 from benchmarks import models
+from benchmarks.roofline import dct_rows, roofline_rows
+from benchmarks.timing import matrix_rate, seconds
 from tests.reference import melbo_ortho as reference
 from tl_melbo import files
 from tl_melbo.geometry import normalise, random_sphere
@@ -32,7 +31,6 @@ from tl_melbo.model.tokens import to_tokens
 
 PROMPT = "Tell me about yourself."
 RADIUS = 12.0
-REPEATS = 3
 PUBLISHED_STEPS, PUBLISHED_ORTHO_STEPS = 300, 1000
 ALL = slice(None)
 
@@ -70,26 +68,6 @@ def write_results(name: str, rows: list[Row]) -> None:
     pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
     with files.replacing(RESULTS) as path:
         path.write_text(pattern.sub(lambda _: text, whole), encoding="utf-8")
-
-
-def seconds(*functions: Callable[[], Any], repeats: int = REPEATS) -> list[float]:
-    """The median time of each, taken in turns so that a slow minute of the machine hits all."""
-    times: list[list[float]] = [[] for _ in functions]
-    for _ in range(repeats):
-        for function, taken in zip(functions, times, strict=True):
-            start = time.perf_counter()
-            function()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            taken.append(time.perf_counter() - start)
-    return [statistics.median(taken) for taken in times]
-
-
-def matrix_rate(size: int = 2048) -> float:
-    """Floating-point operations per second of a square product: 2 n^3 of them."""
-    a = torch.randn(size, size)
-    (taken,) = seconds(lambda: a @ a, repeats=7)
-    return 2 * size**3 / taken
 
 
 def melbo_rows(model: Any, f: tm.ActivationMap) -> Iterator[Row]:
@@ -214,44 +192,6 @@ def ortho_rows(model: Any, f: tm.ActivationMap) -> Iterator[Row]:
     )
 
 
-def roofline_rows(model: Any, f: tm.ActivationMap) -> Iterator[Row]:
-    """Floating-point operations of f and its gradient, per second, over the matrix rate.
-
-    Per token and block 2 (2 d^2 + 2 d d_kv + 3 d d_mlp) for the weights and 4 n d for the attention
-    pattern; as much again for the gradient, which is of theta alone.
-    """
-    config = model.original_model.config
-    d, n_tokens, n_blocks = f.d_model, f.x.shape[1], f.target_layer - f.source_layer
-    d_kv = d * config.num_key_value_heads // config.num_attention_heads
-    weights = 2 * d * d + 2 * d * d_kv + 3 * d * config.intermediate_size
-    operations = 2 * n_blocks * n_tokens * (2 * weights + 4 * n_tokens * d)
-    yield "GFLOP, one vector", f"{operations / 1e9:.2f}"
-    square = torch.randn(2048, 2048)
-    for n_vectors in (1, 8, 32, 128):
-        theta = random_sphere(
-            n_vectors, d, RADIUS, generator=torch.Generator().manual_seed(0)
-        ).requires_grad_()
-
-        def gradient(theta: torch.Tensor = theta, positions: slice = ALL) -> None:
-            torch.autograd.grad(f.delta(theta, positions).square().sum(), theta)
-
-        gradient()
-        memory = peak_memory(gradient)
-        taken, last_three, product = seconds(
-            gradient,
-            lambda gradient=gradient: gradient(positions=slice(-3, None)),
-            lambda: square @ square,
-            repeats=15 if n_vectors < 32 else 7,
-        )
-        rate, machine = n_vectors * operations / taken, 2 * 2048**3 / product
-        yield (
-            f"{n_vectors} vectors: f and gradient",
-            f"{taken:.3f} s, {rate / 1e9:.0f} of {machine / 1e9:.0f} GFLOP/s, "
-            f"**{rate / machine:.0%}**, {memory / 2**20:.0f} MiB more at its peak",
-        )
-        yield f"{n_vectors} vectors, effect at the last three positions", f"{last_three:.3f} s"
-
-
 def growth_rows(model: Any, f: tm.ActivationMap) -> Iterator[Row]:
     """Seconds for the k-th vector of a family, with as many gradients each."""
     generator = torch.Generator().manual_seed(0)
@@ -353,32 +293,12 @@ ROWS = {
     "melbo": melbo_rows,
     "ortho": ortho_rows,
     "roofline": roofline_rows,
+    "dct": dct_rows,
     "growth": growth_rows,
     "family": family_rows,
     "generation": generation_rows,
     "import": import_rows,
 }
-
-
-def peak_memory(function: Callable[[], Any]) -> int:
-    """Bytes by which the process grows while a function runs, looked at every millisecond."""
-    process, stop, highest = psutil.Process(), threading.Event(), [0]
-    if platform.system() == "Linux":
-        ctypes.CDLL(None).malloc_trim(0)  # what earlier calls left behind would hide the growth
-    before = process.memory_info().rss
-
-    def watch() -> None:
-        while not stop.wait(0.001):
-            highest[0] = max(highest[0], process.memory_info().rss)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        function()
-    finally:
-        stop.set()
-        watcher.join()
-    return max(0, highest[0] - before)
 
 
 def peers() -> tuple[Any, Any]:

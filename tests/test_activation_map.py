@@ -233,6 +233,7 @@ def test_dropout_is_off_and_training_mode_comes_back(unchanged):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"source_layer": 4, "target_layer": 2}, r"source_layer=4, target_layer=2: .* so allowed"),
         ({"source_layer": 4, "target_layer": 4}, r"0 <= source_layer < target_layer <= 5"),
         ({"source_layer": 8, "target_layer": 16}, r"6 layers.*try source_layer=2, target_layer=3"),
         ({"source_layer": -1, "target_layer": 3}, r"source_layer=-1"),

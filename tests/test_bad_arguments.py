@@ -54,6 +54,7 @@ def shared_calls():
     found = tm.melbo(f, 3, 2.0, steps=2)
     family = tm.melbo_ortho(f, found[0], 2, steps=2)
     completions = tm.report.collect_completions(model, "Hi!", found, **SHORT)
+    mapped = tm.evaluation.atlas(model, "Hi!", [1], [2, 3], chat=False, **SHORT).table
     composed = tm.analysis.composition(model, f, family, found[0], (2,), **SHORT)
     swept = tm.analysis.scale_sweep(model, "Hi!", found, (0.0, 1.0), **SHORT)
     scanned = tm.analysis.presence(model, found, "Hi there, you!", "One and two.", n_frames=20)
@@ -127,6 +128,9 @@ def shared_calls():
             tm.judges.openai_compatible,
             {"base_url": "http://127.0.0.1:9/v1", "model": "m", "api_key_env": None, "system": None,
              "timeout": 1.0, "retries": 0, "max_tokens": 9, "options": None, "cache": None},
+        ),
+        "token_direction": (
+            tm.analysis.token_direction, {"model": model, "token": " and", "other": " do"}
         ),
         "cosine_similarity": (tm.analysis.cosine_similarity, {"vectors": found}),
         "kl_divergence": (
@@ -263,6 +267,15 @@ def shared_calls():
             {"model": model, "prompts": "Hi!", "pairs": [(1, 3)], "n_vectors": 1, "radius": 2.0,
              "chat": False, "backdoors": BACKDOORS, "embedder": "words", "on_pair": None,
              "steps": 1, "max_new_tokens": 32},
+        ),
+        "atlas": (
+            tm.evaluation.atlas,
+            {"model": model, "prompts": "Hi!", "sources": [1], "targets": [2], "n_vectors": 1,
+             "radius": 0.35, "positions": slice(-1, None), "chat": False, "kl_threshold": 0.5,
+             "folder": None, "on_source": None, "on_batch": None, "progress": False, **SHORT},
+        ),
+        "atlas_heatmap": (
+            tm.plots.atlas_heatmap, {"table": mapped, "value": "kl", "vector": 0, "title": "x"}
         ),
         "specificity_points": (tm.plots.specificity_points, {"measured": measured, "title": "x"}),
         "save": (found.save, {"path": "vectors.safetensors"}),

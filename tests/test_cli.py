@@ -96,7 +96,7 @@ def test_every_option_reaches_the_search(
         ("--radius=-1", "radius=-1"),
         ("--radius=wide", "--radius='wide': expected a number, such as 12, or 'auto'"),
         ("--target-layer=99", "--target-layer=99: tiny has 6 layers"),
-        ("--n-vectors=33", "at most d_model=32"),
+        ("--n-vectors=33", "--n-vectors=33: must be from 1 to 32; at most d_model=32"),
         ("--p=0.5", "p=0.5"),
         ("--positions=last", "--positions='last': expected start:stop"),
         ("--positions=500:", "picks no token"),
@@ -538,40 +538,163 @@ def test_what_has_not_converged_is_told(model_folder: Path, tmp_path: Path) -> N
 
 
 def test_a_folder_of_version_0_1_is_shown_and_continued(model_folder: Path, tmp_path: Path) -> None:
+    """A library with its side effects, and the family of its vector 1."""
     recorded = Path(__file__).parent / "data" / "run_of_version_0_1"
-    for name in ("completions.csv", "settings.json", "vectors.safetensors"):
-        shutil.copy(recorded / name, tmp_path)
-    run = tm.Run(tmp_path)
+    shutil.copytree(recorded, tmp_path, dirs_exist_ok=True)
+    run, place = tm.Run(tmp_path), tmp_path / "ortho-1"
     run.note(model=str(model_folder))
     # Random weights may differ in their last digit from one processor to another.
     f = tm.ActivationMap.from_prompts(tm.load_model(model_folder), PROMPT, 1, 4, chat=True)
-    old = replace(run.found, story={**run.found.story, "weights": f.story().get("weights")})
-    old.save(tmp_path / "vectors.safetensors")
-    texts = (tmp_path / "completions.csv").read_bytes()
+    weights = {"weights": f.story().get("weights")}
+    for path in (tmp_path / "vectors.safetensors", place / "vectors.safetensors"):
+        library = tm.SteeringVectors.load(path)
+        replace(library, story={**library.story, **weights}).save(path)
+    old, family = run.found, tm.SteeringVectors.load(place / "vectors.safetensors")
+    tables = ("completions.csv", "side_effects.csv", "ortho-1/family.csv")
+    before = [(tmp_path / name).read_bytes() for name in tables]
     result = run_command("page", tmp_path)
     assert result.exit_code == 0, result.output
-    assert (tmp_path / "completions.csv").read_bytes() == texts
-    assert "(MELBO)" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert [(tmp_path / name).read_bytes() for name in tables] == before
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    for shown in ("(MELBO)", "<h2>Side effects", "The family of vector 1"):
+        assert shown in page
+    # One more vector, whose side effects are measured as those of the others were.
     assert discover(model_folder, tmp_path).exit_code == 0
     assert len(run.found) == 3
     assert torch.equal(run.found.vectors[:2], old.vectors)
+    assert pd.read_csv(tmp_path / "side_effects.csv")["vector"].tolist() == [0, 1, 2]
+    follow = ("--vector=1", "--n-vectors=3", "--steps=4", "--max-new-tokens=3")
+    result = run_command("ortho", tmp_path, *follow)
+    assert result.exit_code == 0, result.output
+    more = tm.SteeringVectors.load(place / "vectors.safetensors")
+    assert len(more) == 3
+    assert torch.equal(more.vectors[:2], family.vectors)
+    assert (pd.read_csv(place / "family.csv")["kind"] == "family").sum() == 3
+    assert [part.number for part in run.families()] == [1]
 
 
-def test_a_method_is_asked_for_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tm, "load_model", lambda *_, **__: pytest.fail("loaded"))
-    for arguments, message in (
+SETTING = "--method=dct", "--set"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
         (["--method=sgd"], "--method='sgd': known are"),
-        (
-            ["--method=melbo_ortho", "--p=2"],
-            "--method melbo_ortho(): got an unexpected argument 'p'",
-        ),
+        (["--method=random_vector"], "--method='random_vector': did you mean 'random_vectors'?"),
+        (["--method=melbo_ortho", "--p=2"], "--p: --method melbo_ortho has no such setting"),
         (["--method=melbo_ortho"], "needs theta0; use tl-melbo ortho"),
-    ):
-        out = tmp_path / "run"
-        result = run_command("discover", Path(PROMPT), f"--out={out}", *arguments)
-        assert result.exit_code == 1
-        assert message in one_line(result.stderr)
-        assert not out.exists()
+        (["--method=jacobian", "--optimiser=ascent"], "--optimiser: --method jacobian has no such"),
+        (["--method=jacobian", "--seed=1"], "it has n_vectors, radius, positions"),
+        (
+            ["--method=dct", "--independent"],
+            "--orthogonal: expected 'hard', or 'soft' for --method",
+        ),
+        (
+            [*SETTING, "ordr=linear"],
+            "--set ordr: --method dct has no such setting; did you mean 'o",
+        ),
+        ([*SETTING, "order=cubic"], "expected 'linear', 'quadratic', or 'exponential'"),
+        ([*SETTING, "order=quadratc"], "; did you mean 'quadratic'?"),
+        ([*SETTING, "order"], "--set 'order': expected NAME=VALUE"),
+        ([*SETTING, "steps=3", "--set", "steps=4"], "--set steps: given twice"),
+        ([*SETTING, "steps=3", "--steps=3"], "--set steps: given twice, --steps before"),
+        ([*SETTING, "steps=few"], "--set steps='few': expected a whole number"),
+        ([*SETTING, "steps=2.5"], "--set steps='2.5': expected a whole number"),
+        (
+            [*SETTING, "radius=wide"],
+            "--set radius='wide': expected a number, such as 12, or 'auto'",
+        ),
+        ([*SETTING, "positions=last"], "--set positions='last': expected start:stop"),
+        ([*SETTING, "on_step=print"], "--set on_step: --method dct has no such setting"),
+        ([*SETTING, "steps=0"], "--steps=0: at least 1"),
+        (["--set=orthogonal=hard"], "--set orthogonal='hard': expected true or false"),
+        (["--set=q=two"], "--set q='two': expected a number, such as 12, or none"),
+        (["--other=Hi!"], "--other: --method melbo takes no other prompts"),
+        (["--other=Hi!"], "a method that does: contrastive"),
+        (["--method=contrastive"], "--method contrastive: needs other prompts, to compare with"),
+        (["--method=contrastive", "--other= "], "other[0]=' ': a text needs"),
+        (["--method=contrastive", "--other=Hi!", "--n-vectors=2"], "--n-vectors=2: there is one"),
+    ],
+)
+def test_a_method_and_its_settings_are_checked_before_a_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.setattr(tm, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    out = tmp_path / "run"
+    result = run_command("discover", Path(PROMPT), f"--out={out}", *arguments)
+    assert result.exit_code == 1
+    assert message in one_line(result.stderr)
+    assert not out.exists()
+
+
+def test_any_setting_of_a_method_can_be_given_and_is_known_again(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    words = ("order=quadratic", "orthogonal=soft", "start=jacobian", "positions=-2:", "seed=3")
+    arguments = ["--method=dct", *(f"--set={word}" for word in words)]
+    result = discover(model_folder, tmp_path, *arguments)
+    assert result.exit_code == 0, result.output
+    path = tmp_path / "vectors.safetensors"
+    found = tm.SteeringVectors.load(path)
+    expected = {
+        "n_vectors": 3, "order": "quadratic", "orthogonal": "soft", "radius": 4.0,
+        "positions": [-2, None, None], "steps": 3, "start": "jacobian",
+    }  # fmt: skip
+    assert dict(found.story["hyperparameters"]) == expected
+    assert found.story["seed"] == 3
+    f = tm.ActivationMap.from_prompts(tm.load_model(model_folder), PROMPT, 1, 4, chat=True)
+    same = {"positions": slice(-2, None), "steps": 3, "start": "jacobian", "seed": 3}
+    python = tm.dct(f, 3, "quadratic", "soft", radius=4.0, **same)
+    torch.testing.assert_close(found.vectors, python.vectors)
+    written = path.stat().st_mtime_ns
+    again = discover(model_folder, tmp_path, *arguments)
+    assert again.exit_code == 0, again.output
+    assert "holds 3 vectors of this search." in one_line(again.stderr)
+    assert path.stat().st_mtime_ns == written
+    other = discover(model_folder, tmp_path, *arguments[:-1], "--set=seed=4")
+    assert other.exit_code == 1
+    assert "seed=3 (here 4)" in one_line(other.stderr)
+    assert "Finding vectors" not in other.stderr  # told before the work
+    other = discover(model_folder, tmp_path, "--method=dct", "--set=order=linear")
+    assert "order='quadratic' (here 'linear')" in one_line(other.stderr)
+
+
+@pytest.mark.filterwarnings("ignore:the mean cosine")
+def test_a_contrastive_vector_from_the_shell(model_folder: Path, tmp_path: Path) -> None:
+    without = ("What a horrid day!", "This is awful.")
+    prompts = ("What a lovely day!", "This is great.")
+
+    def contrast(*arguments: str, other: tuple[str, ...] = without) -> Result:
+        options = [
+            f"--model={model_folder}", "--source-layer=1", "--target-layer=4", "--out",
+            str(tmp_path), "--max-new-tokens=3", *(f"--other={text}" for text in other),
+        ]  # fmt: skip
+        command = ["discover", *prompts, "--method=contrastive", *options, *arguments]
+        return CliRunner().invoke(app, command)
+
+    result = contrast("--set=estimator=principal")
+    assert result.exit_code == 0, result.output
+    found = tm.SteeringVectors.load(tmp_path / "vectors.safetensors")
+    model = tm.load_model(model_folder)
+    maps = [
+        tm.ActivationMap.from_prompts(model, list(some), 1, 4, chat=True)
+        for some in (prompts, without)
+    ]
+    torch.testing.assert_close(found.vectors, tm.contrastive(*maps, "principal").vectors)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert all(text in page for text in without)
+    again = contrast("--set=estimator=principal")
+    assert again.exit_code == 0, again.output
+    assert "holds 1 vector of this search." in one_line(again.stderr)
+    others = contrast("--set=estimator=principal", other=("This is bad.", "No."))
+    assert others.exit_code == 1
+    assert "(here ['This is bad.', 'No.'])" in one_line(others.stderr)
+    assert "Loading" not in others.stderr
+    # From Python, too.
+    elsewhere = tm.ActivationMap.from_prompts(model, ["This is bad.", "No."], 1, 4, chat=True)
+    with pytest.raises(tm.errors.DifferentSearch, match="other="):
+        tm.Run(tmp_path).keep(tm.contrastive, maps[0], 1, other=elsewhere, estimator="principal")
+    assert contrast("--set=estimator=mean").exit_code == 1
 
 
 def test_measuring_and_the_page_are_commands_of_their_own(
@@ -580,6 +703,12 @@ def test_measuring_and_the_page_are_commands_of_their_own(
     assert discover(model_folder, tmp_path).exit_code == 0
     result = run_command("measure", tmp_path)
     assert result.exit_code == 0, result.output
+    measured = pd.read_csv(tmp_path / "side_effects.csv")
+    header, *rows = [line for line in result.stdout.splitlines() if "│" in line or "┃" in line]
+    assert "specificity" in header
+    assert "loss (nats)" in header
+    for row, specificity in zip(rows, measured["specificity"], strict=True):
+        assert f"{specificity:#.3g}" in row
     run = tm.Run(tmp_path)
     model, _ = run.load()
     written = (tmp_path / "side_effects.csv").stat().st_mtime_ns

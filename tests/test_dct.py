@@ -171,8 +171,9 @@ def test_the_metadata_is_enough_for_everything_else(tiny_llama, tmp_path, unchan
     torch.testing.assert_close(loaded.norms, torch.full((5,), 2.0))
     with pytest.raises(tm.errors.DifferentSearch, match="together"):
         run.keep(tm.dct, f, 7, radius=2.0, steps=3)
-    with pytest.raises(ValueError, match="d_model"):
-        tm.dct(f, f.d_model + 1)
+    for few in ({}, {"order": "linear", "orthogonal": "soft"}):  # linear ones are orthogonal
+        with pytest.raises(ValueError, match=r"n_vectors=33: .* at most d_model=32 .* orthogonal"):
+            tm.dct(f, f.d_model + 1, radius=2.0, steps=1, **few)
     assert len(tm.dct(f, f.d_model + 1, orthogonal="soft", radius=2.0, steps=1)) == f.d_model + 1
 
 

@@ -162,3 +162,23 @@ def test_bad_arguments_are_named(tiny_llama, method, arguments, message):
     f = tm.ActivationMap.from_prompts(tiny_llama, PROMPTS, 1, 4)
     with pytest.raises(ValueError, match=message):
         method(f, **{"radius": 1.0, **arguments})
+
+
+@pytest.mark.parametrize("find", [tm.jacobian, tm.dct])
+def test_the_bar_moves_while_all_are_found_together(find, capsys):
+    f = Linear()
+    f.vectors_at_once = lambda with_gradient=True: 3
+    seen = []
+
+    def delta(theta, positions=slice(None)):
+        seen.append(search._bar.n if search._bar is not None else None)
+        return Linear.delta(f, theta, positions)
+
+    f.delta = delta
+    search = find.parts(f, 12, radius=1.0, positions=slice(-3, None), progress=True)
+    search.collect()
+    shown = [number for number in seen if number is not None]
+    assert shown == sorted(shown)
+    assert len({*shown}) >= 4
+    assert search._bar.n == 12
+    assert "12/12" in capsys.readouterr().err

@@ -30,6 +30,15 @@ def test_a_large_heatmap_is_no_heavier_than_its_numbers() -> None:
     assert len(figure.to_json()) < 4 * n_vectors**2 * 4 / 3 + 50_000
 
 
+def test_heatmap_of_a_library_is_that_of_its_cosines() -> None:
+    theta = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 2.0]])
+    found = tm.SteeringVectors.from_tensor(theta)
+    expected = tm.analysis.cosine_similarity(found)
+    torch.testing.assert_close(torch.tensor(cosine_heatmap(found).data[0].z), expected)
+    assert cosine_heatmap(found).data[0].x is None
+    assert list(cosine_heatmap(found[1:]).data[0].x) == ["1", "2"]
+
+
 def test_heatmap_calls_vectors_by_their_labels() -> None:
     figure = cosine_heatmap(torch.eye(2), labels=[7, 3])
     assert figure.data[0].x == ("7", "3")

@@ -54,5 +54,10 @@ def test_a_preset_is_arguments(name):
 def test_a_shallow_model_is_told():
     with pytest.raises(ValueError, match=r"n_layers=16: .* takes 17 layers or more; choose"):
         tm.PRESETS["refusal"].layers(16)
-    with pytest.raises(KeyError):
-        tm.PRESETS["refusals"]
+
+
+def test_a_preset_that_is_not_there_is_told_with_those_that_are():
+    with pytest.raises(KeyError, match=r"'bundle': did you mean 'bundled'\? known are chain-of"):
+        tm.PRESETS["bundle"]
+    assert tm.PRESETS.get("bundle") is None
+    assert "bundle" not in tm.PRESETS

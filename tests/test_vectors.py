@@ -58,6 +58,29 @@ def test_indexing_keeps_numbers_and_story():
     assert dict(one.story) == dict(found.story)
 
 
+def test_the_columns_keep_their_order_on_disk(tmp_path):
+    codes, numbers = torch.zeros(2, dtype=torch.int64), torch.ones(2)
+    columns = {"objective": numbers, "evaluations": codes, "gain": numbers, "converged": codes}
+    story = {"categories": {"converged": ["no"]}}
+    found = tm.SteeringVectors(torch.ones(2, 3), story, columns, torch.ones(2, 4))
+    found.save(tmp_path / "vectors.safetensors")
+    loaded = tm.SteeringVectors.load(tmp_path / "vectors.safetensors")
+    assert [*loaded.table()] == [*found.table()]
+    assert [*loaded.columns] == ["index", "objective", "evaluations", "gain", "converged"]
+
+
+@pytest.mark.parametrize("order", ["7", '{"vectors": 1}', "[1, 2]", "[", '[["vectors"]]'])
+def test_an_order_of_columns_that_makes_no_sense_is_damage(tmp_path, order):
+    path = tmp_path / "vectors.safetensors"
+    metadata = {"format": "tl_melbo.vectors", "format_version": "1", "story": "{}"}
+    save_file({"vectors": torch.ones(2, 3)}, path, {**metadata, "order": order})
+    with pytest.raises(tm.errors.Damaged):
+        tm.SteeringVectors.load(path)
+    # Names of columns that are not there do no harm.
+    save_file({"vectors": torch.ones(2, 3)}, path, {**metadata, "order": '["x", "vectors", "x"]'})
+    assert len(tm.SteeringVectors.load(path)) == 2
+
+
 @pytest.mark.parametrize("index", [5, -6, [0, 9]])
 def test_index_outside_is_named(index):
     with pytest.raises(IndexError, match="the library holds 5 vectors, numbered 0 to 4"):

@@ -32,7 +32,7 @@ from tl_melbo.vectors import SteeringVectors
 if TYPE_CHECKING:
     from tl_melbo import analysis, evaluation, judges, plots, report
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "PRESETS",

@@ -1,7 +1,8 @@
 """The activation map f: from the residual stream after one block to that after a later one."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -196,6 +197,44 @@ class ActivationMap:
         """f(x) by the model's own modules, without a graph."""
         run = shortcut.hooked_run(self._blocks())
         return push(x[None], self._groups, self._picked(slice(None)), run)[0]
+
+    @torch.no_grad()
+    def gram_matrices(
+        self,
+        source_layer: int,
+        target_layers: Sequence[int],
+        positions: slice,
+        on_batch: Callable[[int], None],
+    ) -> dict[int, Tensor]:
+        """J'J from one layer of this map to several later ones, all in one forward-mode pass.
+
+        J is the derivative at zero of the effect of a vector that is added after `source_layer`,
+        flattened over prompts and `positions`. Float64, [d_model, d_model], on the CPU. `on_batch`
+        gets the number of directions that were pushed through for one prompt.
+        """
+        picked, first = self._picked(checked_slice(positions)), source_layer - self.source_layer
+        wanted = [layer - source_layer - 1 for layer in target_layers]
+        fast = None if self.path == "hooked" else self._shortcut
+        start = shortcut.tangents_of(self._blocks()) if fast is None else fast.tangents
+        axes = torch.eye(self.d_model, dtype=self.x.dtype, device=self.x.device)
+        grams = [torch.zeros_like(axes, dtype=torch.float64) for _ in target_layers]
+        size = self.vectors_at_once(False) * len(self.prompts)  # which go one by one
+
+        def images(push: shortcut.Push, places: Tensor | None, tangents: Tensor) -> list[Tensor]:
+            found = list(push(tangents, first, places))
+            on_batch(len(tangents))
+            return [found[number].flatten(1) for number in wanted]
+
+        for group in self._groups:
+            rows = self.x if group.prompts is None else self.x[group.prompts, -group.length :]
+            of_row = axes[:, None].expand(-1, group.length, -1)
+            for row in rows:
+                push, places = start(row[None], group), picked.places[group.length][0]
+                parts, _ = map_batches(partial(images, push, places), of_row, size)
+                for gram, some in zip(grams, zip(*parts, strict=True), strict=True):
+                    flat = torch.cat(some).double()
+                    gram += flat @ flat.T
+        return {layer: gram.cpu() for layer, gram in zip(target_layers, grams, strict=True)}
 
     @shape_checked
     def resolution(self, positions: slice = slice(None)) -> float:

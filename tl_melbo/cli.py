@@ -1,6 +1,5 @@
 """The same from a shell: `tl-melbo discover "Tell me about yourself." --out runs/me`."""
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,10 +10,8 @@ import typer
 from typer import Argument, Option
 
 import tl_melbo as tm
-from tl_melbo import checks, terminal
-from tl_melbo.discovery import Method
+from tl_melbo import checks, cli_atlas, options, terminal
 from tl_melbo.run import VECTORS, absolute, family_folder
-from tl_melbo.story import slice_to_json
 
 
 def _option(text: str, default: str | None = None, *names: str) -> Any:
@@ -27,9 +24,6 @@ _Folder = Annotated[Path, Argument(help="The folder that `discover` wrote.")]
 _Device = Annotated[str | None, _option("cpu, cuda, ...", "a GPU if there is one")]
 _Model = Annotated[str | None, _option("Hub id, folder or .gguf file.", "as for discover")]
 _MaxNewTokens = Annotated[int, _option("Length of each completion.")]
-
-# Arguments of a method that are no options of a command.
-_OWN = ("f", "n_vectors", "previous", "progress", "on_step")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -51,7 +45,13 @@ def discover(
     prompts: Annotated[list[str], Argument(help="What the model is asked; one or several.")],
     out: Annotated[Path, _option("Folder for the results; made if need be.")],
     method: Annotated[str, _option("How to search: melbo, or another of tl_melbo's.")] = "melbo",
-    n_vectors: Annotated[int, _option("How many vectors to find.")] = 32,
+    settings: Annotated[
+        list[str] | None, Option("--set", metavar="NAME=VALUE", help="Any setting of the method.")
+    ] = None,
+    other: Annotated[
+        list[str] | None, _option("For contrastive: a prompt without the behaviour; repeatable.")
+    ] = None,
+    n_vectors: Annotated[int | None, _option("How many vectors to find.", "32 for melbo")] = None,
     radius: Annotated[str | None, _option("Their norm, or 'auto'.", "auto")] = None,
     model: Annotated[str | None, _option("Hub id, folder or .gguf file.", "bundled")] = None,
     source_layer: Annotated[int, _option("Add the vectors after this block.")] = 8,
@@ -91,22 +91,27 @@ def discover(
             f"source_layer={source_layer}, target_layer={target_layer}: the source comes "
             "before the target, and the first layer is 0"
         )
-    search = _method(method)
-    settings, story = _asked(
-        search, n_vectors, radius=_radius(radius), positions=_slice(positions), p=p, q=q,
-        norm=norm, orthogonal=orthogonal, optimiser=optimiser, steps=steps, seed=seed,
-    )  # fmt: skip
+    search = options.method_named(method)
+    flags = {
+        "n_vectors": n_vectors, "radius": radius, "positions": positions, "p": p, "q": q,
+        "norm": norm, "orthogonal": orthogonal, "optimiser": optimiser, "steps": steps,
+        "seed": seed,
+    }  # fmt: skip
+    asked = options.asked(search, flags, settings or (), other or ())
     place = {"source_layer": source_layer, "target_layer": target_layer, "chat": chat}
-    story |= {"prompts": prompts, "dtype": dtype}
+    story = {**asked.story, **place, "prompts": prompts, "dtype": dtype}
     run, name, known = tm.Run(out), absolute(model), 0
     with _session(run, run.folder) as stages:
         if not overwrite:
             run.check(side_effects=side_effects)
-            known = run.check_same({**story, **place, "model": name})
-        _say_what_is_there(run.folder, known, n_vectors)
+            known = run.check_same({**story, "model": name})
+        _say_what_is_there(run.folder, known, asked.n_vectors)
         stages.begin("Loading the model")
         loaded = tm.load_model(model, device=device, dtype=getattr(torch, dtype))
         f = tm.ActivationMap.from_prompts(loaded, prompts, **place)
+        chosen = {**asked.settings, "overwrite": overwrite}
+        if asked.other:
+            chosen["other"] = tm.ActivationMap.from_prompts(loaded, asked.other, **place)
         stages.begin("Finding vectors")
 
         def count(there: int, wanted: int | None) -> None:
@@ -114,11 +119,9 @@ def discover(
                 run.note(command="discover", model=name)
             stages.count(there, wanted)
 
-        settings |= {"overwrite": overwrite, "on_vector": count}
-        found = run.keep(search, f, max(n_vectors, known), **settings)
+        found = run.keep(search, f, max(asked.n_vectors, known), on_vector=count, **chosen)
         if "calibration" in found.story:
-            radius = f"{found.story['hyperparameters']['radius']:g}"
-            terminal.say(f"Radius {radius}, calibrated.")
+            terminal.say(f"Radius {found.story['hyperparameters']['radius']:g}, calibrated.")
         # What was measured once is measured of the vectors that came since, too.
         if side_effects or run.settings.get("side_effects_of"):
             stages.begin("Measuring side effects")
@@ -152,27 +155,28 @@ def ortho(
     theta0 = _numbered(run, vector)
     room = theta0.vectors.shape[1] - 1
     wanted = _family_size(n_vectors, everything, room)
-    settings, story = _asked(
-        tm.melbo_ortho, wanted,
-        theta0=theta0, norm_penalty=norm_penalty, optimiser=optimiser, steps=steps,
-    )  # fmt: skip
+    flags = {"n_vectors": wanted, "norm_penalty": norm_penalty, "optimiser": optimiser}
+    asked = options.asked(tm.melbo_ortho, flags | {"steps": steps}, theta0=theta0)
     place = family_folder(run.folder, vector)
     # What is there is read under the lock, too: another process may have just added to it.
     with _session(run, place) as stages:
         run.check(without=vector if overwrite else None)
         if not overwrite:
-            known = run.check_same(story, theta0)
+            known = run.check_same(asked.story, theta0)
         _say_what_is_there(place, known, wanted)
         stages.begin("Loading the model")
         loaded, f = run.load(model, device)
         stages.begin(f"Following vector {vector}")
         size = None if everything and known < room else max(wanted, known)
-        settings |= {"overwrite": overwrite, "on_vector": stages.count}
-        run.keep(tm.melbo_ortho, f, size, **settings)
+        watch = {"overwrite": overwrite, "on_vector": stages.count}
+        run.keep(tm.melbo_ortho, f, size, **asked.settings, **watch)
         stages.begin("Measuring the family")
         length: dict[str, Any] = {"max_new_tokens": max_new_tokens}
         part = run.family(loaded, f, vector, on_batch=stages.count, **length)
         _show_page(run, loaded, f, stages, part.table, **length)
+
+
+app.command(cls=terminal.Command)(cli_atlas.atlas)
 
 
 @app.command(cls=terminal.Command)
@@ -249,62 +253,6 @@ def _show_page(
         if still := not_converged(run.found):
             terminal.say(f"{still}.")
     typer.echo(str((run.folder / "report.html").resolve()))
-
-
-def _method(name: str) -> Method:
-    known = {n: value for n, value in vars(tm).items() if isinstance(value, Method)}
-    if name not in known:
-        raise ValueError(f"--method={name!r}: known are {', '.join(sorted(known))}")
-    return known[name]
-
-
-def _asked(method: Method, n_vectors: int, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The options that were given, checked, and what the metadata will say, as far as is known."""
-    given = {name: value for name, value in options.items() if value is not None}
-    called = f"--method {method.__name__}"
-    checks.argument_names(called, given, method, _OWN)
-    signature = inspect.signature(method)
-    bound = signature.bind_partial(**given)
-    bound.apply_defaults()
-    values = {**bound.arguments, "n_vectors": n_vectors}
-    for name in signature.parameters:
-        if name not in (*values, *_OWN):
-            command = "use tl-melbo ortho" if name == "theta0" else "use it in Python"
-            raise ValueError(f"{called}: needs {name}; {command}")
-    if check := getattr(method, "check", None):
-        names = inspect.signature(check).parameters
-        check(**{name: values[name] for name in names if name in values})
-    chosen = {
-        name: slice_to_json(value) if isinstance(value, slice) else value
-        for name, value in values.items()
-        if value is not None and name not in (*_OWN, "theta0")
-    }
-    seed = chosen.pop("seed", None)
-    return given, {"method": method.__name__, "seed": seed, "hyperparameters": chosen}
-
-
-def _slice(text: str | None) -> slice | None:
-    """Read 'start:stop'; either may be missing."""
-    if text is None:
-        return None
-    try:
-        start, stop = (int(part) if part.strip() else None for part in text.split(":"))
-    except ValueError as error:
-        raise ValueError(
-            f"--positions={text!r}: expected start:stop, such as '-3:' for the last three tokens, "
-            "or ':' for all"
-        ) from error
-    return slice(start, stop)
-
-
-def _radius(text: str | None) -> float | str | None:
-    """Read a number or 'auto'."""
-    if text is None or text == "auto":
-        return text
-    try:
-        return float(text)
-    except ValueError as error:
-        raise ValueError(f"--radius={text!r}: expected a number, such as 12, or 'auto'") from error
 
 
 def _numbered(run: tm.Run, vector: int) -> tm.SteeringVectors:

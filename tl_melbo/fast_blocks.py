@@ -6,7 +6,7 @@ projections of one input are one product, and the gradient, of the input alone, 
 block. Nothing here knows TransformerLens: modules and tensors in, tensors out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -109,6 +109,66 @@ class FastBlocks:
             gradient = _unit_backward(d_normed, was.x, was.scale, d_middle)
         return gradient
 
+    def tangents(
+        self, tangent: Tensor, rotation: Tensor, positions: Tensor | None, kept: "list[_Kept]"
+    ) -> Iterator[Tensor]:
+        """Push derivatives, [tangent, pos, d_model], through the last blocks: after each of them.
+
+        `kept` is what `forward` kept of one row at these blocks, for all positions. With
+        `positions`, ascending indices, the results hold these positions only.
+        """
+        n, n_pos, _ = tangent.shape
+        for block, was in zip(self.blocks[-len(kept) :], kept, strict=True):
+            chosen = positions if block is self.blocks[-1] else None
+            d_normed = _unit_tangent(tangent, was.x, was.scale)
+            heads = block.qkv.forward(d_normed).view(n, n_pos, -1, self.d_head)
+            turned = _turned(heads[:, :, : self.n_turned], rotation)
+            residual, query = tangent, turned[:, :, : self.n_heads]
+            middle_was = was.middle, was.middle_scale, was.gate_up
+            if chosen is not None:
+                query, residual = query[:, chosen], tangent[:, chosen]
+                middle_was = tuple(part[:, chosen] for part in middle_was)
+            key, value = turned[:, :, self.n_heads :], heads[:, :, self.n_turned :]
+            attended = self._attention_tangent(query, key, value, was.heads, chosen)
+            middle = block.out.forward(attended).add_(residual)
+            d_gate_up = block.gate_up.forward(_unit_tangent(middle, *middle_was[:2]))
+            (gate, up), (d_gate, d_up) = middle_was[2].chunk(2, -1), d_gate_up.chunk(2, -1)
+            d_silu = torch.ops.aten.silu_backward(up, gate)
+            product = d_up.mul_(functional.silu(gate)).addcmul_(d_gate, d_silu)
+            tangent = block.down.forward(product).add_(middle)
+            yield tangent if positions is None or chosen is not None else tangent[:, positions]
+
+    def _attention_tangent(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        heads: tuple[Tensor, Tensor, Tensor],
+        chosen: Tensor | None,
+    ) -> Tensor:
+        """The derivative of attention, [tangent, pos, all heads], of those of its arguments."""
+        was_query, was_key, was_value = (part.detach()[0] for part in heads)
+        n_key, (n, n_pos, _, d_head) = len(was_key), query.shape
+        if chosen is not None:
+            was_query = was_query[:, chosen]
+        # Query heads by the key head that they share; large products of few matrices.
+        was_query = was_query.unflatten(0, (n_key, -1))
+        scores = was_query.flatten(1, 2) @ was_key.mT * self.attention_scale
+        last = torch.arange(n_pos, device=query.device) if chosen is None else chosen
+        later = torch.arange(key.shape[1], device=query.device) > last[:, None]
+        shape = (*was_query.shape[:3], key.shape[1])
+        weights = scores.view(shape).masked_fill_(later, -torch.inf).softmax(-1)
+        query = query.unflatten(2, (n_key, -1)).permute(2, 3, 0, 1, 4).flatten(1, 3)
+        key = key.permute(2, 3, 0, 1).flatten(2)
+        value = value.permute(2, 1, 0, 3)
+        by_query = (query @ was_key.mT).view(*shape[:2], n, n_pos, -1)
+        by_key = (was_query.flatten(1, 2) @ key).view(*shape[:3], n, -1).transpose(2, 3)
+        moved = by_query.add_(by_key).mul_(self.attention_scale).mul_(weights[:, :, None])
+        moved.addcmul_(weights[:, :, None], moved.sum(-1, keepdim=True), value=-1)
+        by_weights = (moved.flatten(1, 3) @ was_value).view(*shape[:2], n, n_pos, d_head)
+        by_value = (weights.flatten(1, 2) @ value.flatten(2)).view(*shape[:3], n, d_head)
+        return by_weights.add_(by_value.transpose(2, 3)).permute(2, 3, 0, 1, 4).flatten(2)
+
     def _attention(
         self, query: Tensor, key: Tensor, value: Tensor, chosen: Tensor | None
     ) -> Tensor:
@@ -206,8 +266,12 @@ class _Linear(NamedTuple):
         return cls(weight, transposed, bias, hot_rows, both)
 
     def __call__(self, x: Tensor) -> Tensor:
-        y = self._product(x, 0)
+        y = self.forward(x)
         return y if self.bias is None else y.add_(self.bias)
+
+    def forward(self, tangent: Tensor) -> Tensor:
+        """From the derivative of x to that of the result."""
+        return self._product(tangent, 0)
 
     def backward(self, gradient: Tensor) -> Tensor:
         """From the gradient of the result to that of x."""
@@ -229,6 +293,13 @@ def _unit(x: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """Divide x by its norm (RMSNorm without its weights and the root of d); with the factor."""
     scale = torch.linalg.vecdot(x, x)[..., None].add_(x.shape[-1] * epsilon).rsqrt_()
     return x * scale, scale
+
+
+def _unit_tangent(tangent: Tensor, x: Tensor, scale: Tensor) -> Tensor:
+    """The derivative through `_unit`."""
+    normed = x * scale
+    along = (tangent * normed).sum(-1, keepdim=True)
+    return torch.addcmul(tangent, normed, along, value=-1).mul_(scale)
 
 
 def _unit_backward(gradient: Tensor, x: Tensor, scale: Tensor, residual: Tensor) -> Tensor:

@@ -21,11 +21,15 @@ Rows = TypeVar("Rows", bound=_Sliced)
 
 
 def map_batches(
-    function: Callable[[Rows], Result], rows: Rows, size: int
+    function: Callable[[Rows], Result],
+    rows: Rows,
+    size: int,
+    on_batch: Callable[[float], None] | None = None,
 ) -> tuple[list[Result], int]:
     """Call a function on batches of rows, in order, with smaller ones where memory is full.
 
-    Returns the results, and the size of the batches that fit. The error comes through where one row
+    Returns the results, and the size of the batches that fit. `on_batch` is called after each with
+    the share of the rows that is done. The error comes through where one row
     alone does not.
     """
     results: list[Result] = []
@@ -35,6 +39,8 @@ def map_batches(
         try:
             results.append(function(batch))
             start += len(batch)
+            if on_batch is not None:
+                on_batch(start / len(rows))
         except (RuntimeError, MemoryError) as error:
             if len(batch) == 1 or not is_out_of_memory(error):
                 raise

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from tl_melbo.shapes import shape_checked
+from tl_melbo.text import did_you_mean
 
 _ORIGINAL = "Mack & Turner 2024, original code"
 
@@ -68,6 +69,14 @@ def _preset(
     return Preset(about, model, MappingProxyType(search), *layers, source)
 
 
+class _ByName(dict[str, Preset]):
+    """A missing one is told with those that are there."""
+
+    def __missing__(self, name: object) -> Preset:
+        hint = did_you_mean(str(name), self)
+        raise KeyError(f"{name!r}: {f'{hint} ' if hint else ''}known are {', '.join(self)}")
+
+
 _EVERYWHERE, _LAST_THREE = slice(None), slice(-3, None)
 
 _BUNDLED = _preset(
@@ -78,7 +87,7 @@ _BUNDLED = _preset(
 )  # fmt: skip
 
 PRESETS: Mapping[str, Preset] = MappingProxyType(
-    {
+    _ByName({
         "chain-of-thought": _preset(
             "Qwen-1.8B (base)",
             "Step-by-step reasoning in a base model: one of the vectors lifted two-step arithmetic "
@@ -99,5 +108,5 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
         ),
         "bundled": _BUNDLED,
         "embedded": _BUNDLED,  # the name of version 0.1
-    }
+    })
 )  # fmt: skip

@@ -1,6 +1,6 @@
 """Blocks called alone: with the arguments that they got in one ordinary forward pass."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -69,10 +69,19 @@ def run_layers(
     layers: Sequence[nn.Module], calls: list[BlockCall], rows: Tensor, positions: Tensor | None
 ) -> Tensor:
     """Push rows through layers, each with the arguments of its call; some positions of the end."""
+    for after in each_layer(layers, calls, rows):
+        rows = after
+    return rows if positions is None else rows[:, positions]
+
+
+def each_layer(
+    layers: Sequence[nn.Module], calls: Sequence[BlockCall], rows: Tensor
+) -> Iterator[Tensor]:
+    """The rows after each layer."""
     for layer, (args, kwargs) in zip(layers, calls, strict=True):
         output = layer(rows, *args, **kwargs)
         rows = output[0] if isinstance(output, tuple) else output
-    return rows if positions is None else rows[:, positions]
+        yield rows
 
 
 def capture_prompts(

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from tl_melbo.fast_blocks import FastBlocks
 from tl_melbo.memory import free_memory, is_out_of_memory
 from tl_melbo.model.bridge import frozen, hook_tables, user_hooks, without_bridge
-from tl_melbo.replay import Group, Picked, Run, push, run_layers
+from tl_melbo.replay import Group, Picked, Run, each_layer, push, run_layers
 
 Path = Literal["fast", "unhooked", "hooked"]
 
@@ -34,11 +34,18 @@ class Way(NamedTuple):
     y: Tensor
 
 
+# From one prompt's row of x to a function that pushes derivatives, [tangent, pos, d_model], from
+# before the block of that number to after it and each later one; some positions of the result.
+Push = Callable[[Tensor, int, Tensor | None], Iterable[Tensor]]
+Tangents = Callable[[Tensor, Group], Push]
+
+
 class Shortcut(NamedTuple):
     """The ways without hooks."""
 
     way: Way  # the faster of the two
     differentiable: Way  # twice, or forward, or by torch.func
+    tangents: Tangents
     floats_per_token: int | None  # that each block keeps for the gradient, if that is known
 
 
@@ -49,7 +56,7 @@ class _Short(NamedTuple):
     backward: Callable[[Tensor, Any], Tensor]
 
 
-_Made = tuple[Path, Callable[[Group, Tensor | None], _Short], int | None]
+_Made = tuple[Path, Callable[[Group, Tensor | None], _Short], Tangents, int | None]
 
 
 def hooked_run(blocks: Sequence[nn.Module]) -> Run:
@@ -63,6 +70,27 @@ def hooked_run(blocks: Sequence[nn.Module]) -> Run:
         return Shortened.apply(rows, _graph(once), once, True) if recompute else once(rows)
 
     return run
+
+
+def tangents_of(layers: Sequence[nn.Module]) -> Tangents:
+    """By forward-mode differentiation of these layers, with the row anew for each derivative."""
+
+    def of_row(row: Tensor, group: Group) -> Push:
+        with frozen(*layers):
+            inputs = [row, *each_layer(layers, group.calls, row)]
+
+        def push(tangent: Tensor, first: int, positions: Tensor | None) -> Iterable[Tensor]:
+            # Not a generator: the layers are as they were when this returns.
+            with frozen(*layers), forward_ad.dual_level():
+                rows = inputs[first].expand_as(tangent).contiguous()
+                rows = forward_ad.make_dual(rows, tangent.contiguous())
+                duals = each_layer(layers[first:], group.calls[first:], rows)
+                found = [_tangent(dual) for dual in duals]
+            return found if positions is None else [each[:, positions] for each in found]
+
+        return push
+
+    return of_row
 
 
 def find(
@@ -84,13 +112,14 @@ def find(
         expected = pushed(hooked_run(blocks))
         for make in (_fast, _unhooked):
             try:
-                path, short, floats = make(blocks, groups, x, mask)
+                path, short, tangents, floats = make(blocks, groups, x, mask)
                 plain = _plain_run(blocks)
                 run = _shortened(short, plain)
                 found = pushed(run)
                 if all(map(_agree, found, expected, probes, [mask] * 2)):
                     y = push(x[None], groups, every, plain)[0]
-                    return Shortcut(Way(path, run, found[0][0]), Way(path, plain, y), floats)
+                    way, other = Way(path, run, found[0][0]), Way(path, plain, y)
+                    return Shortcut(way, other, tangents, floats)
             except Exception as error:  # quantised layers, for one, fail in many ways
                 if is_out_of_memory(error):
                     raise
@@ -133,7 +162,14 @@ def _fast(blocks: Sequence[nn.Module], groups: Sequence[Group], x: Tensor, mask:
 
         return _Short(forward, backward)
 
-    return "fast", short, fast.floats_per_token
+    def tangents(row: Tensor, group: Group) -> Push:
+        rotation, kept = rotations[group.length], []
+        fast.forward(row, rotation, None, kept)
+        return lambda tangent, first, positions: fast.tangents(
+            tangent, rotation, positions, kept[first:]
+        )
+
+    return "fast", short, tangents, fast.floats_per_token
 
 
 def _unhooked(blocks: Sequence[nn.Module], *_: Any) -> _Made:
@@ -143,12 +179,17 @@ def _unhooked(blocks: Sequence[nn.Module], *_: Any) -> _Made:
     def short(group: Group, positions: Tensor | None) -> _Short:
         return _graph(lambda rows: run_layers(layers, group.calls, rows, positions))
 
-    return "unhooked", short, None
+    return "unhooked", short, tangents_of(_plain_layers(blocks)), None
+
+
+def _plain_layers(blocks: Sequence[nn.Module]) -> list[nn.Module]:
+    """Hugging Face's own layers, with attention in steps."""
+    return [without_bridge(block, "eager") for block in blocks]
 
 
 def _plain_run(blocks: Sequence[nn.Module]) -> Run:
     """By Hugging Face's own layers, with attention in steps."""
-    layers = [without_bridge(block, "eager") for block in blocks]
+    layers = _plain_layers(blocks)
     return lambda rows, group, positions, _: run_layers(layers, group.calls, rows, positions)
 
 
@@ -242,6 +283,11 @@ class Watched:
             tuple(map(operator.attrgetter("_version"), self.parameters)),
             all(map(operator.is_, map(dict.get, held, names), items)),
         )
+
+
+def _tangent(dual: Tensor) -> Tensor:
+    value, tangent = forward_ad.unpack_dual(dual)
+    return torch.zeros_like(value) if tangent is None else tangent
 
 
 def is_transformed(x: Tensor) -> bool:

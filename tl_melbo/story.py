@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 # What two parts of one search have in common, beside their hyperparameters.
 _FACTS = (
     "method", "model", "weights", "prompts", "chat", "dtype", "n_hooks", "source_layer",
-    "target_layer", "seed",
+    "target_layer", "seed", "other",
 )  # fmt: skip
 # How many vectors there are, or were to be: a search goes on with another number.
 _COUNTS = ("n_vectors", "n_previous")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _INTERRUPTED = 130
+_MOST_ATLAS_ROWS = 12
 
 # What the package raises on purpose, its own errors among them; RuntimeError is torch's word for
 # full memory and bad devices.
@@ -58,7 +59,7 @@ class Command(TyperCommand):
                 return found[0]
             return option if value == "True" else f"{option}={value}"
 
-        return re.sub(r"(?<![-\w])([a-z]\w*)=(?:torch\.)?([\w.+-]*)", renamed, message)
+        return re.sub(r"(?<![-\w])(?<!--set )([a-z]\w*)=(?:torch\.)?([\w.+-]*)", renamed, message)
 
 
 class Stages(progress.Progress):
@@ -94,12 +95,22 @@ def say(line: str) -> None:
 
 
 def print_found(table: "pd.DataFrame", measure: Mapping[str, Any] | None) -> None:
-    """Print the page's table: what the method measured, KL and completions."""
+    """Print the page's table: what the method measured, KL, side effects and completions."""
     measured = [] if measure is None else [measure["column"]]
     numbers = {name: map("{:#.4g}".format, table[name]) for name in measured}
+    costs = {
+        label: map("{:#.3g}".format, table[name])
+        for name, label in (("specificity", "specificity"), ("loss_increase", "loss (nats)"))
+        if name in table
+    }
     prompts = {"prompt": table["prompt"]} if len({*table["prompt"]}) > 1 else {}
     _print_columns(
-        {"vector": table["index"], **numbers, "KL (nats)": map("{:.3f}".format, table["kl"])},
+        {
+            "vector": table["index"],
+            **numbers,
+            "KL (nats)": map("{:.3f}".format, table["kl"]),
+            **costs,
+        },
         {**prompts, "completion": table["completion"]},
     )
 
@@ -117,6 +128,23 @@ def print_family(table: "pd.DataFrame") -> None:
             "KL to theta0": map("{:.3f}".format, rows["kl_to_reference"]),
         },
         {"completion": rows["completion"]},
+    )
+
+
+def print_atlas(table: "pd.DataFrame") -> None:
+    """Print the rows of an atlas whose KL is largest."""
+    rows = table.nlargest(_MOST_ATLAS_ROWS, "kl")
+    _print_columns(
+        {
+            "source": rows["source_layer"],
+            "target": rows["target_layer"],
+            "vector": rows["vector"],
+            "sign": map("{:+d}".format, rows["sign"]),
+            "singular value": map("{:#.4g}".format, rows["singular_value"]),
+            "share": map("{:.3f}".format, rows["share"]),
+            "KL (nats)": map("{:.3f}".format, rows["kl"]),
+        },
+        {"completion": rows["completion"].fillna("")},
     )
 
 

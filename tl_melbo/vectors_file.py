@@ -27,6 +27,8 @@ _MOST_TENSORS = 256
 def write(path: str | Path, story: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write a file, whole or not at all; a ValueError where `read` would refuse it."""
     metadata = {"format": _FORMAT, "format_version": _FORMAT_VERSION, "story": json.dumps(story)}
+    # safetensors sorts them.
+    metadata["order"] = json.dumps([*tensors])
     named = {
         n if n in _NOT_COLUMNS else _COLUMN + n: each.contiguous() for n, each in tensors.items()
     }
@@ -51,11 +53,13 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if int.from_bytes(file.read(8), "little") > _LARGEST_HEADER:
             raise ValueError("not a safetensors file, or one whose prompts are too long")
     with safe_open(path, framework="pt") as file:
-        story = _story(file.metadata() or {})
+        metadata = file.metadata() or {}
+        story, order = _story(metadata), _order(metadata)
         names = list(file.keys())
         if len(names) > _MOST_TENSORS:
             raise ValueError(f"{len(names)} tensors, and at most {_MOST_TENSORS} can be kept")
         tensors = {name.removeprefix(_COLUMN): file.get_tensor(name) for name in names}
+    tensors = {n: tensors[n] for n in [*filter(tensors.__contains__, order), *tensors]}
     for name, tensor in tensors.items():
         if name == "norm" or tensor.dtype not in _COLUMN_TYPES:
             raise ValueError(f"the column {name!r} is not one that tl_melbo saves")
@@ -97,6 +101,14 @@ def _story(metadata: Mapping[str, str]) -> Any:
     if "story" not in metadata:
         raise ValueError("lacks its story")
     return json.loads(metadata["story"])
+
+
+def _order(metadata: Mapping[str, str]) -> list[str]:
+    """The names of the tensors as they were written; version 0.1 did not tell."""
+    order = json.loads(metadata.get("order", "[]"))
+    if not is_bearable(order, _list_of(str)):
+        raise ValueError("the order of its columns makes no sense")
+    return order
 
 
 def _list_of(kind: Any) -> Any:

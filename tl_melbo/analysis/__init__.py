@@ -18,6 +18,7 @@ from tl_melbo.analysis._similarity import (
     kl_baselines,
     kl_divergence,
 )
+from tl_melbo.analysis._tokens import token_direction
 from tl_melbo.probability import kl_from_log_probs
 
 __all__ = [
@@ -38,5 +39,6 @@ __all__ = [
     "repetition",
     "rescale",
     "scale_sweep",
+    "token_direction",
     "transfer",
 ]

@@ -4,6 +4,7 @@ Source: Rimsky et al. 2023, "Steering Llama 2 via contrastive activation additio
 2023, "Activation addition".
 """
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Literal
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tl_melbo import checks
-from tl_melbo.discovery._calibration import Radius, chosen_radius
+from tl_melbo.discovery._calibration import Radius, check_radius, chosen_radius
 from tl_melbo.discovery._map import EffectMap
 from tl_melbo.discovery._search import Part, Search, method
 from tl_melbo.errors import warn_user
@@ -27,7 +28,14 @@ _LOW_AGREEMENT = 0.1
 _ROUNDING = 1e-6
 
 
-@method
+def check_settings(n_vectors: int, radius: Radius | None) -> None:
+    """Check the settings of which no model is needed."""
+    checks.between(0, 1, "there is one vector", n_vectors=n_vectors)
+    if radius is not None:
+        check_radius(radius)
+
+
+@functools.partial(method, check=check_settings)
 def contrastive(
     f: EffectMap,
     other: EffectMap,
@@ -67,7 +75,7 @@ def contrastive(
     Warns:
         UserWarning: the pairs' differences hardly agree, so the vector may not steer.
     """
-    checks.between(0, 1, "there is one vector", n_vectors=n_vectors)
+    check_settings(n_vectors, radius)
     _check_alike(f, other)
     ones, others = _means(f, positions), _means(other, positions)
     paired = len(ones) == len(others)

@@ -4,6 +4,7 @@ Source: Mack & Turner 2024, "Deep causal transcoding: a framework for mechanisti
 latent behaviors in language models".
 """
 
+import functools
 from collections.abc import Iterator
 from typing import Literal
 
@@ -11,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_melbo import checks
-from tl_melbo.discovery._calibration import Radius, chosen_radius
+from tl_melbo.discovery._calibration import Radius, check_radius, chosen_radius
 from tl_melbo.discovery._dct_fit import Fit, OnStep, Order, Start
 from tl_melbo.discovery._map import EffectMap, own_arithmetic
 from tl_melbo.discovery._search import Part, Search, method
@@ -23,7 +24,14 @@ from tl_melbo.vectors import SteeringVectors
 Orthogonal = Literal["hard", "soft"]
 
 
-@method
+def check_settings(radius: Radius, steps: int, seed: int) -> None:
+    """Check the settings of which no model is needed."""
+    check_radius(radius)
+    checks.at_least(1, steps=steps)
+    checks.seed(seed)
+
+
+@functools.partial(method, check=check_settings)
 def dct(
     f: EffectMap,
     n_vectors: int = 64,
@@ -74,8 +82,7 @@ def dct(
 
     Source: Mack & Turner 2024, "Deep causal transcoding".
     """
-    checks.at_least(1, steps=steps)
-    checks.seed(seed)
+    check_settings(radius, steps, seed)
     if previous is not None and len(previous) and n_vectors:
         raise DifferentSearch(
             f"previous: holds {len(previous)} factors, and {n_vectors} more are wanted, but all "
@@ -91,8 +98,13 @@ def dct(
         "steps": steps, "start": start,
     }  # fmt: skip
 
+    def after_step(step: int, objective: float) -> None:
+        search.show(step / steps)
+        if on_step is not None:
+            on_step(step, objective)
+
     def find(earlier: Tensor, first: int) -> Iterator[Part]:
-        fit = Fit(f, positions, float(radius), on_step)
+        fit = Fit(f, positions, float(radius), after_step)
         with own_arithmetic(f):
             if order == "linear":
                 found, history = fit.linear(n_vectors)
@@ -106,7 +118,7 @@ def dct(
         columns = {"importance": importance, "effect": effect, "output": output}
         yield Part(first, inputs * radius, columns, history[by_size])
 
-    return Search(
+    search = Search(
         "dct", f, n_vectors, settings, find,
         previous=previous,
         needs=("importance", "effect"),
@@ -118,6 +130,7 @@ def dct(
         f"models the effect ({order} deep causal transcoding).",
         **calibration,
     )  # fmt: skip
+    return search
 
 
 @shape_checked

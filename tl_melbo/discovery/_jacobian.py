@@ -1,13 +1,14 @@
 """Jacobian directions: what the target layer responds to most, to first order."""
 
+import functools
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from tl_melbo.discovery import _map
-from tl_melbo.discovery._calibration import Radius, chosen_radius
-from tl_melbo.discovery._map import EffectMap, Effects
+from tl_melbo.discovery._calibration import Radius, check_radius, chosen_radius
+from tl_melbo.discovery._map import EffectMap, Effects, OnShare
 from tl_melbo.discovery._search import Part, Search, method
 from tl_melbo.geometry import random_sphere
 from tl_melbo.story import measure
@@ -20,7 +21,7 @@ _SPARE = 5
 _MOST_ITERATIONS, _SETTLED = 50, 1e-6
 
 
-@method
+@functools.partial(method, check=check_radius)
 def jacobian(
     f: EffectMap,
     n_vectors: int = 32,
@@ -56,12 +57,12 @@ def jacobian(
     def find(earlier: Tensor, first: int) -> Iterator[Part]:
         with _map.own_arithmetic(f):
             units, values = top_directions(
-                f, lambda theta: effects(theta)[:, counted], first + n_vectors
+                f, lambda theta: effects(theta)[:, counted], first + n_vectors, search.show
             )
         vectors = (units * radius).float()
         yield Part(first, vectors[first:], {"singular_value": values.float()[first:]})
 
-    return Search(
+    search = Search(
         "jacobian",
         f,
         n_vectors,
@@ -76,28 +77,38 @@ def jacobian(
         "(top singular vectors of the Jacobian).",
         **calibration,
     )
+    return search
 
 
-def top_directions(f: EffectMap, effect: Effects, count: int) -> tuple[Tensor, Tensor]:
+def top_directions(
+    f: EffectMap, effect: Effects, count: int, on_share: OnShare | None = None
+) -> tuple[Tensor, Tensor]:
     """The first right singular vectors of the Jacobian, float64 [count, d_model], and values."""
     d_model = int(f.x.shape[-1])
     if d_model <= _EXACT_WIDTH:
         axes = torch.eye(d_model, dtype=torch.float64)
-        images = _map.jacobian_times(f, effect, _map.theta_like(f, axes)).double().cpu()
+        images = _map.jacobian_times(f, effect, _map.theta_like(f, axes), on_share).double().cpu()
         vectors, values = _principal(axes, images)
     else:
-        vectors, values = _iterated(f, effect, min(count + _SPARE, d_model))
-    vectors, values = vectors[:count], values[:count]
-    largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
-    return vectors * largest.sign(), values
+        vectors, values = _iterated(f, effect, min(count + _SPARE, d_model), on_share)
+    return signed(vectors[:count]), values[:count]
 
 
-def _iterated(f: EffectMap, effect: Effects, size: int) -> tuple[Tensor, Tensor]:
+def signed(vectors: Tensor) -> Tensor:
+    """Each vector or its opposite: the one whose largest component is positive."""
+    return vectors * vectors.gather(1, vectors.abs().argmax(1, keepdim=True)).sign()
+
+
+def _iterated(
+    f: EffectMap, effect: Effects, size: int, on_share: OnShare | None
+) -> tuple[Tensor, Tensor]:
     """Block power iteration on J'J, without forming it: a product forward, and one back."""
     generator = torch.Generator().manual_seed(0)
     start = random_sphere(size, int(f.x.shape[-1]), generator=generator).double()
     vectors, values = torch.linalg.qr(start.T).Q.T, torch.zeros(size, dtype=torch.float64)
-    for _ in range(_MOST_ITERATIONS):
+    for iteration in range(_MOST_ITERATIONS):
+        if on_share is not None:
+            on_share(iteration / _MOST_ITERATIONS)
         images = _map.jacobian_times(f, effect, _map.theta_like(f, vectors))
         before = values
         # Neighbours stay mixed without it.

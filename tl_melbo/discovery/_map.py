@@ -43,6 +43,7 @@ class Evaluation(NamedTuple):
     gradient: Tensor
 
 
+OnShare = Callable[[float], None]
 Effects = Callable[[Tensor], Tensor]
 Evaluate = Callable[[Tensor], Evaluation]
 
@@ -101,8 +102,13 @@ def value_and_gradient(
     return evaluate
 
 
-def jacobian_times(f: EffectMap, effect: Effects, directions: Tensor) -> Tensor:
-    """J v for each direction v, with J the Jacobian of `effect` at zero, [vector, output]."""
+def jacobian_times(
+    f: EffectMap, effect: Effects, directions: Tensor, on_share: OnShare | None = None
+) -> Tensor:
+    """J v for each direction v, with J the Jacobian of `effect` at zero, [vector, output].
+
+    `on_share` is called with the share of the directions that is done.
+    """
 
     def of_batch(batch: Tensor) -> Tensor:
         # Not torch.func.jvp, in which a model's own modules cannot be frozen.
@@ -111,7 +117,7 @@ def jacobian_times(f: EffectMap, effect: Effects, directions: Tensor) -> Tensor:
             value, tangent = forward_ad.unpack_dual(effect(dual))
         return (torch.zeros_like(value) if tangent is None else tangent).flatten(1)
 
-    return torch.cat(map_batches(of_batch, directions, f.vectors_at_once())[0])
+    return torch.cat(map_batches(of_batch, directions, f.vectors_at_once(), on_share)[0])
 
 
 def transpose_times(f: EffectMap, effect: Effects, outputs: Tensor) -> Tensor:

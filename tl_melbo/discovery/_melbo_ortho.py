@@ -15,7 +15,6 @@ from tl_melbo.discovery import _descent, _map
 from tl_melbo.discovery._map import EffectMap
 from tl_melbo.discovery._search import Part, Search, join, method, one_by_one
 from tl_melbo.errors import DifferentSearch, place, warn_user
-from tl_melbo.memory import map_batches
 from tl_melbo.shapes import Theta, shape_checked
 from tl_melbo.vectors import SteeringVectors
 
@@ -193,26 +192,20 @@ class _Family:
         return torch.linalg.inv(gram + shift * torch.eye(len(gram), dtype=gram.dtype))
 
     def jacobian_gram(self) -> Tensor:
-        """J^T J by differences along every axis."""
-        # Far below where f bends, far above its rounding: a tenth of theta0.
-        step = 0.1 * float(self.theta0.norm())
-
-        def of_batch(axes: Tensor) -> Tensor:
-            return (self.mean_effect(step * axes).flatten(1) / step).double().cpu()
-
+        """J^T J at zero, by one product with J for every axis."""
         axes = torch.eye(len(self.theta0), dtype=torch.float32)
-        with _map.own_arithmetic(self.f), torch.no_grad():
-            columns, _ = map_batches(of_batch, axes, self.f.vectors_at_once(with_gradient=False))
-        jacobian = torch.cat(columns)  # transposed: one row an axis of theta
-        bad = ~jacobian.isfinite().all(-1)
+        with _map.own_arithmetic(self.f):
+            images = _map.jacobian_times(self.f, self.mean_effect, _map.theta_like(self.f, axes))
+        images = images.double().cpu()  # one row an axis of theta
+        bad = ~images.isfinite().all(-1)
         if bad.any():
             warn_user(
-                f"the residual stream of {place(self.f.story())} is not finite {step:.3g} along "
-                f"{int(bad.sum())} of {len(bad)} axes; the search goes on without knowing them, "
-                "and may take more steps. Use a shorter theta0, or a model in a wider type"
+                f"the derivative of the residual stream of {place(self.f.story())} is not finite "
+                f"along {int(bad.sum())} of {len(bad)} axes; the search goes on without knowing "
+                "them, and may take more steps. Use a model in a wider type"
             )
-            jacobian[bad] = 0.0
-        return jacobian @ jacobian.T
+            images[bad] = 0.0
+        return images @ images.T
 
     def find(self, k: int, basis: Tensor) -> Part | None:
         """Vector k, or None where the family ends."""

@@ -89,7 +89,12 @@ class Search(Iterator[SteeringVectors]):
             raise ValueError(f"n_vectors={n_vectors}: must be from {least} to {most:,}{why}")
         if previous is not None and len(previous):
             self._continue(previous, orthogonal_to)
-        self._parts = self._run()
+        self._parts, self._bar = self._run(), None
+
+    def show(self, share: float) -> None:
+        """Move the bar: a method that finds all in one go tells what share of the work is done."""
+        if self._bar is not None and self.n_vectors is not None:
+            self._bar.update(int(share * self.n_vectors) - self._bar.n)
 
     def __next__(self) -> SteeringVectors:
         return next(self._parts)
@@ -136,21 +141,22 @@ class Search(Iterator[SteeringVectors]):
     def _run(self) -> Iterator[SteeringVectors]:
         if self.n_vectors == 0:
             return
-        n_found, lost = len(self.earlier), []
+        n_found, n_new, lost = len(self.earlier), 0, []
         shown = {"desc": self.story["method"], "unit": "vector", "disable": not self.progress}
-        with tqdm(total=self.n_vectors, **shown) as bar:
+        with tqdm(total=self.n_vectors, **shown) as self._bar:
             for part in self._find(self.earlier, self.first):
                 finite = part.vectors.isfinite().all(-1)
                 for column in self._needs:
                     finite &= part.columns[column].isfinite()
                 lost += (part.first + (~finite).nonzero().flatten()).tolist()
+                n_new += int(finite.sum())
                 n_found += int(finite.sum())
                 if n_found and lost:
                     warn_user(self._what_was_lost(lost))
                     self.story["lost"] += lost
                     lost = []
                 if finite.any():
-                    bar.update(int(finite.sum()))
+                    self._bar.update(n_new - self._bar.n)
                     yield self._library(part, finite)
                 elif len(lost) >= _MOST_LOST:
                     break

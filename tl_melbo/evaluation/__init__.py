@@ -2,6 +2,8 @@
 
 from tl_melbo.analysis._side_effects import reach, side_effects
 from tl_melbo.analysis._texts import PASSAGES, UNRELATED_PROMPTS
+from tl_melbo.evaluation._atlas import atlas
+from tl_melbo.evaluation._atlas_library import Atlas
 from tl_melbo.evaluation._dose import DoseResponse, coherent_window, dose_response
 from tl_melbo.evaluation._hits import count_hits, hit_rate, layer_sweep, wilson_interval
 from tl_melbo.evaluation._linearity import (
@@ -19,12 +21,14 @@ __all__ = [
     "BACKDOORS",
     "PASSAGES",
     "UNRELATED_PROMPTS",
+    "Atlas",
     "Backdoor",
     "DoseResponse",
     "Linearity",
     "Pairwise",
     "Planted",
     "Score",
+    "atlas",
     "coherent_window",
     "count_hits",
     "dose_response",

@@ -5,6 +5,7 @@ Every `title` stands above its figure; "" leaves it out.
 
 from tl_melbo.plots._experiments import description_heatmap, dose_response, pairwise
 from tl_melbo.plots._frames import (
+    atlas_heatmap,
     composition_curves,
     presence_points,
     scale_curves,
@@ -22,6 +23,7 @@ from tl_melbo.plots._library import (
 )
 
 __all__ = [
+    "atlas_heatmap",
     "composition_curves",
     "cosine_heatmap",
     "description_heatmap",

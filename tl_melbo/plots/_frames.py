@@ -15,6 +15,7 @@ from tl_melbo.plots._style import BLUE, DOTTED, GREY, HOVER, OTHERS, axis, figur
 from tl_melbo.shapes import shape_checked
 
 Measure = Literal["kl_to_reference", "kl_to_unsteered", "distance"]
+AtlasValue = Literal["singular_value", "share", "cumulative_share", "kl"]
 
 _ADVICE = "pass the frame as the analysis returned it"
 _AXIS_TITLES = {
@@ -22,6 +23,13 @@ _AXIS_TITLES = {
     "kl_to_unsteered": "KL to the unsteered model (nats)",
     "distance": "distance (residual-stream units)",
 }
+_ATLAS_TITLES = {
+    "singular_value": "singular value",
+    "share": "share of the sum of squared singular values",
+    "cumulative_share": "share of this and the larger singular values, squared",
+    "kl": "KL to unsteered (nats)",
+}
+_SIGNS, _MOST_TEXTS = {"along": 1, "against": -1}, 4
 # Combination, scaling, and what to call them. Rescaled, the sum is the mean: drawn once.
 _KINDS = (
     ("mean", "raw", "mean"),
@@ -163,6 +171,56 @@ def transfer_heatmap(
     down = axis(None, showgrid=False, autorange="reversed", automargin=True, **ticks)
     height = max(440, 240 + 32 * len(prompts))
     return figure(heatmap, title, axis("vector", showgrid=False), down, height=height)
+
+
+@shape_checked
+def atlas_heatmap(
+    table: pd.DataFrame,
+    value: AtlasValue = "singular_value",
+    vector: int = 0,
+    title: str = "Pairs of layers",
+) -> go.Figure:
+    """Draw a number of every pair of layers: its source across, its target up.
+
+    Args:
+        table: of an `evaluation.Atlas`.
+        value: a column; of "kl", the mean over prompts for the sign whose mean is larger.
+        vector: 0 is that of each pair's largest singular value.
+    """
+    columns = ("source_layer", "target_layer", "vector", "sign", "norm", "completion")
+    checks.columns(table, (*columns, *get_args(AtlasValue)), "table", "pass Atlas.table")
+    rows = table[table["vector"] == vector]
+    if rows.empty:
+        raise ValueError(f"vector={vector}: the table has {sorted({*table['vector']})}")
+    cells = pd.DataFrame([_atlas_cell(pair) for _, pair in rows.groupby([*columns[:2]])])
+    z, hover = (
+        cells.pivot(index="target_layer", columns="source_layer", values=name)
+        for name in (value, "hover")
+    )
+    look = {"zmin": 0, "zmax": cells[value].max(), "colorscale": _style.SEQUENTIAL}
+    look["colorbar"] = _style.colour_bar(_ATLAS_TITLES[value], side="bottom")
+    shown = {"customdata": hover.to_numpy(), "hovertemplate": HOVER, "hoverongaps": False}
+    heatmap = go.Heatmap(z=z.to_numpy(), x=z.columns, y=z.index, **look, **shown)
+    across = axis("source layer", showgrid=False, type="category")
+    up = axis("target layer", showgrid=False, type="category")
+    return figure(heatmap, title, across, up, 720, 720)
+
+
+def _atlas_cell(pair: Any) -> dict[str, Any]:
+    """The numbers of one pair of layers, and what hovering tells of it."""
+    row: dict[str, Any] = pair.to_dict("records")[0]
+    by_sign = {name: pair["kl"][pair["sign"] == sign].mean() for name, sign in _SIGNS.items()}
+    names = {sign: name for name, sign in _SIGNS.items()}
+    texts = zip(pair["sign"].map(names), pair["completion"], strict=True)
+    texts = [f"{name}: {text}" for name, text in texts if isinstance(text, str)]
+    hover = (
+        f"layer {row['source_layer']} to {row['target_layer']}, vector {row['vector']}"
+        f"<br>singular value {row['singular_value']:.4g}, share {row['share']:.3g}"
+        f"<br>KL {', '.join(f'{kl:.3g} {name}' for name, kl in by_sign.items())}"
+        f" at norm {row['norm']:.4g}"
+    )
+    hover += "".join(f"<br><br>{_style.wrapped(text)}" for text in texts[:_MOST_TEXTS])
+    return {**row, "kl": max(by_sign.values()), "hover": hover}
 
 
 @shape_checked

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tl_melbo import checks, story
 from tl_melbo.analysis._presence import token_projections
+from tl_melbo.analysis._similarity import cosine_similarity
 from tl_melbo.model.bridge import Model
 from tl_melbo.plots import _style
 from tl_melbo.plots._style import BLUE, HOVER, OTHERS, axis, colour_bar, figure, line, points
@@ -36,16 +37,22 @@ _CALL = "CircuitsVis.render("
 
 @shape_checked
 def cosine_heatmap(
-    similarity: Float[Tensor, "row column"],
+    similarity: Float[Tensor, "row column"] | SteeringVectors,
     title: str = "Cosine similarity",
     *,
     labels: Sequence[int | str] | None = None,
 ) -> go.Figure:
     """Draw a matrix of cosines: red for same direction, white for orthogonal, blue for opposite.
 
-    `labels` name the vectors, None counts from 0. Raises ValueError where a value is outside -1 to
-    1 or not finite, or the labels are of another number.
+    A library is drawn as `analysis.cosine_similarity` of its vectors, by their numbers. `labels`
+    name the vectors, None counts from 0. Raises ValueError where a value is outside -1 to 1 or not
+    finite, or the labels are of another number.
     """
+    if isinstance(similarity, SteeringVectors):
+        numbers = similarity.columns["index"].tolist()
+        if labels is None and numbers != [*range(len(numbers))]:
+            labels = numbers
+        similarity = cosine_similarity(similarity)
     z = similarity.detach().cpu().float().numpy()
     if not (np.abs(z) <= 1 + 1e-6).all():
         raise ValueError(

@@ -114,7 +114,7 @@ def settings(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]
             continue
         if name == "positions":
             value = story.slice_text(story.slice_from_json(value))
-        elif name == "prompts" and isinstance(value, list):
+        elif name in ("prompts", "other") and isinstance(value, list):
             value = "\n".join(map(str, value))
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         pairs.append((prefix + name, text))
