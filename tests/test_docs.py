@@ -140,9 +140,11 @@ def test_the_code_about_judges_runs_as_printed(tiny_llama, monkeypatch):
 
     shown = []
     monkeypatch.setattr(tm.judges, "openai_compatible", lambda *_, **options: Polite())
-    monkeypatch.setattr(go.Figure, "show", shown.append)
+    monkeypatch.setattr(go.Figure, "show", lambda figure: shown.append(figure))
     counted, n_lists = re.subn(r"prompts = \[.*\]", 'prompts = ["Hi!"]', counted)
     assert n_lists == 1
+    counted = counted.replace('text.count("?")\n', 'text.count("?"), max_new_tokens=5\n')
+    compared = compared.replace("n_samples=4)", "n_samples=4, max_new_tokens=5)")
     found = tm.SteeringVectors.from_tensor(torch.eye(32)[:4], source_layer=2)
     names = {"model": tiny_llama, "found": found}
     for code in (asked, counted, compared):

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import time
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -135,7 +136,7 @@ class ServerJudge:
     def _client(self) -> Any:
         import openai
 
-        return openai.OpenAI(
+        client = openai.OpenAI(
             base_url=self.base_url,
             api_key=self.key(),
             max_retries=self.retries,
@@ -150,6 +151,8 @@ class ServerJudge:
                 },
             ),
         )
+        weakref.finalize(self, client.close)  # it keeps its connection until then
+        return client
 
     def _sent(self, asked: Mapping[str, Any]) -> str:
         """The body of the server's answer."""
