@@ -209,7 +209,8 @@ class ServerJudge:
 
     def _safe(self, text: str) -> str:
         """What a server says, without the key that it may echo, and with no control characters."""
-        key = "" if self.api_key_env is None else self.key()
+        # The key that was sent, whatever the environment holds now.
+        key = "" if self.api_key_env is None else str(self._client.api_key)
         return printable(text.replace(key, _HIDDEN) if len(key) >= _SHORTEST_SECRET else text)
 
     def __repr__(self) -> str:
