@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import tl_melbo as tm
 
@@ -125,3 +126,30 @@ def test_the_code_about_trust_runs_as_printed(tiny_llama, tmp_path, monkeypatch,
     )
     exec(compile(second, "trust.md", "exec"), names)
     assert "exact" in capsys.readouterr().out
+
+
+def test_the_code_about_judges_runs_as_printed(tiny_llama, monkeypatch):
+    """With a tiny model, a judge that needs no server, and one prompt."""
+    go = pytest.importorskip("plotly.graph_objects")
+    text = (ROOT / "docs" / "judges.md").read_text(encoding="utf-8")
+    asked, counted, compared, _ = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+    class Polite:
+        calls = tokens = 0
+
+        def __call__(self, question):
+            return "T"
+
+    shown = []
+    monkeypatch.setattr(tm.judges, "openai_compatible", lambda *_, **options: Polite())
+    monkeypatch.setattr(go.Figure, "show", lambda figure: shown.append(figure))
+    counted, n_lists = re.subn(r"prompts = \[.*\]", 'prompts = ["Hi!"]', counted)
+    assert n_lists == 1
+    counted = counted.replace('text.count("?")\n', 'text.count("?"), max_new_tokens=5\n')
+    compared = compared.replace("n_samples=4)", "n_samples=4, max_new_tokens=5)")
+    found = tm.SteeringVectors.from_tensor(torch.eye(32)[:4], source_layer=2)
+    names = {"model": tiny_llama, "found": found}
+    for code in (asked, counted, compared):
+        exec(compile(code, "judges.md", "exec"), names)
+    assert [len(figure.data) for figure in shown] == [2, 2]
+    assert names["compared"].table["tie"].tolist() == [5, 5]

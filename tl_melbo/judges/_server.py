@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import time
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -135,7 +136,7 @@ class ServerJudge:
     def _client(self) -> Any:
         import openai
 
-        return openai.OpenAI(
+        client = openai.OpenAI(
             base_url=self.base_url,
             api_key=self.key(),
             max_retries=self.retries,
@@ -150,6 +151,8 @@ class ServerJudge:
                 },
             ),
         )
+        weakref.finalize(self, client.close)  # it keeps its connection until then
+        return client
 
     def _sent(self, asked: Mapping[str, Any]) -> str:
         """The body of the server's answer."""
@@ -206,7 +209,8 @@ class ServerJudge:
 
     def _safe(self, text: str) -> str:
         """What a server says, without the key that it may echo, and with no control characters."""
-        key = "" if self.api_key_env is None else self.key()
+        # The key that was sent, whatever the environment holds now.
+        key = "" if self.api_key_env is None else str(self._client.api_key)
         return printable(text.replace(key, _HIDDEN) if len(key) >= _SHORTEST_SECRET else text)
 
     def __repr__(self) -> str:

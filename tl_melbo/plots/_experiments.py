@@ -135,9 +135,7 @@ def _shares(rows: pd.DataFrame, name: str, colour: str) -> Iterator[go.Scatter]:
 
 
 @shape_checked
-def description_heatmap(
-    score: Score, title: str = "Descriptions of the adapter and of its vectors"
-) -> go.Figure:
+def description_heatmap(score: Score, title: str = "Descriptions") -> go.Figure:
     """Draw the cosines of all pairs of descriptions, the matched ones in frames.
 
     Args:
