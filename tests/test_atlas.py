@@ -301,6 +301,14 @@ def test_a_model_that_is_too_wide_is_told(tiny_llama, monkeypatch):
         atlas(tiny_llama, PROMPTS[0], **QUICK)
 
 
+def test_gram_matrices_are_of_layers_of_the_map(tiny_llama):
+    f = tm.ActivationMap.from_prompts(tiny_llama, PROMPTS[0], 1, 4)
+    assert {*f.gram_matrices(2, [3, 4])} == {3, 4}
+    for source, targets in ((0, [3]), (2, [2]), (2, [3, 5])):
+        with pytest.raises(ValueError, match=f"source_layer={source}, target_layers="):
+            f.gram_matrices(source, targets)
+
+
 def test_a_pair_that_is_not_there_is_named(small):
     assert repr(small) == "Atlas(6 pairs of layers, 3 sources)"
     assert "singular_value" in small._repr_html_()

@@ -198,21 +198,32 @@ class ActivationMap:
         run = shortcut.hooked_run(self._blocks())
         return push(x[None], self._groups, self._picked(slice(None)), run)[0]
 
+    @shape_checked
     @torch.no_grad()
     def gram_matrices(
         self,
         source_layer: int,
         target_layers: Sequence[int],
-        positions: slice,
-        on_batch: Callable[[int], None],
+        positions: slice = slice(None),
+        on_batch: Callable[[int], None] | None = None,
     ) -> dict[int, Tensor]:
         """J'J from one layer of this map to several later ones, all in one forward-mode pass.
 
         J is the derivative at zero of the effect of a vector that is added after `source_layer`,
         flattened over prompts and `positions`. Float64, [d_model, d_model], on the CPU. `on_batch`
         gets the number of directions that were pushed through for one prompt.
+
+        Raises:
+            ValueError: a layer outside the map, or a target at or before the source; the positions
+                miss some prompt.
         """
-        picked, first = self._picked(checked_slice(positions)), source_layer - self.source_layer
+        first, last = self.source_layer, self.target_layer
+        if not all(first <= source_layer < layer <= last for layer in target_layers):
+            raise ValueError(
+                f"source_layer={source_layer}, target_layers={[*target_layers]}: expected "
+                f"{first} <= source_layer < target_layer <= {last}, the layers of this map"
+            )
+        picked, skipped = self._picked(checked_slice(positions)), source_layer - first
         wanted = [layer - source_layer - 1 for layer in target_layers]
         fast = None if self.path == "hooked" else self._shortcut
         start = shortcut.tangents_of(self._blocks()) if fast is None else fast.tangents
@@ -221,8 +232,9 @@ class ActivationMap:
         size = self.vectors_at_once(False) * len(self.prompts)  # which go one by one
 
         def images(push: shortcut.Push, places: Tensor | None, tangents: Tensor) -> list[Tensor]:
-            found = list(push(tangents, first, places))
-            on_batch(len(tangents))
+            found = list(push(tangents, skipped, places))
+            if on_batch is not None:
+                on_batch(len(tangents))
             return [found[number].flatten(1) for number in wanted]
 
         for group in self._groups:
