@@ -74,6 +74,70 @@ def test_the_linear_map_to_nine_digits():
         assert ((vectors @ right.T).abs().diagonal() > 1 - 1e-9).all()
 
 
+class Flat(Linear):
+    """A map whose singular values are known: some that stand out, then nearly equal ones."""
+
+    def __init__(self, values, dtype=torch.float64):
+        super().__init__(len(values), n_pos=1)
+        left, right = (torch.linalg.qr(Linear(len(values), seed=seed).matrix).Q for seed in (1, 2))
+        self.right = right.T
+        self.matrix = left * values @ right.T
+        self.x = self.x[:1].to(dtype)
+        self.mask = self.mask[:1]
+
+    def vectors_at_once(self, with_gradient=True):
+        return 64
+
+
+@pytest.mark.parametrize("exact", [False], indirect=True)
+def test_a_flat_spectrum_settles(exact):
+    values = torch.cat([torch.tensor([9.0, 5.0, 3.0]), torch.linspace(1.2, 0.8, 397)]).double()
+    f = Flat(values)
+    module = sys.modules["tl_melbo.discovery._jacobian"]
+    vectors, singular = module.top_directions(f, f.delta, 32)
+    torch.testing.assert_close(singular, values[:32], rtol=1e-9, atol=0)
+    cosines = (vectors @ f.right.T).abs()
+    # Neighbours are 1e-5 of the largest apart, in squares: so much less is their turn known.
+    assert (cosines[:3].diagonal() > 1 - 1e-12).all()
+    assert (cosines.diagonal() > 1 - 1e-6).all()
+    inside = (vectors @ f.right[:32].T).norm(dim=-1)
+    assert (inside > 1 - 1e-6).all()
+
+
+@pytest.mark.parametrize("exact", [False], indirect=True)
+def test_equal_singular_values_give_their_subspace_and_no_rank_is_made_up(exact):
+    values = torch.zeros(400, dtype=torch.float64)
+    values[:6] = torch.tensor([4.0, 2.0, 2.0, 2.0, 1.0, 1.0])
+    f = Flat(values)
+    module = sys.modules["tl_melbo.discovery._jacobian"]
+    vectors, singular = module.top_directions(f, f.delta, 24)
+    torch.testing.assert_close(singular, values[:24], rtol=0, atol=1e-7)
+    torch.testing.assert_close(
+        vectors @ vectors.T, torch.eye(24, dtype=torch.float64), rtol=0, atol=1e-12
+    )
+    for same in (slice(0, 1), slice(1, 4), slice(4, 6)):
+        inside = torch.linalg.svdvals(vectors[same] @ f.right[same].T)
+        assert (inside > 1 - 1e-12).all()
+
+
+@pytest.mark.parametrize("exact", [False], indirect=True)
+def test_directions_that_have_not_settled_are_told_of(exact, monkeypatch):
+    module = sys.modules["tl_melbo.discovery._jacobian"]
+    monkeypatch.setattr(module, "_LARGEST_BASIS", 112)
+    f = Flat(torch.cat([torch.tensor([9.0]), torch.linspace(1.2, 0.8, 399)]).double())
+    with pytest.warns(UserWarning, match="11 of 12 directions have not settled"):
+        found = tm.jacobian(f, 12, radius=1.0, positions=slice(None))
+    assert abs(float(found.vectors[0].double() @ f.right[0])) > 1 - 1e-7
+
+
+@both_ways
+def test_a_map_without_effect_has_no_directions(exact):
+    f = Linear()
+    f.matrix = torch.zeros_like(f.matrix)
+    with pytest.raises(ValueError, match="radius: every vector of this norm changes nothing"):
+        tm.jacobian(f, 3, radius=1.0)
+
+
 def finite_differences(f, step=0.02):
     """J by central differences along every axis, [output, d_model]."""
     with torch.no_grad():
@@ -164,8 +228,16 @@ def test_bad_arguments_are_named(tiny_llama, method, arguments, message):
         method(f, **{"radius": 1.0, **arguments})
 
 
-@pytest.mark.parametrize("find", [tm.jacobian, tm.dct])
-def test_the_bar_moves_while_all_are_found_together(find, capsys):
+@pytest.mark.parametrize(
+    ("find", "settings"),
+    [
+        (tm.jacobian, {}),
+        (tm.dct, {}),
+        (tm.dct, {"order": "linear"}),
+        (tm.dct, {"start": "jacobian", "steps": 2}),
+    ],
+)
+def test_the_bar_moves_while_all_are_found_together(find, settings, capsys):
     f = Linear()
     f.vectors_at_once = lambda with_gradient=True: 3
     seen = []
@@ -175,7 +247,7 @@ def test_the_bar_moves_while_all_are_found_together(find, capsys):
         return Linear.delta(f, theta, positions)
 
     f.delta = delta
-    search = find.parts(f, 12, radius=1.0, positions=slice(-3, None), progress=True)
+    search = find.parts(f, 12, radius=1.0, positions=slice(-3, None), progress=True, **settings)
     search.collect()
     shown = [number for number in seen if number is not None]
     assert shown == sorted(shown)

@@ -104,6 +104,7 @@ def measure(
     unit: str | None = None,
     counts: str = "gradient evaluations",
     first: int = 1,
+    history: str | None = None,
 ) -> dict[str, Any]:
     """The fact `measure` of a story: the column that tells how well each vector did.
 
@@ -111,9 +112,11 @@ def measure(
         unit: None is the residual stream's.
         counts: what each entry of the history stands for.
         first: the number of the history's first entry.
+        history: label and unit of the history, where it is of something else than the column.
     """
     unit = "residual-stream units" if unit is None else unit
-    return {"column": column, "label": label, "unit": unit, "counts": counts, "first": first}
+    made = {"column": column, "label": label, "unit": unit, "counts": counts, "first": first}
+    return made if history is None else made | {"history": history}
 
 
 def about_of(story: Mapping[str, Any]) -> str:

@@ -54,19 +54,49 @@ def weights(vectors, outputs, effects, overlap):
     return alpha, float(alpha @ response - alpha @ kernel @ alpha / 2)
 
 
+def pushed_apart(vectors, strengths):
+    """Ten times, take from each the mean of all, weighted by likeness and strength."""
+    for _ in range(10):
+        pushed = []
+        for v in vectors:
+            weighted = zip(vectors, strengths, strict=True)
+            shares = [float(s) * math.exp(float(v @ w)) for w, s in weighted]
+            left = v - torch.tensor(shares, dtype=torch.float64) @ vectors / sum(shares)
+            pushed.append(left / left.norm())
+        vectors = torch.stack(pushed)
+    return vectors
+
+
+def exponential_step(effect, vectors, radius):
+    """Vectors, outputs, alpha and objective; where each vector is pulled, unit, and how much."""
+    effects = torch.stack([effect(radius * v) for v in vectors])
+    outputs = torch.stack([e / e.norm() for e in effects])
+    alpha, objective = weights(vectors, outputs, effects, math.expm1)
+    pulled = [jacobian(effect, radius * v).T @ u for v, u in zip(vectors, outputs, strict=True)]
+    following = torch.stack([p / p.norm() for p in pulled])
+    return (vectors, outputs, alpha, objective), following, [float(p.norm()) for p in pulled]
+
+
 def exponential(effect, vectors, radius, steps):
     """Vectors, outputs, alpha of each step, and the objectives."""
     found, strengths = [], [1.0] * len(vectors)
     for step in range(steps):
         vectors = orthonormal(vectors, strengths, step, steps)
-        effects = torch.stack([effect(radius * v) for v in vectors])
-        outputs = torch.stack([e / e.norm() for e in effects])
-        alpha, objective = weights(vectors, outputs, effects, math.expm1)
-        found.append((vectors, outputs, alpha, objective))
-        pulled = [jacobian(effect, radius * v).T @ u for v, u in zip(vectors, outputs, strict=True)]
-        strengths = [float(p.norm()) for p in pulled]
-        vectors = torch.stack([p / p.norm() for p in pulled])
+        fitted, vectors, strengths = exponential_step(effect, vectors, radius)
+        found.append(fitted)
     return found
+
+
+def soft(effect, vectors, radius, steps):
+    """The same without orthonormal vectors, and one more step without the push, from the best."""
+    found, strengths, highest = [], [1.0] * len(vectors), -math.inf
+    for _ in range(steps):
+        vectors = pushed_apart(vectors, strengths)
+        fitted, vectors, strengths = exponential_step(effect, vectors, radius)
+        found.append(fitted)
+        if fitted[-1] > highest:
+            highest, following = fitted[-1], vectors
+    return [*found, exponential_step(effect, following, radius)[0]]
 
 
 def quadratic(effect, vectors, radius, steps):

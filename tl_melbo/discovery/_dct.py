@@ -6,7 +6,7 @@ latent behaviors in language models".
 
 import functools
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 from jaxtyping import Float
 from torch import Tensor
@@ -16,12 +16,14 @@ from tl_melbo.discovery._calibration import Radius, check_radius, chosen_radius
 from tl_melbo.discovery._dct_fit import Fit, OnStep, Order, Start
 from tl_melbo.discovery._map import EffectMap, own_arithmetic
 from tl_melbo.discovery._search import Part, Search, method
-from tl_melbo.errors import DifferentSearch
 from tl_melbo.shapes import shape_checked
 from tl_melbo.story import measure
 from tl_melbo.vectors import SteeringVectors
 
 Orthogonal = Literal["hard", "soft"]
+
+# A step below this share of the objective before it is counted as a fall: above is rounding.
+_FALLS = 1 - 1e-6
 
 
 def check_settings(radius: Radius, steps: int, seed: int) -> None:
@@ -61,7 +63,8 @@ def dct(
             are pushed apart that share a strong direction. "linear" is always hard.
         radius: R, and the L2 norm of the vectors; "auto" takes `calibrate_radius`.
         positions: where the effect is measured, counted on each prompt's own tokens.
-        steps: gradient steps of all factors; published: 10 to 30, and 20 for "quadratic".
+        steps: gradient steps of all factors; published: 10 to 30, and 20 for "quadratic". Of
+            "linear", which has a closed form, `steps`, `seed` and `start` change nothing.
         seed: of the random start.
         start: "random", or "jacobian", the factors of the linear model.
         previous: nothing, or all factors of the same search.
@@ -69,66 +72,68 @@ def dct(
         on_step: called after each step with its number and the objective.
 
     Returns:
-        The vectors R v, the most important first. Columns: `importance`, alpha; `effect`,
-        <u, mean effect of R v>; `output`, u [vector, d_model]. Alpha is the least-squares weight,
-        in the units of the effect. `history[:, i]` is each factor's part of the objective after
-        step i; the factors of the best step are returned.
+        The vectors R v, the most important first. Columns: `importance`, alpha, the least-squares
+        weight, in the units of the effect; `effect`, <u, mean effect of R v>; `output`, u, and
+        `mean_effect`, of R v [vector, d_model]. `history[:, i]` is each factor's part of the
+        objective after step i + 1, in squared units of the effect. The objective may fall; the
+        metadata tell how often (`falls`). Taken is the last step within 0.1% of the highest: of
+        hard factors, among the last third of the steps, if there are three; soft factors make one
+        more step from there, the last in the history, whose objective may be a few percent lower.
 
     Raises:
         ValueError: a number out of its range; more factors than dimensions where they must be
-            orthogonal; positions that some prompt does not have.
-        DifferentSearch: `previous` is not this search, or holds a part of its factors.
+            orthogonal; positions that some prompt does not have; a radius without effect, or an
+            "order" of which the map has no derivative.
+        DifferentSearch: `previous` is not this search, or more factors are wanted.
         NotFinite: the effect or its derivative is not finite.
 
     Source: Mack & Turner 2024, "Deep causal transcoding".
     """
     check_settings(radius, steps, seed)
-    if previous is not None and len(previous) and n_vectors:
-        raise DifferentSearch(
-            f"previous: holds {len(previous)} factors, and {n_vectors} more are wanted, but all "
-            "factors are found together; begin anew with the number that you want",
-            [],
-            "all factors of which are found together",
-        )
     radius, calibration = chosen_radius(f, radius, previous, positions)
-    # Soft factors may outnumber the dimensions.
-    hard = orthogonal == "hard" or order == "linear"
-    settings = {
-        "order": order, "orthogonal": orthogonal, "radius": radius, "positions": positions,
-        "steps": steps, "start": start,
-    }  # fmt: skip
+    linear = order == "linear"
+    # What does nothing is not recorded, so that it tells no two searches apart.
+    settings = {"order": order, "radius": radius, "positions": positions}
+    settings |= {} if linear else {"orthogonal": orthogonal, "steps": steps, "start": start}
+    facts: dict[str, Any] = calibration if linear else calibration | {"seed": seed}
+    of_jacobian = 1.0 if linear else 0.5 if start == "jacobian" else 0.0
 
     def after_step(step: int, objective: float) -> None:
-        search.show(step / steps)
+        search.show(of_jacobian + (1 - of_jacobian) * min(1.0, step / steps))
         if on_step is not None:
             on_step(step, objective)
 
     def find(earlier: Tensor, first: int) -> Iterator[Part]:
-        fit = Fit(f, positions, float(radius), after_step)
+        fit = Fit(f, positions, radius, after_step, lambda share: search.show(of_jacobian * share))
         with own_arithmetic(f):
             if order == "linear":
                 found, history = fit.linear(n_vectors)
             else:
-                found, history = fit.iterated(
-                    order, fit.start(start, n_vectors, seed), steps, orthogonal == "soft"
-                )
+                start_at = fit.start(start, n_vectors, seed)
+                found, history = fit.iterated(order, start_at, steps, orthogonal == "soft")
+                objective = history.sum(0)
+                search.story["falls"] = int((objective[1:] < _FALLS * objective[:-1]).sum())
         by_size = found.importance.argsort(descending=True)
-        inputs, *others = (part[by_size].float() for part in found)
-        output, importance, effect = others
-        columns = {"importance": importance, "effect": effect, "output": output}
+        inputs, output, importance, mean_effect = (part[by_size].float() for part in found)
+        columns = {"importance": importance, "effect": (output * mean_effect).sum(-1)}
+        columns |= {"output": output, "mean_effect": mean_effect}
         yield Part(first, inputs * radius, columns, history[by_size])
 
     search = Search(
         "dct", f, n_vectors, settings, find,
         previous=previous,
         needs=("importance", "effect"),
-        orthogonal_to={} if hard else None,
+        together=True,
+        # Soft factors may outnumber the dimensions; linear ones are orthogonal always.
+        orthogonal_to={} if linear or orthogonal == "hard" else None,
         progress=progress,
-        seed=seed,
-        measure=measure("importance", "importance α", "residual-stream units", "steps"),
+        measure=measure(
+            "importance", "importance α", counts="steps",
+            history="part of the objective (residual-stream units, squared)",
+        ),
         about="All vectors were found together: the source directions of a sum of factors that "
         f"models the effect ({order} deep causal transcoding).",
-        **calibration,
+        **facts,
     )  # fmt: skip
     return search
 
@@ -145,16 +150,15 @@ def ranked(
             effect along it. `analysis.token_direction` gives that from one token to another.
 
     Raises:
-        ValueError: the library lacks the columns, or the direction has another width.
+        ValueError: the library lacks the column; the direction has another width, is zero or not
+            finite.
     """
-    needed = {by} if isinstance(by, str) else {"effect", "output"}
-    missing = sorted(needed - set(found.columns))
-    if missing:
-        raise ValueError(f"found: lacks the columns {missing}; pass what dct found")
-    if isinstance(by, str):
-        scores = found.columns[by]
-    else:
-        outputs = found.columns["output"]
-        checks.width(by[None], outputs.shape[1], "by", "the target's residual stream")
-        scores = found.columns["effect"] * (outputs @ by.detach().to(outputs))
+    needed = by if isinstance(by, str) else "mean_effect"
+    if needed not in found.columns:
+        raise ValueError(f"found: lacks the column {needed!r}; pass what dct found")
+    scores = found.columns[needed]
+    if not isinstance(by, str):
+        checks.directions(by[None], "by")
+        checks.width(by[None], scores.shape[1], "by", "the target's residual stream")
+        scores = scores @ by.detach().to(scores)
     return found[scores.argsort(descending=True)]

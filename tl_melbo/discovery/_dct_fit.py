@@ -5,14 +5,17 @@ latent behaviors in language models".
 """
 
 import math
+import sys
 from collections.abc import Callable
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from tl_melbo.discovery import _map
 from tl_melbo.discovery._jacobian import top_directions
-from tl_melbo.discovery._map import EffectMap, effects_at, jacobian_times, theta_like
+from tl_melbo.discovery._map import EffectMap, OnShare, theta_like
+from tl_melbo.errors import warn_user
 from tl_melbo.geometry import numbered_sphere
 from tl_melbo.memory import map_batches
 
@@ -21,17 +24,18 @@ Start = Literal["random", "jacobian"]
 OnStep = Callable[[int, float], None]
 
 _SOFT_PASSES = 10
-# A step whose objective is below this share of the highest is not taken.
-_WORSE = 0.999
+# The last step whose objective is this share of the highest is the best: what unmixes factors
+# hardly raises it.
+_NEAR = 0.999
 
 
 class Factors(NamedTuple):
-    """Directions at the source [factor, d_model], at the target, and how much each matters."""
+    """Directions v and u [factor, d_model], alpha, and the mean effects of R v."""
 
     inputs: Tensor
     outputs: Tensor
     importance: Tensor
-    effect: Tensor
+    mean_effect: Tensor
 
 
 class Images(NamedTuple):
@@ -45,61 +49,110 @@ class Fit:
     """What the factors are fitted to: the mean effect over prompts and positions."""
 
     def __init__(
-        self, f: EffectMap, positions: slice, radius: float, on_step: OnStep | None = None
+        self,
+        f: EffectMap,
+        positions: slice,
+        radius: float,
+        on_step: OnStep | None = None,
+        on_share: OnShare | None = None,
     ) -> None:
-        effects, count = effects_at(f, positions), int(f.position_mask(positions).sum())
-        self.f, self.radius, self.on_step = f, radius, on_step
+        effects, count = _map.effects_at(f, positions), int(f.position_mask(positions).sum())
+        self.f, self.radius, self.on_share = f, radius, on_share
+        self.tell = on_step or (lambda *_: None)
         self.mean_effect = lambda theta: effects(theta).sum((1, 2)) / count
+        self.of_rounding = _map.rounding(f, positions) / math.sqrt(count)
+        self.fits = sys.maxsize
 
     def start(self, start: Start, count: int, seed: int) -> Tensor:
         """Unit vectors, [factor, d_model]."""
         d_model = int(self.f.x.shape[-1])
         if start == "jacobian":
-            known, _ = top_directions(self.f, self.mean_effect, min(count, d_model))
+            known, _ = self.linear_directions(min(count, d_model))
             return torch.cat([known, numbered_sphere(count - len(known), d_model, seed)])
         return numbered_sphere(count, d_model, seed)
 
+    def linear_directions(self, count: int) -> tuple[Tensor, Tensor]:
+        """The right singular vectors of the mean effect's Jacobian, and the values."""
+        inputs, values = top_directions(self.f, self.mean_effect, count, self.on_share)
+        is_none = float(values[0]) * self.radius <= self.of_rounding
+        _map.refuse_no_effect(is_none, "to first order, every vector")
+        return inputs, values
+
     def linear(self, count: int) -> tuple[Factors, Tensor]:
         """The singular vectors of the mean effect's Jacobian."""
-        inputs, values = top_directions(self.f, self.mean_effect, count)
-        images = jacobian_times(self.f, self.mean_effect, theta_like(self.f, inputs))
+        inputs, values = self.linear_directions(count)
+        images = _map.jacobian_times(self.f, self.mean_effect, theta_like(self.f, inputs))
         outputs = _unit(images.double().cpu())
         importance = values * self.radius
-        effect = (outputs * self.first_order(inputs).effects).sum(-1)
-        return Factors(inputs, outputs, importance, effect), importance[:, None].square() / 2
+        history = importance[:, None].square() / 2
+        self.tell(1, float(history.sum()))
+        return Factors(inputs, outputs, importance, self.mean_effects(inputs)), history
 
     def iterated(
         self, order: Order, vectors: Tensor, steps: int, soft: bool
     ) -> tuple[Factors, Tensor]:
-        """Turn each v to where its own output's response grows; the best step's factors."""
-        moments = self.first_order if order == "exponential" else self.second_order
-        best, highest, parts = None, -math.inf, []
+        """Turn each v to where its own output's response grows.
+
+        Returns the factors of the best step, and all steps' parts of the objective. Of hard
+        factors, those that were orthonormalised in turn come first. Soft factors then make one more
+        step, which is taken whatever its objective, and is the last in the history.
+        """
+        best, highest, parts = None, (False, -math.inf), []
         strengths = torch.ones(len(vectors), dtype=torch.float64)
         for step in range(steps):
             # Sharing recovers more factors; in turn, at the end, unmixes those of a linear map.
-            spread = _soft if soft else _together if 3 * step < 2 * steps else _in_turn
-            vectors = spread(vectors, strengths)
-            images = moments(vectors)
-            outputs = _unit(images.effects)
-            alpha, response = _weights(order, vectors, outputs, images.effects)
-            parts.append(alpha * response / 2)
-            objective = float(parts[-1].sum())
-            if self.on_step is not None:
-                self.on_step(step + 1, objective)
-            if not objective < highest * _WORSE:
-                best = vectors, outputs, alpha, images.gradients
-            highest = max(highest, objective)
-            strengths = images.gradients.norm(dim=-1)
-            vectors = _unit(images.gradients)
-        vectors, outputs, alpha, gradients = cast(tuple[Tensor, ...], best)
-        if soft:
+            in_turn = not soft and 3 * step >= 2 * steps
+            spread = _soft if soft else _in_turn if in_turn else _together
+            factors, part, gradients = self.fitted(order, spread(vectors, strengths))
+            objective = float(part.sum())
+            if best is None:
+                self.refuse_no_effect(order, factors)
+            elif not math.isfinite(objective):
+                _warn_not_finite(f"step {step + 1} of {steps}")
+                break
+            parts.append(part)
+            self.tell(len(parts), objective)
+            if best is None or (in_turn, objective) >= (highest[0], highest[1] * _NEAR):
+                best = factors, gradients
+            if not math.isfinite(objective):
+                break
+            highest = max(highest, (in_turn, objective))
+            strengths, vectors = gradients.norm(dim=-1), _unit(gradients)
+        factors, gradients = cast(tuple[Factors, Tensor], best)
+        if soft and math.isfinite(highest[1]):
             # Pushing apart biases each a little; where it wants to go is the factor.
-            vectors = _unit(gradients)
-            images = moments(vectors)
-            outputs = _unit(images.effects)
-            alpha, _ = _weights(order, vectors, outputs, images.effects)
-        effect = (outputs * self.first_order(vectors).effects).sum(-1)
-        return Factors(vectors, outputs, alpha, effect), torch.stack(parts, 1)
+            polished, part, _ = self.fitted(order, _unit(gradients))
+            if part.isfinite().all():
+                factors = polished
+                parts.append(part)
+                self.tell(len(parts), float(part.sum()))
+            else:
+                _warn_not_finite("the last step")
+        if order != "exponential":
+            factors = factors._replace(mean_effect=self.mean_effects(factors.inputs))
+        return factors, torch.stack(parts, 1)
+
+    def fitted(self, order: Order, vectors: Tensor) -> tuple[Factors, Tensor, Tensor]:
+        """The factors with these v, their parts of the objective, and where each v wants to go."""
+        moments = self.first_order if order == "exponential" else self.second_order
+        effects, gradients = moments(vectors)
+        outputs = _unit(effects)
+        alpha, response = _weights(order, vectors, outputs, effects)
+        return Factors(vectors, outputs, alpha, effects), alpha * response / 2, gradients
+
+    def refuse_no_effect(self, order: Order, factors: Factors) -> None:
+        is_none = (factors.mean_effect.norm(dim=-1) <= self.of_rounding).all()
+        if order == "exponential":
+            _map.refuse_no_effect(is_none, "every vector")
+        advice = 'use a larger radius, or order="exponential" if the map has no second derivative'
+        _map.refuse_no_effect(is_none, "to second order, every vector", advice)
+
+    def mean_effects(self, vectors: Tensor) -> Tensor:
+        """Delta(R v)."""
+        theta = theta_like(self.f, vectors) * self.radius
+        with torch.no_grad():
+            parts, _ = map_batches(self.mean_effect, theta, self.f.vectors_at_once(False))
+        return torch.cat(parts).double().cpu()
 
     def first_order(self, vectors: Tensor) -> Images:
         """Delta(R v), and the gradient of its norm: J(R v)' u."""
@@ -107,7 +160,7 @@ class Fit:
         def of_batch(batch: Tensor) -> Images:
             theta = (batch * self.radius).requires_grad_()
             effects = self.mean_effect(theta)
-            (gradients,) = torch.autograd.grad(effects.norm(dim=-1).sum(), theta)
+            gradients = _grad(effects.norm(dim=-1).sum(), theta)
             return Images(effects.detach().double().cpu(), gradients.double().cpu())
 
         return self.in_batches(of_batch, vectors, 1)
@@ -122,12 +175,12 @@ class Fit:
             effects = self.mean_effect(theta)
             # <w, d²/dt² Delta(t v)> is linear in w: its gradient there is T2(., v, v).
             w = torch.zeros_like(effects).requires_grad_()
-            (once,) = torch.autograd.grad((effects * w).sum(), theta, create_graph=True)
-            (twice,) = torch.autograd.grad((once * batch).sum(), theta, create_graph=True)
-            (curvature,) = torch.autograd.grad((twice * batch).sum(), w, retain_graph=True)
+            once = _grad((effects * w).sum(), theta, create_graph=True)
+            twice = _grad((once * batch).sum(), theta, create_graph=True)
+            curvature = _grad((twice * batch).sum(), w, retain_graph=True)
             along = (effects * _unit(curvature.detach())).sum()
-            (slope,) = torch.autograd.grad(along, theta, create_graph=True)
-            (gradients,) = torch.autograd.grad((slope * batch).sum(), theta)
+            slope = _grad(along, theta, create_graph=True)
+            gradients = _grad((slope * batch).sum(), theta)
             weight = self.radius**2 / 2
             return Images(weight * curvature.double().cpu(), gradients.double().cpu())
 
@@ -136,8 +189,8 @@ class Fit:
     def in_batches(
         self, of_batch: Callable[[Tensor], Images], vectors: Tensor, cost: int
     ) -> Images:
-        size = max(1, self.f.vectors_at_once() // cost)
-        parts, _ = map_batches(of_batch, theta_like(self.f, vectors), size)
+        size = min(self.fits, max(1, self.f.vectors_at_once() // cost))
+        parts, self.fits = map_batches(of_batch, theta_like(self.f, vectors), size)
         effects, gradients = zip(*parts, strict=True)
         return Images(torch.cat(effects), torch.cat(gradients))
 
@@ -169,7 +222,7 @@ def _in_turn(vectors: Tensor, strengths: Tensor) -> Tensor:
     order = strengths.argsort(descending=True)
     q, r = torch.linalg.qr(vectors[order].T)
     spread = torch.empty_like(vectors)
-    spread[order] = (q * r.diagonal().sign()).T
+    spread[order] = (q * torch.where(r.diagonal() < 0, -1, 1)).T
     return spread
 
 
@@ -179,6 +232,20 @@ def _soft(vectors: Tensor, strengths: Tensor) -> Tensor:
         shares = torch.softmax(vectors @ vectors.T + strengths.log(), dim=-1)
         vectors = _unit(vectors - shares @ vectors)
     return vectors
+
+
+def _warn_not_finite(step: str) -> None:
+    warn_user(
+        f"{step}: the effect or its derivative is not finite; the search ends with the best step "
+        "before it. Use a smaller radius"
+    )
+
+
+def _grad(value: Tensor, of: Tensor, **how: Any) -> Tensor:
+    """The gradient; zero where the value does not depend on `of`, as in an affine map."""
+    if not value.requires_grad:
+        return torch.zeros_like(of)
+    return torch.autograd.grad(value, of, materialize_grads=True, **how)[0]
 
 
 def _unit(vectors: Tensor) -> Tensor:

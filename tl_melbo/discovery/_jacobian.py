@@ -10,15 +10,18 @@ from tl_melbo.discovery import _map
 from tl_melbo.discovery._calibration import Radius, check_radius, chosen_radius
 from tl_melbo.discovery._map import EffectMap, Effects, OnShare
 from tl_melbo.discovery._search import Part, Search, method
-from tl_melbo.geometry import random_sphere
+from tl_melbo.errors import warn_user
+from tl_melbo.geometry import complement, random_sphere
 from tl_melbo.story import measure
 from tl_melbo.vectors import SteeringVectors
 
-# Up to this width all of J'J is formed; above it, a block of vectors is iterated.
+# Up to this width all of J'J is formed; above it, only products with it are taken.
 _EXACT_WIDTH = 2048
-# Directions beyond those asked for, which let the last of these settle; the published number.
-_SPARE = 5
-_MOST_ITERATIONS, _SETTLED = 50, 1e-6
+# Vectors that are multiplied together, and how many products are kept at most.
+_BLOCK, _LARGEST_BASIS = 16, 1024
+# A direction has settled when |J'J v - s² v| is below this share of the largest s², or below
+# so many times the precision of the model's type.
+_SETTLED, _PRECISIONS = 1e-8, 16
 
 
 @functools.partial(method, check=check_radius)
@@ -46,6 +49,7 @@ def jacobian(
         a vector of norm 1.
 
     Raises:
+        ValueError: a radius without effect to first order.
         NotFinite: the derivative is not finite.
 
     Source: Ayyub 2026, "Power steering"; Mack & Turner 2024, "Deep causal transcoding".
@@ -59,6 +63,8 @@ def jacobian(
             units, values = top_directions(
                 f, lambda theta: effects(theta)[:, counted], first + n_vectors, search.show
             )
+        rounded = _map.rounding(f, positions)
+        _map.refuse_no_effect(float(values[0]) * radius <= rounded, "every vector")
         vectors = (units * radius).float()
         yield Part(first, vectors[first:], {"singular_value": values.float()[first:]})
 
@@ -90,7 +96,7 @@ def top_directions(
         images = _map.jacobian_times(f, effect, _map.theta_like(f, axes), on_share).double().cpu()
         vectors, values = _principal(axes, images)
     else:
-        vectors, values = _iterated(f, effect, min(count + _SPARE, d_model), on_share)
+        vectors, values = _iterated(f, effect, count, on_share)
     return signed(vectors[:count]), values[:count]
 
 
@@ -100,24 +106,58 @@ def signed(vectors: Tensor) -> Tensor:
 
 
 def _iterated(
-    f: EffectMap, effect: Effects, size: int, on_share: OnShare | None
+    f: EffectMap, effect: Effects, count: int, on_share: OnShare | None
 ) -> tuple[Tensor, Tensor]:
-    """Block power iteration on J'J, without forming it: a product forward, and one back."""
-    generator = torch.Generator().manual_seed(0)
-    start = random_sphere(size, int(f.x.shape[-1]), generator=generator).double()
-    vectors, values = torch.linalg.qr(start.T).Q.T, torch.zeros(size, dtype=torch.float64)
-    for iteration in range(_MOST_ITERATIONS):
-        if on_share is not None:
-            on_share(iteration / _MOST_ITERATIONS)
-        images = _map.jacobian_times(f, effect, _map.theta_like(f, vectors))
-        before = values
-        # Neighbours stay mixed without it.
-        vectors, values = _principal(vectors, images.double().cpu())
-        if not bool(((values - before).abs() > _SETTLED * values[0]).any()):
+    """Block Lanczos on J'J, without forming it: Rayleigh-Ritz in the span of all products so far.
+
+    The basis is kept orthonormal throughout, so that no direction comes twice.
+    """
+    generator, d_model = torch.Generator().manual_seed(0), int(f.x.shape[-1])
+    settled = max(_SETTLED, _PRECISIONS * torch.finfo(f.x.dtype).eps)
+    most, check_at = min(d_model, max(_LARGEST_BASIS, 3 * count)), count
+    basis = products = torch.empty(0, d_model, dtype=torch.float64)
+    vectors, unsettled = basis, count
+    while unsettled and len(basis) < most:
+        noise = random_sphere(min(_BLOCK, most - len(basis)), d_model, generator=generator)
+        block = _orthonormal(products[-_BLOCK:][: len(noise)], noise.double(), basis)
+        images = _map.jacobian_times(f, effect, _map.theta_like(f, block))
+        back = _map.transpose_times(f, effect, images).double().cpu()
+        basis, products = torch.cat([basis, block]), torch.cat([products, back])
+        if not back.isfinite().all():
+            vectors = torch.full((count, d_model), torch.nan, dtype=torch.float64)
             break
-        back = _map.transpose_times(f, effect, images)
-        vectors = torch.linalg.qr(back.double().cpu().T).Q.T
-    return vectors, values
+        if on_share is not None:
+            on_share(len(basis) / most)
+        if len(basis) >= min(check_at, most):
+            check_at = 5 * len(basis) // 4
+            projected = basis @ products.T
+            squares, rotation = torch.linalg.eigh((projected + projected.T) / 2)
+            turn = rotation.T.flip(0)[:count]
+            vectors, squares = turn @ basis, squares.flip(0)[:count]
+            residuals = (turn @ products - squares[:, None] * vectors).norm(dim=-1)
+            unsettled = int((residuals > settled * squares[0].abs()).sum())
+    if unsettled and len(basis) == most < d_model:
+        warn_user(
+            f"{unsettled} of {count} directions have not settled after {most} products with the "
+            "Jacobian: their singular values are nearly equal, so that other directions do as "
+            "much. Ask for fewer vectors, or take those as a sample"
+        )
+    # Of nearly equal singular values, the images tell more digits than the squares do.
+    return _principal(
+        vectors, _map.jacobian_times(f, effect, _map.theta_like(f, vectors)).double().cpu()
+    )
+
+
+def _orthonormal(block: Tensor, noise: Tensor, basis: Tensor) -> Tensor:
+    """As many orthonormal vectors as there is noise, orthogonal to a basis, near the block's span.
+
+    The noise fills what the block lacks: it is of lower rank where the map is.
+    """
+    scale = block.norm(dim=-1).amax() if len(block) else 0.0
+    rows = noise if scale == 0 else block / scale + 1e-10 * noise
+    for _ in range(2):
+        rows = torch.linalg.qr(complement(rows, basis).T).Q.T
+    return rows
 
 
 def _principal(vectors: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -73,6 +73,17 @@ def rounding(f: EffectMap, positions: slice) -> float:
     return _ROUNDING * torch.finfo(f.x.dtype).eps * float(x.norm())
 
 
+def refuse_no_effect(
+    has_none: bool | Tensor, which: str, advice: str = "use a larger radius"
+) -> None:
+    """Raise where rounding alone explains the effects of `which` vectors."""
+    if has_none:
+        raise ValueError(
+            f"radius: {which} of this norm changes nothing at the positions that count, as far as "
+            f"the model's type can tell; {advice}"
+        )
+
+
 def theta_like(f: EffectMap, theta: Tensor) -> Tensor:
     """Vectors on the map's device, and in float32 at least."""
     return theta.to(f.x.device, torch.promote_types(f.x.dtype, torch.float32))

@@ -205,12 +205,11 @@ class _Climb:
         """Vector k and those that follow, one for each start, in the complement of a basis."""
         states = self.optimise(self.evaluate, starts, basis, self.radius, self.steps)
         started = state = next(states)
-        if (started.value <= self.of_rounding).any():
-            raise ValueError(
-                "radius: a random vector of this norm changes nothing at the positions that count, "
-                f"as far as the model's type can tell (vector {k}); use a larger radius, or a "
-                "smaller p"
-            )
+        _map.refuse_no_effect(
+            (started.value <= self.of_rounding).any(),
+            "a random vector",
+            f"use a larger radius, or a smaller p (vector {k})",
+        )
         history = []
         for step, state in enumerate(itertools.chain([started], states), self.first_step):
             history.append(state.value)

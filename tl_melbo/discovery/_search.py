@@ -48,6 +48,7 @@ class Search(Iterator[SteeringVectors]):
         needs: columns that must be finite, and which `previous` must have.
         orthogonal_to: vectors, by name, to which all are orthogonal, as they are to each other;
             None where they need not be.
+        together: all vectors are found together, so that fewer or more of them are others.
         nothing: the error where not one vector is found.
         facts: what else the metadata tells, such as `seed`, `measure` and `about`.
 
@@ -67,6 +68,7 @@ class Search(Iterator[SteeringVectors]):
         previous: SteeringVectors | None = None,
         needs: Sequence[str] = (),
         orthogonal_to: Mapping[str, Tensor] | None = None,
+        together: bool = False,
         nothing: str = "not one vector was found",
         progress: bool = False,
         **facts: Any,
@@ -77,6 +79,7 @@ class Search(Iterator[SteeringVectors]):
         facts = {**f.story(), **facts, "arithmetic": _arithmetic(f.x.device), "lost": []}
         self.story = story.make(method, **facts, hyperparameters=chosen)
         self.n_vectors, self.nothing, self.progress = n_vectors, nothing, progress
+        self.together = together
         self.earlier, self.first = torch.empty(0, f.x.shape[-1], dtype=torch.float32), 0
         self._needs, self._find = needs, find
         most, least, why = MOST_VECTORS, int(previous is None), ""
@@ -89,7 +92,18 @@ class Search(Iterator[SteeringVectors]):
             raise ValueError(f"n_vectors={n_vectors}: must be from {least} to {most:,}{why}")
         if previous is not None and len(previous):
             self._continue(previous, orthogonal_to)
+            self.check_total(n_vectors and self.first + n_vectors)
         self._parts, self._bar = self._run(), None
+
+    def check_total(self, n_vectors: int | None) -> None:
+        """Raise where vectors that were found together are wanted in another number in all."""
+        if self.together and self.first and n_vectors not in (0, None, self.first):
+            why = f"all {self.first} were found together, and {n_vectors} are wanted"
+            raise DifferentSearch(
+                f"previous: {why}; begin anew without it, or ask for the number that is there",
+                [],
+                f"of which {why}",
+            )
 
     def show(self, share: float) -> None:
         """Move the bar: a method that finds all in one go tells what share of the work is done."""

@@ -103,7 +103,8 @@ def objective_history(
         key["colorbar"] = colour_bar("vector", tickvals=[0, 1], ticktext=ends)
         traces.append(points([None], [None], key, hoverinfo="skip", showlegend=False))
     across = axis(measure["counts"], **_style.whole_numbers(len(x)))
-    up = axis(f"{measure['label']} ({measure['unit']})", rangemode="tozero")
+    label = measure.get("history") or f"{measure['label']} ({measure['unit']})"
+    up = axis(label, rangemode="tozero")
     return figure(traces, title, across, up)
 
 

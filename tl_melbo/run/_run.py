@@ -172,6 +172,7 @@ class Run:
             missing = n_vectors and max(0, n_vectors - _n_tried(found))
             try:
                 search = method.parts(f, n_vectors=missing, previous=found, **settings)
+                search.check_total(n_vectors)
             except DifferentSearch as error:
                 if not error.reason:  # of other vectors than those in the folder
                     raise
