@@ -301,6 +301,21 @@ def test_a_model_that_is_too_wide_is_told(tiny_llama, monkeypatch):
         atlas(tiny_llama, PROMPTS[0], **QUICK)
 
 
+def test_derivatives_that_do_not_fit_are_told(tiny_llama, monkeypatch):
+    # Four bytes for each of 32 dimensions, 2 positions and 32 dimensions; eight for J'J.
+    needed = 3 * 32 * 32 * (2 * 4 + 8)
+    settings = {"positions": LAST_TWO, "kl_threshold": 900, **QUICK}
+    call = (tiny_llama, PROMPTS[0], [1], [2, 3, 5])
+    module = "tl_melbo.evaluation._atlas.free_memory"
+    monkeypatch.setattr(module, lambda device: needed)
+    assert len(atlas(*call, **settings).libraries[1]) == 3
+    monkeypatch.setattr(module, lambda device: needed - 1)
+    with pytest.raises(
+        ValueError, match=r"positions=slice\(-2, None, None\): .* 3 targets at 2 pos"
+    ):
+        atlas(*call, **settings)
+
+
 def test_a_pair_that_is_not_there_is_named(small):
     assert repr(small) == "Atlas(6 pairs of layers, 3 sources)"
     assert "singular_value" in small._repr_html_()
