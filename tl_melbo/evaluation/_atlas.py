@@ -96,9 +96,7 @@ def atlas(
     texts = checks.as_texts(prompts)
     asked = _layers(model, sources, "sources"), _layers(model, targets, "targets")
     pairs = _pairs(*asked)
-    checks.at_least(1, max_new_tokens=max_new_tokens)
-    checks.between(0, 1e3, "nats", kl_threshold=kl_threshold)
-    _check_radius(radius)
+    check_settings(n_vectors, radius, max_new_tokens, kl_threshold)
     _check_sizes(model, 2 * max(map(len, pairs.values())) * len(texts), n_vectors, max_new_tokens)
     first, last = min(pairs), max(map(max, pairs.values()))
     f = ActivationMap.from_prompts(model, texts, first, last, chat=chat)
@@ -153,7 +151,12 @@ def _pairs(sources: list[int], targets: list[int]) -> dict[int, list[int]]:
     return {source: each for source, each in pairs.items() if each}
 
 
-def _check_radius(radius: Radius) -> None:
+def check_settings(
+    n_vectors: int, radius: Radius, max_new_tokens: int, kl_threshold: float
+) -> None:
+    """Check the settings of which no model is needed."""
+    checks.at_least(1, n_vectors=n_vectors, max_new_tokens=max_new_tokens)
+    checks.between(0, 1e3, "nats", kl_threshold=kl_threshold)
     if radius != "auto" and not 0 < radius <= _LARGEST_SHARE:
         raise ValueError(
             f"radius={radius}: a share of the tokens' norm, above 0 and up to {_LARGEST_SHARE:g}, "
