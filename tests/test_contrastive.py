@@ -75,8 +75,8 @@ def test_all_tokens_of_an_answer_count_once(maps):
 @pytest.mark.filterwarnings("ignore:the mean cosine")
 def test_auto_calibrates_where_the_residuals_are_read(maps):
     f, other = maps
-    found = tm.contrastive(f, other, radius="auto", positions=slice(1, 2))
-    expected = tm.calibrate_radius(f, positions=slice(1, 2))
+    found = tm.contrastive(f, other, radius="auto", positions=slice(2, None))
+    expected = tm.calibrate_radius(f, positions=slice(2, None))
     assert expected != pytest.approx(tm.calibrate_radius(f), rel=0.02)
     assert found.story["hyperparameters"]["radius"] == pytest.approx(expected)
 
