@@ -402,7 +402,11 @@ def test_version_and_help_answer() -> None:
     assert result.stdout.strip() == f"tl-melbo {tm.__version__}"
     assert "discover" in CliRunner().invoke(app, ["--help"]).stdout
     plain = re.sub(r"\x1b\[[0-9;]*m", "", CliRunner().invoke(app, ["discover", "--help"]).stdout)
-    assert "--radius" in plain
+    words = " ".join(plain.replace("│", " ").split())
+    # They differ between methods: contrastive measures its radius, at the last token.
+    for option in ("--radius", "--positions"):
+        told = words[words.index(option) :].partition("[default: ")[2].partition("]")[0]
+        assert told == "(the method's own)"
 
 
 def test_help_does_not_load_what_it_does_not_need() -> None:

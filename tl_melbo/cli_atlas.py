@@ -11,8 +11,6 @@ from typer import echo
 import tl_melbo as tm
 from tl_melbo import checks, options, terminal
 from tl_melbo.discovery._calibration import Radius
-from tl_melbo.evaluation._atlas import check_settings
-from tl_melbo.evaluation._atlas_library import FILES
 from tl_melbo.files import replacing
 from tl_melbo.run._files import LOCK, locked, save_table
 from tl_melbo.story import slice_text
@@ -65,6 +63,9 @@ def atlas(
     Writes a file of vectors for each source layer, atlas.csv and atlas.html; prints the path of the
     latter last. Each source is kept as soon as it is done, and the same command continues.
     """
+    from tl_melbo.evaluation._atlas import check_settings  # which takes long to import
+    from tl_melbo.evaluation._atlas_library import FILES
+
     # All that can be checked before the model is loaded, which takes a while.
     checks.as_texts(prompts)
     layers = {"sources": _layers(sources, "sources"), "targets": _layers(targets, "targets")}
