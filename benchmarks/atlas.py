@@ -14,22 +14,13 @@ import torch
 
 import tl_melbo as tm
 from benchmarks.tables import markdown
+from benchmarks.timing import matrix_rate
 from tl_melbo.files import replacing
 from tl_melbo.tables import Table
 
 PROMPT = "Tell me about yourself."
 TABLE = Path(__file__).parent / "atlas.csv"
 COLUMNS = ("source_layer", "target_layer", "sign", "singular_value", "share", "norm", "kl")
-
-
-def matrix_rate(size: int = 2048, repeats: int = 7) -> float:
-    """Floating-point operations per second of a square product, at best."""
-    a, taken = torch.randn(size, size), []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        a @ a
-        taken.append(time.perf_counter() - began)
-    return 2 * size**3 / min(taken)
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import tl_melbo as tm
-from benchmarks.timing import peak_memory, seconds
+from benchmarks.timing import peak_memory, seconds, square_product
 from tl_melbo.geometry import random_sphere
 
 ALL, RADIUS = slice(None), 12.0
@@ -28,7 +28,7 @@ def roofline_rows(model: Any, f: tm.ActivationMap) -> Iterator[Row]:
     weights = 2 * d * d + 2 * d * d_kv + 3 * d * config.intermediate_size
     operations = 2 * n_blocks * n_tokens * (2 * weights + 4 * n_tokens * d)
     yield "GFLOP, one vector", f"{operations / 1e9:.2f}"
-    square = torch.randn(2048, 2048)
+    product, product_operations = square_product()
     for n_vectors in (1, 8, 32, 128):
         theta = random_sphere(
             n_vectors, d, RADIUS, generator=torch.Generator().manual_seed(0)
@@ -39,13 +39,13 @@ def roofline_rows(model: Any, f: tm.ActivationMap) -> Iterator[Row]:
 
         gradient()
         memory = peak_memory(gradient)
-        taken, last_three, product = seconds(
+        taken, last_three, of_product = seconds(
             gradient,
             lambda gradient=gradient: gradient(positions=slice(-3, None)),
-            lambda: square @ square,
+            product,
             repeats=15 if n_vectors < 32 else 7,
         )
-        rate, machine = n_vectors * operations / taken, 2 * 2048**3 / product
+        rate, machine = n_vectors * operations / taken, product_operations / of_product
         yield (
             f"{n_vectors} vectors: f and gradient",
             f"{taken:.3f} s, {rate / 1e9:.0f} of {machine / 1e9:.0f} GFLOP/s, "
@@ -62,20 +62,20 @@ def dct_rows(model: Any, f: tm.ActivationMap) -> Iterator[Row]:
     with FlopCounterMode(display=False) as counter:
         torch.autograd.grad(f.delta(theta, last_three).square().sum(), theta)
     operations = counter.get_total_flops() / size * n_factors * steps
-    square = torch.randn(2048, 2048)
+    product, product_operations = square_product()
     # Each step beside a product: a slow minute of the machine hits both.
     products: list[float] = []
 
     def on_step(step: int, objective: float) -> None:
         start = time.perf_counter()
-        square @ square
+        product()
         products.append(time.perf_counter() - start)
 
-    square @ square
+    product()
     start = time.perf_counter()
     tm.dct(f, n_factors, radius=RADIUS, positions=last_three, steps=steps, on_step=on_step)
     taken = time.perf_counter() - start - sum(products)
-    rate, machine = operations / taken, 2 * 2048**3 / statistics.median(products)
+    rate, machine = operations / taken, product_operations / statistics.median(products)
     yield (
         f"{n_factors} factors, {steps} steps: TFLOP in f and its gradient",
         f"{operations / 1e12:.1f}",

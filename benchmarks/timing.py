@@ -27,11 +27,17 @@ def seconds(*functions: Callable[[], Any], repeats: int = REPEATS) -> list[float
     return [statistics.median(taken) for taken in times]
 
 
-def matrix_rate(size: int = 2048) -> float:
-    """Floating-point operations per second of a square product: 2 n^3 of them."""
+def square_product(size: int = 2048) -> tuple[Callable[[], Any], int]:
+    """A product of square matrices, and its floating-point operations: 2 n^3."""
     a = torch.randn(size, size)
-    (taken,) = seconds(lambda: a @ a, repeats=7)
-    return 2 * size**3 / taken
+    return lambda: a @ a, 2 * size**3
+
+
+def matrix_rate() -> float:
+    """Floating-point operations per second of a square product."""
+    product, operations = square_product()
+    (taken,) = seconds(product, repeats=7)
+    return operations / taken
 
 
 def peak_memory(function: Callable[[], Any]) -> int:

@@ -309,6 +309,21 @@ def test_gram_matrices_are_of_layers_of_the_map(tiny_llama):
             f.gram_matrices(source, targets)
 
 
+def test_derivatives_that_do_not_fit_are_told(tiny_llama, monkeypatch):
+    # Four bytes for each of 32 dimensions, 2 positions and 32 dimensions; eight for J'J.
+    needed = 3 * 32 * 32 * (2 * 4 + 8)
+    settings = {"positions": LAST_TWO, "kl_threshold": 900, **QUICK}
+    call = (tiny_llama, PROMPTS[0], [1], [2, 3, 5])
+    module = "tl_melbo.evaluation._atlas.free_memory"
+    monkeypatch.setattr(module, lambda device: needed)
+    assert len(atlas(*call, **settings).libraries[1]) == 3
+    monkeypatch.setattr(module, lambda device: needed - 1)
+    with pytest.raises(
+        ValueError, match=r"positions=slice\(-2, None, None\): .* 3 targets at 2 pos"
+    ):
+        atlas(*call, **settings)
+
+
 def test_a_pair_that_is_not_there_is_named(small):
     assert repr(small) == "Atlas(6 pairs of layers, 3 sources)"
     assert "singular_value" in small._repr_html_()
@@ -380,8 +395,10 @@ def test_the_command_leaves_vectors_a_table_and_a_picture(model_folder, tmp_path
         ("--targets=::0", "--targets='::0': expected"),
         ("--sources=9", "--sources=9"),
         ("--radius=much", "--radius='much'"),
-        ("--positions=a:", "--positions='a:'"),
+        ("--positions=a:", "--positions='a:': expected start:stop"),
+        ("--positions=1:2:0", "--positions='1:2:0': expected start:stop"),
         ("--kl-threshold=-1", "--kl-threshold=-1"),
+        ("--sources=40:50", "--sources=40:50: the model has 6 layers, 0 to 5, and none"),
     ],
 )
 @pytest.mark.usefixtures("cached_models")
@@ -390,6 +407,43 @@ def test_the_command_names_what_is_wrong(model_folder, tmp_path, option, message
     assert result.exit_code == 1
     assert message in " ".join(result.stderr.split())
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--kl-threshold=-1", "--kl-threshold=-1"),
+        ("--n-vectors=0", "--n-vectors=0"),
+        ("--radius=12", "--radius=12.0: a share"),
+        ("--max-new-tokens=0", "--max-new-tokens=0"),
+        ("--positions=a:", "--positions='a:'"),
+    ],
+)
+def test_numbers_are_checked_before_the_model_is_loaded(tmp_path, monkeypatch, option, message):
+    monkeypatch.setattr(tm, "load_model", lambda *_args, **_options: pytest.fail("was loaded"))
+    result = command(tmp_path / "model", tmp_path / "out", option)
+    assert result.exit_code == 1
+    assert message in " ".join(result.stderr.split())
+
+
+@pytest.mark.usefixtures("cached_models")
+def test_a_resumed_command_that_is_stopped_counts_what_was_there(
+    model_folder, tmp_path, monkeypatch
+):
+    layers = ("--sources=1:3", "--targets=3")
+    assert command(model_folder, tmp_path, *layers).exit_code == 0
+    (tmp_path / "source-02.safetensors").unlink()
+
+    def stop(*_args, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tl_melbo.evaluation._atlas._search", stop)
+    result = command(model_folder, tmp_path, *layers)
+    assert result.exit_code == 130
+    told = " ".join(result.stderr.split())
+    assert f"1 source layer is kept in {tmp_path}; the same command continues" in told
+    (tmp_path / "source-01.safetensors").unlink()
+    assert "nothing was finished" in command(model_folder, tmp_path, *layers).stderr
 
 
 @pytest.mark.usefixtures("cached_models")
@@ -402,5 +456,5 @@ def test_a_command_that_is_stopped_says_what_is_kept(model_folder, tmp_path, mon
     monkeypatch.setattr(module, "save_table", stop)
     result = command(model_folder, tmp_path / "out", "--sources=1", "--targets=2")
     assert result.exit_code == 130
-    assert "1 source layers are kept in" in " ".join(result.stderr.split())
+    assert "1 source layer is kept in" in " ".join(result.stderr.split())
     assert (tmp_path / "out" / "source-01.safetensors").is_file()

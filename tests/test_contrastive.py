@@ -14,6 +14,19 @@ def maps(tiny_llama):
     return [tm.ActivationMap.from_prompts(tiny_llama, texts, 1, 4) for texts in (WITH, WITHOUT)]
 
 
+class Told:
+    """A map, with other facts in its metadata or another residual stream."""
+
+    def __init__(self, f, x=None, **facts):
+        self.f, self.facts = f, facts
+        self.x = f.x if x is None else x
+        self.mask, self.delta, self.position_mask = f.mask, f.delta, f.position_mask
+        self.vectors_at_once = f.vectors_at_once
+
+    def story(self):
+        return self.f.story() | self.facts
+
+
 def last_tokens(f):
     """The residual of each prompt's last token; prompts are padded on the left."""
     return f.x[:, -1].double()
@@ -59,6 +72,30 @@ def test_all_tokens_of_an_answer_count_once(maps):
     )
 
 
+@pytest.mark.filterwarnings("ignore:the mean cosine")
+def test_auto_calibrates_where_the_residuals_are_read(maps):
+    f, other = maps
+    found = tm.contrastive(f, other, radius="auto", positions=slice(2, None))
+    expected = tm.calibrate_radius(f, positions=slice(2, None))
+    assert expected != pytest.approx(tm.calibrate_radius(f), rel=0.02)
+    assert found.story["hyperparameters"]["radius"] == pytest.approx(expected)
+
+
+@pytest.mark.filterwarnings("ignore:the mean cosine")
+def test_a_component_that_the_mean_has_no_share_of_has_no_norm(maps):
+    """Differences +-5 along one axis and 1 along another: the first component has mean zero."""
+    f, _ = maps
+    differences = torch.zeros(3, *f.x.shape[1:])
+    differences[0, :, 0], differences[1, :, 0], differences[:, :, 1] = 5.0, -5.0, 1.0
+    ones = Told(f, f.x.detach() + differences)
+    with pytest.raises(ValueError, match=r"estimator='principal': .* pass a radius"):
+        tm.contrastive(ones, f, "principal")
+    with pytest.warns(UserWarning, match="its sign is arbitrary"):
+        found = tm.contrastive(ones, f, "principal", radius=2.0)
+    assert abs(float(found.vectors[0, 0])) == pytest.approx(2.0, rel=1e-4)
+    assert tm.contrastive(ones, f).vectors[0, :2].tolist() == pytest.approx([0.0, 1.0], abs=1e-5)
+
+
 def test_pairs_that_disagree_are_told(tiny_llama):
     make = tm.ActivationMap.from_prompts
     texts = ["one", "two", "three", "four"]
@@ -83,6 +120,12 @@ def test_what_is_refused(maps, tiny_llama):
     elsewhere = tm.ActivationMap.from_prompts(tiny_llama, WITHOUT, 2, 4)
     with pytest.raises(ValueError, match="other: its source_layer is 2"):
         tm.contrastive(f, elsewhere)
+    chat = tm.ActivationMap.from_prompts(tiny_llama, WITHOUT, 1, 4, chat=True)
+    with pytest.raises(ValueError, match=r"other: its chat is True, .* both maps with chat=False"):
+        tm.contrastive(f, chat)
+    narrow = Told(other, dtype="bfloat16")
+    with pytest.raises(ValueError, match="other: its dtype is bfloat16, but that of f is float32"):
+        tm.contrastive(f, narrow)
     with pytest.raises(ValueError, match="radius=-1"):
         tm.contrastive(f, other, radius=-1.0)
     with pytest.raises(TypeError, match="estimator"):
@@ -95,4 +138,7 @@ def test_a_run_keeps_it_and_it_starts_a_family(maps, tmp_path):
     run = tm.Run(tmp_path / "run")
     theta = run.keep(tm.contrastive, f, 1, other=other, radius=2.0)
     assert run.keep(tm.contrastive, f, 1, other=other, radius=2.0).vectors.equal(theta.vectors)
-    assert len(tm.melbo_ortho(f, theta, 2, steps=3)) >= 1
+    family = tm.melbo_ortho(f, theta, 2, steps=20)
+    assert family.story["theta0"]["story"]["method"] == "contrastive"
+    assert len(family) == 2
+    assert float((family.vectors @ theta.vectors[0]).abs().max()) < 1e-4

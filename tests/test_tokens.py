@@ -83,7 +83,7 @@ def test_factors_are_ranked_by_how_far_they_move_the_output(tiny_llama):
         (" helpfully", None, r"token=' helpfully': \d+ tokens, \['.*'\]; pass exactly one"),
         ("and yes", ONE, r"token='and yes': \d tokens"),
         (ONE, "do so", "other='do so': "),
-        ("", None, r"token='': 0 tokens, \[\]; pass exactly one"),
+        ("", None, r"token='': an empty text; pass exactly one token, such as ' Yes'"),
         (ONE, ONE, "other=' and': the same token as token=' and'"),
     ],
 )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tl_melbo import checks
-from tl_melbo.model.bridge import Model, check_model, residual_hook_name
+from tl_melbo.model.bridge import EMBEDDING_HOOK_NAME, Model, check_model, residual_hook_name
 from tl_melbo.shapes import shape_checked
 from tl_melbo.steering import Vectors, as_theta
 
@@ -16,12 +16,18 @@ from tl_melbo.steering import Vectors, as_theta
 @contextmanager
 @shape_checked
 def ablated(model: Model, vectors: Vectors) -> Iterator[Model]:
-    """Project the span of vectors out of the residual stream after every block, inside the context.
+    """Project the span of vectors out of the residual stream, inside the context.
+
+    It is taken out of what block 0 reads, which is what the embedding writes, and of the stream
+    after every block. Within a block it is not: what a block's attention writes along the span, the
+    same block's MLP still reads, unless both run in parallel.
 
         with tm.ablated(model, theta):
             print(model.generate("Once upon a time"))
 
-    Contexts nest, also with `steered`; the hooks are gone at the end, whatever happens inside.
+    Contexts nest; the hooks are gone at the end, whatever happens inside. With `steered`, the order
+    decides what becomes of a vector at its own layer: inside `steered`, `ablated` takes it out at
+    once; around `steered`, the next block reads it, and it is taken out after that block.
 
     Args:
         model: a TransformerLens model.
@@ -34,8 +40,10 @@ def ablated(model: Model, vectors: Vectors) -> Iterator[Model]:
     Source: Arditi et al. 2024, "Refusal in language models is mediated by a single direction".
     """
     check_model(model)
-    theta = checks.directions(as_theta(model, vectors), "vectors")
-    _, values, basis = torch.linalg.svd(theta.double(), full_matrices=False)
+    theta = checks.directions(as_theta(model, vectors), "vectors").double()
+    # Of norm 1 before their rank is asked, which would leave out what is much shorter than others.
+    units = theta / theta.norm(dim=-1, keepdim=True)
+    _, values, basis = torch.linalg.svd(units, full_matrices=False)
     basis = basis[values > values[0] * torch.finfo(torch.float32).eps]
 
     def project(module: nn.Module, args: Any, residual: Tensor) -> Tensor:
@@ -43,9 +51,10 @@ def ablated(model: Model, vectors: Vectors) -> Iterator[Model]:
         wide = residual.to(onto.dtype)
         return (wide - (wide @ onto.T) @ onto).to(residual.dtype)
 
+    after = [residual_hook_name(layer) for layer in range(int(model.cfg.n_layers))]
     handles = [
-        model.hook_dict[residual_hook_name(layer)].register_forward_hook(project)
-        for layer in range(int(model.cfg.n_layers))
+        model.hook_dict[name].register_forward_hook(project)
+        for name in (EMBEDDING_HOOK_NAME, *after)
     ]
     try:
         yield model

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tl_melbo import checks, shortcut
-from tl_melbo.memory import free_memory, map_batches
+from tl_melbo.memory import add_gram, free_memory, map_batches
 from tl_melbo.model.bridge import Model, check_model, model_name, model_type, weights_digest
 from tl_melbo.replay import Group, Picked, capture_prompts, push
 from tl_melbo.shapes import Delta, PositionMask, Residual, Theta, checked_slice, shape_checked
@@ -199,6 +199,34 @@ class ActivationMap:
         return push(x[None], self._groups, self._picked(slice(None)), run)[0]
 
     @shape_checked
+    def gram(
+        self,
+        positions: slice = slice(None),
+        *,
+        mean: bool = False,
+        on_share: Callable[[float], None] | None = None,
+    ) -> Float[Tensor, "d_model d_model"]:
+        """J'J, with J the derivative at zero of the effect, flattened over prompts and positions.
+
+        By forward-mode differentiation; float64, on the CPU, not finite along an axis whose
+        derivative is not. A method may use it where a map has it.
+
+        Args:
+            mean: J is the derivative of the mean effect over each prompt's positions instead.
+            on_share: called with the share of the work that is done.
+        """
+        done, total = 0, self.d_model * len(self.prompts)
+
+        def count(n: int) -> None:
+            nonlocal done
+            done += n
+            if on_share is not None:
+                on_share(done / total)
+
+        layers = self.source_layer, [self.target_layer]
+        return self.gram_matrices(*layers, positions, count, mean)[self.target_layer]
+
+    @shape_checked
     @torch.no_grad()
     def gram_matrices(
         self,
@@ -206,12 +234,11 @@ class ActivationMap:
         target_layers: Sequence[int],
         positions: slice = slice(None),
         on_batch: Callable[[int], None] | None = None,
+        mean: bool = False,
     ) -> dict[int, Tensor]:
-        """J'J from one layer of this map to several later ones, all in one forward-mode pass.
+        """`gram` from one layer of this map to several later ones, all in one forward-mode pass.
 
-        J is the derivative at zero of the effect of a vector that is added after `source_layer`,
-        flattened over prompts and `positions`. Float64, [d_model, d_model], on the CPU. `on_batch`
-        gets the number of directions that were pushed through for one prompt.
+        `on_batch` gets the number of directions that were pushed through for one prompt.
 
         Raises:
             ValueError: a layer outside the map, or a target at or before the source; the positions
@@ -224,18 +251,24 @@ class ActivationMap:
                 f"{first} <= source_layer < target_layer <= {last}, the layers of this map"
             )
         picked, skipped = self._picked(checked_slice(positions)), source_layer - first
-        wanted = [layer - source_layer - 1 for layer in target_layers]
+        wanted = {layer - source_layer - 1: layer for layer in target_layers}
         fast = None if self.path == "hooked" else self._shortcut
         start = shortcut.tangents_of(self._blocks()) if fast is None else fast.tangents
         axes = torch.eye(self.d_model, dtype=self.x.dtype, device=self.x.device)
-        grams = [torch.zeros_like(axes, dtype=torch.float64) for _ in target_layers]
+        grams = {layer: torch.zeros(axes.shape, dtype=torch.float64) for layer in target_layers}
         size = self.vectors_at_once(False) * len(self.prompts)  # which go one by one
 
-        def images(push: shortcut.Push, places: Tensor | None, tangents: Tensor) -> list[Tensor]:
-            found = list(push(tangents, skipped, places))
+        def images(
+            push: shortcut.Push, places: Tensor | None, tangents: Tensor
+        ) -> dict[int, Tensor]:
+            found = {}
+            for number, image in enumerate(push(tangents, skipped, places)):
+                if number in wanted:  # and nothing else stays on the device
+                    image = image.to(self._wide(image)).mean(1) if mean else image.flatten(1)
+                    found[wanted[number]] = image.cpu()
             if on_batch is not None:
                 on_batch(len(tangents))
-            return [found[number].flatten(1) for number in wanted]
+            return found
 
         for group in self._groups:
             rows = self.x if group.prompts is None else self.x[group.prompts, -group.length :]
@@ -243,10 +276,9 @@ class ActivationMap:
             for row in rows:
                 push, places = start(row[None], group), picked.places[group.length][0]
                 parts, _ = map_batches(partial(images, push, places), of_row, size)
-                for gram, some in zip(grams, zip(*parts, strict=True), strict=True):
-                    flat = torch.cat(some).double()
-                    gram += flat @ flat.T
-        return {layer: gram.cpu() for layer, gram in zip(target_layers, grams, strict=True)}
+                for layer, gram in grams.items():
+                    add_gram(gram, [part.pop(layer) for part in parts], self.x.device)
+        return grams
 
     @shape_checked
     def resolution(self, positions: slice = slice(None)) -> float:

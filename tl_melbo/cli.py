@@ -12,18 +12,11 @@ from typer import Argument, Option
 import tl_melbo as tm
 from tl_melbo import checks, cli_adapters, cli_atlas, options, terminal
 from tl_melbo.run import VECTORS, absolute, family_folder
-
-
-def _option(text: str, default: str | None = None, *names: str) -> Any:
-    """An option; `default` is what is shown where the method decides."""
-    return Option(*names, help=text, show_default=default or True)
-
+from tl_melbo.terminal import BundledModel, Chat, Device, Dtype, MaxNewTokens, Out, Prompts, option
 
 # Options that several commands have.
 _Folder = Annotated[Path, Argument(help="The folder that `discover` wrote.")]
-_Device = Annotated[str | None, _option("cpu, cuda, ...", "a GPU if there is one")]
-_Model = Annotated[str | None, _option("Hub id, folder or .gguf file.", "as for discover")]
-_MaxNewTokens = Annotated[int, _option("Length of each completion.")]
+_Model = Annotated[str | None, option("Hub id, folder or .gguf file.", "as for discover")]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -42,41 +35,41 @@ def _main(version: Annotated[bool, Option("--version", help="Show it.")] = False
 
 @app.command(cls=terminal.Command)
 def discover(
-    prompts: Annotated[list[str], Argument(help="What the model is asked; one or several.")],
-    out: Annotated[Path, _option("Folder for the results; made if need be.")],
-    method: Annotated[str, _option("How to search: melbo, or another of tl_melbo's.")] = "melbo",
+    prompts: Prompts,
+    out: Out,
+    method: Annotated[str, option("How to search: melbo, or another of tl_melbo's.")] = "melbo",
     settings: Annotated[
         list[str] | None, Option("--set", metavar="NAME=VALUE", help="Any setting of the method.")
     ] = None,
     other: Annotated[
-        list[str] | None, _option("For contrastive: a prompt without the behaviour; repeatable.")
+        list[str] | None, option("For contrastive: a prompt without the behaviour; repeatable.")
     ] = None,
-    n_vectors: Annotated[int | None, _option("How many vectors to find.", "32 for melbo")] = None,
-    radius: Annotated[str | None, _option("Their norm, or 'auto'.", "auto")] = None,
-    model: Annotated[str | None, _option("Hub id, folder or .gguf file.", "bundled")] = None,
-    source_layer: Annotated[int, _option("Add the vectors after this block.")] = 8,
-    target_layer: Annotated[int, _option("Measure their effect after this one.")] = 16,
-    positions: Annotated[str | None, _option("Tokens to measure at: 'start:stop'.", "-3:")] = None,
-    p: Annotated[float | None, _option("Power of the norm in the objective.", "2")] = None,
-    q: Annotated[float | None, _option("Its root.", "p")] = None,
-    norm: Annotated[Literal["l2", "lp"] | None, _option("Over the residual stream.", "l2")] = None,
+    n_vectors: Annotated[int | None, option("How many vectors to find.", "32 for melbo")] = None,
+    radius: Annotated[str | None, option("Their norm, or 'auto'.", "the method's own")] = None,
+    model: BundledModel = None,
+    source_layer: Annotated[int, option("Add the vectors after this block.")] = 8,
+    target_layer: Annotated[int, option("Measure their effect after this one.")] = 16,
+    positions: Annotated[
+        str | None, option("Tokens to measure at: 'start:stop'.", "the method's own")
+    ] = None,
+    p: Annotated[float | None, option("Power of the norm in the objective.", "2")] = None,
+    q: Annotated[float | None, option("Its root.", "p")] = None,
+    norm: Annotated[Literal["l2", "lp"] | None, option("Over the residual stream.", "l2")] = None,
     orthogonal: Annotated[
         bool | None,
-        _option("Each orthogonal to those before.", "orthogonal", "--orthogonal/--independent"),
+        option("Each orthogonal to those before.", "orthogonal", "--orthogonal/--independent"),
     ] = None,
     optimiser: Annotated[
-        Literal["ascent", "adamw"] | None, _option("Fast, or as published.", "ascent")
+        Literal["ascent", "adamw"] | None, option("Fast, or as published.", "ascent")
     ] = None,
-    steps: Annotated[int | None, _option("Of the optimiser.", "10 ascent, 300 adamw")] = None,
-    seed: Annotated[int | None, _option("Of the random starts.", "0")] = None,
-    chat: Annotated[bool, _option("Put prompts into the model's chat template.")] = True,
-    max_new_tokens: _MaxNewTokens = 50,
-    device: _Device = None,
-    dtype: Annotated[
-        Literal["float32", "float64", "bfloat16", "float16"], _option("Of the weights.")
-    ] = "float32",
-    side_effects: Annotated[bool, _option("Measure effects on other prompts and prose.")] = False,
-    overwrite: Annotated[bool, _option("Replace an earlier run in --out.")] = False,
+    steps: Annotated[int | None, option("Of the optimiser.", "10 ascent, 300 adamw")] = None,
+    seed: Annotated[int | None, option("Of the random starts.", "0")] = None,
+    chat: Chat = True,
+    max_new_tokens: MaxNewTokens = 50,
+    device: Device = None,
+    dtype: Dtype = "float32",
+    side_effects: Annotated[bool, option("Measure effects on other prompts and prose.")] = False,
+    overwrite: Annotated[bool, option("Replace an earlier run in --out.")] = False,
 ) -> None:
     """Find vectors that change the model most, let it write under each, and make a page of it.
 
@@ -132,18 +125,18 @@ def discover(
 @app.command(cls=terminal.Command)
 def ortho(
     folder: _Folder,
-    vector: Annotated[int, _option("Number of the vector that the others shall follow.")],
-    n_vectors: Annotated[int | None, _option("How many, with those that are there.", "100")] = None,
+    vector: Annotated[int, option("Number of the vector that the others shall follow.")],
+    n_vectors: Annotated[int | None, option("How many, with those that are there.", "100")] = None,
     everything: Annotated[bool, Option("--all", help="Until the space is used up.")] = False,
-    norm_penalty: Annotated[float, _option("Weight of the squared norm.")] = 0.0,
+    norm_penalty: Annotated[float, option("Weight of the squared norm.")] = 0.0,
     optimiser: Annotated[
-        Literal["quasi-newton", "adam"], _option("Fast, or as published.")
+        Literal["quasi-newton", "adam"], option("Fast, or as published.")
     ] = "quasi-newton",
-    steps: Annotated[int | None, _option("Of the optimiser.", "40 quasi-newton, 1000 adam")] = None,
+    steps: Annotated[int | None, option("Of the optimiser.", "40 quasi-newton, 1000 adam")] = None,
     model: _Model = None,
-    max_new_tokens: _MaxNewTokens = 50,
-    device: _Device = None,
-    overwrite: Annotated[bool, _option("Begin this vector's family anew.")] = False,
+    max_new_tokens: MaxNewTokens = 50,
+    device: Device = None,
+    overwrite: Annotated[bool, option("Begin this vector's family anew.")] = False,
 ) -> None:
     """Find many vectors that do what one does, all orthogonal, and ask whether they are the same.
 
@@ -183,8 +176,8 @@ app.command(cls=terminal.Command)(cli_atlas.atlas)
 def measure(
     folder: _Folder,
     model: _Model = None,
-    device: _Device = None,
-    overwrite: Annotated[bool, _option("Measure anew what is there.")] = False,
+    device: Device = None,
+    overwrite: Annotated[bool, option("Measure anew what is there.")] = False,
 ) -> None:
     """Measure what each vector does on other prompts and to prose, and show it on the page."""
     with _opened(folder, model, device, not overwrite) as (run, loaded, f, stages):
@@ -197,9 +190,9 @@ def measure(
 def page(
     folder: _Folder,
     model: _Model = None,
-    max_new_tokens: Annotated[int | None, _option("Of each completion.", "as it was")] = None,
-    device: _Device = None,
-    overwrite: Annotated[bool, _option("Write the completions anew, too.")] = False,
+    max_new_tokens: Annotated[int | None, option("Of each completion.", "as it was")] = None,
+    device: Device = None,
+    overwrite: Annotated[bool, option("Write the completions anew, too.")] = False,
 ) -> None:
     """Make the page anew, about all that a folder holds; completions that lack are written."""
     checks.at_least(1, max_new_tokens=max_new_tokens)
@@ -232,9 +225,7 @@ def _session(run: tm.Run, place: Path) -> Iterator[terminal.Stages]:
     except KeyboardInterrupt:
         path = place / VECTORS
         n_kept = len(tm.SteeringVectors.load(path)) if path.is_file() else 0
-        kept = f"{terminal.counted(n_kept)} {'is' if n_kept == 1 else 'are'} kept in {place}"
-        what = f"{kept}; the same command continues" if n_kept else "nothing was finished"
-        raise KeyboardInterrupt(f"; {what}") from None
+        raise KeyboardInterrupt(terminal.kept_in(place, n_kept)) from None
 
 
 def _show_page(

@@ -2,16 +2,19 @@
 
 import html
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from filelock import FileLock
-from typer import Argument, Option, echo
+from typer import echo
 
 import tl_melbo as tm
-from tl_melbo import checks, terminal
+from tl_melbo import checks, options, terminal
+from tl_melbo.discovery._calibration import Radius
 from tl_melbo.files import replacing
 from tl_melbo.run._files import LOCK, locked, save_table
+from tl_melbo.story import slice_text
+from tl_melbo.terminal import BundledModel, Chat, Device, Dtype, MaxNewTokens, Out, Prompts, option
 from tl_melbo.text import printable
 
 TABLE, PAGE = "atlas.csv", "atlas.html"
@@ -41,63 +44,58 @@ padding: 0 1em; }} figure {{ margin: 0; overflow-x: auto; }} dt {{ font-weight: 
 
 
 def atlas(
-    prompts: Annotated[list[str], Argument(help="What the model is asked; one or several.")],
-    out: Annotated[Path, Option(help="Folder for the results; made if need be.")],
-    sources: Annotated[str, Option(help=f"Add vectors after these blocks: {_LAYERS}")] = ":",
-    targets: Annotated[str, Option(help=f"Measure effects after these: {_LAYERS}")] = ":",
-    n_vectors: Annotated[int, Option(help="How many vectors of each pair.")] = 1,
-    radius: Annotated[str, Option(help="Their norm, as a share of a token's, or 'auto'.")] = "0.35",
-    positions: Annotated[str, Option(help="Tokens to measure at: 'start:stop'.")] = "-3:",
-    kl_threshold: Annotated[float, Option(help="Completions above this KL, in nats.")] = 0.5,
-    max_new_tokens: Annotated[int, Option(help="Length of each completion.")] = 24,
-    model: Annotated[
-        str | None, Option(help="Hub id, folder or .gguf file.", show_default="bundled")
-    ] = None,
-    chat: Annotated[bool, Option(help="Put prompts into the model's chat template.")] = True,
-    device: Annotated[
-        str | None, Option(help="cpu, cuda, ...", show_default="a GPU if there is one")
-    ] = None,
-    dtype: Annotated[
-        Literal["float32", "float64", "bfloat16", "float16"], Option(help="Of the weights.")
-    ] = "float32",
+    prompts: Prompts,
+    out: Out,
+    sources: Annotated[str, option(f"Add vectors after these blocks: {_LAYERS}")] = ":",
+    targets: Annotated[str, option(f"Measure effects after these: {_LAYERS}")] = ":",
+    n_vectors: Annotated[int, option("How many vectors of each pair.")] = 1,
+    radius: Annotated[str, option("Their norm, as a share of a token's, or 'auto'.")] = "0.35",
+    positions: Annotated[str, option("Tokens to measure at: 'start:stop'.")] = "-3:",
+    kl_threshold: Annotated[float, option("Completions above this KL, in nats.")] = 0.5,
+    max_new_tokens: MaxNewTokens = 24,
+    model: BundledModel = None,
+    chat: Chat = True,
+    device: Device = None,
+    dtype: Dtype = "float32",
 ) -> None:
     """Find the directions to which later layers respond most, for all pairs of layers.
 
     Writes a file of vectors for each source layer, atlas.csv and atlas.html; prints the path of the
     latter last. Each source is kept as soon as it is done, and the same command continues.
     """
+    from tl_melbo.evaluation._atlas import check_settings  # which takes long to import
+    from tl_melbo.evaluation._atlas_library import FILES
+
+    # All that can be checked before the model is loaded, which takes a while.
     checks.as_texts(prompts)
-    chosen = [_layers(text, name) for name, text in (("sources", sources), ("targets", targets))]
-    settings: dict[str, Any] = {
+    layers = {"sources": _layers(sources, "sources"), "targets": _layers(targets, "targets")}
+    numbers: dict[str, Any] = {
         "n_vectors": n_vectors,
-        "radius": _share(radius),
-        "positions": _slice(positions, "positions"),
+        "radius": options.read(radius, Radius, "radius"),
         "kl_threshold": kl_threshold,
         "max_new_tokens": max_new_tokens,
-        "chat": chat,
     }
-    kept = 0
+    check_settings(**numbers)
+    settings = {**numbers, "positions": options.read(positions, slice, "positions"), "chat": chat}
 
     def keep(found: tm.evaluation.Atlas) -> None:
-        nonlocal kept
-        kept = len(found.libraries)
         save_table(out / TABLE, found.table)
 
     try:
         with locked(out, FileLock(out / LOCK, blocking=False)), terminal.Stages() as stages:
             stages.begin("Loading the model")
             loaded = tm.load_model(model, device=device, dtype=getattr(torch, dtype))
-            every = range(int(loaded.cfg.n_layers))
-            layers = [every[each] if isinstance(each, slice) else each for each in chosen]
+            n_layers = int(loaded.cfg.n_layers)
+            chosen = {name: _resolved(each, n_layers, name) for name, each in layers.items()}
             stages.begin("Going through the layers")
             calls: dict[str, Any] = {"on_source": keep, "on_batch": stages.count, "folder": out}
-            found = tm.evaluation.atlas(loaded, prompts, *layers, **settings, **calls)
+            found = tm.evaluation.atlas(loaded, prompts, **chosen, **settings, **calls)
             keep(found)
             stages.begin("Drawing")
             _draw(found, out / PAGE)
     except KeyboardInterrupt:
-        what = f"{kept} source layers are kept in {out}; the same command continues"
-        raise KeyboardInterrupt(f"; {what}" if kept else "; nothing was finished") from None
+        n_kept = len([*out.glob(FILES)])  # those of earlier commands, too
+        raise KeyboardInterrupt(terminal.kept_in(out, n_kept, "source layer")) from None
     terminal.print_atlas(found.table)
     echo(str((out / PAGE).resolve()))
 
@@ -134,30 +132,21 @@ def _draw(found: tm.evaluation.Atlas, path: Path) -> None:
 
 
 def _layers(text: str, option: str) -> slice | list[int]:
-    """Read 'start:stop:step', of which each part may be missing, or layers with commas between."""
-    if ":" in text:
-        return _slice(text, option)
+    """Read a slice, or layers with commas between."""
     try:
-        return [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise ValueError(f"--{option}={text!r}: expected {_LAYERS}") from error
+        return options.read(text, slice, option) if ":" in text else [*map(int, text.split(","))]
+    except ValueError:
+        raise ValueError(f"--{option}={text!r}: expected {_LAYERS}") from None
 
 
-def _slice(text: str, option: str) -> slice:
-    parts = text.split(":")
-    try:
-        numbers = [int(part) if part.strip() else None for part in parts]
-        if not 2 <= len(parts) <= 3 or numbers[2:] == [0]:
-            raise ValueError(f"{len(parts)} parts")
-    except ValueError as error:
-        raise ValueError(f"--{option}={text!r}: expected 'start:stop:step'") from error
-    return slice(*numbers)
-
-
-def _share(text: str) -> Any:
-    if text == "auto":
-        return text
-    try:
-        return float(text)
-    except ValueError as error:
-        raise ValueError(f"--radius={text!r}: a share such as 0.35, or 'auto'") from error
+def _resolved(layers: slice | list[int], n_layers: int, option: str) -> list[int]:
+    """These layers of a model that has so many."""
+    if isinstance(layers, list):
+        return layers
+    found = [*range(n_layers)[layers]]
+    if not found:
+        raise ValueError(
+            f"--{option}={slice_text(layers)}: the model has {n_layers} layers, 0 to "
+            f"{n_layers - 1}, and none of them is among these; pass others, or ':' for all"
+        )
+    return found

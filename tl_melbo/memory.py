@@ -1,13 +1,15 @@
 """Batches that fit: one that does not is halved until it does."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol, Self, TypeVar
 
 import psutil
 import torch
 
 Result = TypeVar("Result")
+# Columns that are float64 at a time: enough for a product to run at full speed.
+_GRAM_COLUMNS = 2048
 
 
 class _Sliced(Protocol):
@@ -51,6 +53,17 @@ def map_batches(
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
     return results, size
+
+
+def add_gram(gram: Tensor, parts: Sequence[Tensor], device: torch.device) -> None:
+    """Add A A' to a float64 matrix, with A the rows of all parts, widened some columns at a time.
+
+    So there is never a second copy of all parts. `device` multiplies.
+    """
+    for first in range(0, parts[0].shape[1], _GRAM_COLUMNS):
+        some = torch.cat([part[:, first : first + _GRAM_COLUMNS] for part in parts])
+        wide = some.to(device).double()
+        gram += (wide @ wide.T).to(gram.device)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -1,4 +1,4 @@
-"""A discovery method as a shell asks for it: its name, and its settings from words."""
+"""What a shell asks for: a method by its name, and settings from words."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +27,14 @@ class Asked(NamedTuple):
     settings: dict[str, Any]
     other: list[str]
     story: dict[str, Any]
+
+
+def read(text: str, kind: Any, option: str) -> Any:
+    """The value of a type, such as `float | None`, that a text stands for; a ValueError if none."""
+    try:
+        return _read(text, _choices(kind))
+    except ValueError as error:
+        raise ValueError(f"--{option}={text!r}: {error}") from None
 
 
 def method_named(name: str) -> Method:
@@ -169,16 +177,18 @@ def _nothing(text: str) -> None:
 
 
 def _slice(text: str) -> slice:
-    """Read 'start:stop'; either may be missing."""
-    start, stop = (int(part) if part.strip() else None for part in text.split(":"))
-    return slice(start, stop)
+    """Read 'start:stop' or 'start:stop:step'; each may be missing."""
+    start, stop, *step = (int(part) if part.strip() else None for part in text.split(":"))
+    if len(step) > 1 or step == [0]:
+        raise ValueError
+    return slice(start, stop, *step)
 
 
 # How a text is read as each type, in this order, and what is expected of it.
 _TYPES: Mapping[type, tuple[Callable[[str], Any], str]] = {
     bool: (_switch, "true or false"),
     int: (int, "a whole number"),
-    float: (float, "a number, such as 12"),
+    float: (float, "a number"),
     slice: (
         _slice, "start:stop, such as '-3:' for the last three tokens, or ':' for all",
     ),

@@ -1,9 +1,10 @@
-"""What a command shows: progress, tables, warnings and errors, each as plain lines."""
+"""What commands share: options, and what they show: progress, tables, warnings and errors."""
 
 import re
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich import progress
@@ -25,6 +26,21 @@ _MOST_ATLAS_ROWS = 12
 _EXPECTED_ERRORS = (
     ValueError, TypeError, OSError, FloatingPointError, ModuleNotFoundError, RuntimeError,
 )  # fmt: skip
+
+
+def option(text: str, default: str | None = None, *names: str) -> Any:
+    """An option; `default` is what is shown where the option's own says nothing."""
+    return typer.Option(*names, help=text, show_default=default or True)
+
+
+# Options that several commands have.
+BundledModel = Annotated[str | None, option("Hub id, folder or .gguf file.", "bundled")]
+Chat = Annotated[bool, option("Put prompts into the model's chat template.")]
+Device = Annotated[str | None, option("cpu, cuda, ...", "a GPU if there is one")]
+Dtype = Annotated[Literal["float32", "float64", "bfloat16", "float16"], option("Of the weights.")]
+MaxNewTokens = Annotated[int, option("Length of each completion.")]
+Out = Annotated[Path, option("Folder for the results; made if need be.")]
+Prompts = Annotated[list[str], typer.Argument(help="What the model is asked; one or several.")]
 
 
 class Command(TyperCommand):
@@ -84,9 +100,17 @@ class Stages(progress.Progress):
             self.count(1, 1)
 
 
-def counted(n_vectors: int) -> str:
-    """A number of vectors in words."""
-    return f"{n_vectors} vector{'' if n_vectors == 1 else 's'}"
+def counted(number: int, what: str = "vector") -> str:
+    """A number of things in words."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def kept_in(place: Path, number: int, what: str = "vector") -> str:
+    """What an interrupted command says of the things that are saved."""
+    if not number:
+        return "; nothing was finished"
+    verb = "is" if number == 1 else "are"
+    return f"; {counted(number, what)} {verb} kept in {place}; the same command continues"
 
 
 def say(line: str) -> None:

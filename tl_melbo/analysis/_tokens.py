@@ -75,6 +75,8 @@ def _number(model: Model, text: str, argument: str) -> int:
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
         raise ValueError(f"model: {model_name(model)} has no tokenizer; load it with one")
+    if not text:
+        raise ValueError(f"{argument}='': an empty text; pass exactly one token, such as ' Yes'")
     if text.strip():  # white space may be a token
         checks.as_text(text, argument)
 

@@ -22,8 +22,10 @@ from tl_melbo.vectors import SteeringVectors
 
 Estimator = Literal["mean", "principal"]
 
-# Pairs whose differences agree less than this seldom give a vector that steers.
+# Below this mean cosine of the pairs' differences, a warning. A choice of ours, not measured.
 _LOW_AGREEMENT = 0.1
+# Below this cosine with the mean, a component has no sign, nor a norm, that the mean gives it.
+_NO_SHARE = 0.01
 # A difference this much smaller than the residuals themselves is rounding.
 _ROUNDING = 1e-6
 
@@ -58,7 +60,8 @@ def contrastive(
             pair, where there are as many.
         estimator: "mean", the difference of the means; or "principal", the first principal
             component of the pairs' differences, uncentred, with the sign of the mean.
-        radius: the vector's norm; None keeps the measured difference's, along the direction.
+        radius: the vector's norm; "auto" takes `calibrate_radius` of f at `positions`; None keeps
+            the measured difference's, along the direction.
         positions: whose residuals count: the mean over these tokens of each prompt.
         n_vectors: 1; there is only one.
         previous: 0 or 1 vectors of the same search.
@@ -69,11 +72,14 @@ def contrastive(
         `pair_cosine` is the mean cosine between the pairs' differences, or None without pairs.
 
     Raises:
-        ValueError: maps of different models or layers, no difference between the two, pairs
-            needed and not there, a number out of its range.
+        ValueError: maps of different models, layers, types, or prompt formats (`chat`); no
+            difference between the two; pairs needed and not there; without a radius, a principal
+            component that the mean has no share of; a number out of its range.
 
     Warns:
-        UserWarning: the pairs' differences hardly agree, so the vector may not steer.
+        UserWarning: the pairs' differences hardly agree (a mean cosine below 0.1, which is a choice
+            and was not measured), so the vector may not steer; with a radius, a principal component
+            whose sign the mean does not tell.
     """
     check_settings(n_vectors, radius)
     _check_alike(f, other)
@@ -99,9 +105,10 @@ def contrastive(
         )
     unit = mean / mean.norm() if estimator == "mean" else _principal(ones - others, mean)
     distance = mean @ unit
+    _check_share(float(distance / mean.norm()), radius)
     calibration = {}
     if radius is not None:
-        radius, calibration = chosen_radius(f, radius, previous)
+        radius, calibration = chosen_radius(f, radius, previous, positions)
 
     def find(earlier: Tensor, first: int) -> Iterator[Part]:
         vector = unit * (distance if radius is None else radius)
@@ -127,12 +134,33 @@ def contrastive(
 
 def _check_alike(f: EffectMap, other: EffectMap) -> None:
     ours, theirs = f.story(), other.story()
-    for fact in ("model", "weights", "d_model", "source_layer"):
+    for fact in ("model", "dtype", "weights", "d_model", "source_layer", "chat"):
         if ours.get(fact) != theirs.get(fact):
+            advice = "make both maps from the same model and layers"
+            if fact == "chat":
+                advice = (
+                    "else the direction would be that of the chat template; make both maps with "
+                    f"chat={ours.get(fact)}"
+                )
             raise ValueError(
                 f"other: its {fact} is {theirs.get(fact)}, but that of f is {ours.get(fact)}; "
-                "make both maps from the same model and layers"
+                f"{advice}"
             )
+
+
+def _check_share(cosine: float, radius: Radius | None) -> None:
+    """The mean must tell the direction's sign, and its norm where no radius does."""
+    if cosine >= _NO_SHARE:
+        return
+    found = (
+        f"estimator='principal': the component's cosine with the difference of the means is "
+        f"{cosine:.1g}"
+    )
+    if radius is None:
+        raise ValueError(
+            f"{found}, so that difference gives it no norm; pass a radius, or estimator='mean'"
+        )
+    warn_user(f"{found}, so its sign is arbitrary; try both signs, or take estimator='mean'")
 
 
 def _means(f: EffectMap, positions: slice) -> Tensor:

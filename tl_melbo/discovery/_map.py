@@ -22,7 +22,8 @@ class EffectMap(Protocol):
     """A differentiable map from vectors to their effects; `ActivationMap` is one.
 
     `delta` takes vectors and, optionally, `positions`, outside which effects are zero. The map may
-    have `resolution(positions)`, a bound on the norm of an effect that is rounding alone.
+    have `resolution(positions)`, a bound on the norm of an effect that is rounding alone, and
+    `gram(positions, mean=..., on_share=...)`, a faster way to J'J: see `ActivationMap.gram`.
     """
 
     @property
@@ -129,6 +130,28 @@ def jacobian_times(
         return (torch.zeros_like(value) if tangent is None else tangent).flatten(1)
 
     return torch.cat(map_batches(of_batch, directions, f.vectors_at_once(), on_share)[0])
+
+
+def gram(
+    f: EffectMap,
+    effect: Effects,
+    positions: slice,
+    *,
+    mean: bool = False,
+    on_share: OnShare | None = None,
+) -> Tensor:
+    """J'J of `effect` at zero, float64 on the CPU: by the map's own `gram` where it has one.
+
+    `effect` must be what that means: the effects at these positions and zeros or nothing elsewhere,
+    or with `mean` their means over each prompt's. Not finite along an axis whose derivative is not.
+    """
+    own = getattr(f, "gram", None)
+    with own_arithmetic(f):
+        if own is not None:
+            return own(positions, mean=mean, on_share=on_share)
+        axes = torch.eye(int(f.x.shape[-1]), dtype=torch.float32)
+        images = jacobian_times(f, effect, theta_like(f, axes), on_share).double().cpu()
+    return images @ images.T  # one row an axis of theta
 
 
 def transpose_times(f: EffectMap, effect: Effects, outputs: Tensor) -> Tensor:

@@ -192,20 +192,17 @@ class _Family:
         return torch.linalg.inv(gram + shift * torch.eye(len(gram), dtype=gram.dtype))
 
     def jacobian_gram(self) -> Tensor:
-        """J^T J at zero, by one product with J for every axis."""
-        axes = torch.eye(len(self.theta0), dtype=torch.float32)
-        with _map.own_arithmetic(self.f):
-            images = _map.jacobian_times(self.f, self.mean_effect, _map.theta_like(self.f, axes))
-        images = images.double().cpu()  # one row an axis of theta
-        bad = ~images.isfinite().all(-1)
+        """J^T J at zero; zero along axes whose derivative is not finite, which is told."""
+        gram = _map.gram(self.f, self.mean_effect, slice(None), mean=True)
+        bad = ~gram.diagonal().isfinite()
         if bad.any():
             warn_user(
                 f"the derivative of the residual stream of {place(self.f.story())} is not finite "
                 f"along {int(bad.sum())} of {len(bad)} axes; the search goes on without knowing "
                 "them, and may take more steps. Use a model in a wider type"
             )
-            images[bad] = 0.0
-        return images @ images.T
+            gram[bad], gram[:, bad] = 0.0, 0.0
+        return gram
 
     def find(self, k: int, basis: Tensor) -> Part | None:
         """Vector k, or None where the family ends."""

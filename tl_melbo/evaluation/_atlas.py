@@ -20,6 +20,7 @@ from tl_melbo.errors import NotFinite
 from tl_melbo.evaluation._atlas_library import Atlas, file_name, load
 from tl_melbo.files import writable_folder
 from tl_melbo.generation import generate
+from tl_melbo.memory import free_memory
 from tl_melbo.model.bridge import Model, check_layer, check_model, model_name, residual_streams
 from tl_melbo.model.tokens import to_tokens
 from tl_melbo.shapes import shape_checked
@@ -84,7 +85,8 @@ def atlas(
         the KL is not above the threshold.
 
     Raises:
-        ValueError: no pair of layers; a number out of its range; a model wider than 4096.
+        ValueError: no pair of layers; a number out of its range; a model wider than 4096; more
+            derivatives than memory holds.
         DifferentSearch: the folder holds an atlas with other settings.
         NotFinite: a derivative is not finite; as `kl_divergence` does.
 
@@ -94,13 +96,11 @@ def atlas(
     texts = checks.as_texts(prompts)
     asked = _layers(model, sources, "sources"), _layers(model, targets, "targets")
     pairs = _pairs(*asked)
-    checks.at_least(1, max_new_tokens=max_new_tokens)
-    checks.between(0, 1e3, "nats", kl_threshold=kl_threshold)
-    _check_radius(radius)
+    check_settings(n_vectors, radius, max_new_tokens, kl_threshold)
     _check_sizes(model, 2 * max(map(len, pairs.values())) * len(texts), n_vectors, max_new_tokens)
     first, last = min(pairs), max(map(max, pairs.values()))
     f = ActivationMap.from_prompts(model, texts, first, last, chat=chat)
-    f.position_mask(positions)  # refuses what some prompt does not have
+    _check_memory(f, max(map(len, pairs.values())), positions)
     chosen = {
         "targets": asked[1],
         "vectors_per_pair": n_vectors,
@@ -151,7 +151,12 @@ def _pairs(sources: list[int], targets: list[int]) -> dict[int, list[int]]:
     return {source: each for source, each in pairs.items() if each}
 
 
-def _check_radius(radius: Radius) -> None:
+def check_settings(
+    n_vectors: int, radius: Radius, max_new_tokens: int, kl_threshold: float
+) -> None:
+    """Check the settings of which no model is needed."""
+    checks.at_least(1, n_vectors=n_vectors, max_new_tokens=max_new_tokens)
+    checks.between(0, 1e3, "nats", kl_threshold=kl_threshold)
     if radius != "auto" and not 0 < radius <= _LARGEST_SHARE:
         raise ValueError(
             f"radius={radius}: a share of the tokens' norm, above 0 and up to {_LARGEST_SHARE:g}, "
@@ -172,6 +177,23 @@ def _check_sizes(model: Model, per_vector: int, n_vectors: int, max_new_tokens: 
             f"n_vectors={n_vectors}, max_new_tokens={max_new_tokens}: {per_vector * n_vectors} "
             f"completions for a source, which keeps {_MOST_TOKENS:,} tokens; ask for less, or "
             "for fewer prompts or targets"
+        )
+
+
+def _check_memory(f: ActivationMap, n_targets: int, positions: slice) -> None:
+    """The derivatives of one source must fit: those of all its targets, for one prompt at a time.
+
+    Each has a float for each dimension, position and dimension, and a float64 matrix for J'J.
+    """
+    counted = f.position_mask(positions)  # refuses what some prompt does not have
+    n_pos = int(counted.sum(-1).max())
+    needed = n_targets * f.d_model**2 * (n_pos * f.x.element_size() + 8)
+    free = free_memory(torch.device("cpu"))
+    if needed > free:
+        raise ValueError(
+            f"positions={positions}: the derivatives of {n_targets} targets at {n_pos} positions "
+            f"need {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free; take "
+            "fewer positions, or fewer targets at a time"
         )
 
 

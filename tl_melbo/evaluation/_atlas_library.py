@@ -15,6 +15,8 @@ from tl_melbo.vectors import SteeringVectors
 # Columns of a library that the table has, too.
 _NUMBERS = ("target_layer", "vector", "singular_value", "share", "cumulative_share")
 _SIGNS = (1, -1)
+# What `file_name` gives for all sources.
+FILES = "source-*.safetensors"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -81,7 +83,7 @@ def file_name(source: int) -> str:
 def load(folder: Path, facts: Mapping[str, Any] | None = None) -> dict[int, SteeringVectors]:
     """The libraries in a folder, by source: of one atlas, and of that of these facts, if any."""
     libraries = {}
-    for path in sorted(folder.glob("source-*.safetensors")):
+    for path in sorted(folder.glob(FILES)):
         library = SteeringVectors.load(path)
         with vectors_file.damage_told(path):
             _check(library)

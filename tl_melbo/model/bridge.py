@@ -23,6 +23,8 @@ _OWN_HOOKS = (
     "transformer_lens.model_bridge.generalized_components",
     "transformers.utils.output_capturing",
 )
+# The hook point of the residual stream before the first block.
+EMBEDDING_HOOK_NAME = "blocks.0.hook_resid_pre"
 # How many values of each weight tell two models of one name apart.
 _SAMPLED = 64
 
