@@ -6,6 +6,7 @@ from typing import Protocol, Self, TypeVar
 
 import psutil
 import torch
+from torch import Tensor
 
 Result = TypeVar("Result")
 # Columns that are float64 at a time: enough for a product to run at full speed.

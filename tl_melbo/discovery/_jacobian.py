@@ -1,7 +1,7 @@
 """Jacobian directions: what the target layer responds to most, to first order."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -58,11 +58,15 @@ def jacobian(
     counted = f.position_mask(positions)
     effects = _map.effects_at(f, positions)
 
+    def effect(theta: Tensor) -> Tensor:
+        return effects(theta)[:, counted]
+
+    def gram() -> Tensor:
+        return _map.gram(f, effect, positions, on_share=search.show)
+
     def find(earlier: Tensor, first: int) -> Iterator[Part]:
         with _map.own_arithmetic(f):
-            units, values = top_directions(
-                f, lambda theta: effects(theta)[:, counted], first + n_vectors, search.show
-            )
+            units, values = top_directions(f, effect, first + n_vectors, search.show, gram)
         rounded = _map.rounding(f, positions)
         _map.refuse_no_effect(float(values[0]) * radius <= rounded, "every vector")
         vectors = (units * radius).float()
@@ -87,14 +91,24 @@ def jacobian(
 
 
 def top_directions(
-    f: EffectMap, effect: Effects, count: int, on_share: OnShare | None = None
+    f: EffectMap,
+    effect: Effects,
+    count: int,
+    on_share: OnShare | None = None,
+    gram: Callable[[], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The first right singular vectors of the Jacobian, float64 [count, d_model], and values."""
+    """The first right singular vectors of the Jacobian, float64 [count, d_model], and values.
+
+    `gram` is a quicker way to J'J, where it is formed.
+    """
     d_model = int(f.x.shape[-1])
     if d_model <= _EXACT_WIDTH:
         axes = torch.eye(d_model, dtype=torch.float64)
-        images = _map.jacobian_times(f, effect, _map.theta_like(f, axes), on_share).double().cpu()
-        vectors, values = _principal(axes, images)
+        if gram is None:
+            images = _map.jacobian_times(f, effect, _map.theta_like(f, axes), on_share)
+            vectors, values = _principal(axes, images.double().cpu())
+        else:
+            vectors, values = _eigen(axes, gram())
     else:
         vectors, values = _iterated(f, effect, count, on_share)
     return signed(vectors[:count]), values[:count]
@@ -162,7 +176,12 @@ def _orthonormal(block: Tensor, noise: Tensor, basis: Tensor) -> Tensor:
 
 def _principal(vectors: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
     """Rayleigh-Ritz: the rotation of orthonormal vectors whose images are orthogonal, by size."""
-    if not images.isfinite().all():
+    return _eigen(vectors, images @ images.T)
+
+
+def _eigen(vectors: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
+    """The rotation of orthonormal vectors that makes J'J among them diagonal, by size."""
+    if not gram.isfinite().all():
         return torch.full_like(vectors, torch.nan), torch.full_like(vectors[:, 0], torch.nan)
-    squares, rotation = torch.linalg.eigh(images @ images.T)
+    squares, rotation = torch.linalg.eigh(gram)
     return rotation.T.flip(0) @ vectors, squares.flip(0).clamp_min(0).sqrt()
