@@ -21,7 +21,7 @@ KEPT = Path(__file__).with_suffix(".csv")
 PICTURE = Path(__file__).parents[1] / "docs" / "pictures" / "parting.png"
 LAST = slice(-1, None)
 # Shares of the median token norm at the source; `auto` lies at about 0.11.
-SHARES = (0.001, 0.01, 0.03, 0.06, 0.1, 0.15, 0.2, 0.3)
+SHARES = (0.001, 0.01, 0.03, 0.06, 0.11, 0.2)
 # From the Jacobian's directions: from a random start, 40 steps do not tell close ones apart.
 N_FACTORS, STEPS, CLIMB = 4, 10, 40
 # Okabe and Ito's colours, which are apart for all common kinds of colour blindness.
@@ -54,11 +54,13 @@ def measure(model: Any, prompt: str) -> None:
         factors = tm.dct(f, N_FACTORS, radius=radius, positions=LAST, steps=STEPS, start="jacobian")
         row = {"prompt": prompt, "share": share, "radius": radius, "auto": auto / length}
         for name, found in (("melbo", climbed), ("dct", factors), ("jacobian", known * radius)):
-            theta = found.vectors[:1]
             with torch.no_grad():
-                effect = float(f.delta(theta, positions=LAST).norm())
-            cosine = float((theta[0] @ first / theta.norm() / first.norm()).abs())
-            row |= {f"{name} cosine": round(cosine, 5), f"{name} gain": effect / radius / value}
+                effect = float(f.delta(found.vectors[:1], positions=LAST).norm())
+            cosines = tm.analysis.cosine_similarity(found.vectors, first[None])[:, 0].abs()
+            row |= {f"{name} cosine": round(float(cosines[0]), 5)}
+            row |= {f"{name} gain": effect / radius / value}
+            if name == "dct":
+                row["dct nearest"] = round(float(cosines.max()), 5)
         pd.DataFrame([row]).to_csv(KEPT, mode="a", header=not KEPT.is_file(), index=False)
         print(row, flush=True)
 
@@ -68,6 +70,7 @@ def picture(rows: pd.DataFrame) -> Any:
     from plotly.subplots import make_subplots
 
     titles = ("cosine with the Jacobian's first vector", "effect / effect to first order")
+    nearest = rows.groupby("share")["dct nearest"].median()
     figure = make_subplots(rows=1, cols=2, subplot_titles=titles, horizontal_spacing=0.1)
     names = {"melbo": "MELBO", "dct": "exponential DCT, most important", "jacobian": "Jacobian"}
     middle = rows.groupby("share").median(numeric_only=True)
@@ -80,6 +83,9 @@ def picture(rows: pd.DataFrame) -> Any:
                                row=1, col=column)  # fmt: skip
             figure.add_scatter(x=middle.index, y=middle[some], showlegend=column == 1, **line,
                                row=1, col=column)  # fmt: skip
+    figure.add_scatter(x=nearest.index, y=nearest, mode="lines", row=1, col=1,
+                       line={"color": COLOURS["dct"], "dash": "dot"},
+                       name=f"exponential DCT, nearest of {N_FACTORS} factors")  # fmt: skip
     figure.add_vline(x=float(rows["auto"].median()), line_dash="dot", annotation_text="auto")
     figure.update_xaxes(type="log", title_text="radius / median token norm")
     figure.update_layout(width=1000, height=400, template="plotly_white",

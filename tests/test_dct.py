@@ -136,8 +136,9 @@ def test_the_iteration_is_that_of_the_slow_reference(order):
     slow = getattr(reference, order)(effect, start, radius, steps)
     objectives = [objective for *_, objective in slow]
     torch.testing.assert_close(torch.tensor(seen), torch.tensor(objectives), rtol=1e-6, atol=0)
-    # The step without the push; of hard ones the only one in turn.
-    vectors, outputs, alpha, _ = slow[-1]
+    # The last near the highest; of soft ones the step without the push.
+    near = [i for i, value in enumerate(objectives) if value >= 0.999 * max(objectives)]
+    vectors, outputs, alpha, _ = slow[-1 if order == "soft" else near[-1]]
     falls = [after < before for before, after in itertools.pairwise(objectives)]
     assert found.story["falls"] == sum(falls)
     by_size = alpha.argsort(descending=True)
@@ -290,9 +291,9 @@ def with_objectives(monkeypatch, objectives):
 @pytest.mark.parametrize(
     ("orthogonal", "objectives", "taken", "falls"),
     [
-        ("hard", [1, 2, 9, 9.5, 6, 5], 4, 2),
-        ("hard", [1, 2, 9, 9.5, 6, 5.999], 5, 2),
-        ("hard", [1, 2, 9, 9.5, 6, 7], 5, 1),
+        ("hard", [1, 2, 9, 9.5, 6, 5], 3, 2),
+        ("hard", [1, 2, 9, 9.5, 6, 9.499], 5, 1),
+        ("hard", [1, 2, 9, 9.5, 6, 11], 5, 1),
         ("soft", [1, 2, 9, 9.5, 6, 7, 9.2], 6, 1),
     ],
 )

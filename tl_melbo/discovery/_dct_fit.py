@@ -93,16 +93,15 @@ class Fit:
     ) -> tuple[Factors, Tensor]:
         """Turn each v to where its own output's response grows.
 
-        Returns the factors of the best step, and all steps' parts of the objective. Of hard
-        factors, those that were orthonormalised in turn come first. Soft factors then make one more
-        step, which is taken whatever its objective, and is the last in the history.
+        Returns the factors of the best step, and all steps' parts of the objective. Soft factors
+        then make one more step, which is taken whatever its objective, and is the last in the
+        history.
         """
-        best, highest, parts = None, (False, -math.inf), []
+        best, highest, parts = None, -math.inf, []
         strengths = torch.ones(len(vectors), dtype=torch.float64)
         for step in range(steps):
             # Sharing recovers more factors; in turn, at the end, unmixes those of a linear map.
-            in_turn = not soft and 3 * step >= 2 * steps
-            spread = _soft if soft else _in_turn if in_turn else _together
+            spread = _soft if soft else _together if 3 * step < 2 * steps else _in_turn
             factors, part, gradients = self.fitted(order, spread(vectors, strengths))
             objective = float(part.sum())
             if best is None:
@@ -112,14 +111,15 @@ class Fit:
                 break
             parts.append(part)
             self.tell(len(parts), objective)
-            if best is None or (in_turn, objective) >= (highest[0], highest[1] * _NEAR):
+            # Near the highest, the later: a rotation of a linear map's factors changes nothing.
+            if best is None or objective >= highest * _NEAR:
                 best = factors, gradients
             if not math.isfinite(objective):
                 break
-            highest = max(highest, (in_turn, objective))
+            highest = max(highest, objective)
             strengths, vectors = gradients.norm(dim=-1), _unit(gradients)
         factors, gradients = cast(tuple[Factors, Tensor], best)
-        if soft and math.isfinite(highest[1]):
+        if soft and math.isfinite(highest):
             # Pushing apart biases each a little; where it wants to go is the factor.
             polished, part, _ = self.fitted(order, _unit(gradients))
             if part.isfinite().all():
