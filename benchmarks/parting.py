@@ -1,6 +1,6 @@
 """Where do the methods part? The first vector of each against the Jacobian's, radius by radius.
 
-    python -m benchmarks.parting [--draw]
+    python -m benchmarks.parting [--prompts 3] [--draw]
 
 writes benchmarks/parting.csv, a row as it is measured, and docs/pictures/parting.png. At a small
 radius all must find the Jacobian's first direction. One target position, so that the effect that
@@ -31,9 +31,11 @@ COLOURS = {"melbo": "#0072b2", "dct": "#d55e00", "jacobian": "#57606a"}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--draw", action="store_true", help="only draw what is there")
-    if not parser.parse_args().draw:
+    parser.add_argument("--prompts", default=3, type=int, metavar="N", help="the first N of 3 (3)")
+    chosen = parser.parse_args()
+    if not chosen.draw:
         model = tm.load_model()
-        for prompt in PROMPTS:
+        for prompt in PROMPTS[: chosen.prompts]:
             measure(model, prompt)
     picture(pd.read_csv(KEPT)).write_image(PICTURE, scale=2)
 
