@@ -8,6 +8,7 @@ MELBO measures and the mean effect that transcoding models are the same.
 """
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +89,14 @@ def picture(rows: pd.DataFrame) -> Any:
     figure.add_scatter(x=nearest.index, y=nearest, mode="lines", row=1, col=1,
                        line={"color": COLOURS["dct"], "dash": "dot"},
                        name=f"exponential DCT, nearest of {N_FACTORS} factors")  # fmt: skip
-    figure.add_vline(x=float(rows["auto"].median()), line_dash="dot", annotation_text="auto")
-    figure.update_xaxes(type="log", title_text="radius / median token norm")
-    figure.update_layout(width=1000, height=400, template="plotly_white",
+    auto = float(rows["auto"].median())
+    figure.add_vline(x=auto, line_dash="dot")
+    # On a logarithmic axis an annotation's place is the logarithm.
+    for axis in ("x", "x2"):
+        figure.add_annotation(text="auto", x=math.log10(auto), y=1, xref=axis, yref="paper",
+                              showarrow=False, xanchor="left", yanchor="top")  # fmt: skip
+    figure.update_xaxes(type="log", range=[-3.1, -0.6], title_text="radius / median token norm")
+    figure.update_layout(width=1000, height=400, margin={"t": 60}, template="plotly_white",
                          legend={"orientation": "h", "y": -0.25})  # fmt: skip
     return figure
 
