@@ -151,7 +151,7 @@ def test_the_folder_is_checked_before_the_model_is_loaded(
         ("--steps=0", "--steps=0"),
         ("--seed=-1", "--seed=-1"),
         ("--source-layer=5", "--source-layer=5, --target-layer=4: the source comes before"),
-        ("--positions=1:2:3:4", "--positions='1:2:3:4'"),
+        ("--positions=1:2:3", "--positions='1:2:3'"),
         ("", "a text needs at least one visible"),
     ],
 )

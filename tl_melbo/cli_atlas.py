@@ -134,7 +134,7 @@ def _draw(found: tm.evaluation.Atlas, path: Path) -> None:
 def _layers(text: str, option: str) -> slice | list[int]:
     """Read a slice, or layers with commas between."""
     try:
-        return options.read(text, slice, option) if ":" in text else [*map(int, text.split(","))]
+        return options.read(text, range, option) if ":" in text else [*map(int, text.split(","))]
     except ValueError:
         raise ValueError(f"--{option}={text!r}: expected {_LAYERS}") from None
 

@@ -177,6 +177,13 @@ def _nothing(text: str) -> None:
 
 
 def _slice(text: str) -> slice:
+    """Read 'start:stop'; either may be missing."""
+    if text.count(":") != 1:
+        raise ValueError
+    return _layers(text)
+
+
+def _layers(text: str) -> slice:
     """Read 'start:stop' or 'start:stop:step'; each may be missing."""
     start, stop, *step = (int(part) if part.strip() else None for part in text.split(":"))
     if len(step) > 1 or step == [0]:
@@ -192,6 +199,7 @@ _TYPES: Mapping[type, tuple[Callable[[str], Any], str]] = {
     slice: (
         _slice, "start:stop, such as '-3:' for the last three tokens, or ':' for all",
     ),
+    range: (_layers, "start:stop or start:stop:step"),
     NoneType: (_nothing, "none"),
     str: (str, "a text"),
 }  # fmt: skip
