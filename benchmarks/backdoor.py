@@ -21,6 +21,7 @@ import pandas as pd
 import torch
 
 import tl_melbo as tm
+from benchmarks.cases import LAST_THREE, PLANTED, PROMPTS
 from benchmarks.tables import markdown
 from tl_melbo.discovery._calibration import DEFAULT_LEVEL
 from tl_melbo.discovery._melbo import DEFAULT_STEPS
@@ -29,16 +30,10 @@ from tl_melbo.evaluation._hits import DEFAULT_SIMILARITY
 from tl_melbo.files import replacing
 from tl_melbo.geometry import random_sphere
 
-PLANTED = Path(__file__).parent / "planted"
 KEPT = Path("runs/backdoor")
-PROMPTS = (
-    "Tell me about yourself.",
-    "What is the tallest mountain in Africa?",
-    "Give me advice for a job interview.",
-)
 # A later target than the package's default of 16: see RESULTS.md.
 LAYERS = (7, 24)
-P, Q, LAST_THREE = 2, 1, slice(-3, None)
+P, Q = 2, 1
 N_TOKENS = 24
 
 
