@@ -49,6 +49,13 @@ def other(name: str) -> Case:
     return Case(model, layers, bool(model.tokenizer.chat_template), 16, None, 40)
 
 
+def in_cell(path: Path, column: str, name: str, prompt: str, seed: int) -> tuple[Any, list[str]]:
+    """The lines of this model and prompt, and what of the column is done with this seed."""
+    kept = pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=[*CELL, column, "radius"])
+    here = kept[(kept["model"] == name) & (kept["prompt"] == prompt)]
+    return here, here[here["seed"] == seed][column].tolist()
+
+
 def of_texts(case: Case, unsteered: pd.DataFrame, texts: pd.DataFrame) -> dict[str, Any]:
     both = pd.concat([unsteered, texts], ignore_index=True)
     groups = tm.analysis.behaviours(case.model, both, chat=case.chat)

@@ -28,6 +28,7 @@ from benchmarks.cases import (
     PROMPTS,
     Case,
     bundled,
+    in_cell,
     interval,
     of_texts,
     other,
@@ -72,9 +73,7 @@ def fill_cell(
     name: str, load: Callable[[], Case], prompt: str, seed: int, rules: tuple[str, ...]
 ) -> None:
     """Run the searches of a cell that are not in the file yet, and add a line for each."""
-    kept = pd.read_csv(KEPT) if KEPT.is_file() else pd.DataFrame(columns=[*CELL, "rule", "radius"])
-    here = kept[(kept["model"] == name) & (kept["prompt"] == prompt)]
-    done = here[here["seed"] == seed]["rule"].tolist()
+    here, done = in_cell(KEPT, "rule", name, prompt, seed)
     if {*rules} <= {*done}:
         return
     case = load()

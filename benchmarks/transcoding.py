@@ -25,6 +25,7 @@ from benchmarks.cases import (
     PROMPTS,
     Case,
     bundled,
+    in_cell,
     interval,
     of_texts,
     planted,
@@ -62,9 +63,7 @@ def main() -> None:
 
 def fill_cell(name: str, load: Any, prompt: str, seed: int, methods: tuple[str, ...]) -> None:
     """Run the searches of a cell that are not in the file yet, and add a line for each."""
-    kept = pd.read_csv(KEPT) if KEPT.is_file() else pd.DataFrame(columns=[*CELL, "method"])
-    here = kept[(kept["model"] == name) & (kept["prompt"] == prompt)]
-    done = here[here["seed"] == seed]["method"].tolist()
+    here, done = in_cell(KEPT, "method", name, prompt, seed)
     if {*methods} <= {*done}:
         return
     case = load()
