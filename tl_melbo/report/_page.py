@@ -81,6 +81,10 @@ def write(
             completions = collect_completions(
                 model, texts, found, max_new_tokens=max_new_tokens, **options
             )
+        else:  # greedy, at the vectors' own length
+            completions = completions[completions["scale"].isin([-1, 0, 1])]
+            if "sample" in completions:
+                completions = completions[completions["sample"] == 0]
         kl = {text: kl_divergence(model, text, found, **options).tolist() for text in texts}
         # A vector's negative has a completion, but is the same vector.
         forward = pd.DataFrame(completions[completions["scale"] >= 0])
