@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from tl_melbo import checks
-from tl_melbo.additions import VectorAdditions
+from tl_melbo.additions import Additions, VectorAdditions
 from tl_melbo.analysis._tokens import shown_tokens
 from tl_melbo.errors import warn_of_rows
-from tl_melbo.model.bridge import Model, at_rest, check_model, model_name
+from tl_melbo.model.bridge import Model, check_model, model_name
 from tl_melbo.model.tokens import to_tokens
 from tl_melbo.probability import LogProbs
 from tl_melbo.reading import map_next_token, map_residuals, next_token_log_probs
@@ -68,25 +68,27 @@ def top_tokens(
     if by_layer:
         layers = list(range(min(rows.layers), int(model.cfg.n_layers)))
         tokens, lens = to_tokens(model, prompt, chat), _lens(model)
-        last = slice(-1, None)
         nothing = VectorAdditions.of(torch.zeros(1, int(model.cfg.d_model)), layers[0])
-        before = map_residuals(model, tokens, nothing, layers, lens, batch_size, last)[0]
+
+        def at_last(some: Additions, measure: Callable[[Tensor], Tensor]) -> Tensor:
+            end = slice(-1, None)
+            return map_residuals(model, tokens, some, layers, measure, batch_size, end)
+
+        before = at_last(nothing, lambda streams: torch.stack([*map(lens, streams.unbind(1))], 1))[0]
         _check_lens(model, before[-1], unsteered[0])
 
-        def measure(residuals: Tensor) -> Tensor:
-            each = (
-                _ends(lens(residuals[:, [i]])[:, 0], before[i], n, least_probability)
-                for i in range(len(layers))
-            )
-            return torch.stack([*each], 1)
+        def measure(streams: Tensor) -> Tensor:
+            pairs = zip(streams.unbind(1), before, strict=True)
+            return torch.stack([_ends(lens(x), own, n, least_probability) for x, own in pairs], 1)
 
-        found = map_residuals(model, tokens, rows, layers, measure, batch_size, last)
+        found = at_last(rows, measure)
     else:
-        layers = [int(model.cfg.n_layers) - 1]
-        options = {"chat": chat, "batch_size": batch_size}
-        found = map_next_token(
-            model, prompt, rows, lambda log: _ends(log, unsteered[0], n, least_probability), **options
-        )[:, None]
+        layers, options = [int(model.cfg.n_layers) - 1], {"chat": chat, "batch_size": batch_size}
+
+        def of_last(log_probs: LogProbs) -> Tensor:
+            return _ends(log_probs, unsteered[0], n, least_probability)
+
+        found = map_next_token(model, prompt, rows, of_last, **options)[:, None]
     what = f"what {model_name(model)} makes of the prompt"
     bad = (found[:, :, 0, 0, 0].isnan()).any(-1).tolist()
     warn_of_rows(bad, what, "they are left out")
@@ -137,12 +139,11 @@ def _frame(model: Model, found: Tensor, layers: list[int], vectors: list[int]) -
 
 
 def _lens(model: Model) -> Callable[[Tensor], LogProbs]:
-    """From residual streams, [row, layer, 1, d_model], to log-probabilities of the next token."""
+    """From residual streams, [row, 1, d_model], to log-probabilities of the next token."""
 
     def lens(residuals: Tensor) -> Tensor:
-        with at_rest(model):
-            logits = model.unembed(model.ln_final(residuals[:, :, 0]))
-        return logits.float().log_softmax(-1).cpu()
+        logits = model.unembed(model.ln_final(residuals))
+        return logits[:, -1].float().log_softmax(-1).cpu()
 
     return lens
 
