@@ -1,6 +1,7 @@
 """What all figures have in common: colours, axes, and text that hovering shows."""
 
 import html
+import math
 import textwrap
 from collections.abc import Sequence
 from typing import Any
@@ -37,15 +38,21 @@ _HOVER_LENGTH, _HOVER_WIDTH = 200, 60
 def figure(
     traces: go.Scatter | go.Heatmap | Sequence[go.Scatter],
     title: str,
+    alt: str,
     across: dict[str, Any] | None = None,
     up: dict[str, Any] | None = None,
     width: int = 820,
     height: int = 520,
     **more: Any,
 ) -> go.Figure:
-    """A figure of these traces, on these two axes."""
+    """A figure of these traces, on these two axes.
+
+    `alt` tells what it shows to who cannot see it, in `layout.meta["alt"]`. It is plain text: a
+    page that shows it escapes it.
+    """
     layout = {
         **_LAYOUT,
+        "meta": {"alt": alt},
         "title": {"text": title or None, "x": 0.02, "xanchor": "left"},
         "margin": {"l": 64, "r": 24, "t": 56 if title else 16, "b": 108},
         "width": width,
@@ -76,6 +83,15 @@ def colour_bar(title: str, side: str = "top", **more: Any) -> dict[str, Any]:
     """A bar of colours along the bottom of the figure."""
     name = {"title": {"text": title, "side": side}, "orientation": "h", "thickness": 10}
     return {**name, "len": 0.6, "yref": "container", "y": 0, "yanchor": "bottom", **more}
+
+
+def span(values: Any, digits: int = 3) -> str:
+    """For an alt text: the smallest and the largest of some numbers."""
+    finite = [float(value) for value in values if math.isfinite(value)]
+    if not finite:
+        return "nothing finite"
+    low, high = f"{min(finite):.{digits}g}", f"{max(finite):.{digits}g}"
+    return low if low == high else f"{low} to {high}"
 
 
 def whole_numbers(count: int) -> dict[str, Any]:

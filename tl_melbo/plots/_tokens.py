@@ -1,0 +1,128 @@
+"""Coloured tokens: along a text, and along a completion. HTML without scripts, safe to show."""
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+from plotly.colors import sample_colorscale
+
+from tl_melbo import checks
+from tl_melbo.analysis._presence import token_projections
+from tl_melbo.model.bridge import Model
+from tl_melbo.plots import _style
+from tl_melbo.shapes import shape_checked
+from tl_melbo.steering import Vectors
+from tl_melbo.text import printable
+
+# A token coloured by more than this share of the largest value has white letters.
+_DARK = 0.6
+_TEXT = "font-family:system-ui,sans-serif;font-size:14px;line-height:1.9;margin:4px 0"
+_DIVERGENCE = ("position", "token", "kl", "log_prob", "unsteered_log_prob", "top", "unsteered_top")
+
+
+@dataclass(frozen=True, repr=False)
+class Html:
+    """What a notebook shows; `str` is the HTML, which needs no scripts and no network."""
+
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+    def _repr_html_(self) -> str:
+        return self.text
+
+
+@shape_checked
+def token_presence(
+    model: Model, vector: Vectors, text: str, layer: int | None = None
+) -> Html:
+    """Show a text's tokens coloured by their projection on a vector, in the unsteered model.
+
+    In standard deviations from the mean over ordinary prose (`evaluation.PASSAGES`). Red tokens
+    point along the vector, blue ones against it; the first, an attention sink in most models, is
+    left white. Most texts have some of both: only `analysis.presence` tells whether that means
+    anything.
+
+    Args:
+        vector: exactly one; its norm does not matter.
+        text: raw, of more than one token.
+        layer: after which block to look; None takes the layer that the vector was found at.
+    """
+    tokens, values = token_projections(model, vector, text, layer)
+    hover = [f"{value:+.2f} sd" for value in values]
+    largest = max(map(abs, values)) or 1.0
+    ends = f"{-largest:.1f} sd: against the vector", f"{largest:+.1f} sd: along"
+    return _coloured([printable(token) for token in tokens], values, hover, largest, -1.0, ends)
+
+
+@shape_checked
+def token_divergence(divergence: pd.DataFrame, vector: int = 0) -> Html:
+    """Show a completion's tokens coloured by KL(steered || unsteered): where the two part.
+
+    Hovering over a token shows its log-probability under both, and the likeliest tokens of both.
+
+    Args:
+        divergence: as `analysis.token_divergence` gives it.
+        vector: whose completion; of several, the first. Filter the frame for others.
+    """
+    checks.columns(divergence, ("vector", *_DIVERGENCE), "divergence", "pass analysis.token_divergence")
+    own = divergence[divergence["vector"] == vector]
+    if own.empty:
+        raise ValueError(f"vector={vector}: the frame has {sorted({*divergence['vector']})}")
+    # The first completion ends where a position comes again.
+    own = own[~(own["position"].diff() <= 0).cumsum().astype(bool)]
+    hover = [
+        f"KL {row['kl']:.3g} nats\n"
+        f"log-prob {row['log_prob']:.2f}, unsteered {row['unsteered_log_prob']:.2f}\n"
+        f"steered: {_likeliest(row['top'])}\nunsteered: {_likeliest(row['unsteered_top'])}"
+        for row in own.to_dict("records")
+    ]
+    largest = float(own["kl"].max()) or 1.0
+    tokens = [str(token).replace("⏎", "⏎\n") for token in own["token"]]
+    ends = "KL 0: as unsteered", f"{largest:.2g} nats"
+    return _coloured(tokens, own["kl"].tolist(), hover, largest, 0.0, ends)
+
+
+def _likeliest(told: object) -> str:
+    """The likeliest tokens; from a file they come as a text."""
+    if isinstance(told, Sequence) and not isinstance(told, str):
+        return ", ".join(f"{token!r} {probability:.0%}" for token, probability in told)
+    return str(told)
+
+
+def _coloured(
+    tokens: Sequence[str],
+    values: Sequence[float],
+    hover: Sequence[str],
+    largest: float,
+    least: float,
+    ends: tuple[str, str],
+) -> Html:
+    """Tokens in the heatmaps' colours, from `least` (-1 or 0) to 1 times the largest value."""
+    spans = "".join(
+        _span(token, value / largest, words)
+        for token, value, words in zip(tokens, values, hover, strict=True)
+    )
+    steps = [least + (1 - least) * i / 8 for i in range(9)]
+    gradient = f"linear-gradient(to right,{','.join(map(_colour, steps))})"
+    bar = (
+        f'<div style="{_TEXT};font-size:12px">{html.escape(ends[0])} <span style="display:'
+        f"inline-block;width:120px;height:10px;border:1px solid #8c959f;background:{gradient}"
+        f'"></span> {html.escape(ends[1])}</div>'
+    )
+    return Html(f'<div style="{_TEXT}">{spans}</div>{bar}')
+
+
+def _colour(share: float) -> str:
+    """From -1 to 1, white at 0."""
+    if abs(share) < 1e-9:
+        return "rgb(255,255,255)"
+    return str(sample_colorscale(_style.DIVERGING, [min(1.0, (1 + share) / 2)])[0]).replace(" ", "")
+
+
+def _span(token: str, share: float, hover: str) -> str:
+    ink = "white" if abs(share) > _DARK else "black"
+    style = f"background:{_colour(share)};color:{ink};padding:1px;white-space:pre-wrap"
+    return f'<span style="{style}" title="{html.escape(hover)}">{html.escape(token)}</span>'
