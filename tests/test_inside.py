@@ -39,7 +39,9 @@ def test_top_tokens_are_those_whose_log_probability_changes_most(tiny, found, un
             numbers = rows["token_id"].tolist()
             np.testing.assert_allclose(change[numbers], expected.values[:4], atol=1e-4)
             np.testing.assert_allclose(rows["probability"], after[numbers].exp(), atol=1e-5)
-            np.testing.assert_allclose(rows["unsteered_probability"], before[numbers].exp(), atol=1e-5)
+            np.testing.assert_allclose(
+                rows["unsteered_probability"], before[numbers].exp(), atol=1e-5
+            )
 
 
 @pytest.mark.boundary

@@ -1,6 +1,6 @@
-"""What a vector does inside, the slow and obvious way: TransformerLens's own hooks, one run a number.
+"""What a vector does inside, the slow and obvious way: one run with hooks for each number.
 
-Written from the definitions; nothing of tl_melbo.
+Written from the definitions, on TransformerLens's hooks; nothing of tl_melbo.
 """
 
 import torch

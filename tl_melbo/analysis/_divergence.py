@@ -68,13 +68,17 @@ def token_divergence(
     rows = [row for row in rows if tokens_of(model, str(row["completion"]))]
     if not rows:
         raise ValueError("completions: no text of a vector; pass what generate wrote under vectors")
-    prompts = {text: to_tokens(model, text, chat)[0].tolist() for text in {r["prompt"] for r in rows}}
+    prompts = {
+        text: to_tokens(model, text, chat)[0].tolist() for text in {r["prompt"] for r in rows}
+    }
     pairs = [(prompts[row["prompt"]], tokens_of(model, row["completion"])) for row in rows]
     _check_room(model, pairs)
     texts = _Texts(model, pairs, _rows_of(model, rows, vectors, layer), n_top)
     # The longest first: neighbours are of nearly one length, so little is padded.
     order = sorted(range(len(rows)), key=lambda i: -texts.length(i))
-    parts, _ = map_batches(texts.read, order, rows_at_once(model, texts.length(order[0]), batch_size))
+    parts, _ = map_batches(
+        texts.read, order, rows_at_once(model, texts.length(order[0]), batch_size)
+    )
     measured = dict(zip(order, [each for part in parts for each in part], strict=True))
     bad = [measured[i]["kl"].isnan().any() for i in range(len(rows))]
     warn_of_rows(bad, f"what {model_name(model)} makes of completions", "they are left out")
@@ -148,10 +152,7 @@ class _Texts:
 
 def _compared(steered: Tensor, unsteered: Tensor, text: Tensor, n_top: int) -> dict[str, Tensor]:
     """Of one completion's logits, [pos, d_vocab]: all on the CPU."""
-    p, q = (
-        logits.float().log_softmax(-1).cpu()
-        for logits in (steered, unsteered)
-    )
+    p, q = (logits.float().log_softmax(-1).cpu() for logits in (steered, unsteered))
     found = {"kl": kl_from_log_probs(p, q)}
     for name, log_probs in (("", p), ("unsteered_", q)):
         found[f"{name}log_prob"] = log_probs.gather(-1, text[:, None])[:, 0]

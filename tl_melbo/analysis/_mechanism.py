@@ -111,8 +111,8 @@ def _points(model: Model, layers: Sequence[int]) -> dict[tuple[int, bool], nn.Mo
     missing = [name for name in names.values() if name not in model.hook_dict]
     if missing:
         raise ValueError(
-            f"model: {model_name(model)} has no hook points {missing[:4]}; only blocks of attention "
-            "heads and an MLP can be taken apart"
+            f"model: {model_name(model)} has no hook points {missing[:4]}; only blocks of "
+            "attention heads and an MLP can be taken apart"
         )
     return {place: model.hook_dict[name] for place, name in names.items()}
 
@@ -201,7 +201,9 @@ class _Patch:
                     if own == layer and (head != _MLP) == is_attention
                 ]
                 if mine:
-                    put = partial(_put, mine, kept[layer, is_attention], int(self.model.cfg.n_heads))
+                    put = partial(
+                        _put, mine, kept[layer, is_attention], int(self.model.cfg.n_heads)
+                    )
                     hooks.enter_context(point.register_forward_hook(put))
             yield
 
@@ -220,6 +222,8 @@ def _put(
         if head == _MLP:
             changed[row] = kept[0]
         else:
-            into, source = (some.flatten(1).unflatten(1, (n_heads, -1)) for some in (changed[row], kept[0]))
+            into, source = (
+                some.flatten(1).unflatten(1, (n_heads, -1)) for some in (changed[row], kept[0])
+            )
             into[:, head] = source[:, head]
     return changed

@@ -72,8 +72,8 @@ def _check_apart(other_texts: tuple[Texts, Texts], *tested: Texts) -> None:
     for place, some in enumerate(other_texts):
         for text in used.intersection(checks.as_texts(some, f"other_texts[{place}]")):
             raise ValueError(
-                f"other_texts[{place}]: holds {quoted(text)}, which the test is made on; a direction "
-                "made from it would be found whatever the model does. Pass others"
+                f"other_texts[{place}]: holds {quoted(text)}, which the test is made on; a "
+                "direction made from it would be found whatever the model does. Pass others"
             )
 
 

@@ -74,7 +74,9 @@ def top_tokens(
             end = slice(-1, None)
             return map_residuals(model, tokens, some, layers, measure, batch_size, end)
 
-        before = at_last(nothing, lambda streams: torch.stack([*map(lens, streams.unbind(1))], 1))[0]
+        before = at_last(nothing, lambda streams: torch.stack([*map(lens, streams.unbind(1))], 1))[
+            0
+        ]
         _check_lens(model, before[-1], unsteered[0])
 
         def measure(streams: Tensor) -> Tensor:

@@ -144,9 +144,9 @@ def scale_curves(
     window = span(scales[inside]) if inside.any() else "none"
     n_vectors = swept["vector"].nunique()
     alt = (
-        f"KL to unsteered and repetition against scale, {n_vectors} vectors and their median. Scales "
-        f"at which the median KL is at least {changed:g} and repetition at most {repetitive:g}: "
-        f"{window}."
+        f"KL to unsteered and repetition against scale, {n_vectors} vectors and their median. "
+        f"Scales at which the median KL is at least {changed:g} and repetition at most "
+        f"{repetitive:g}: {window}."
     )
     empty = figure([], title, alt, height=600)
     panels = make_subplots(2, 1, shared_xaxes=True, vertical_spacing=0.06, figure=empty)
@@ -288,7 +288,9 @@ def presence_points(
         (scanned[found & ~is_control], f"adjusted p < {q:g}", OTHERS[0], "diamond"),
     ):
         traces.append(_presence_trace(rows, f"{name} ({len(rows)})", colour, symbol, 8))
-        told.append(f"{len(rows)} {name}, AUROC {span(rows['auroc'])}" if len(rows) else f"0 {name}")
+        told.append(
+            f"{len(rows)} {name}, AUROC {span(rows['auroc'])}" if len(rows) else f"0 {name}"
+        )
     for place in np.flatnonzero(is_control):
         control, symbol = scanned.iloc[[place]], "star" if found.iloc[place] else "star-open"
         words = f"AUROC {control['auroc'].iloc[0]:.2f}, p {control['p_value'].iloc[0]:.2g}"

@@ -51,9 +51,14 @@ def top_tokens(
     look["colorbar"] = _style.colour_bar("change of log-probability (nats)", side="bottom")
     told = {"text": text, "texttemplate": "%{text}", "customdata": hover, "hoverongaps": False}
     heatmap = go.Heatmap(z=z, y=[str(each) for each in rows], hovertemplate=HOVER, **told, **look)
-    ticks = {"tickvals": [0, n - 1, n + 1, 2 * n], "ticktext": ["most promoted", "", "", "most suppressed"]}
+    ticks = {
+        "tickvals": [0, n - 1, n + 1, 2 * n],
+        "ticktext": ["most promoted", "", "", "most suppressed"],
+    }
     across = axis(None, showgrid=False, **ticks)
-    down = axis(row, showgrid=False, type="category", autorange=None if row == "layer" else "reversed")
+    down = axis(
+        row, showgrid=False, type="category", autorange=None if row == "layer" else "reversed"
+    )
     what = "next token" if row == "vector" else f"logit lens of vector {vector}, by layer"
     firsts = own[(own["direction"] == "promoted") & (own["rank"] <= 3)].groupby(row)["token"]
     best = "; ".join(f"{row} {each}: {', '.join(map(repr, some))}" for each, some in firsts)
@@ -97,7 +102,10 @@ def mechanism(
     whole, direct = (own[own["component"] == kind].iloc[0] for kind in ("all", "direct"))
     parts = own[own["component"].isin(["head", "mlp"])]
     heads, layers = int(parts["head"].max()) + 1, sorted({*parts["layer"]})
-    z, hover = np.full((len(layers), heads + 2), np.nan), np.full((len(layers), heads + 2), "", object)
+    z, hover = (
+        np.full((len(layers), heads + 2), np.nan),
+        np.full((len(layers), heads + 2), "", object),
+    )
     for each in parts.to_dict("records"):
         place = layers.index(each["layer"]), each["head"] if each["head"] >= 0 else heads + 1
         z[place] = each[value]
@@ -140,15 +148,18 @@ def effect_by_layer(frame: pd.DataFrame, title: str | None = None) -> go.Figure:
     traces, told = [], []
     named = frame.groupby("vectors", sort=False)
     last = frame["layer"].max()
-    for (name, some), colour in zip(named, (*OTHERS[:1], BLUE, *OTHERS[1:]) * len(named), strict=False):
+    for (name, some), colour in zip(
+        named, (*OTHERS[:1], BLUE, *OTHERS[1:]) * len(named), strict=False
+    ):
         # All of one group are one trace, with a gap after each vector.
         wide = some.pivot(index="vector", columns="layer", values="effect")
         wide["gap"] = np.nan
         x = np.tile([*wide.columns[:-1], np.nan], len(wide))
         numbers = np.repeat(wide.index.to_numpy(), wide.shape[1])
         look = {"width": 1, "color": colour}
-        hover = f"{html.escape(str(name))} %{{customdata}}: %{{y:.4g}} after layer %{{x}}<extra></extra>"
-        shown = {"name": html.escape(str(name)), "customdata": numbers, "hovertemplate": hover}
+        known = html.escape(str(name))
+        hover = f"{known} %{{customdata}}: %{{y:.4g}} after layer %{{x}}<extra></extra>"
+        shown = {"name": known, "customdata": numbers, "hovertemplate": hover}
         traces.append(line(x, wide.to_numpy().ravel(), look, opacity=0.7, **shown))
         ends = some[some["layer"] == last]["effect"]
         told.append(f"{name} ({len(wide)} vectors) {_style.span(ends)}, median {ends.median():.3g}")
@@ -158,4 +169,6 @@ def effect_by_layer(frame: pd.DataFrame, title: str | None = None) -> go.Figure:
     alt = f"{what}. After layer {last}: {'; '.join(told)}, in units of the residual stream."
     up = axis("effect (residual-stream units)", type="log", tickformat="~g", dtick="D2")
     across = axis("after layer", tickformat=",d")
-    return figure(traces, html.escape(what) if title is None else title, alt, across, up, showlegend=True)
+    return figure(
+        traces, html.escape(what) if title is None else title, alt, across, up, showlegend=True
+    )

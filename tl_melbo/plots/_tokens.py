@@ -35,9 +35,7 @@ class Html:
 
 
 @shape_checked
-def token_presence(
-    model: Model, vector: Vectors, text: str, layer: int | None = None
-) -> Html:
+def token_presence(model: Model, vector: Vectors, text: str, layer: int | None = None) -> Html:
     """Show a text's tokens coloured by their projection on a vector, in the unsteered model.
 
     In standard deviations from the mean over ordinary prose (`evaluation.PASSAGES`). Red tokens
@@ -67,7 +65,9 @@ def token_divergence(divergence: pd.DataFrame, vector: int = 0) -> Html:
         divergence: as `analysis.token_divergence` gives it.
         vector: whose completion; of several, the first. Filter the frame for others.
     """
-    checks.columns(divergence, ("vector", *_DIVERGENCE), "divergence", "pass analysis.token_divergence")
+    checks.columns(
+        divergence, ("vector", *_DIVERGENCE), "divergence", "pass analysis.token_divergence"
+    )
     own = divergence[divergence["vector"] == vector]
     if own.empty:
         raise ValueError(f"vector={vector}: the frame has {sorted({*divergence['vector']})}")
