@@ -24,7 +24,7 @@ NAMES = ("01_first_vectors", "02_orthogonal_family", "03_quick_hypothesis_test",
 _SECONDS_A_CELL = 600
 # Interactive where scripts run, a picture where they do not.
 _RENDERERS = "plotly_mimetype+png"
-# Scripts of a megabyte; what is below them shows without.
+# The scripts of circuitsvis are a megabyte; what is below them shows without.
 _SCRIPT = re.compile(r"<script\b.*?</script>", re.DOTALL)
 _LONGEST_SCRIPT = 100_000
 _SOLUTION = re.compile(r"<summary>Solution</summary>\s*```python\n(.*?)```", re.DOTALL)

@@ -1,5 +1,6 @@
 """Curves over a family of vectors: their numbers, averages, baselines and what hovering shows."""
 
+import json
 import re
 
 import numpy as np
@@ -226,14 +227,25 @@ def test_frames_of_something_else_are_refused(draw) -> None:
         draw(pd.DataFrame({"a": [1]}))
 
 
-def test_token_presence_is_centred_on_prose_and_safe(tiny_llama, unchanged) -> None:
+def test_token_presence_is_centred_offline_and_safe(tiny_llama, unchanged, monkeypatch) -> None:
     unchanged(tiny_llama)
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("asked the internet")
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
     theta, text = torch.arange(32.0), "def f(x): </script><b>"
     shown = token_presence(tiny_llama, theta, text, layer=2)
     page = shown._repr_html_()
     assert page == str(shown)
-    assert "<script" not in page
-    assert "&lt;/script&gt;&lt;b&gt;" in re.sub(r"<[^>]*>", "", page)
+    assert "unpkg.com" not in page
+    assert page.count("</script>") == 1
+    # Where scripts do not run there is plain text, and none of it is markup.
+    static = page.partition("<script")[0]
+    assert "&lt;/script&gt;&lt;b&gt;" in re.sub(r"<[^>]*>", "", static)
+    data = page.rpartition("CircuitsVis.render(")[2].rpartition("</script>")[0]
+    assert "<" not in data
+    in_script = json.loads(re.search(r'"values": ?(\[.*?\])', data)[1])
 
     def projections(some: str) -> torch.Tensor:
         residual = tm.ActivationMap.from_prompts(tiny_llama, some, 2, 3).x[0]
@@ -241,10 +253,11 @@ def test_token_presence_is_centred_on_prose_and_safe(tiny_llama, unchanged) -> N
 
     prose = torch.cat([projections(passage) for passage in tm.evaluation.PASSAGES])
     expected = (projections(text) - prose.mean()) / prose.std()
-    values = [float(value) for value in re.findall(r'title="([^ "]*) sd"', page)]
+    values = [float(value) for value in re.findall(r'title="([^ "]*) sd"', static)]
+    np.testing.assert_allclose(in_script, [0.0, *expected.tolist()], rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(values, [0.0, *expected.tolist()], atol=0.006)
     # Red is along the vector, blue against it, white the first token.
-    colours = re.findall(r"background:rgb\((\d+),(\d+),(\d+)\);color", page)
+    colours = re.findall(r"background:rgb\((\d+),(\d+),(\d+)\);color", static)
     assert colours[0] == ("255", "255", "255")
     signs = [int(red) > int(blue) for red, _, blue in colours[1:]]
     assert signs == [value > 0 for value in expected.tolist()]
@@ -292,8 +305,8 @@ def test_top_tokens_are_drawn_from_both_ends() -> None:
     )  # fmt: skip
     figure = top_tokens(frame)
     (heatmap,) = figure.data
-    assert heatmap.text.tolist() == [["·a", "&lt;b&gt;", "", "", "c"], ["d", "", "", "", ""]]
-    np.testing.assert_array_equal(heatmap.z[0], [3.0, 1.0, np.nan, np.nan, -2.0])
+    assert heatmap.text.tolist() == [["·a", "&lt;b&gt;", "", "c"], ["d", "", "", ""]]
+    np.testing.assert_array_equal(heatmap.z[0], [3.0, 1.0, np.nan, -2.0])
     assert (heatmap.zmin, heatmap.zmax) == (-4.0, 4.0)
     assert "vector 7: ' a', '<b>'" in figure.layout.meta["alt"]
     layers = frame.assign(layer=[3, 3, 3, 4])

@@ -10,7 +10,8 @@ from tl_melbo.model.bridge import Model, at_rest, check_model, model_device, mod
 from tl_melbo.shapes import Float, shape_checked
 from tl_melbo.text import printable
 
-_BREAKS = {ord("\n"): "⏎", ord("\t"): "⇥"}
+# A no-break space looks like none.
+_BREAKS = {ord("\n"): "⏎", ord("\t"): "⇥", 0xA0: "⍽"}
 
 
 @shape_checked

@@ -41,9 +41,9 @@ _ATLAS_TITLES = {
     "kl": "KL to unsteered (nats)",
 }
 _MEASURES = {
-    "kl_to_reference": "KL to the reference",
-    "kl_to_unsteered": "KL to unsteered",
-    "distance": "Distance from the reference",
+    "kl_to_reference": "KL of means and sums to the reference",
+    "kl_to_unsteered": "KL of means and sums to unsteered",
+    "distance": "Distance of means and sums from the reference",
 }
 _PRESENCE = ("mean_projection", "mean_projection_control", "p_value", "p_adjusted")
 _SIGNS, _MOST_TEXTS = {"along": 1, "against": -1}, 4
@@ -85,8 +85,12 @@ def composition_curves(
         for subset in ("first", "random")
         if (combination, scaling, subset) in groups
     ]
-    across = axis("vectors added up", tickvals=sorted(set(composed["size"])), tickformat=",d")
-    named = f"{_MEASURES[measure]} of means and sums"
+    across = axis(
+        "vectors added up (rings: random subsets)",
+        tickvals=sorted(set(composed["size"])),
+        tickformat=",d",
+    )
+    named = _MEASURES[measure]
     told = [
         f"{kind}, first {rows['size'].min()}: {rows[measure].iloc[0]:.3g}, first "
         f"{rows['size'].max()}: {rows[measure].iloc[-1]:.3g}"
@@ -307,8 +311,9 @@ def presence_points(
 def _presence_trace(
     rows: pd.DataFrame, name: str, colour: str, symbol: str, size: int
 ) -> go.Scatter:
+    what = "positive control" if symbol.startswith("star") else "vector %{x}"
     hover = (
-        "vector %{x}<br>AUROC %{y:.3f}<br>mean projection %{customdata[0]:.3g}, in control "
+        f"{what}<br>AUROC %{{y:.3f}}<br>mean projection %{{customdata[0]:.3g}}, in control "
         "%{customdata[1]:.3g}<br>p %{customdata[2]:.3g}, adjusted %{customdata[3]:.3g}"
         "<extra></extra>"
     )

@@ -1,6 +1,5 @@
 """What a vector does inside the model, as figures: tokens, components, layers."""
 
-import html
 from typing import Any, Literal
 
 import numpy as np
@@ -13,8 +12,8 @@ from tl_melbo.plots._style import BLUE, HOVER, OTHERS, axis, figure, line
 from tl_melbo.shapes import shape_checked
 
 _ADVICE = "pass the frame as the analysis returned it"
-_LONGEST_TOKEN = 11
-_CARRIED = {"share": "share of the effect", "kl": "KL of the next token (nats)"}
+_LONGEST_TOKEN, _MOST_TOLD = 9, 8
+_CARRIED = {"share": "share of the effect", "kl": "next-token KL (nats)"}
 
 
 @shape_checked
@@ -33,46 +32,51 @@ def top_tokens(
     row = "layer" if "layer" in frame else "vector"
     vector = int(frame["vector"].iloc[0]) if vector is None and row == "layer" else vector
     own = frame if vector is None else _of_vector(frame, vector)
-    n, rows = int(own["rank"].max()), list(dict.fromkeys(own[row]))
-    z = np.full((len(rows), 2 * n + 1), np.nan)
+    rows, ranks = list(dict.fromkeys(own[row])), own.groupby("direction")["rank"].max()
+    n_promoted, n_suppressed = (int(ranks.get(kind, 0)) for kind in ("promoted", "suppressed"))
+    last = n_promoted + n_suppressed
+    z = np.full((len(rows), last + 1), np.nan)
     text, hover = np.full(z.shape, "", object), np.full(z.shape, "", object)
     for each in own.to_dict("records"):
         # Promoted from the left, suppressed from the right: the strongest are outermost.
-        column = each["rank"] - 1 if each["direction"] == "promoted" else 2 * n + 1 - each["rank"]
+        column = each["rank"] - 1 if each["direction"] == "promoted" else last + 1 - each["rank"]
         place = rows.index(each[row]), column
         z[place], text[place] = each["log_prob_change"], _shown(each["token"])
         hover[place] = (
-            f"{row} {each[row]}: {html.escape(repr(each['token']))}<br>log-probability "
+            f"{row} {each[row]}: {_style.escaped(repr(each['token']))}<br>log-probability "
             f"{each['log_prob_change']:+.2f} nats<br>probability {each['probability']:.3g}, "
             f"unsteered {each['unsteered_probability']:.3g}"
         )
-    largest = float(np.nanmax(np.abs(z)))
-    look = {"zmin": -largest, "zmid": 0, "zmax": largest, "colorscale": _style.DIVERGING}
-    look["colorbar"] = _style.colour_bar("change of log-probability (nats)", side="bottom")
-    told = {"text": text, "texttemplate": "%{text}", "customdata": hover, "hoverongaps": False}
+    look = _diverging(z, "change of log-probability (nats)")
+    told = {"text": text, "texttemplate": "%{text}", "textfont": {"size": 11}, "customdata": hover}
     heatmap = go.Heatmap(z=z, y=[str(each) for each in rows], hovertemplate=HOVER, **told, **look)
-    ticks = {
-        "tickvals": [0, n - 1, n + 1, 2 * n],
-        "ticktext": ["most promoted", "", "", "most suppressed"],
-    }
-    across = axis(None, showgrid=False, **ticks)
-    down = axis(
-        row, showgrid=False, type="category", autorange=None if row == "layer" else "reversed"
-    )
+    ends = {"tickvals": [0, last], "ticktext": ["promoted", "suppressed"]}
+    # Layers go up, vectors down.
+    order = None if row == "layer" else "reversed"
+    down = axis(row, showgrid=False, type="category", autorange=order)
     what = "next token" if row == "vector" else f"logit lens of vector {vector}, by layer"
     firsts = own[(own["direction"] == "promoted") & (own["rank"] <= 3)].groupby(row)["token"]
-    best = "; ".join(f"{row} {each}: {', '.join(map(repr, some))}" for each, some in firsts)
-    alt = f"Tokens promoted and suppressed ({what}). Most promoted of {best}."
+    best = [f"{row} {each}: {', '.join(map(repr, some))}" for each, some in firsts]
+    best = best[-1:] if row == "layer" else best[:_MOST_TOLD]
+    alt = f"Tokens promoted and suppressed ({what}). Most promoted of {'; '.join(best)}."
     named = f"Promoted and suppressed tokens: {what}" if title is None else title
-    width, height = 120 + 66 * (2 * n + 1), 190 + 30 * len(rows)
-    return figure(heatmap, named, alt, across, down, width, height)
+    size = 140 + 62 * (last + 1), 190 + 28 * len(rows)
+    return figure(heatmap, named, alt, axis(None, showgrid=False, **ends), down, *size)
+
+
+def _diverging(z: np.ndarray, name: str) -> dict[str, Any]:
+    """How a heatmap looks whose colours are white at zero."""
+    largest = float(np.nanmax(np.abs(z)))
+    look = {"zmin": -largest, "zmid": 0, "zmax": largest, "colorscale": _style.DIVERGING}
+    bar = _style.colour_bar(name, side="bottom")
+    return {**look, "hoverongaps": False, "colorbar": bar}
 
 
 def _shown(token: str) -> str:
     """A token short enough for a cell; a space at its beginning is part of it."""
     token = f"·{token[1:]}" if token.startswith(" ") else token
     short = token if len(token) <= _LONGEST_TOKEN else f"{token[: _LONGEST_TOKEN - 1]}…"
-    return html.escape(short)
+    return _style.escaped(short)
 
 
 def _of_vector(frame: pd.DataFrame, vector: int) -> pd.DataFrame:
@@ -99,37 +103,29 @@ def mechanism(
     checks.columns(frame, ("vector", "component", "layer", "head", "share", "kl"), "frame", _ADVICE)
     vector = int(frame["vector"].iloc[0]) if vector is None else vector
     own = _of_vector(frame, vector)
-    whole, direct = (own[own["component"] == kind].iloc[0] for kind in ("all", "direct"))
-    parts = own[own["component"].isin(["head", "mlp"])]
+    by_kind = {str(kind): pd.DataFrame(some) for kind, some in own.groupby("component")}
+    if missing := {"all", "direct", "head", "mlp"} - by_kind.keys():
+        raise ValueError(f"frame: has no rows {sorted(missing)} of vector {vector}; {_ADVICE}")
+    parts = pd.concat([by_kind["head"], by_kind["mlp"]])
     heads, layers = int(parts["head"].max()) + 1, sorted({*parts["layer"]})
-    z, hover = (
-        np.full((len(layers), heads + 2), np.nan),
-        np.full((len(layers), heads + 2), "", object),
-    )
+    z = np.full((len(layers), heads + 2), np.nan)
+    hover = np.full(z.shape, "", object)
     for each in parts.to_dict("records"):
         place = layers.index(each["layer"]), each["head"] if each["head"] >= 0 else heads + 1
         z[place] = each[value]
         hover[place] = f"{_named(each)}<br>share {each['share']:.3f}<br>KL {each['kl']:.3g} nats"
-    largest = float(np.nanmax(np.abs(z)))
-    look: dict[str, Any] = {"zmin": -largest, "zmid": 0, "zmax": largest}
-    look |= {"colorscale": _style.DIVERGING, "hoverongaps": False}
-    look["colorbar"] = _style.colour_bar(_CARRIED[value], side="bottom")
+    look = _diverging(z, _CARRIED[value])
     heatmap = go.Heatmap(z=z, y=layers, customdata=hover, hovertemplate=HOVER, **look)
     ticks = {"tickvals": [*range(heads), heads + 1], "ticktext": [*map(str, range(heads)), "MLP"]}
-    across = axis("head", showgrid=False, **ticks)
-    up = axis("layer", showgrid=False, dtick=1)
+    across, up = axis("head", showgrid=False, **ticks), axis("layer", showgrid=False, dtick=1)
     best = parts.sort_values(value, ascending=False).head(3).to_dict("records")
     told = ", ".join(f"{_named(each)} {each[value]:.2g}" for each in best)
-    what = f"{_CARRIED[value]} of vector {vector} that each component carries alone"
-    alt = f"{what[0].upper()}{what[1:]}. Most: {told}. Direct path {direct[value]:.2g}, all "
-    named = (
-        f"Vector {vector}: {_CARRIED[value]} at layer {direct['layer']}, by component"
-        f"<br><sub>direct path {direct[value]:.2g}, all {whole[value]:.2g}</sub>"
-        if title is None
-        else title
-    )
-    height = max(380, 220 + 32 * len(layers))
-    return figure(heatmap, named, f"{alt}{whole[value]:.2g}.", across, up, 720, height)
+    whole, direct = (by_kind[kind].iloc[0] for kind in ("all", "direct"))
+    what = f"Vector {vector}: {_CARRIED[value]} that each component carries"
+    rest = f"direct path {direct[value]:.2g}, all {whole[value]:.2g}"
+    alt = f"{what} alone, from layer {whole['layer']} to {direct['layer']}. Most: {told}; {rest}."
+    named = f"{what} ({rest})" if title is None else title
+    return figure(heatmap, named, alt, across, up, 760, max(380, 220 + 32 * len(layers)))
 
 
 def _named(part: Any) -> str:
@@ -157,7 +153,7 @@ def effect_by_layer(frame: pd.DataFrame, title: str | None = None) -> go.Figure:
         x = np.tile([*wide.columns[:-1], np.nan], len(wide))
         numbers = np.repeat(wide.index.to_numpy(), wide.shape[1])
         look = {"width": 1, "color": colour}
-        known = html.escape(str(name))
+        known = _style.escaped(str(name))
         hover = f"{known} %{{customdata}}: %{{y:.4g}} after layer %{{x}}<extra></extra>"
         shown = {"name": known, "customdata": numbers, "hovertemplate": hover}
         traces.append(line(x, wide.to_numpy().ravel(), look, opacity=0.7, **shown))
@@ -170,5 +166,5 @@ def effect_by_layer(frame: pd.DataFrame, title: str | None = None) -> go.Figure:
     up = axis("effect (residual-stream units)", type="log", tickformat="~g", dtick="D2")
     across = axis("after layer", tickformat=",d")
     return figure(
-        traces, html.escape(what) if title is None else title, alt, across, up, showlegend=True
+        traces, _style.escaped(what) if title is None else title, alt, across, up, showlegend=True
     )

@@ -102,4 +102,9 @@ def whole_numbers(count: int) -> dict[str, Any]:
 def wrapped(text: str, length: int = _HOVER_LENGTH) -> str:
     """Text for a hover label: cut, wrapped, and with nothing in it that plotly takes for HTML."""
     short = printable(text[:length] if len(text) <= length else text[: length - 1] + "…")
-    return "<br>".join(html.escape(line) for line in textwrap.wrap(short, _HOVER_WIDTH))
+    return "<br>".join(escaped(line) for line in textwrap.wrap(short, _HOVER_WIDTH))
+
+
+def escaped(text: str) -> str:
+    """Text in a figure: plotly knows tags, and would show the entity of a quotation mark."""
+    return html.escape(text, quote=False)

@@ -1,10 +1,11 @@
-"""Coloured tokens: along a text, and along a completion. HTML without scripts, safe to show."""
+"""Coloured tokens: along a text, and along a completion. No network, and nothing in them is run."""
 
 import html
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import pandas as pd
+from circuitsvis.tokens import colored_tokens
+from circuitsvis.utils.render import RenderedHTML
 from plotly.colors import sample_colorscale
 
 from tl_melbo import checks
@@ -17,25 +18,27 @@ from tl_melbo.text import printable
 
 # A token coloured by more than this share of the largest value has white letters.
 _DARK = 0.6
+# The ends of the heatmaps' colours, a little paler, for circuitsvis.
+_AGAINST, _ALONG = "#2166ac", "#b2182b"
+_CALL = "CircuitsVis.render("
 _TEXT = "font-family:system-ui,sans-serif;font-size:14px;line-height:1.9;margin:4px 0"
 _DIVERGENCE = ("position", "token", "kl", "log_prob", "unsteered_log_prob", "top", "unsteered_top")
 
 
-@dataclass(frozen=True, repr=False)
-class Html:
-    """What a notebook shows; `str` is the HTML, which needs no scripts and no network."""
+class _Offline(RenderedHTML):
+    """Coloured tokens that do not look for a network each time they are shown."""
 
-    text: str
-
-    def __str__(self) -> str:
-        return self.text
+    def __init__(self, source: str) -> None:
+        super().__init__(source, source)
 
     def _repr_html_(self) -> str:
-        return self.text
+        return self.local_src
 
 
 @shape_checked
-def token_presence(model: Model, vector: Vectors, text: str, layer: int | None = None) -> Html:
+def token_presence(
+    model: Model, vector: Vectors, text: str, layer: int | None = None
+) -> RenderedHTML:
     """Show a text's tokens coloured by their projection on a vector, in the unsteered model.
 
     In standard deviations from the mean over ordinary prose (`evaluation.PASSAGES`). Red tokens
@@ -51,12 +54,24 @@ def token_presence(model: Model, vector: Vectors, text: str, layer: int | None =
     tokens, values = token_projections(model, vector, text, layer)
     hover = [f"{value:+.2f} sd" for value in values]
     largest = max(map(abs, values)) or 1.0
-    ends = f"{-largest:.1f} sd: against the vector", f"{largest:+.1f} sd: along"
-    return _coloured([printable(token) for token in tokens], values, hover, largest, -1.0, ends)
+    colours = {"negative_color": _AGAINST, "positive_color": _ALONG}
+    limits = {"min_value": -largest, "max_value": largest}
+    source = colored_tokens(tokens, values, **limits, **colours).local_src
+    name = "static-" + source.partition('id="')[2].partition('"')[0]
+    before, _, after = source.rpartition(_CALL)
+    data, end, rest = after.rpartition("</script>")
+    # No "<" in its data: a token "</script>" would end the script.
+    data = data.replace("<", "\\u003c")
+    # Plain coloured text stands above; the script, where it runs, takes it away.
+    remove = f'document.getElementById("{name}")?.remove();\n    '
+    shown = _coloured([printable(token) for token in tokens], values, hover, largest)
+    bar = _bar(-1.0, f"{-largest:.1f} sd: against the vector", f"{largest:+.1f} sd: along")
+    script = f"{before}{remove}{_CALL}{data}{end}{rest}"
+    return _Offline(f'<div id="{name}">{shown}</div>\n{script}{bar}')
 
 
 @shape_checked
-def token_divergence(divergence: pd.DataFrame, vector: int = 0) -> Html:
+def token_divergence(divergence: pd.DataFrame, vector: int = 0) -> RenderedHTML:
     """Show a completion's tokens coloured by KL(steered || unsteered): where the two part.
 
     Hovering over a token shows its log-probability under both, and the likeliest tokens of both.
@@ -81,8 +96,9 @@ def token_divergence(divergence: pd.DataFrame, vector: int = 0) -> Html:
     ]
     largest = float(own["kl"].max()) or 1.0
     tokens = [str(token).replace("⏎", "⏎\n") for token in own["token"]]
-    ends = "KL 0: as unsteered", f"{largest:.2g} nats"
-    return _coloured(tokens, own["kl"].tolist(), hover, largest, 0.0, ends)
+    # Without circuitsvis, whose tokens can show no more than their number.
+    shown = _coloured(tokens, own["kl"].tolist(), hover, largest)
+    return _Offline(shown + _bar(0.0, "KL 0: as unsteered", f"{largest:.2g} nats"))
 
 
 def _likeliest(told: object) -> str:
@@ -93,26 +109,22 @@ def _likeliest(told: object) -> str:
 
 
 def _coloured(
-    tokens: Sequence[str],
-    values: Sequence[float],
-    hover: Sequence[str],
-    largest: float,
-    least: float,
-    ends: tuple[str, str],
-) -> Html:
-    """Tokens in the heatmaps' colours, from `least` (-1 or 0) to 1 times the largest value."""
-    spans = "".join(
-        _span(token, value / largest, words)
-        for token, value, words in zip(tokens, values, hover, strict=True)
-    )
-    steps = [least + (1 - least) * i / 8 for i in range(9)]
-    gradient = f"linear-gradient(to right,{','.join(map(_colour, steps))})"
-    bar = (
-        f'<div style="{_TEXT};font-size:12px">{html.escape(ends[0])} <span style="display:'
-        f"inline-block;width:120px;height:10px;border:1px solid #8c959f;background:{gradient}"
-        f'"></span> {html.escape(ends[1])}</div>'
-    )
-    return Html(f'<div style="{_TEXT}">{spans}</div>{bar}')
+    tokens: Sequence[str], values: Sequence[float], hover: Sequence[str], largest: float
+) -> str:
+    """Tokens in the heatmaps' colours, as shares of the largest value."""
+    triples = zip(tokens, values, hover, strict=True)
+    spans = "".join(_span(token, value / largest, words) for token, value, words in triples)
+    return f'<div style="{_TEXT}">{spans}</div>'
+
+
+def _bar(least: float, low: str, high: str) -> str:
+    """What the colours mean, from `least` (-1 or 0) to 1."""
+    colours = ",".join(_colour(least + (1 - least) * i / 8) for i in range(9))
+    look = "display:inline-block;width:120px;height:10px;border:1px solid #8c959f"
+    gradient = f"background:linear-gradient(to right,{colours})"
+    bar = f'<span style="{look};{gradient}"></span>'
+    ends = html.escape(low), html.escape(high)
+    return f'<div style="{_TEXT};font-size:12px">{ends[0]} {bar} {ends[1]}</div>'
 
 
 def _colour(share: float) -> str:
