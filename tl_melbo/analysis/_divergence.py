@@ -64,8 +64,8 @@ def token_divergence(
     checks.batch_size(batch_size)
     noted = completions.attrs.get("chat")
     chat = as_chat(vectors, noted if chat is None else chat)
-    rows = completions[completions["vector"] >= 0].to_dict("records")
-    rows = [row for row in rows if tokens_of(model, str(row["completion"]))]
+    rows = completions.to_dict("records")
+    rows = [row for row in rows if row["vector"] >= 0 and tokens_of(model, row["completion"])]
     if not rows:
         raise ValueError("completions: no text of a vector; pass what generate wrote under vectors")
     prompts = {
@@ -80,7 +80,7 @@ def token_divergence(
         texts.read, order, rows_at_once(model, texts.length(order[0]), batch_size)
     )
     measured = dict(zip(order, [each for part in parts for each in part], strict=True))
-    bad = [measured[i]["kl"].isnan().any() for i in range(len(rows))]
+    bad = [bool(measured[i]["kl"].isnan().any()) for i in range(len(rows))]
     warn_of_rows(bad, f"what {model_name(model)} makes of completions", "they are left out")
     kept = [(row, pairs[i][1], measured[i]) for i, row in enumerate(rows) if not bad[i]]
     return Table(pd.concat([_frame(model, *each) for each in kept], ignore_index=True))

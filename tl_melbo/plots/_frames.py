@@ -145,7 +145,7 @@ def scale_curves(
     # From half-way before each scale inside to half-way after it.
     scales = median.index.to_numpy()
     edges = np.concatenate([scales[:1], (scales[1:] + scales[:-1]) / 2, scales[-1:]])
-    window = span(scales[inside]) if inside.any() else "none"
+    window = span(scales[inside]) if np.any(inside) else "none"
     n_vectors = swept["vector"].nunique()
     alt = (
         f"KL to unsteered and repetition against scale, {n_vectors} vectors and their median. "
@@ -296,7 +296,10 @@ def presence_points(
             f"{len(rows)} {name}, AUROC {span(rows['auroc'])}" if len(rows) else f"0 {name}"
         )
     for place in np.flatnonzero(is_control):
-        control, symbol = scanned.iloc[[place]], "star" if found.iloc[place] else "star-open"
+        control, symbol = (
+            pd.DataFrame(scanned.iloc[[place]]),
+            "star" if found.iloc[place] else "star-open",
+        )
         words = f"AUROC {control['auroc'].iloc[0]:.2f}, p {control['p_value'].iloc[0]:.2g}"
         name = f"positive control ({words})"
         traces.append(_presence_trace(control, name, OTHERS[1], symbol, 14))

@@ -32,9 +32,9 @@ def top_tokens(
     row = "layer" if "layer" in frame else "vector"
     vector = int(frame["vector"].iloc[0]) if vector is None and row == "layer" else vector
     own = frame if vector is None else _of_vector(frame, vector)
-    rows, ranks = list(dict.fromkeys(own[row])), own.groupby("direction")["rank"].max()
-    n_promoted, n_suppressed = (int(ranks.get(kind, 0)) for kind in ("promoted", "suppressed"))
-    last = n_promoted + n_suppressed
+    rows = list(dict.fromkeys(own[row]))
+    # As many columns as either kind has, and one between.
+    last = sum(max(some) for _, some in own.groupby("direction")["rank"])
     z = np.full((len(rows), last + 1), np.nan)
     text, hover = np.full(z.shape, "", object), np.full(z.shape, "", object)
     for each in own.to_dict("records"):
@@ -107,7 +107,7 @@ def mechanism(
     if missing := {"all", "direct", "head", "mlp"} - by_kind.keys():
         raise ValueError(f"frame: has no rows {sorted(missing)} of vector {vector}; {_ADVICE}")
     parts = pd.concat([by_kind["head"], by_kind["mlp"]])
-    heads, layers = int(parts["head"].max()) + 1, sorted({*parts["layer"]})
+    heads, layers = max(parts["head"]) + 1, sorted({*parts["layer"]})
     z = np.full((len(layers), heads + 2), np.nan)
     hover = np.full(z.shape, "", object)
     for each in parts.to_dict("records"):
@@ -157,8 +157,10 @@ def effect_by_layer(frame: pd.DataFrame, title: str | None = None) -> go.Figure:
         hover = f"{known} %{{customdata}}: %{{y:.4g}} after layer %{{x}}<extra></extra>"
         shown = {"name": known, "customdata": numbers, "hovertemplate": hover}
         traces.append(line(x, wide.to_numpy().ravel(), look, opacity=0.7, **shown))
-        ends = some[some["layer"] == last]["effect"]
-        told.append(f"{name} ({len(wide)} vectors) {_style.span(ends)}, median {ends.median():.3g}")
+        ends = np.asarray(some[some["layer"] == last]["effect"])
+        told.append(
+            f"{name} ({len(wide)} vectors) {_style.span(ends)}, median {np.median(ends):.3g}"
+        )
     norms = frame["norm"]
     same = f", ‖θ‖ = {norms.mean():.3g}" if np.ptp(norms) <= 1e-3 * norms.max() else ""
     what = f"Effect size by layer: {' vs '.join(map(str, named.groups))}{same}"

@@ -3,6 +3,7 @@
 import html
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
 from circuitsvis.tokens import colored_tokens
 from circuitsvis.utils.render import RenderedHTML
@@ -54,9 +55,8 @@ def token_presence(
     tokens, values = token_projections(model, vector, text, layer)
     hover = [f"{value:+.2f} sd" for value in values]
     largest = max(map(abs, values)) or 1.0
-    colours = {"negative_color": _AGAINST, "positive_color": _ALONG}
-    limits = {"min_value": -largest, "max_value": largest}
-    source = colored_tokens(tokens, values, **limits, **colours).local_src
+    limits = -largest, largest
+    source = colored_tokens(tokens, values, *limits, _AGAINST, _ALONG).local_src
     name = "static-" + source.partition('id="')[2].partition('"')[0]
     before, _, after = source.rpartition(_CALL)
     data, end, rest = after.rpartition("</script>")
@@ -83,18 +83,19 @@ def token_divergence(divergence: pd.DataFrame, vector: int = 0) -> RenderedHTML:
     checks.columns(
         divergence, ("vector", *_DIVERGENCE), "divergence", "pass analysis.token_divergence"
     )
-    own = divergence[divergence["vector"] == vector]
+    own = pd.DataFrame(divergence[divergence["vector"] == vector])
     if own.empty:
         raise ValueError(f"vector={vector}: the frame has {sorted({*divergence['vector']})}")
     # The first completion ends where a position comes again.
-    own = own[~(own["position"].diff() <= 0).cumsum().astype(bool)]
+    again = np.diff(own["position"].to_numpy(), prepend=-1) <= 0
+    own = pd.DataFrame(own[np.cumsum(again) == 0])
     hover = [
         f"KL {row['kl']:.3g} nats\n"
         f"log-prob {row['log_prob']:.2f}, unsteered {row['unsteered_log_prob']:.2f}\n"
         f"steered: {_likeliest(row['top'])}\nunsteered: {_likeliest(row['unsteered_top'])}"
         for row in own.to_dict("records")
     ]
-    largest = float(own["kl"].max()) or 1.0
+    largest = max(own["kl"]) or 1.0
     tokens = [str(token).replace("⏎", "⏎\n") for token in own["token"]]
     # Without circuitsvis, whose tokens can show no more than their number.
     shown = _coloured(tokens, own["kl"].tolist(), hover, largest)
