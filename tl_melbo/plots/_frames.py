@@ -288,8 +288,8 @@ def presence_points(
     found = scanned["p_adjusted"] < q
     traces, told = [], []
     for rows, name, colour, symbol in (
-        (scanned[~found & ~is_control], "n.s.", "#8c959f", "circle-open"),
-        (scanned[found & ~is_control], f"adjusted p < {q:g}", OTHERS[0], "diamond"),
+        (pd.DataFrame(scanned[~found & ~is_control]), "n.s.", "#8c959f", "circle-open"),
+        (pd.DataFrame(scanned[found & ~is_control]), f"adjusted p < {q:g}", OTHERS[0], "diamond"),
     ):
         traces.append(_presence_trace(rows, f"{name} ({len(rows)})", colour, symbol, 8))
         told.append(
