@@ -217,13 +217,13 @@ def _put(
     output: Tensor,
 ) -> Tensor:
     """A hook: heads lie side by side, as an axis (HookedTransformer) or in one (bridge)."""
-    changed = output.clone()
+    changed, width = output.clone(), output.shape[-1] // n_heads
     for row, head in rows:
         if head == _MLP:
             changed[row] = kept[0]
+        elif output.ndim == 4:
+            changed[row, :, head] = kept[0, :, head]
         else:
-            into, source = (
-                some.flatten(1).unflatten(1, (n_heads, -1)) for some in (changed[row], kept[0])
-            )
-            into[:, head] = source[:, head]
+            columns = slice(head * width, (head + 1) * width)
+            changed[row, :, columns] = kept[0, :, columns]
     return changed
