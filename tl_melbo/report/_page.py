@@ -159,32 +159,17 @@ def _family_part(part: Family, activation_map: ActivationMap | None) -> dict[str
     both = SteeringVectors(torch.cat([part.reference.vectors, vectors.vectors]))
     similarity = cosine_similarity(both)
     labels = ["θ₀", *numbers]
-    baselines = {
-        "unsteered": "unsteered",
-        "random": "random vectors of the same norms",
-        "rescaled": f"the family at norm {part.reference.norms[0]:.4g}",
-    }
-    kl = {k: torch.tensor([row["kl_to_reference"] for row in some]) for k, some in rows.items()}
     figures = {
-        "kl": plots.kl_curve(
-            kl["family"],
-            vectors,
-            completions=[str(row["completion"]) for row in rows["family"]],
-            window=window,
-            baselines={name: kl[kind] for kind, name in baselines.items()},
-            title="",
-        ),
+        "kl": plots.kl_curve(part.table, window=window, title=""),
         "norm": plots.norm_curve(vectors, window, ""),
         "distance": plots.distance_curve(vectors, float(unsteered["distance"]), window, ""),
         "vectors": plots.cosine_heatmap(similarity, "", labels=labels),
         "effects": _render.effects_heatmap(both, activation_map, _AFTER_THE_FIRST, labels),
         "composition": plots.composition_curves(part.composition, title=""),
     }
-    # Rescaled, the sum is the mean: one row is enough.
-    composed = part.composition.query("combination == 'mean' or scaling == 'raw'")
-    composed = composed.assign(
-        members=[" ".join(map(str, members)) for members in composed["members"]],
-        what=composed["combination"] + composed["scaling"].replace(_SCALINGS),
+    composed = part.composition.assign(
+        members=[" ".join(map(str, members)) for members in part.composition["members"]],
+        what=part.composition["combination"] + part.composition["scaling"].replace(_SCALINGS),
     )
     chosen = vectors.story.get("hyperparameters", {})
     facts = {
