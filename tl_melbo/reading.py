@@ -14,7 +14,7 @@ from tl_melbo import checks
 from tl_melbo.additions import Additions
 from tl_melbo.errors import NotFinite, warn_of_rows
 from tl_melbo.memory import map_batches
-from tl_melbo.model.bridge import Model, at_rest, block_below, model_name, plain_model
+from tl_melbo.model.bridge import Model, at_rest, model_name, module_below, plain_model
 from tl_melbo.model.tokens import to_tokens
 from tl_melbo.probability import LogProbs
 from tl_melbo.shapes import Float, Tokens, shape_checked
@@ -42,13 +42,15 @@ def adding_below(model: Model, plain: Any, rows: Additions) -> Iterator[None]:
     rows = rows.to(next(plain.parameters()).device)
     with ExitStack() as hooks:
         for layer in rows.layers:
-            block = block_below(model, plain, layer)
-            hooks.enter_context(block.register_forward_hook(_adder(rows, layer)))
+            module = module_below(model, plain, layer, rows.place)
+            hooks.enter_context(module.register_forward_hook(_adder(rows, layer)))
         yield
 
 
 def _adder(rows: Additions, layer: int) -> Callable[[nn.Module, Any, Any], Any]:
-    def add(block: nn.Module, args: Any, output: Any) -> Any:
+    def add(module: nn.Module, args: Any, output: Any) -> Any:
+        if rows.place == "attention":
+            return output + rows.after(layer, args[0])
         if isinstance(output, tuple):
             return (output[0] + rows.after(layer, output[0]), *output[1:])
         return output + rows.after(layer, output)

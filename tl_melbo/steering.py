@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from tl_melbo import checks
 from tl_melbo.activation_map import ActivationMap
 from tl_melbo.additions import Additions, Steering, VectorAdditions
-from tl_melbo.model.bridge import Model, check_layer, check_model, model_name, residual_hook_name
+from tl_melbo.model.bridge import (
+    Model,
+    check_layer,
+    check_model,
+    check_projection,
+    hook_points,
+    model_name,
+)
 from tl_melbo.shapes import Float, Theta, checked_slice, shape_checked
 from tl_melbo.vectors import SteeringVectors
 
@@ -66,17 +73,18 @@ def hooked(model: Model, rows: Additions, positions: Positions = slice(None)) ->
     """`steered`, of arguments that were checked."""
     with ExitStack() as hooks:
         for layer in rows.layers:
-            hooks.enter_context(_hooked_after(model, layer, rows, positions))
+            hooks.enter_context(_hooked_in(model, layer, rows, positions))
         yield
 
 
 @contextmanager
-def _hooked_after(
+def _hooked_in(
     model: Model, layer: int, rows: Additions, positions: Positions
 ) -> Iterator[None]:
     past, prompt = 0, 0  # positions in the KV cache, and in the first pass
+    read: Tensor | None = None
 
-    def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal past
         past = 0
         for argument in (*args, *kwargs.values()):
@@ -86,9 +94,13 @@ def _hooked_after(
             elif hasattr(argument, "past_keys"):
                 past = int(argument.past_keys.shape[1])
 
-    def add(module: nn.Module, args: Any, residual: Tensor) -> Tensor:
-        nonlocal prompt
-        n_rows, length = residual.shape[:2]
+    def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+        nonlocal read
+        read = output
+
+    def add(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        nonlocal prompt, read
+        n_rows, length = output.shape[:2]
         if len(rows) not in (1, n_rows):
             raise ValueError(
                 f"vectors: {len(rows)} vectors, but a batch of {n_rows} came by; steer with one "
@@ -96,14 +108,15 @@ def _hooked_after(
             )
         if past == 0:
             prompt = length
-        chosen = _chosen_positions(positions, past, length, prompt).to(residual.device)
-        steered = residual + rows.after(layer, residual)
-        return torch.where(chosen[None, :, None], steered, residual)
+        chosen = _chosen_positions(positions, past, length, prompt).to(output.device)
+        steered, read = output + rows.after(layer, cast(Tensor, read)), None
+        return torch.where(chosen[None, :, None], steered, output)
 
-    point = model.hook_dict[residual_hook_name(layer)]
+    source, target = hook_points(model, layer, rows.place)
     with (
-        model.blocks[layer].register_forward_pre_hook(read, with_kwargs=True),
-        point.register_forward_hook(add),
+        model.blocks[layer].register_forward_pre_hook(count, with_kwargs=True),
+        source.register_forward_hook(keep),
+        target.register_forward_hook(add),
     ):
         yield
 
@@ -161,6 +174,8 @@ def _own_rows(
     rows = steering.additions(scales)
     for own in rows.layers:
         check_layer(model, own)
+        if rows.place == "attention":
+            check_projection(model, own)
     return rows
 
 

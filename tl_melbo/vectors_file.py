@@ -38,7 +38,8 @@ class Kind(NamedTuple):
 VECTORS = Kind("tl_melbo.vectors", "SteeringVectors", {"vectors": 2})
 LAYERED = Kind("tl_melbo.layered_vectors", "LayeredVectors", {"vectors": 3})
 ADAPTER = Kind("tl_melbo.adapter", "Adapter", {"A": 4, "B": 4})
-_READERS = {kind.format: kind.reader for kind in (VECTORS, LAYERED, ADAPTER)}
+GATED = Kind("tl_melbo.gated_factors", "GatedFactors", {"A": 3, "B": 3})
+_READERS = {kind.format: kind.reader for kind in (VECTORS, LAYERED, ADAPTER, GATED)}
 
 
 def write(
