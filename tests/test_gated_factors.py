@@ -131,28 +131,25 @@ def test_gradients_are_those_of_finite_differences():
 
 def test_the_search_is_that_of_a_slow_and_obvious_implementation():
     model = tiny_bridge("gpt2", torch.float64)
-    prompts, layers, n, radius = [PROMPT], [0, 1], 2, 0.8
+    prompts, layers, n, radius = [PROMPT], [0, 1], 3, 0.8
     found = tm.gated_factors(
         model, prompts, n, layers=layers, target_layer=2, radius=radius, steps=2, seed=3
     )
     gated = flat_map(model, prompts, radius, layers, 2)
     tokens = [to_tokens(model, prompt) for prompt in prompts]
-    z = []
-    for layer in layers:
-        read = (f"blocks.{layer}.attn.hook_z", lambda z_, hook: z.append(z_[0].flatten(1).mean(0)))
-        model.run_with_hooks(tokens[0], fwd_hooks=[read])
-    z = torch.stack(z)
     drawn = torch.randn(n, gated.size, generator=torch.Generator().manual_seed(3)).double()
     rows = drawn.reshape(n, 2, -1)
-    start = [slow.normed(row[:, :D_MODEL], row[:, D_MODEL:], z) for row in rows]
+    start = [slow.normed(row[:, :D_MODEL], row[:, D_MODEL:]) for row in rows]
     factors, effects, alpha, objectives = slow.search(
-        model, tokens, start, z, layers, radius, 2, steps=2
+        model, tokens, start, layers, radius, 2, steps=2
     )
     order = alpha.argsort(descending=True)
     for place, number in enumerate(order):
+        # (-a, -b) is the same factor.
         a, b = factors[number]
-        torch.testing.assert_close(found.A[place].double(), a, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(found.B[place].double(), b, rtol=1e-4, atol=1e-5)
+        signs = (found.A[place] * a).sum(-1, keepdim=True).sign()
+        torch.testing.assert_close(found.A[place].double(), signs * a, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.B[place].double(), signs * b, rtol=1e-4, atol=1e-5)
     columns = found.columns
     torch.testing.assert_close(columns["importance"].double(), alpha[order], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(
@@ -201,7 +198,7 @@ def test_the_search_leaves_the_model_and_the_global_random_state_alone(unchanged
     assert flags == [module.training for module in model.modules()]
     model.eval()
 
-    def stop(*_):
+    def stop(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch.autograd, "grad", stop)
@@ -232,20 +229,26 @@ def test_vectors_do_what_constant_gates_do():
     )  # fmt: skip
 
 
+@torch.no_grad()
+def sum_of_gates(model, tokens, A, B):
+    z, made = [], slow.hooks(A, B, (0, 1), 1.0)
+
+    def keep(each, hook):
+        z.append(each[0].flatten(1))
+
+    made += [(f"blocks.{layer}.attn.hook_z", keep) for layer in (0, 1)]
+    model.run_with_hooks(tokens, fwd_hooks=made)
+    return torch.stack([(each @ a).sum() for each, a in zip(z, A, strict=True)])
+
+
 def test_mean_gates_are_measured_under_the_factor(model, found):
     total, count = torch.zeros(2), 0
-    made = slow.hooks(found.A[1], found.B[1], (0, 1), 1.0)
     for prompt in PROMPTS:
-        z, tokens = [], to_tokens(model, prompt)
-        keep = [
-            (f"blocks.{layer}.attn.hook_z", lambda each, hook: z.append(each[0].flatten(1)))
-            for layer in (0, 1)
-        ]
-        with torch.no_grad():
-            model.run_with_hooks(tokens, fwd_hooks=[*made, *keep])
-        total += torch.stack([(each @ a).sum() for each, a in zip(z, found.A[1], strict=True)])
+        tokens = to_tokens(model, prompt)
+        total += sum_of_gates(model, tokens, found.A[1], found.B[1])
         count += tokens.shape[1]
     expected = total / count
+    assert (expected > 0).all()
     torch.testing.assert_close(found.columns["mean_gate"][1], expected, rtol=1e-4, atol=1e-5)
     vectors = found.vectors()
     torch.testing.assert_close(vectors.vectors[1], expected[:, None] * found.B[1])
@@ -344,10 +347,10 @@ def test_factors_and_models_that_do_not_belong_together(model, found):
         tm.gated_factors(torch.nn.Linear(2, 2), PROMPT)
 
 
-def test_effects_that_are_not_finite_are_told():
-    model = tiny_bridge("llama")
-    with pytest.raises(NotFinite, match="factors .*not finite"):
-        tm.gated_factors(model, PROMPT, 2, radius=1e38, **QUICK)
+def test_effects_that_are_not_finite_are_told(model):
+    options = {**QUICK, "steps": 1, "radius": 1e38}
+    with pytest.raises(NotFinite, match=r"factors 0, 1: their effect .*not finite"):
+        tm.gated_factors(model, PROMPT, 2, **options)
 
 
 @pytest.mark.boundary

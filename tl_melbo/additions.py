@@ -13,8 +13,8 @@ from torch import Tensor
 
 from tl_melbo.shapes import Float, Theta
 
-# Where in a block: what is added to, and what the addition is computed from. "block": the residual
-# stream after it, for both. "attention": the output of attention's output projection, and its input.
+# Where in a block something is read and added. "block": both in the residual stream after it.
+# "attention": read is the input of attention's output projection, and added to is its output.
 Place = Literal["block", "attention"]
 
 

@@ -72,7 +72,8 @@ def next_token_log_probs(
     """Log-probabilities of the token after the prompt, one row a vector: float32, on the CPU.
 
     Args:
-        vectors: vectors, vectors of several layers, or adapters; None for the unsteered model.
+        vectors: vectors, vectors of several layers, adapters or gated factors; None for the
+            unsteered model.
         layer: None takes the layer that the vectors were found at.
         chat: None takes the format that the vectors were found with.
 

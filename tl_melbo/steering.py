@@ -22,7 +22,7 @@ from tl_melbo.shapes import Float, Theta, checked_slice, shape_checked
 from tl_melbo.vectors import SteeringVectors
 
 Vectors = SteeringVectors | Float[Tensor, "d_model"] | Theta
-# Whatever can be put into a model: vectors, vectors of several blocks, adapters.
+# Whatever can be put into a model: vectors, vectors of several blocks, adapters, gated factors.
 Steerable = Vectors | Steering
 # Beside Vectors in one signature: an axis of the same name would have to be of the same size.
 Reference = SteeringVectors | Float[Tensor, "d_model"] | Float[Tensor, "reference d_model"]
@@ -48,9 +48,9 @@ def steered(
 
     Args:
         vectors: one vector for every row of the batch, or exactly one for each row; or vectors of
-            several layers, or adapters, in the same way.
-        layer: None takes the layer that the vectors were found at. Vectors of several layers and
-            adapters know their own.
+            several layers, adapters or gated factors, in the same way.
+        layer: None takes the layer that the vectors were found at. Vectors of several layers,
+            adapters and gated factors know their own.
         positions: which tokens of the prompt, the first forward pass, to steer: a slice or indices.
             Tokens generated from the KV cache are steered if the slice has no end.
 
@@ -78,9 +78,7 @@ def hooked(model: Model, rows: Additions, positions: Positions = slice(None)) ->
 
 
 @contextmanager
-def _hooked_in(
-    model: Model, layer: int, rows: Additions, positions: Positions
-) -> Iterator[None]:
+def _hooked_in(model: Model, layer: int, rows: Additions, positions: Positions) -> Iterator[None]:
     past, prompt = 0, 0  # positions in the KV cache, and in the first pass
     read: Tensor | None = None
 

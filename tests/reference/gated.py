@@ -57,27 +57,24 @@ def mean_effect(model, prompts, a, b, layers, radius, target):
     return torch.stack(effects).mean(0)
 
 
-def normed(a, b, mean_z):
-    """Every row at norm 1, and turned so that its gate is not negative on average."""
-    a, b = a / a.norm(dim=-1, keepdim=True), b / b.norm(dim=-1, keepdim=True)
-    signs = torch.ones(len(a), 1, dtype=a.dtype)
-    signs[(a * mean_z).sum(-1) < 0] = -1
-    return a * signs, b * signs
+def normed(a, b):
+    """Every row at norm 1."""
+    return a / a.norm(dim=-1, keepdim=True), b / b.norm(dim=-1, keepdim=True)
 
 
 def flat(a, b):
     return torch.cat([torch.cat([a[place], b[place]]) for place in range(len(a))])
 
 
-def pushed_apart(factors, strengths, mean_z):
+def pushed_apart(factors, strengths):
     """Ten times, take from each the mean of all, weighted by likeness and strength."""
-    d_z, blocks = factors[0][0].shape[1], len(mean_z)
+    blocks, d_z = factors[0][0].shape
     for _ in range(10):
         flats = torch.stack([flat(*factor) for factor in factors]) / (2 * blocks) ** 0.5
         shares = (flats @ flats.T).exp() * torch.tensor(strengths, dtype=flats.dtype)
         left = flats - shares / shares.sum(1, keepdim=True) @ flats
         rows = [row.reshape(blocks, -1) for row in left]
-        factors = [normed(row[:, :d_z], row[:, d_z:], mean_z) for row in rows]
+        factors = [normed(row[:, :d_z], row[:, d_z:]) for row in rows]
     return factors
 
 
@@ -96,14 +93,14 @@ def step(model, prompts, factors, layers, radius, target):
     return effects, gradients, outputs, alpha, objective
 
 
-def search(model, prompts, factors, mean_z, layers, radius, target, steps):
+def search(model, prompts, factors, layers, radius, target, steps):
     """Soft steps, and one more without the push, from the best: factors, effects, alpha, values."""
     strengths, objectives, highest = [1.0] * len(factors), [], -float("inf")
     for _ in range(steps):
-        factors = pushed_apart(factors, strengths, mean_z)
+        factors = pushed_apart(factors, strengths)
         _, gradients, _, _, objective = step(model, prompts, factors, layers, radius, target)
         strengths = [float(flat(*pair).norm()) for pair in gradients]
-        factors = [normed(*pair, mean_z) for pair in gradients]
+        factors = [normed(*pair) for pair in gradients]
         objectives.append(objective)
         if objective > highest:
             highest, following = objective, factors

@@ -138,6 +138,8 @@ class Fit:
 
     def soft(self, vectors: Tensor, strengths: Tensor) -> Tensor:
         """Push vectors away from strong ones that they resemble."""
+        if len(vectors) == 1:  # it would be taken from itself
+            return vectors
         for _ in range(_SOFT_PASSES):
             shares = torch.softmax(vectors @ vectors.T + strengths.log(), dim=-1)
             vectors = self.unit(vectors - shares @ vectors)

@@ -19,9 +19,7 @@ from tl_melbo.text import printable
 if TYPE_CHECKING:
     import pandas as pd
 
-_ABOUT = (
-    "Each vector is what a gated factor writes in a block, at the mean gate over the prompts' tokens."
-)
+_ABOUT = "Each vector is what a gated factor writes in a block, at its mean gate over the tokens."
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ class GatedAdditions:
         return (self.size.to(dtype).abs() * some).float().cpu()
 
     def gates(self, layer: int, z: Tensor) -> Tensor:
-        """z . a of each row at each token, [row, pos], in float32 at least."""
+        """The gate z . a of each row at each token, [row, pos], in float32 at least."""
         a = self.A[:, self.layers.index(layer)]
         if z.shape[-1] != a.shape[-1]:
             raise ValueError(
@@ -80,15 +78,15 @@ class GatedFactors(Stored):
         with tm.steered(model, found[0]):
             print(model.generate("Dear diary,"))
 
-    z are the outputs of all heads, one after the other, which the output projection W multiplies. So
-    a factor is a steering vector b of each block whose length each token's own z decides. It is a
-    library: row i of a batch gets factor i. A scale multiplies what is added.
+    z are the outputs of all heads, one after the other, which the output projection W multiplies.
+    So a factor is a steering vector b for each block, whose length each token's own z decides. It
+    is a library: row i of a batch gets factor i. A scale multiplies what is added.
 
     Attributes:
         A: float32, on the CPU: what each block reads, of norm 1 as `gated_factors` finds it.
         B: what each block writes, as A.
-        columns: of `gated_factors`: `importance`, `effect`, `mean_gate` [factor, layer], z . a over
-            the prompts' tokens; `output` and `mean_effect` [factor, d_model], as `dct` has them.
+        columns: of `gated_factors`: `importance`, `effect`, `output` and `mean_effect`, as `dct`
+            has them; `mean_gate` [factor, layer], z . a over the prompts' tokens under the factor.
         history: each factor's part of the objective after each step.
     """
 

@@ -42,21 +42,15 @@ class GatedMap:
 
     def __init__(self, f: ActivationMap, layers: Sequence[int], radius: float) -> None:
         self.f, self.layers, self.radius = f, layers, radius
-        sums: dict[int, Tensor | float] = dict.fromkeys(layers, 0.0)
-
-        def see(layer: int, z: Tensor) -> None:
-            sums[layer] = sums[layer] + z.double().sum((0, 1)).cpu()
-
-        with self._seen(see):
+        widths: set[int] = set()
+        with self._seen(lambda _, z: widths.add(z.shape[-1])):
             f._hooked(f.x)
-        means = [cast(Tensor, each) / int(f.mask.sum()) for each in sums.values()]
-        widths = {len(z) for z in means}
         if len(widths) > 1:
             raise ValueError(
                 f"layers={list(layers)}: attention of these blocks is {sorted(widths)} wide; pass "
                 "blocks of one width"
             )
-        self.z = torch.stack(means)  # of the unsteered tokens, [layer, d_z]
+        self.widths = widths.pop(), f.d_model  # of a and b
 
     @property
     def x(self) -> Residual:
@@ -71,7 +65,7 @@ class GatedMap:
     @property
     def size(self) -> int:
         """How many numbers a factor has."""
-        return len(self.layers) * (self.z.shape[1] + self.f.d_model)
+        return len(self.layers) * sum(self.widths)
 
     def story(self) -> dict[str, Any]:
         """Where the map comes from; its factors belong to blocks, not to one source layer."""
@@ -91,21 +85,15 @@ class GatedMap:
 
     def parts(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """The a and the b of flattened factors, [factor, layer, width]."""
-        widths = self.z.shape[1], self.f.d_model
-        return theta.unflatten(1, (len(self.layers), sum(widths))).split(widths, dim=2)
+        return theta.unflatten(1, (len(self.layers), -1)).split(self.widths, dim=2)
 
     def unit(self, theta: Tensor) -> Tensor:
-        """Every a and b at its norm; zero stays zero.
-
-        (-a, -b) is the same factor as (a, b), so the sign is chosen: the mean gate of unsteered
-        tokens is not negative. Otherwise equal factors would not be seen to be alike.
-        """
+        """Every a and b at its norm; zero stays zero."""
         scaled = []
         for part in self.parts(theta):
             norm = part.norm(dim=-1, keepdim=True) * math.sqrt(2 * len(self.layers))
             scaled.append(torch.where(norm == 0, part, part / norm))
-        gates = (scaled[0] * self.z).sum(-1, keepdim=True)
-        return (torch.cat(scaled, -1) * torch.where(gates < 0, -1, 1)).flatten(1)
+        return torch.cat(scaled, -1).flatten(1)
 
     def additions(self, theta: Tensor) -> GatedAdditions:
         """What flattened factors add; gradients flow."""
@@ -192,11 +180,12 @@ def gated_factors(
     and strong. All numbers of a factor count as one vector there; each a and b keeps norm 1.
 
     Args:
+        n_factors: how many; two push each other to the same factor, and few push each other far.
         layers: the band; None takes the first third of the model's blocks.
-        target_layer: where the effect is measured; None takes half of the blocks, or the block after
-            the band where that is later.
-        positions: where the effect is measured, counted on each prompt's own tokens. The factors are
-            added at all.
+        target_layer: where the effect is measured; None takes half of the blocks, or the block
+            after the band where that is later.
+        positions: where the effect is measured, counted on each prompt's own tokens. The factors
+            are added at all.
         radius: R.
         chat: format each prompt as a user's turn with the tokenizer's chat template.
         batch_size: factors at a time; None picks what fits in memory.
@@ -245,10 +234,12 @@ def gated_factors(
         attention_normed=any(hasattr(model.blocks[layer], "ln1_post") for layer in band),
     )  # fmt: skip
     columns = {"importance": importance, "effect": (output * mean_effect).sum(-1)}
-    columns |= {"mean_gate": gated.mean_gates(inputs).float()}
-    columns |= {"output": output, "mean_effect": mean_effect}
-    rows = gated.additions(inputs)
-    return GatedFactors(rows.A, rows.B, story=facts, columns=columns, history=history[by_size])
+    gates, rows = gated.mean_gates(inputs).float(), gated.additions(inputs)
+    columns |= {"mean_gate": gates.abs(), "output": output, "mean_effect": mean_effect}
+    # (-a, -b) adds what (a, b) adds: of the two, the one that is open on average.
+    signs = torch.where(gates < 0, -1.0, 1.0)[:, :, None]
+    A, B = rows.A * signs, rows.B * signs
+    return GatedFactors(A, B, story=facts, columns=columns, history=history[by_size])
 
 
 def _band(model: Model, layers: Sequence[int] | None, target: int | None) -> tuple[list[int], int]:
