@@ -206,10 +206,8 @@ def test_the_search_leaves_the_model_and_the_global_random_state_alone(unchanged
         tm.gated_factors(model, PROMPT, 2, **QUICK)
 
 
-def test_vectors_do_what_constant_gates_do():
-    # Its MLP does not read what attention writes: after the block is the same place.
-    model = tiny_bridge("gptneox")
-    z = []
+def test_vectors_do_what_constant_gates_do(tiny, tmp_path):
+    z, model = [], tiny
     keep = ("blocks.1.attn.hook_z", lambda each, hook: z.append(each[0].flatten(1)))
     model.run_with_hooks(to_tokens(model, PROMPT), fwd_hooks=[keep])
     # a reads the same number from every token, so R times it and b is added everywhere.
@@ -220,13 +218,29 @@ def test_vectors_do_what_constant_gates_do():
     gates = torch.tensor([[1.5]])
     factor = tm.GatedFactors(plain.A, plain.B, story=plain.story, columns={"mean_gate": gates})
     vectors = factor.vectors()
-    assert vectors.layers == (1,)
+    assert (vectors.layers, vectors.place) == ((1,), "attention")
     torch.testing.assert_close(vectors.vectors[0], 0.75 * b)
     torch.testing.assert_close(
         tm.next_token_log_probs(model, PROMPT, vectors),
         tm.next_token_log_probs(model, PROMPT, factor),
         rtol=1e-3, atol=1e-3,
     )  # fmt: skip
+    tokens = to_tokens(model, PROMPT)
+    with torch.no_grad():
+        with tm.steered(model, vectors):
+            steered = model(tokens)
+        with tm.steered(model, factor):
+            torch.testing.assert_close(steered, model(tokens), rtol=1e-3, atol=1e-3)
+        after = tm.LayeredVectors.from_tensor(vectors.vectors, [1])
+        with tm.steered(model, after):
+            assert not torch.allclose(steered, model(tokens), atol=1e-2)
+    vectors.save(tmp_path / "v.safetensors")
+    read = tm.LayeredVectors.load(tmp_path / "v.safetensors")
+    assert (2 * read[0]).place == "attention"
+    with pytest.raises(ValueError, match="added to what attention writes"):
+        read.at(1)
+    with pytest.raises(ValueError, match="place make no sense"):
+        tm.LayeredVectors(read.vectors, story={**read.story, "place": "mlp"}).save(tmp_path / "w")
 
 
 @torch.no_grad()
@@ -340,9 +354,6 @@ def test_factors_and_models_that_do_not_belong_together(model, found):
         tm.generate(model, PROMPT, found, layer=2)
     with pytest.raises(ValueError, match="mean_gate"):
         random_factors().vectors()
-    gemma = tm.gated_factors(tiny_bridge("gemma3"), PROMPT, 1, steps=1)
-    with pytest.raises(ValueError, match="tiny-gemma3 normalises what attention writes"):
-        gemma.vectors()
     with pytest.raises(TypeError, match="TransformerLens model"):
         tm.gated_factors(torch.nn.Linear(2, 2), PROMPT)
 

@@ -6,7 +6,7 @@ put it into a model. It knows tensors, no models.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
+from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -76,11 +76,11 @@ class Steering(Protocol):
 
 @dataclass(frozen=True)
 class VectorAdditions:
-    """Vectors, whatever the residual stream is: `theta` is [row, layer, d_model], float32."""
+    """Vectors, whatever is read: `theta` is [row, layer, d_model], float32."""
 
-    place: ClassVar[Place] = "block"
     theta: Float[Tensor, "row layer d_model"]
     layers: Sequence[int]
+    place: Place = "block"
 
     @classmethod
     def of(cls, theta: Theta, layer: int) -> Self:

@@ -178,10 +178,11 @@ def _own_rows(
 
 
 def place_told(rows: Additions) -> str:
-    """After which layers something is added, for a message."""
+    """Where something is added, for a message."""
+    where = "after" if rows.place == "block" else "in attention of"
     if len(rows.layers) == 1:
-        return f"after layer {rows.layers[0]}"
-    return f"after {len(rows.layers)} layers, {min(rows.layers)} to {max(rows.layers)}"
+        return f"{where} layer {rows.layers[0]}"
+    return f"{where} {len(rows.layers)} layers, {min(rows.layers)} to {max(rows.layers)}"
 
 
 def as_theta(model: Model, vectors: Vectors) -> Theta:

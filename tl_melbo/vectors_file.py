@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tl_melbo.additions import Place
 from tl_melbo.errors import Damaged
 from tl_melbo.files import replacing
 
@@ -166,6 +167,7 @@ _FACTS: Mapping[str, Any] = {
     "chat": bool | None,
     "theta0": dict | None,
     "measure": Annotated[dict | None, Is[lambda it: it is None or {*_MEASURE} <= {*it}]],
+    "place": Place | None,
     "layers": _list_of(Annotated[int, Is[lambda layer: layer >= 0]]),
     "source_layer": _LAYER,
     "target_layer": _LAYER,

@@ -147,12 +147,10 @@ class GatedFactors(Stored):
     def vectors(self) -> LayeredVectors:
         """The factors without their gates: what each writes, R b, times its mean gate.
 
-        They are added after the block, so the block's own MLP does not read them. Exact where it
-        would not read attention's output, either (GPT-NeoX).
+        They are added where the factors are, to what attention writes.
 
         Raises:
-            ValueError: the mean gates are not known, since `gated_factors` did not find these; or
-                the model normalises attention's output, so that b is not what reaches the stream.
+            ValueError: the mean gates are not known, since `gated_factors` did not find these.
         """
         gates = self.columns.get("mean_gate")
         if gates is None or gates.shape != self.A.shape[:2]:
@@ -160,14 +158,9 @@ class GatedFactors(Stored):
                 "columns: lacks 'mean_gate', a number for each factor and block; pass factors that "
                 "tm.gated_factors found"
             )
-        if self.story.get("attention_normed"):
-            raise ValueError(
-                f"{self.story.get('model')} normalises what attention writes, so b is not what "
-                "reaches the residual stream; steer with the factors themselves"
-            )
         vectors = self.radius * gates[:, :, None].to(self.B) * self.B
         story: dict[str, Any] = {k: v for k, v in self.story.items() if k != "measure"}
-        story |= {"method": "degated_factors", "about": _ABOUT}
+        story |= {"method": "degated_factors", "place": "attention", "about": _ABOUT}
         columns = {name: self.columns[name] for name in ("index", "mean_gate")}
         return LayeredVectors(vectors, story=story, columns=columns)
 

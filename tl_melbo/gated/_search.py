@@ -231,7 +231,6 @@ def gated_factors(
         ),
         about="Each factor is a steering vector in attention of several blocks, with a gate that "
         "each token sets; all were found together, as soft factors of the effect.",
-        attention_normed=any(hasattr(model.blocks[layer], "ln1_post") for layer in band),
     )  # fmt: skip
     columns = {"importance": importance, "effect": (output * mean_effect).sum(-1)}
     gates, rows = gated.mean_gates(inputs).float(), gated.additions(inputs)
