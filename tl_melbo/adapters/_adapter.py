@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import torch
 from torch import Tensor
@@ -39,11 +39,11 @@ class AdapterAdditions:
     for each. `size` is [row]. Gradients flow into A and B.
     """
 
-    place: ClassVar[Place] = "block"
     A: Tensor
     B: Tensor
     size: Tensor
     layers: Sequence[int]
+    place: Place = "block"
 
     def __len__(self) -> int:
         return len(self.A)

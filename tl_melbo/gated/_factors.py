@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -29,11 +29,11 @@ class GatedAdditions:
     A is [row, layer, d_z], B [row, layer, d_model], `size` is [row]. Gradients flow into A and B.
     """
 
-    place: ClassVar[Place] = "attention"
     A: Tensor
     B: Tensor
     size: Tensor
     layers: Sequence[int]
+    place: Place = "attention"
 
     def __len__(self) -> int:
         return len(self.A)

@@ -85,7 +85,8 @@ class GatedMap:
 
     def parts(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """The a and the b of flattened factors, [factor, layer, width]."""
-        return theta.unflatten(1, (len(self.layers), -1)).split(self.widths, dim=2)
+        of_block = theta.unflatten(1, (len(self.layers), -1))
+        return of_block[..., : self.widths[0]], of_block[..., self.widths[0] :]
 
     def unit(self, theta: Tensor) -> Tensor:
         """Every a and b at its norm; zero stays zero."""
@@ -208,9 +209,13 @@ def gated_factors(
     checks.seed(seed)
     band, target = _band(model, layers, target_layer)
     f = ActivationMap._hooked_between(model, prompts, chat, band[0] - 1, target, batch_size)
-    gated, total = GatedMap(f, band, radius), steps + 1
-    with tqdm(total=total, desc="gated factors", unit="step", disable=not progress) as bar:
-        fit = _GatedFit(gated, positions, 1.0, lambda *_: bar.update())
+    gated = GatedMap(f, band, radius)
+    with tqdm(total=steps + 1, desc="gated factors", unit="step", disable=not progress) as bar:
+
+        def tell(step: int, objective: float) -> None:
+            bar.update()
+
+        fit = _GatedFit(gated, positions, 1.0, tell)
         drawn = torch.Generator().manual_seed(seed)
         start = torch.randn(n_factors, gated.size, generator=drawn, dtype=torch.float32)
         with own_arithmetic(gated):

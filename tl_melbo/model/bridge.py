@@ -221,10 +221,10 @@ def module_below(model: Model, plain: nn.Module, layer: int, place: Place = "blo
     """The block of `plain_model(model)` that belongs to a layer, or its output projection."""
     block = model.blocks[layer]
     named = model.original_model.named_modules()
-    below = plain.get_submodule(next(name for name, module in named if module is block))
+    below: Any = plain.get_submodule(next(name for name, module in named if module is block))
     if place == "block":
         return below
     # By its weight, which both share: their names differ between architectures.
     address = block.attn.o.original_component.weight.data_ptr()
-    modules = (module for module in below.modules() if "weight" in module._parameters)
-    return next(module for module in modules if module.weight.data_ptr() == address)
+    weights = ((module, module._parameters.get("weight")) for module in below.modules())
+    return next(m for m, weight in weights if weight is not None and weight.data_ptr() == address)
