@@ -3,7 +3,12 @@
 Every `title` stands above its figure; "" leaves it out.
 """
 
-from tl_melbo.plots._experiments import description_heatmap, dose_response, pairwise
+from tl_melbo.plots._experiments import (
+    behaviour_rates,
+    description_heatmap,
+    dose_response,
+    pairwise,
+)
 from tl_melbo.plots._frames import (
     atlas_heatmap,
     composition_curves,
@@ -24,6 +29,7 @@ from tl_melbo.plots._library import (
 
 __all__ = [
     "atlas_heatmap",
+    "behaviour_rates",
     "composition_curves",
     "cosine_heatmap",
     "description_heatmap",
