@@ -178,7 +178,7 @@ def test_names_hold_no_word_of_the_prompt_and_are_unique(tiny_llama):
     names = found.groups["name"]
     assert len({*names}) == len(names) == 4
     assert not names.str.contains("kill|python|process", case=False).any()
-    assert names.tolist()[0] == "echoes the prompt"
+    assert "echoes the prompt" in [*names]
 
 
 # Under five vectors, what a model that refuses may write: the prompt's nouns are in all of them.
@@ -272,7 +272,7 @@ HOSTILE = (
 
 
 def test_hostile_texts_are_grouped_and_named_safely(tiny_llama):
-    found = grouped(tiny_llama, [*HOSTILE, None, *COOKING], SAILING[0])
+    found = grouped(tiny_llama, [*HOSTILE, None, *COOKING], SAILING[0], embedder="words")
     for name in found.groups["name"]:
         assert len(name) < 250
         assert name.isprintable()

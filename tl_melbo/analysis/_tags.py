@@ -33,7 +33,7 @@ MOST_CHARACTERS = 2_000
 _OPENING = 240
 # Of trigrams of words, the share that occurred before.
 _REPEATS = 0.5
-_FEWEST_REPEATED = 8
+_FEWEST_REPEATED = 5
 # Words in a row that a system prompt and a text have in common, from the start of a sentence.
 _LEAKED_WORDS = 5
 _FEWEST_ECHOED = 3
@@ -50,6 +50,7 @@ _SPEAKERS = re.compile(
     r"(?:q|a|question|answer|user|assistant|human|ai|bot|chatbot|system|interviewer|customer|"
     r"teacher|student|me|you)\b", re.IGNORECASE,
 )  # fmt: skip
+_QUOTED = re.compile(r'(?<=\w )"[^"\n]{1,80}"')
 _QUOTED_LINE = re.compile(r"^\s*(?:[\"“„«]|[—–-]{1,2}\s?[^\W\d_a-z])", re.MULTILINE)
 # Any of these is code; so are two lines that end or look as code does.
 _CODE = re.compile(
@@ -201,6 +202,8 @@ def _language(text: str, fewest: int) -> str:
 
 def _speaker(text: str) -> str:
     """Who speaks. What the text says of itself comes before how it says the rest."""
+    # Who is quoted does not speak.
+    text = _QUOTED.sub(" ", text)
     if IS_AI.search(text):
         return "assistant"
     if IS_HUMAN.search(text):
