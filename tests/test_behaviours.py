@@ -14,6 +14,10 @@ from tl_melbo.analysis._tags import FORMS
 from tl_melbo.models import to_tokens
 
 LABELLED = json.loads((Path(__file__).parent / "data/labelled_completions.json").read_text())
+OF_GEMMA = json.loads(
+    (Path(__file__).parent / "data/labelled_completions_gemma.json").read_text(encoding="utf-8")
+)
+SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 LOWEST_AGREEMENT = 0.6
 COOKING = (
     "First boil the water, then add the pasta and a little salt.",
@@ -50,6 +54,37 @@ def test_groups_agree_with_labels_given_by_hand(model):
     gibberish = [label == "incoherent" for label in labels]
     wrong = (found.texts["coherent"].to_numpy() == gibberish).sum()
     assert wrong <= 4
+
+
+def agreement(model, rows, **settings):
+    """With labels given by hand, of texts that a reader finds coherent."""
+    whole = [row for row in OF_GEMMA["completions"] if row["label"] != "incoherent"]
+    completions = frame([row["completion"] for row in whole], None, OF_GEMMA["prompt"])
+    settings |= {"largest_perplexity": float("inf"), "largest_repetition": 1.0, "chat": False}
+    found = tm.analysis.behaviours(model, completions, **settings).texts["behaviour"]
+    chosen = [place for place, row in enumerate(whole) if rows(row)]
+    return adjusted_rand_score([whole[i]["label"] for i in chosen], found[chosen])
+
+
+@pytest.mark.parametrize("embedder", ["sentences", "words"])
+def test_groups_agree_with_labels_on_another_model_and_both_signs(tiny_llama, embedder):
+    assert len(OF_GEMMA["completions"]) == 88
+    known = agreement(tiny_llama, lambda row: "held_out" not in row, embedder=embedder)
+    assert known >= LOWEST_AGREEMENT
+
+
+def test_tags_agree_with_those_given_by_hand():
+    for labelled, system in ((LABELLED, SYSTEM), (OF_GEMMA, None)):
+        rows = [row for row in labelled["completions"] if "held_out" not in row]
+        texts = [row["completion"] for row in rows]
+        found = tm.analysis.tags(labelled["prompt"], texts, system)
+        right = [
+            tags == (row["stance"], row["form"])
+            for tags, row in zip(
+                found[["stance", "form"]].itertuples(index=False), rows, strict=True
+            )
+        ]
+        assert sum(right) >= 0.8 * len(rows)
 
 
 @pytest.mark.parametrize("embedder", ["sentences", "words"])
@@ -157,11 +192,11 @@ def test_texts_are_filtered_out_for_a_reason(tiny_llama):
 
 
 def test_a_group_is_named_after_its_tags_and_its_opening(tiny_llama):
-    texts = ["Zebras plague death in the old town by the sea.", *SAILING, "- a b\n- c d"]
+    texts = ["Zebras plague death, taxes, and eleven of your books.", *SAILING, "- a b\n- c d"]
     names = grouped(tiny_llama, texts, SAILING[0]).groups["name"].tolist()
     assert names == [
         "≈ baseline",
-        "prose: “Zebras plague death in the old…”",
+        "prose: “Zebras plague death, taxes, and eleven…”",
         "list: “- a b - c d”",
     ]
 

@@ -1,5 +1,8 @@
 """Tags by rule: texts of each stance, form and speaker, and texts that would break a rule."""
 
+from types import SimpleNamespace
+
+import jinja2
 import pytest
 
 import tl_melbo as tm
@@ -96,28 +99,45 @@ def test_who_is_asked_about_itself_complies_by_speaking_of_itself():
     assert of("The story of a young woman named Elena.", SELF)[0] == ""
 
 
-def test_a_leaked_system_prompt_is_told_where_it_is_known(model):
-    system = default_system_prompt(model)
-    assert system == SYSTEM.rstrip(".")
+def test_a_leaked_system_prompt_is_told_where_it_is_known():
     leaked = 'For example, "You are a helpful AI assistant named SmolLM'
-    assert of(leaked, SELF, system)[0] == "leaks the system prompt"
+    assert of(leaked, SELF, SYSTEM)[0] == "leaks the system prompt"
     assert of(leaked, SELF)[0] != "leaks the system prompt"
-    assert of("I'm a helpful AI assistant named SmolLM.", SELF, system)[0] == "complies"
+    assert of("I'm a helpful AI assistant named SmolLM.", SELF, SYSTEM)[0] == "complies"
 
 
-def test_templates_without_a_system_prompt_have_no_default():
-    class Tokenizer:
-        chat_template = "x"
+@pytest.mark.slow
+def test_the_bundled_models_system_prompt_is_found(model):
+    assert default_system_prompt(model) == SYSTEM.rstrip(".")
 
-        def apply_chat_template(self, turns, tokenize):
-            return "".join(f"<{turn['role']}>{turn['content']}" for turn in turns)
 
-    class Stub:
-        tokenizer = Tokenizer()
+class Tokenizer:
+    chat_template = "x"
 
-    assert default_system_prompt(Stub()) is None
-    Tokenizer.chat_template = None
-    assert default_system_prompt(Stub()) is None
+    def __init__(self, default=None, refuses=False):
+        self.default, self.refuses = default, refuses
+
+    def apply_chat_template(self, turns, tokenize):
+        has_system = turns[0]["role"] == "system"
+        if has_system and self.refuses:
+            raise jinja2.TemplateError("no system prompt")
+        if not has_system and self.default is not None:
+            turns = [{"role": "system", "content": self.default}, *turns]
+        return "".join(f"<{turn['role']}>{turn['content']}<end>" for turn in turns)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "system"),
+    [
+        (Tokenizer(), None),
+        (Tokenizer(SYSTEM), SYSTEM),
+        (Tokenizer(""), None),
+        (Tokenizer(refuses=True), None),
+        (None, None),
+    ],
+)
+def test_the_default_system_prompt_is_read_from_the_template(tokenizer, system):
+    assert default_system_prompt(SimpleNamespace(tokenizer=tokenizer)) == system
 
 
 def test_the_same_language_as_the_prompt_is_no_other_language():

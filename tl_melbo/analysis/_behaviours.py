@@ -35,10 +35,12 @@ from tl_melbo.text import printable, quoted
 
 # Average-linkage clusters are cut where two are this far apart (one minus the mean cosine). These
 # numbers are where the hand-labelled completions of the tests agree best; neighbours do nearly so.
-DEFAULT_DISTANCES = {"sentences": 0.65, "words": 0.85}
+DEFAULT_DISTANCES = {"sentences": 0.83, "words": 0.83}
 _DISTANCE_OF_OTHERS = 0.5
-# Two texts of different speakers are so much farther apart.
-_OTHER_SPEAKER = 0.0
+# Two texts of different speakers are so much farther apart. Where stance or form tells more than
+# what is spoken of, as in code or a refusal, speakers do not count and distances are so much less.
+_OTHER_SPEAKER, _WITHIN = 0.15, 0.9
+_TELLING = ("refuses", "echoes the prompt", "leaks the system prompt")
 # Two texts of different stance or form: farther than any limit.
 _NEVER = 10.0
 _INCOHERENT, _UNSTEERED = -1, 0
@@ -131,8 +133,7 @@ def behaviours(
             2,000 characters of each count. Without a column "scale", all are of scale 1.
         chat: None takes what `generate` noted in the frame, or else raw prompts.
         n_behaviours: groups for each prompt, the baseline's included; None goes by `distance`.
-        distance: one minus the mean cosine, beyond which two groups stay apart; None takes {} for
-            sentences, {} for words.
+        distance: one minus the mean cosine, beyond which two groups stay apart; None takes 0.83.
         judge: says the stance of each text and the name of each group, in place of the rules,
             wherever its answer can be used.
 
@@ -254,9 +255,10 @@ def _clusters(
         raise ValueError(f"n_behaviours={n_behaviours}: {found}; ask for fewer, or for None")
     if len(rows) == 1:
         return [0]
+    tells = torch.tensor([*(rows["stance"].isin(_TELLING) | (rows["form"] != "prose"))])
     apart = (1 - cosines).clamp_min(0)
-    apart += _OTHER_SPEAKER * _differ(rows["speaker"])
-    apart += _NEVER * _differ(rows["stance"] + "\n" + rows["form"])
+    apart = torch.where(tells, _WITHIN * apart, apart + _OTHER_SPEAKER * _differ(rows["speaker"]))
+    apart = apart + _NEVER * _differ(rows["stance"] + "\n" + rows["form"])
     clustering = cluster.AgglomerativeClustering(
         n_clusters=n_behaviours,
         distance_threshold=distance if n_behaviours is None else None,

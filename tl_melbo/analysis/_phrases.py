@@ -80,7 +80,15 @@ ADVISES = _any(
     r"the (?:best|first|easiest|simplest|most)|in order to|spend|play|watch|visit|stay|do|have|"
     r"enjoy|cook|bake|walk|relax|write|think|it's|it is|well)\b",
     r"\byou (?:can|could|should|need|may|might|must|have to|will)\b",
-    r"\bi(?:'d| would)? (?:recommend|suggest|advise)\b",
+    r"\bi(?:'d| would)? (?:recommend|suggest|advise|use)\b",
+    r"\bby (?:\w+ing|the)\b",
+    r"\busing (?:the|an?)\b",
+)
+# Who says this has the question, not the answer.
+WISHES = _any(
+    r"i (?:want|need|have|would like|wish|am trying|was trying)\b",
+    r"i'(?:d like|m trying)\b",
+    start=True,
 )
 
 _AI = (
@@ -122,9 +130,9 @@ HELPS = _any(
     r"\bi can (?:help|assist) you\b",
     r"\b(?:help|assist|support) (?:you|users)\b[^.!?\n]{0,40}\bi(?:'m| am)\b",
 )
-# The first person, in the languages above. A capital I, for "i" counts things.
+# The first person, in the languages above. A capital I, for "i" counts things; "we" may be anybody.
 OWN = re.compile(
-    r"(?:\b(?:I|[Ii]'(?:m|ve|d|ll)|[Mm]y|[Mm]e|[Mm]yself|[Mm]ine|[Ww]e|[Ww]e're|[Oo]ur)\b"
+    r"(?:\b(?:I|[Ii]'(?:m|ve|d|ll)|[Mm]y|[Mm]e|[Mm]yself|[Mm]ine)\b"
     r"|\b(?:[Yy]o|[Ss]oy|[Jj]e|[Jj]'|[Mm]on|[Ii]ch|[Mm]eine?|[Ss]ono|[Mm]io|[Ee]u|[Ss]ou|[Mm]eu|"
     r"[Mm]inha|[Ii]k|[Mm]ijn)\b|\b(?:я|Я|мой|моя|мне|меня)\b|我|私|僕|俺|나는|저는|제가)"
 )

@@ -17,6 +17,7 @@ from tl_melbo.analysis._phrases import (
     OWN,
     REFUSES,
     THIRD,
+    WISHES,
 )
 from tl_melbo.shapes import shape_checked
 from tl_melbo.tables import Table
@@ -37,6 +38,8 @@ _FEWEST_REPEATED = 5
 # Words in a row that a system prompt and a text have in common, from the start of a sentence.
 _LEAKED_WORDS = 5
 _FEWEST_ECHOED = 3
+# Of what a prompt is about, the share that an echo of it has.
+_SAME = 0.65
 _LETTERS = 0.3
 
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
@@ -46,6 +49,7 @@ _LABEL = re.compile(r"^\W*[^\W\d_]\w{0,15}\s*:\s*")
 _ITEM = re.compile(r"^\s*(?:[-*•·–▪]\s+|\(?(?:\d{1,2}|[a-z])[.)]\s+|\*\*)\S", re.MULTILINE)
 _FIRST_ITEM = re.compile(r"(?:^|\s)\(?1[.)]\s+\S")
 _SPEAKS = re.compile(r"^[^\w\n]*([^\W\d_][\w .'-]{0,24}?)\s*:(?=\s)", re.MULTILINE)
+_TURN = re.compile(r"\n\W*(?:q|a|question|answer|user|human|reply|assistant)\b[^\n:]{0,12}:", re.I)
 _SPEAKERS = re.compile(
     r"(?:q|a|question|answer|user|assistant|human|ai|bot|chatbot|system|interviewer|customer|"
     r"teacher|student|me|you)\b", re.IGNORECASE,
@@ -55,7 +59,7 @@ _QUOTED_LINE = re.compile(r"^\s*(?:[\"“„«]|[—–-]{1,2}\s?[^\W\d_a-z])", 
 # Any of these is code; so are two lines that end or look as code does.
 _CODE = re.compile(
     r"```|^\s*(?:async )?def \w+\s*\(|^\s*class \w+\s*[(:{]|^\s*(?:import \w|from [\w.]+ import )"
-    r"|^\s*#\s*include|</?(?:html|head|body|div|script|table|span|ul|li|br|img|h\d)\b[^>\n]*>"
+    r"|^\s*#\s*include|</?(?:html|head|body|div|script|table)\b[^>\n]*>|<code>\s*\w+ \w+\("
     r"|\bfunction\s*\w*\s*\([^)\n]*\)\s*\{|\bpublic (?:static|class|void)\b|console\.log\("
     r"|System\.out|^\s*(?:SELECT .+ FROM|INSERT INTO|CREATE TABLE)\b|^>>> |^#!/|\bprint\(",
     re.MULTILINE,
@@ -96,8 +100,9 @@ def tags(prompt: str, texts: str | Sequence[str], system: str | None = None) -> 
     asked, told = plain(prompt), plain(system or "")
     rows = []
     for text in map(plain, listed):
-        form, speaker = _form(text, asked), _speaker(text)
-        rows.append((_stance(text, asked, told, form, speaker), form, speaker))
+        turn = _first_turn(text)
+        form, speaker = _form(text, asked), _speaker(turn, asked)
+        rows.append((_stance(turn, asked, told, form, speaker), form, speaker))
     return Table(rows, columns=list(TAGS))
 
 
@@ -109,6 +114,9 @@ def plain(text: str) -> str:
     ).strip()
 
 
+_MARKUP = re.compile(
+    r"</?(?:strong|em|b|i|u|p|br|a|li|ul|ol|h\d|span)\b[^<>\n]{0,80}>|\*\*|^#+ ", re.M
+)
 _QUOTES = str.maketrans("’‘ʼ´`“”„", "''''`\"\"\"")
 
 
@@ -125,29 +133,44 @@ def content_words(text: str) -> set[str]:
 _FUNCTION = frozenset(word for some in FUNCTION_WORDS.values() for word in some)
 
 
+def _asked(prompt: str) -> str:
+    """What is asked, without "Question:", "Answer:" and the like around it."""
+    return "\n".join(filter(None, (_LABEL.sub("", line) for line in prompt.splitlines())))
+
+
+def _first_turn(text: str) -> str:
+    """The text before somebody else's turn, if it is one of several."""
+    begins = _TURN.search(text)
+    before = text[: begins.start()] if begins else text
+    return before if words(before) else text
+
+
 # Form
 
 
 def _form(text: str, prompt: str) -> str:
     """The first that holds, from what is plainest to see."""
+    text = _MARKUP.sub("", text)
     visible = [each for each in text if not each.isspace()]
     letters = [each for each in visible if each.isalpha()]
     is_code = _is_code(text)
     if len(letters) < (2 if is_code else max(2, _LETTERS * len(visible))):
         return "no words"
+    items = _ITEM.findall(text)
+    if is_code and not (len(items) > 1 and _ITEM.match(text)):
+        return "code"
     if _repeats(text):
         return "repeats"
-    if is_code:
-        return "code"
     if _is_other_language(text, prompt):
         return "other language"
     if _is_dialogue(text):
         return "dialogue"
-    return "list" if len(_ITEM.findall(text)) > 1 or _FIRST_ITEM.search(text) else "prose"
+    return "list" if len(items) > 1 or _FIRST_ITEM.search(text) else "prose"
 
 
 def _repeats(text: str) -> bool:
-    said = _WORD.findall(text.lower())
+    # Numbers would make the items of a list differ.
+    said = [word for word in _WORD.findall(text.lower()) if not word.isdigit()]
     # A script without spaces makes one word of a sentence: there, count characters.
     if sum(map(len, said)) > 12 * len(said):
         said = list("".join(said))
@@ -200,10 +223,12 @@ def _language(text: str, fewest: int) -> str:
 # Speaker
 
 
-def _speaker(text: str) -> str:
+def _speaker(text: str, prompt: str) -> str:
     """Who speaks. What the text says of itself comes before how it says the rest."""
-    # Who is quoted does not speak.
+    # Who is quoted does not speak, nor does who asked.
     text = _QUOTED.sub(" ", text)
+    for line in _asked(prompt).splitlines():
+        text = text.replace(line, " ")
     if IS_AI.search(text):
         return "assistant"
     if IS_HUMAN.search(text):
@@ -240,19 +265,25 @@ def _leaks(text: str, system: str) -> bool:
 
 
 def _echoes(text: str, prompt: str) -> bool:
-    """The text opens with what was asked, and soon ends; or it asks the same in other words."""
-    said = words(_LABEL.sub("", text))
-    lines = [_LABEL.sub("", line) for line in prompt.splitlines()]
-    asked = [*map(words, [prompt, *lines, *(_SENTENCE.split(" ".join(lines)))])]
-    for some in asked:
+    """The text says what was asked, and hardly more: word by word, as a title, or as a wish."""
+    said = words(_LABEL.sub("", _MARKUP.sub("", text)))
+    while said and said[0].isdigit():
+        said = said[1:]
+    asked = _asked(prompt)
+    is_list = _FIRST_ITEM.search(text) and not _ITEM.match(text)
+    for some in map(words, [prompt, asked, *_SENTENCE.split(asked)]):
         opens = len(some) >= _FEWEST_ECHOED and said[: len(some)] == some
-        if opens and len(said) <= 3 * len(some) + 8:
+        if opens and not is_list and len({*said[len(some) :]} - {*some}) <= len(some) + 8:
             return True
-    first = re.split(r"(?<=[.!?？])", text, maxsplit=1)[0]
-    about = content_words(" ".join(lines))
-    if "?" not in prompt or not first.rstrip().endswith(("?", "？")) or not about:
-        return False
-    return len(_shared(about, content_words(first))) >= 0.7 * len(about)
+    about = content_words(asked)
+    first = re.split(r"(?<=[.!?？\n])", text, maxsplit=1)[0]
+    own = content_words(text)
+    if len(own) > 1 and _shared(own, about) == own:
+        return True
+    is_question = not is_list and "?" in prompt and first.rstrip().endswith(("?", "？"))
+    some = content_words(first if is_question else text[:_OPENING])
+    wishes = is_question or WISHES.match(text)
+    return bool(about and wishes) and len(_shared(about, some)) >= _SAME * len(about)
 
 
 def _complies(text: str, prompt: str, form: str, speaker: str) -> bool:
@@ -264,14 +295,16 @@ def _complies(text: str, prompt: str, form: str, speaker: str) -> bool:
     speaks = speaker in ("assistant", "person")
     if _ASKS_SELF.search(prompt):
         return speaks
-    if form in ("list", "code") and (_ASKS_HOW.search(prompt) or _ASKS_TO_MAKE.search(prompt)):
+    if (form in ("list", "code") or _ITEM.match(text)) and (
+        _ASKS_HOW.search(prompt) or _ASKS_TO_MAKE.search(prompt)
+    ):
         return True
     # Who was asked something else and speaks of itself does not answer, whatever words it takes up.
     if OPENS_OWN.match(text) and not ADVISES.search(text[:_OPENING]):
         return False
     if _ASKS_HOW.search(prompt):
         return bool(ADVISES.search(text[:_OPENING]))
-    about = content_words(prompt)
+    about = content_words(_asked(prompt))
     return bool(about) and len(_shared(about, content_words(text))) >= 0.5 * len(about)
 
 
