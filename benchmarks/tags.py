@@ -1,11 +1,11 @@
 """Do the rules see what a reader sees? Sheets of completions with their tags, for fresh eyes.
 
-    python -m benchmarks.tags FOLDER [--seed 0] [--other MODEL]
+    python -m benchmarks.tags FOLDER [--seed 0] [--models bundled planted MODEL]
 
-writes a sheet of 40 rows for each model: the bundled one, the one with planted behaviours, and any
-other. Each holds texts of both signs in random order, with stance, form and speaker as
-`analysis.behaviours` gives them. Read each text after its prompt, and put an x in the column
-`wrong` where you would say otherwise.
+writes a sheet of 40 rows for each model: the bundled one, the one with planted behaviours, any
+other (a hub id, a folder or a .gguf file). Each holds texts of both signs in random order, with
+stance, form and speaker as `analysis.behaviours` gives them. Read each text after its prompt, and
+put an x in the column `wrong` where you would say otherwise.
 """
 
 import argparse
@@ -31,15 +31,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--other", help="a hub id, a folder or a .gguf file")
+    parser.add_argument("--models", nargs="+", default=["bundled", "planted"])
     chosen = parser.parse_args()
     chosen.folder.mkdir(parents=True, exist_ok=True)
-    makers = {"bundled": cases.bundled, "planted": cases.planted}
-    if chosen.other:
-        makers["other"] = lambda: cases.other(chosen.other)
-    for name, make in makers.items():
-        path = chosen.folder / f"tags_{name}_{chosen.seed}.csv"
-        sheet(make(), chosen.seed).to_csv(path, index=False)
+    known = {"bundled": cases.bundled, "planted": cases.planted}
+    for name in chosen.models:
+        case = known[name]() if name in known else cases.other(name)
+        path = chosen.folder / f"tags_{Path(name).stem}_{chosen.seed}.csv"
+        sheet(case, chosen.seed).to_csv(path, index=False)
         print(path, flush=True)
 
 

@@ -3,10 +3,11 @@
 import itertools
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -203,8 +204,9 @@ def _with_scale(completions: pd.DataFrame) -> Table:
     return texts
 
 
-def _is_unsteered(texts: pd.DataFrame) -> "pd.Series[bool]":
-    return (texts["vector"] < 0) | (texts["scale"] == 0)
+def _is_unsteered(texts: pd.DataFrame) -> np.ndarray:
+    """A vector times zero is none."""
+    return (texts["vector"].to_numpy() < 0) | (texts["scale"].to_numpy() == 0)
 
 
 def _is_baseline(texts: pd.DataFrame) -> list[bool]:
@@ -255,10 +257,13 @@ def _clusters(
         raise ValueError(f"n_behaviours={n_behaviours}: {found}; ask for fewer, or for None")
     if len(rows) == 1:
         return [0]
-    tells = torch.tensor([*(rows["stance"].isin(_TELLING) | (rows["form"] != "prose"))])
+    tags = list(zip(rows["stance"], rows["form"], strict=True))
+    tells = torch.tensor([stance in _TELLING or form != "prose" for stance, form in tags])
     apart = (1 - cosines).clamp_min(0)
-    apart = torch.where(tells, _WITHIN * apart, apart + _OTHER_SPEAKER * _differ(rows["speaker"]))
-    apart = apart + _NEVER * _differ(rows["stance"] + "\n" + rows["form"])
+    apart = torch.where(
+        tells, _WITHIN * apart, apart + _OTHER_SPEAKER * _differ([*rows["speaker"]])
+    )
+    apart = apart + _NEVER * _differ(tags)
     clustering = cluster.AgglomerativeClustering(
         n_clusters=n_behaviours,
         distance_threshold=distance if n_behaviours is None else None,
@@ -268,8 +273,10 @@ def _clusters(
     return clustering.fit_predict(apart.numpy()).tolist()
 
 
-def _differ(values: "pd.Series[str]") -> Tensor:
-    codes = torch.as_tensor(pd.factorize(values)[0])
+def _differ(values: Sequence[Hashable]) -> Tensor:
+    """1 where two of them are not the same."""
+    numbers = {value: number for number, value in enumerate(dict.fromkeys(values))}
+    codes = torch.tensor([numbers[value] for value in values])
     return (codes[:, None] != codes).double()
 
 

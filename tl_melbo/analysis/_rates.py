@@ -70,7 +70,7 @@ def rates(
         for key, texts in groups(some, told).items() if told else [((), some)]:
             place = dict(zip(told, key, strict=True))
             for value in values if len(texts) else ():
-                hits, n = int((texts["value"] == value).sum()), len(texts)
+                hits, n = [*texts["value"]].count(value), len(texts)
                 bounds = wilson_interval(hits, n, confidence)
                 keys = [steering, *(place.get(name) for name in by)]
                 what = value if isinstance(of, str) else shown
@@ -82,7 +82,7 @@ def rates(
 
 def sampled(completions: pd.DataFrame) -> pd.DataFrame:
     """The samples, where there are any: the greedy completion is none of them."""
-    if "sample" not in completions or not (completions["sample"] > 0).any():
+    if "sample" not in completions or max(completions["sample"], default=0) <= 0:
         return completions
     return pd.DataFrame(completions[completions["sample"] > 0])
 
@@ -104,8 +104,12 @@ def _counted(
     return frame.assign(value=[bool(of(text)) for text in texts])
 
 
-def _tag(frame: pd.DataFrame, column: str) -> "pd.Series[Any]":
-    found = pd.Series("", index=frame.index)
-    for prompt, texts in frame["completion"].fillna("").astype(str).groupby(frame["prompt"]):
-        found[texts.index] = tags(str(prompt), [*texts])[column].to_numpy()
-    return found
+def _tag(frame: pd.DataFrame, column: str) -> list[str]:
+    texts = [text if isinstance(text, str) else "" for text in frame["completion"]]
+    pairs = list(zip(frame["prompt"], texts, strict=True))
+    found = {}
+    for prompt in dict.fromkeys(prompt for prompt, _ in pairs):
+        own = [text for asked, text in pairs if asked == prompt]
+        told = tags(str(prompt), own)[column]
+        found |= {(prompt, text): tag for text, tag in zip(own, told, strict=True)}
+    return [found[pair] for pair in pairs]
