@@ -36,7 +36,7 @@ from tl_melbo.text import printable, quoted
 
 # Average-linkage clusters are cut where two are this far apart (one minus the mean cosine). These
 # numbers are where the hand-labelled completions of the tests agree best; neighbours do nearly so.
-DEFAULT_DISTANCES = {"sentences": 0.83, "words": 0.83}
+DEFAULT_DISTANCES = {"sentences": 0.83, "words": 0.85}
 _DISTANCE_OF_OTHERS = 0.5
 # Two texts of different speakers are so much farther apart. Where stance or form tells more than
 # what is spoken of, as in code or a refusal, speakers do not count and distances are so much less.
@@ -134,7 +134,8 @@ def behaviours(
             2,000 characters of each count. Without a column "scale", all are of scale 1.
         chat: None takes what `generate` noted in the frame, or else raw prompts.
         n_behaviours: groups for each prompt, the baseline's included; None goes by `distance`.
-        distance: one minus the mean cosine, beyond which two groups stay apart; None takes 0.83.
+        distance: one minus the mean cosine, beyond which two groups stay apart; None takes 0.83 for
+            sentences, 0.85 for words.
         judge: says the stance of each text and the name of each group, in place of the rules,
             wherever its answer can be used.
 
@@ -168,8 +169,8 @@ def behaviours(
     texts["baseline"] = _is_baseline(texts)
     texts["behaviour"] = _INCOHERENT
     groups: list[tuple[Any, ...]] = []
-    inside = texts.assign(said=said)[texts["coherent"] | _is_unsteered(texts)]
-    for prompt, rows in inside.groupby("prompt", sort=False):
+    inside = pd.DataFrame(texts.assign(said=said)[texts["coherent"] | _is_unsteered(texts)])
+    for (prompt,), rows in groups_of(inside, ["prompt"]).items():
         first = 1 + max([_UNSTEERED, *(group[0] for group in groups)])
         cosines = _cosines(str(prompt), rows["said"].tolist(), chosen)
         clusters = _clusters(str(prompt), rows, cosines, n_behaviours, distance)
@@ -198,7 +199,7 @@ def _check(completions: pd.DataFrame) -> None:
 
 
 def _with_scale(completions: pd.DataFrame) -> Table:
-    texts = Table(completions).reset_index(drop=True)
+    texts = Table(Table(completions).reset_index(drop=True))
     if "scale" not in texts:
         texts.insert(1, "scale", (texts["vector"] >= 0).astype(float))
     return texts
