@@ -86,11 +86,9 @@ def write(
             if "sample" in completions:
                 completions = completions[completions["sample"] == 0]
         kl = {text: kl_divergence(model, text, found, **options).tolist() for text in texts}
-        # A vector's negative has a completion, but is the same vector.
-        forward = pd.DataFrame(completions[completions["scale"] >= 0])
         # Its logits are of whole texts: 8 at once take as much memory as many rows of others.
         grouping = {"chat": as_chat(found, chat), "batch_size": min(batch_size, 8)}
-        groups = None if forward.empty else behaviours(model, forward, **grouping)
+        groups = None if completions.empty else behaviours(model, completions, **grouping)
         table = _render.vectors_table(found, completions, kl, groups, side_effects)
         unsteered = completions[completions["vector"] == -1]
         page = _render.render(

@@ -180,9 +180,9 @@ COMPOSITION = (
     Column("completion", "Completion", "text", "With the combination added"),
 )
 _GROUPS = (
-    Column("name", "Behaviour", "text", "Words that set its completions apart from the others"),
-    Column("n_vectors", "Vectors", "number", "How many bring it out"),
-    Column("which", "IDs", "word", "Numbers of the vectors"),
+    Column("name", "Behaviour", "text", "What its completions are, and how they begin"),
+    Column("n_vectors", "Vectors", "number", "How many bring it out, added or subtracted"),
+    Column("which", "IDs", "word", "Numbers of the vectors; − where the negative does"),
     Column("example", "Example", "text", "The most fluent of its completions"),
 )
 _INDEX = Column("index", "Vector", "number", "found[0], found[1], ...")
@@ -279,27 +279,33 @@ def _groups_rows(groups: Behaviours, found: SteeringVectors) -> list[dict[str, A
         best = some.sort_values("perplexity").iloc[0]
         row = {
             "name": f"filtered out: {best['filtered_out']}",
-            "vectors": sorted({*some["vector"]}),
+            "vectors": sorted({*some["vector"][some["scale"] > 0]}),
+            "negatives": sorted({*some["vector"][some["scale"] < 0]}),
         }
         rows.append({**row, "prompt": best["prompt"], "example": best["completion"]})
     indices = found.columns["index"].tolist()
     return [
         {
             **row,
-            "n_vectors": len(row["vectors"]),
-            "which": " ".join(str(indices[vector]) for vector in row["vectors"]),
+            "n_vectors": len(row["vectors"]) + len(row["negatives"]),
+            "which": " ".join(
+                f"{sign}{indices[vector]}"
+                for sign, side in (("", "vectors"), ("−", "negatives"))
+                for vector in row[side]
+            ),
         }
         for row in rows
-        if row["vectors"]
+        if row["vectors"] or row["negatives"]
     ]
 
 
 def _behaviour_names(groups: Behaviours) -> dict[tuple[str, int], str]:
-    """What each prompt and vector's completion was grouped with."""
+    """What the completion of each prompt and vector was grouped with."""
     names = dict(zip(groups.groups["behaviour"], groups.groups["name"], strict=True))
     return {
         (row["prompt"], row["vector"]): names.get(
             row["behaviour"], f"filtered out: {row['filtered_out']}"
         )
         for row in groups.texts.to_dict("records")
+        if row["scale"] > 0
     }
