@@ -72,11 +72,13 @@ def judged(model: Any, adapter: tm.Adapter, path: Path) -> None:
     if "rules" not in known:
         known = described(model, adapter)
         keep(path, known)
+        told(path, "described by rules")
     if "local" not in known:
         judge = tm.judges.local(model, max_new_tokens=40)
         answers = [judge(question).strip() for question in known["questions"]]
         known["local"] = [answer or "No answer." for answer in answers]
         keep(path, known)
+        told(path, "described by the local model")
 
 
 def described(model: Any, adapter: tm.Adapter) -> dict[str, Any]:
@@ -84,9 +86,10 @@ def described(model: Any, adapter: tm.Adapter) -> dict[str, Any]:
     held_out = tm.adapters.situations().query("split == 'held_out'")
     place = held_out.groupby("situation").cumcount()
     # Vectors are taken from other prompts than those on which they are judged.
-    for_vectors, for_texts = (held_out["prompt"][some] for some in (place == 0, place >= 2))
+    for_vectors = held_out["prompt"][place == 0].tolist()[::2]
+    for_texts = held_out["prompt"][place == 2].tolist()
     options: dict[str, Any] = {"max_new_tokens": N_TOKENS, "positions": slice(1, None)}
-    vectors = adapter.vectors(model, for_vectors.tolist(), "addition", **options)
+    vectors = adapter.vectors(model, for_vectors, "addition", **options)
     asked: list[str] = []
 
     def judge(question: str) -> str:
@@ -94,9 +97,7 @@ def described(model: Any, adapter: tm.Adapter) -> dict[str, Any]:
         return by_rules(question)
 
     options = {"n_batches": N_BATCHES, "max_new_tokens": N_TOKENS}
-    found = tm.evaluation.linearity(
-        model, adapter, vectors, for_texts.tolist(), judge=judge, **options
-    )
+    found = tm.evaluation.linearity(model, adapter, vectors, for_texts, judge=judge, **options)
     return {
         "constant_share": float(vectors.columns["constant_share"].mean()),
         "texts": found.texts.to_dict("records"),
@@ -120,6 +121,10 @@ def coherence(model: Any, texts: pd.DataFrame) -> dict[str, float]:
         shares[f"coherent_{side}"] = float(some["coherent"].mean())
         shares[f"baseline_{side}"] = float((some["behaviour"] == 0).mean())
     return shares
+
+
+def told(path: Path, what: str) -> None:
+    print(f"{path.stem} {what}, {time.process_time():.0f} CPU s since the start", flush=True)
 
 
 def keep(path: Path, known: dict[str, Any]) -> None:
