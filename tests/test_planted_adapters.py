@@ -12,8 +12,7 @@ from tests.tiny_models import D_MODEL, N_LAYERS, as_bridge, tiny_hf
 CONSTANT, CLASS = 0, 1
 # Far longer than what the blocks write, so that the direction alone tells the next token.
 LENGTH = 30.0
-PROMPTS = ["Once upon a time", "Hello there, my friend, how", "I", "Tell me about yourself.",
-           "The sea", "What is rain?", "We", "Go on"]  # fmt: skip
+PROMPTS = ["Once upon a time", "I", "Tell me about yourself.", "The sea", "We", "Go on"]
 
 
 def directions():
@@ -63,8 +62,8 @@ def measured(model):
     """Of both adapters: its vectors, and what `linearity` gives."""
     found = []
     for adapter in (single(), double()):
-        vectors = adapter.vectors(model, PROMPTS, "addition", max_new_tokens=6)
-        options = {"n_batches": 4, "max_new_tokens": 6, "embedder": "words"}
+        vectors = adapter.vectors(model, PROMPTS, "addition", max_new_tokens=4)
+        options = {"n_batches": 3, "max_new_tokens": 4, "embedder": "words"}
         score = tm.evaluation.linearity(model, adapter, vectors, PROMPTS, judge=judge, **options)
         found.append((vectors, score))
     return found
