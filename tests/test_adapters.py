@@ -176,11 +176,12 @@ def test_what_an_adapter_tells(trained):
 
 
 def test_a_collapse_is_told(model, monkeypatch):
-    sound = {"repetition": 0.1, "entropy": 3.0, "entropy_without": 3.5}
+    sound = {"repetition": 0.1, "kl": 2.0, "entropy": 3.0, "entropy_without": 3.5}
     words = {"repetition": "0.70 of what it writes repeats", "entropy": "an entropy of 9.0 nats"}
     assert not _training._collapse(sound, 49152)
     assert words["repetition"] in _training._collapse({**sound, "repetition": 0.7}, 49152)
     assert words["entropy"] in _training._collapse({**sound, "entropy": 9.0}, 49152)
+    assert "surprised by 8.3 nats" in _training._collapse({**sound, "kl": 5.3}, 49152)
     # A model that is as uncertain by itself is not meant.
     assert not _training._collapse({**sound, "entropy": 9.0, "entropy_without": 9.0}, 49152)
     monkeypatch.setattr(_training, "DEFAULT_REPETITION", -1.0)
