@@ -8,6 +8,7 @@ words. `prompt=None` is the first prompt of `f`. A `reference` is exactly one ve
 from tl_melbo.analysis._behaviours import Behaviours, behaviours
 from tl_melbo.analysis._coherence import repetition
 from tl_melbo.analysis._completions import rescale, scale_sweep, transfer
+from tl_melbo.analysis._effect_plane import EffectPlane, effect_plane
 from tl_melbo.analysis._embedding import embeddings
 from tl_melbo.analysis._family import composition, family
 from tl_melbo.analysis._mixture import Mixture, mixture
@@ -23,11 +24,13 @@ from tl_melbo.probability import kl_from_log_probs
 
 __all__ = [
     "Behaviours",
+    "EffectPlane",
     "Mixture",
     "behaviours",
     "composition",
     "cosine_similarity",
     "effect_distance",
+    "effect_plane",
     "embeddings",
     "family",
     "kl_baselines",

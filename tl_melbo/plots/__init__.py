@@ -12,6 +12,7 @@ from tl_melbo.plots._frames import (
     specificity_points,
     transfer_heatmap,
 )
+from tl_melbo.plots._map import effect_map
 from tl_melbo.plots._library import (
     cosine_heatmap,
     distance_curve,
@@ -29,6 +30,7 @@ __all__ = [
     "description_heatmap",
     "distance_curve",
     "dose_response",
+    "effect_map",
     "kl_curve",
     "moving_average",
     "norm_curve",
