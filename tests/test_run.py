@@ -475,6 +475,23 @@ def test_surroundings_do_not_matter(f, search):
         assert torch.equal(run(), expected)
 
 
+def test_texts_with_samples_and_scales_are_written_once(tiny_llama, f, tmp_path):
+    run, told = tm.Run(tmp_path / "run"), []
+    run.melbo(f, 2, **SETTINGS)
+    asked = {"max_new_tokens": 2, "n_samples": 2, "temperature": 1.5, "scales": [0.5]}
+    texts = run.texts(tiny_llama, on_batch=lambda *counts: told.append(counts), **asked)
+    assert len(texts) == 3 + 2 * (2 * 3 + 1)
+    written = len(told)
+    # What is there is asked for again, or in part, or not at all.
+    for some in (asked, {"scales": [0.5]}, {"n_samples": 2}, {}):
+        again = tm.Run(run.folder).texts(tiny_llama, on_batch=lambda *c: told.append(c), **some)
+        assert again.equals(texts)
+    assert len(told) == written
+    more = run.texts(tiny_llama, n_samples=3)
+    assert len(more) == 4 + 2 * (2 * 4 + 1)
+    assert len(run.page(tiny_llama, f)) == 2
+
+
 def test_texts_of_replaced_vectors_are_nobodys(f, tmp_path):
     """Also where the settings are gone, which told whose they were."""
     run = tm.Run(tmp_path)

@@ -2,16 +2,19 @@
 
 from collections import Counter
 
+import pandas as pd
 import pytest
 import scipy.stats
 import torch
 
 import tl_melbo as tm
+from tl_melbo.analysis._completions import collect_completions
 from tl_melbo.model.tokens import to_tokens
 
 pytestmark = pytest.mark.boundary
 
 PROMPT = "Once upon a time"
+PER_SCALE = ((2.0, 1), (1.0, 4), (-1.0, 4), (-2.0, 1))
 
 
 def two_vectors():
@@ -97,3 +100,32 @@ def test_unsteered_samples(tiny_llama):
 def test_sampling_that_cannot_be_is_named(tiny_llama, arguments, message):
     with pytest.raises(ValueError, match=message):
         tm.generate(tiny_llama, PROMPT, max_new_tokens=2, **arguments)
+
+
+def test_samples_and_scales_of_a_library(tiny_llama):
+    found = tm.SteeringVectors(two_vectors())
+    told = []
+    options = {"layer": 2, "max_new_tokens": 5, "chat": False}
+    frame = collect_completions(
+        tiny_llama, [PROMPT, "Hi!"], found, scales=(-2, 0, 1, 2), n_samples=3, batch_size=5,
+        on_batch=lambda *counts: told.append(counts), **options,
+    )  # fmt: skip
+    rows = frame[frame["prompt"] == PROMPT]
+    per_scale = [(-1, 0.0, 4), *((v, s, n) for v in (0, 1) for s, n in PER_SCALE)]
+    counts = rows.groupby(["vector", "scale"], sort=False).size()
+    assert [(*place, n) for place, n in counts.items()] == per_scale
+    assert told[-1] == (len(frame), len(frame)) == (48, 48)
+    assert [there for there, _ in told] == sorted({there for there, _ in told})
+    # Each text is what `generate` alone writes there: vectors, samples and batches are independent.
+    drawn = tm.generate(tiny_llama, [PROMPT], found, n_samples=3, scales=[1, -1], **options)
+    keys = ["vector", "scale", "sample"]
+    ours = rows.set_index(keys)["completion"]
+    assert drawn.set_index(keys)["completion"].equals(
+        ours.loc[pd.MultiIndex.from_frame(drawn[keys])]
+    )
+
+
+def test_a_temperature_without_samples_is_an_error(tiny_llama):
+    found = tm.SteeringVectors(two_vectors())
+    with pytest.raises(ValueError, match=r"temperature=0\.5: of samples; pass n_samples"):
+        collect_completions(tiny_llama, PROMPT, found, layer=2, temperature=0.5)

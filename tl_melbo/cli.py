@@ -12,7 +12,19 @@ from typer import Argument, Option
 import tl_melbo as tm
 from tl_melbo import checks, cli_adapters, cli_atlas, options, terminal
 from tl_melbo.run import VECTORS, absolute, family_folder
-from tl_melbo.terminal import BundledModel, Chat, Device, Dtype, MaxNewTokens, Out, Prompts, option
+from tl_melbo.terminal import (
+    BundledModel,
+    Chat,
+    Device,
+    Dtype,
+    MaxNewTokens,
+    Out,
+    Prompts,
+    Samples,
+    Scales,
+    Temperature,
+    option,
+)  # fmt: skip
 
 # Options that several commands have.
 _Folder = Annotated[Path, Argument(help="The folder that `discover` wrote.")]
@@ -66,6 +78,9 @@ def discover(
     seed: Annotated[int | None, option("Of the random starts.", "0")] = None,
     chat: Chat = True,
     max_new_tokens: MaxNewTokens = 50,
+    samples: Samples = None,
+    temperature: Temperature = None,
+    scales: Scales = False,
     device: Device = None,
     dtype: Dtype = "float32",
     side_effects: Annotated[bool, option("Measure effects on other prompts and prose.")] = False,
@@ -77,7 +92,7 @@ def discover(
     vector is kept as soon as it is found, and the same command continues an interrupted run.
     """
     # All that can be checked before the model is loaded, which takes a while.
-    checks.at_least(1, max_new_tokens=max_new_tokens)
+    texts = _texts_asked(max_new_tokens, samples, temperature, scales)
     checks.as_texts(prompts)
     if not 0 <= source_layer < target_layer:
         raise ValueError(
@@ -119,7 +134,7 @@ def discover(
         if side_effects or run.settings.get("side_effects_of"):
             stages.begin("Measuring side effects")
             run.side_effects(loaded, overwrite=overwrite, on_text=stages.count)
-        _show_page(run, loaded, f, stages, max_new_tokens=max_new_tokens, overwrite=overwrite)
+        _show_page(run, loaded, f, stages, **texts, overwrite=overwrite)
 
 
 @app.command(cls=terminal.Command)
@@ -191,13 +206,16 @@ def page(
     folder: _Folder,
     model: _Model = None,
     max_new_tokens: Annotated[int | None, option("Of each completion.", "as it was")] = None,
+    samples: Annotated[int | None, option("Sampled completions of each.", "as it was")] = None,
+    temperature: Annotated[float | None, option("Of the samples.", "as it was, or 0.7")] = None,
+    scales: Scales = False,
     device: Device = None,
     overwrite: Annotated[bool, option("Write the completions anew, too.")] = False,
 ) -> None:
     """Make the page anew, about all that a folder holds; completions that lack are written."""
-    checks.at_least(1, max_new_tokens=max_new_tokens)
+    texts = _texts_asked(max_new_tokens, samples, temperature, scales)
     with _opened(folder, model, device) as (run, loaded, f, stages):
-        _show_page(run, loaded, f, stages, max_new_tokens=max_new_tokens, overwrite=overwrite)
+        _show_page(run, loaded, f, stages, **texts, overwrite=overwrite)
 
 
 app.command(cls=terminal.Command)(cli_adapters.adapters)
@@ -247,6 +265,21 @@ def _show_page(
         if still := not_converged(run.found):
             terminal.say(f"{still}.")
     typer.echo(str((run.folder / "report.html").resolve()))
+
+
+def _texts_asked(
+    max_new_tokens: int | None, samples: int | None, temperature: float | None, scales: bool
+) -> dict[str, Any]:
+    """What `Run.texts` is asked for, checked before the model is loaded."""
+    from tl_melbo.analysis._completions import DEFAULT_SCALES  # pandas takes long to import
+
+    checks.at_least(1, max_new_tokens=max_new_tokens, samples=samples)
+    if temperature is not None:
+        checks.positive(temperature=temperature)
+        if samples is None:
+            raise ValueError(f"temperature={temperature}: of samples; pass --samples, too")
+    chosen = {"max_new_tokens": max_new_tokens, "n_samples": samples, "temperature": temperature}
+    return chosen | {"scales": DEFAULT_SCALES if scales else None}
 
 
 def _numbered(run: tm.Run, vector: int) -> tm.SteeringVectors:

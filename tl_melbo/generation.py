@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 # Of samples, where nothing else is asked for.
 _TEMPERATURE = 0.7
+OnBatch = Callable[[int, int], None]
 
 
 @shape_checked
@@ -46,6 +47,7 @@ def generate(
     seed: int = 0,
     chat: bool | None = None,
     batch_size: int = 32,
+    on_batch: OnBatch | None = None,
 ) -> "pd.DataFrame":
     """Let the model write under each vector, at each scale, after each prompt.
 
@@ -60,6 +62,7 @@ def generate(
         seed: for sampling. Each row draws from a generator of its own, by the seed, the numbers of
             prompt, vector and sample, and the scale: the batch size changes nothing but rounding.
         chat: None takes the format that the vectors were found with.
+        on_batch: called with the texts written, and those in all, after each batch.
 
     Returns:
         A frame with the columns vector (position in `vectors`, or -1 for unsteered), scale, prompt,
@@ -93,7 +96,10 @@ def generate(
     for number, (text, tokens) in enumerate(zip(texts, prompt_tokens, strict=True)):
         drawn = [_draws(max_new_tokens, each[-1] > 0, seed, number, *each) for each in labels]
         steered = _Rows(rows, torch.stack(drawn))
-        written, batch_size = map_batches(partial(write, tokens), steered, batch_size)
+        tell = None
+        if on_batch is not None:
+            tell = partial(_tell, on_batch, number, len(texts), len(labels))
+        written, batch_size = map_batches(partial(write, tokens), steered, batch_size, tell)
         completions = [each for some, _ in written for each in some]
         not_finite += [is_bad for _, some in written for is_bad in some]
         frame = pd.DataFrame(labels, columns=["vector", "scale", "sample"])
@@ -106,6 +112,10 @@ def generate(
     what = f"what {model_name(model)} writes, steered {place_told(rows)},"
     warn_of_rows(not_finite, what, "their completions end where it began", names)
     return frame
+
+
+def _tell(on_batch: OnBatch, prompt: int, prompts: int, rows: int, share: float) -> None:
+    on_batch(round((prompt + share) * rows), prompts * rows)
 
 
 def written(model: Model, tokens: Tokens, max_new_tokens: int) -> str:

@@ -1,7 +1,8 @@
 """What does the model write: under each vector, at other norms, after other prompts?"""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pandas as pd
 import torch
@@ -11,7 +12,7 @@ from tl_melbo import checks, steering
 from tl_melbo.additions import VectorAdditions
 from tl_melbo.analysis._coherence import repetition, tokens_of
 from tl_melbo.analysis._similarity import kl_divergence, kl_to
-from tl_melbo.generation import generate
+from tl_melbo.generation import OnBatch, generate
 from tl_melbo.model.bridge import Model
 from tl_melbo.probability import LogProbs
 from tl_melbo.reading import map_next_token, next_token_log_probs
@@ -22,7 +23,6 @@ from tl_melbo.vectors import SteeringVectors
 
 COMPLETION_COLUMNS = ["vector", "scale", "prompt", "completion"]
 DEFAULT_SCALES = (-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
-OnBatch = Callable[[int, int], None]
 
 
 @shape_checked
@@ -32,6 +32,9 @@ def collect_completions(
     found: SteeringVectors,
     *,
     max_new_tokens: int = 50,
+    scales: Sequence[float] = (1.0, -1.0),
+    n_samples: int | None = None,
+    temperature: float | None = None,
     layer: int | None = None,
     chat: bool | None = None,
     batch_size: int = 32,
@@ -39,24 +42,42 @@ def collect_completions(
 ) -> pd.DataFrame:
     """Let the model write without a vector, under each vector, and under its negative.
 
-    The columns are vector (-1 for unsteered), scale (1, -1, or 0 for unsteered), prompt,
-    completion; for each prompt the unsteered row comes first. `on_batch` is called with the vectors
-    done, and the vectors in all. Errors are those of `generate`.
+    Args:
+        scales: others than 1 and -1 get a greedy completion more each; the unsteered one is there
+            anyway.
+        n_samples: so many sampled completions more, unsteered and at the scales 1 and -1.
+        temperature: of the samples; None takes 0.7.
+        on_batch: called with the texts written, and those in all.
+
+    Returns:
+        A row a completion: vector (-1 for unsteered), scale (0 for unsteered), prompt, completion;
+        with `n_samples` also sample (0 for greedy). For each prompt the unsteered ones come first,
+        then vector by vector, from the largest scale to the smallest. Errors are those of
+        `generate`.
     """
+    if temperature is not None and n_samples is None:
+        raise ValueError(f"temperature={temperature}: of samples; pass n_samples, too")
     texts = [prompts] if isinstance(prompts, str) else list(dict.fromkeys(prompts))
     chat = steering.as_chat(found, chat)
     options = {"max_new_tokens": max_new_tokens, "chat": chat, "batch_size": batch_size}
-    frames = [generate(model, texts, **options)]
-    at_once = max(1, batch_size // 2)
-    for first in range(0, len(found), at_once):
-        some = found[first : first + at_once]
-        frame = generate(model, texts, some, layer, scales=[1.0, -1.0], **options)
-        frames.append(frame.assign(vector=frame["vector"] + first))
-        if on_batch is not None:
-            on_batch(first + len(some), len(found))
-    rows = pd.concat(frames, ignore_index=True).to_dict("records")
-    rows.sort(key=lambda row: (texts.index(row["prompt"]), row["vector"], -row["scale"]))
-    frame = Table(rows, columns=COMPLETION_COLUMNS)
+    drawn = {"n_samples": n_samples, "temperature": temperature}
+    others = sorted({float(scale) for scale in scales} - {-1.0, 0.0, 1.0})
+    parts: list[dict[str, Any]] = [drawn, {"vectors": found, "scales": [1.0, -1.0], **drawn}]
+    parts += [{"vectors": found, "scales": others}] if others else []
+    rows, per_vector = 1 + (n_samples or 0), 2 * (1 + (n_samples or 0)) + len(others)
+    count = len(texts) * (rows + len(found) * per_vector)
+    frames: list[pd.DataFrame] = []
+    for part in parts:
+        before = sum(map(len, frames))
+        tell = on_batch and (lambda there, _, before=before: on_batch(before + there, count))
+        frames.append(generate(model, texts, layer=layer, on_batch=tell, **part, **options))
+    frame = pd.concat(frames)
+    if n_samples:
+        frame["sample"] = frame["sample"].fillna(0).astype(int)
+    frame["of_prompt"] = frame["prompt"].map({text: place for place, text in enumerate(texts)})
+    order = ["of_prompt", "vector", "scale"]
+    frame = frame.sort_values(order, ascending=[True, True, False], kind="stable")
+    frame = Table(frame.drop(columns="of_prompt").reset_index(drop=True))
     frame.attrs["chat"] = chat
     return frame
 

@@ -36,6 +36,7 @@ _WORDS = (*_TEXTS, "kind", "members", "subset", "combination", "scaling", "stopp
 # What the settings may be that this package reads.
 _SETTINGS: dict[str, Any] = {
     "model": str | None, "max_new_tokens": int | None,
+    "n_samples": int | None, "temperature": float | int | None, "scales": list | None,
     "texts_of": str | None, "side_effects_of": str | None,
 }  # fmt: skip
 

@@ -17,6 +17,7 @@ from tl_melbo.files import writable_folder
 from tl_melbo.run import _files
 from tl_melbo.run._adapters import adapters_kept, keep_adapters, write_adapter_texts
 from tl_melbo.run._files import COMPLETIONS, REFERENCE, SIDE_EFFECTS, VECTORS, family_folder
+from tl_melbo.run._texts import OnCount, write_texts
 from tl_melbo.shapes import shape_checked
 from tl_melbo.story import differences
 from tl_melbo.vectors import SteeringVectors
@@ -35,7 +36,6 @@ _OWNER = {COMPLETIONS: "texts_of", SIDE_EFFECTS: "side_effects_of"}
 # What `Run.keep` itself passes to a method.
 _OWN = ("f", "n_vectors", "previous", "progress", "overwrite", "on_vector")
 
-OnCount = Callable[[int, int], None]
 OnVector = Callable[[int, int | None], None]
 
 
@@ -200,7 +200,7 @@ class Run:
         """Find the family of `tm.melbo_ortho`: see `keep`."""
         return self.keep(melbo_ortho, f, n_vectors, theta0=theta0, **settings)
 
-    adapters, adapter_texts = keep_adapters, write_adapter_texts
+    adapters, adapter_texts, texts = keep_adapters, write_adapter_texts, write_texts
 
     def load(
         self, model: str | None = None, device: str | None = None
@@ -240,34 +240,6 @@ class Run:
             raise ValueError(f"{theirs}, but {known or _BUNDLED} is {model_name(loaded)}; {advice}")
         place = {name: story[name] for name in facts[1:]}
         return loaded, tm.ActivationMap.from_prompts(loaded, **place, chat=bool(story.get("chat")))
-
-    def texts(
-        self,
-        model: "Model",
-        *,
-        max_new_tokens: int | None = None,
-        overwrite: bool = False,
-        on_batch: OnCount | None = None,
-    ) -> "pd.DataFrame":
-        """The completions of `report.collect_completions`: read back, or written and saved.
-
-        `max_new_tokens` None takes the length that is there, or 50.
-        """
-        from tl_melbo import report
-
-        checks.at_least(1, max_new_tokens=max_new_tokens)
-        with self.writing():
-            found, known = self.found, self.settings.get("max_new_tokens")
-            length = (known or 50) if max_new_tokens is None else max_new_tokens
-            # Of completions that version 0.1 wrote, the length may be unknown.
-            same = not overwrite and known in (None, length)
-            texts = self._table(COMPLETIONS, found) if same else None
-            if texts is None:
-                texts = report.collect_completions(
-                    model, found.story["prompts"], found, max_new_tokens=length, on_batch=on_batch
-                )
-                self._save(COMPLETIONS, texts, found, max_new_tokens=length)
-        return texts
 
     def side_effects(
         self, model: "Model", *, overwrite: bool = False, on_text: OnCount | None = None

@@ -1,0 +1,60 @@
+"""The completions in a run's folder: `Run.texts`."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tl_melbo import checks
+from tl_melbo.run._files import COMPLETIONS
+from tl_melbo.shapes import shape_checked
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from tl_melbo.model.bridge import Model
+
+OnCount = Callable[[int, int], None]
+
+
+@shape_checked
+def write_texts(
+    self: Any,
+    model: "Model",
+    *,
+    max_new_tokens: int | None = None,
+    n_samples: int | None = None,
+    temperature: float | None = None,
+    scales: Sequence[float] | None = None,
+    overwrite: bool = False,
+    on_batch: OnCount | None = None,
+) -> "pd.DataFrame":
+    """The completions of `report.collect_completions`: read back, or written and saved.
+
+    None takes what is there, or else 50 tokens, no samples, and the scales 1 and -1. Where
+    something is asked for that is not there, all completions are written anew.
+    """
+    from tl_melbo import report
+
+    checks.at_least(1, max_new_tokens=max_new_tokens, n_samples=n_samples)
+    asked = {
+        "max_new_tokens": max_new_tokens,
+        "n_samples": n_samples,
+        "temperature": temperature,
+        "scales": scales and sorted({*map(float, scales), 1.0, -1.0}),
+    }
+    with self.writing():
+        found, known = self.found, self.settings
+        # Of completions that version 0.1 wrote, the length may be unknown.
+        length = max_new_tokens or known.get("max_new_tokens") or 50
+        known = {**known, "max_new_tokens": known.get("max_new_tokens") or length}
+        if asked["scales"] and {*asked["scales"]} <= {*(known.get("scales") or (-1.0, 1.0))}:
+            asked["scales"] = None
+        chosen = {name: known.get(name) if v is None else v for name, v in asked.items()}
+        same = not overwrite and all(known.get(name) == v for name, v in chosen.items())
+        texts = self._table(COMPLETIONS, found) if same else None
+        if texts is None:
+            given = {name: value for name, value in chosen.items() if value is not None}
+            texts = report.collect_completions(
+                model, found.story["prompts"], found, on_batch=on_batch, **given
+            )
+            self._save(COMPLETIONS, texts, found, **chosen)
+    return texts
