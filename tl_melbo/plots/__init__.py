@@ -12,7 +12,6 @@ from tl_melbo.plots._frames import (
     specificity_points,
     transfer_heatmap,
 )
-from tl_melbo.plots._map import effect_map
 from tl_melbo.plots._library import (
     cosine_heatmap,
     distance_curve,
@@ -22,6 +21,7 @@ from tl_melbo.plots._library import (
     objective_history,
     token_presence,
 )
+from tl_melbo.plots._map import effect_map
 
 __all__ = [
     "atlas_heatmap",

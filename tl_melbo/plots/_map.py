@@ -67,5 +67,3 @@ def effect_map(
 
 def _is_grey(name: str) -> bool:
     return name in ("≈ baseline", "filtered out")
-
-

@@ -102,7 +102,7 @@ Written = dict[tuple[str, int, int], dict[str, list[int | None]]]
 
 
 def _written(completions: pd.DataFrame, pool: TextPool) -> Written:
-    """The numbers of texts by prompt, vector and sign; then by size of scale, in order of sample."""
+    """Numbers of texts by prompt, vector and sign, then by size of scale; samples in order."""
     frame = completions
     if "sample" in frame:
         frame = frame.sort_values("sample", kind="stable")
@@ -190,11 +190,16 @@ def _card_key(behaviour: int, prompt: int) -> str | None:
 
 
 def _tags(told: Mapping[Any, Any]) -> dict[str, str]:
-    return {name: shown(told[name]) for name in TAGS if isinstance(told.get(name), str) and told[name]}
+    return {
+        name: shown(told[name]) for name in TAGS if isinstance(told.get(name), str) and told[name]
+    }
 
 
 def _card(
-    group: Mapping[Any, Any], rows: Sequence[Mapping[str, Any]], prompts: Sequence[str], pool: TextPool
+    group: Mapping[Any, Any],
+    rows: Sequence[Mapping[str, Any]],
+    prompts: Sequence[str],
+    pool: TextPool,
 ) -> dict[str, Any]:
     prompt = prompts.index(group["prompt"])
     key = _card_key(int(group["behaviour"]), prompt)

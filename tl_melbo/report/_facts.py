@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from tl_melbo import story
+from tl_melbo.analysis import Behaviours
 from tl_melbo.analysis._effect_plane import largest_cosine
 from tl_melbo.vectors import SteeringVectors
 
@@ -17,7 +18,7 @@ _MORE_STEPS = 3
 
 def library_facts(found: SteeringVectors, baselines: pd.DataFrame | None) -> dict[str, Any]:
     """What the page's template tells of a library."""
-    about, chosen = found.story, found.story.get("hyperparameters", {})
+    about = found.story
     source, target = about.get("source_layer"), about.get("target_layer")
     low, high = float(found.norms.min()), float(found.norms.max())
     radius = f"{high:.4g}" if high - low <= 1e-3 * high else f"{low:.4g} to {high:.4g}"
@@ -42,6 +43,7 @@ def library_facts(found: SteeringVectors, baselines: pd.DataFrame | None) -> dic
         "measure": measure_shown(found),
         "not_converged": not_converged(found),
         "more_steps": more_steps(found),
+        "random_kl": random_median(baselines, "kl"),
     }
 
 
@@ -57,6 +59,17 @@ def random_facts(found: SteeringVectors, baselines: pd.DataFrame | None) -> dict
     if (random := random_median(baselines, "kl")) is not None:
         told["KL of random vectors"] = f"{random:.2g} nats"
     return told
+
+
+def groups_told(groups: Behaviours | None) -> dict[str, Any]:
+    """What the template says of the behaviours in words."""
+    if groups is None:
+        return {"n_distinct": None, "n_incoherent": 0, "grouped_by_words": False}
+    return {
+        "n_distinct": groups.n_distinct,
+        "n_incoherent": [*groups.texts["coherent"]].count(False),
+        "grouped_by_words": groups.embedder == "words",
+    }
 
 
 def random_median(baselines: pd.DataFrame | None, column: str) -> float | None:

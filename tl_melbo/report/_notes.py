@@ -14,7 +14,7 @@ _LARGEST_FILE = 5_000_000
 _MOST = 10_000
 _LONGEST = {"name": 200, "note": 10_000}
 _ADVICE = "pass the notes.json that a page exported"
-# A vector, or with a minus its negative; on a page of several prompts, a row of the second is "4p2".
+# A vector, or with a minus its negative; of several prompts, a row of the second is "4p2".
 _VECTOR = re.compile(r"\d{1,9}-?")
 _ROW = re.compile(r"\d{1,9}-?(p\d{1,4})?")
 
@@ -41,7 +41,9 @@ def read_notes(path: str | Path) -> dict[str, Any]:
             raise ValueError(f"{size:,} bytes, at most {_LARGEST_FILE:,}")
         return checked_notes(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, RecursionError) as error:
-        raise Damaged(f"{path}: not a page's notes, or damaged ({error}); {_ADVICE}", path) from error
+        raise Damaged(
+            f"{path}: not a page's notes, or damaged ({error}); {_ADVICE}", path
+        ) from error
 
 
 def notes_given(notes: str | Path | Notes | None) -> dict[str, Any]:

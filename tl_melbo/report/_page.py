@@ -103,30 +103,24 @@ def write(
         measured = Measured(_kl(model, found, texts, options), baselines, side_effects)
         data = _data.rows_data(found, texts, completions, groups, measured)
         effects = _parts.effects_of(found, activation_map)
-        figures = _parts.library_figures(found, data, effects, side_effects)
+        tables = [_parts.adapter_tables(adapters, adapter_texts)]
+        tables += map(_parts.family_tables, families)
         data |= {
             "library": _data.library_id(found),
-            "isRun": run_folder is not None,
-            "folder": run_folder or "",
+            "folder": run_folder,
             "cosines": _data.cosines_data(cosines),
             "effects": _data.cosines_data(effects and effects.cosines),
             "notes": kept,
-            "tables": _parts.adapter_tables(adapters, adapter_texts),
+            "tables": {name: table for some in tables for name, table in some.items()},
         }
-        for part in families:
-            data["tables"] |= _parts.family_tables(part)
         page = render(
             data,
             title=title,
             prompts=texts,
             seen=[as_seen(model, text, as_chat(found, chat)) for text in texts],
             **_facts.library_facts(found, baselines),
-            **_random_told(baselines),
-            **_groups_told(groups),
-            figures=figures,
-            has_texts=any(data["unsteered"]),
-            has_groups=groups is not None,
-            adapters=data["tables"].keys() & {"adapters", "adapter-texts"},
+            **_facts.groups_told(groups),
+            figures=_parts.library_figures(found, data, effects, side_effects),
             families=[_parts.family_part(part, activation_map) for part in families],
         )
         temporary.write_text(page, encoding="utf-8", newline="\n")
@@ -160,27 +154,6 @@ def _grouped(
     return behaviours(model, some, chat=as_chat(found, chat), batch_size=min(batch_size, 8))
 
 
-def _random_told(baselines: pd.DataFrame | None) -> dict[str, Any]:
-    """What the template says of random vectors in words."""
-    median = _facts.random_median(baselines, "kl")
-    if baselines is None or median is None:
-        return {"random_kl": None, "n_random": 0}
-    rows = baselines[baselines["kind"] == "random"] if "kind" in baselines else baselines
-    n_prompts = rows["prompt"].nunique() if "prompt" in rows else 1
-    return {"random_kl": f"{median:.2g}", "n_random": len(rows) // max(1, n_prompts)}
-
-
-def _groups_told(groups: Behaviours | None) -> dict[str, Any]:
-    """What the template says of the behaviours in words."""
-    if groups is None:
-        return {"n_distinct": None, "n_incoherent": 0, "grouped_by_words": False}
-    return {
-        "n_distinct": groups.n_distinct,
-        "n_incoherent": [*groups.texts["coherent"]].count(False),
-        "grouped_by_words": groups.embedder == "words",
-    }
-
-
 def _table(
     found: SteeringVectors,
     completions: pd.DataFrame,
@@ -205,8 +178,11 @@ def _table(
     if measured.side_effects is not None:
         costs = [column.name for column in _data.COSTS]
         table[costs] = measured.side_effects[costs].astype(float).to_numpy()[vectors]
-    told = [(names.get(rows[place]["behaviour"]), rows[place]["filtered"]) for place in places]
-    table["behaviour"] = [name or (aside and f"filtered out: {aside}") or None for name, aside in told]
+    behaviour = []
+    for row in map(rows.__getitem__, places):
+        aside = f"filtered out: {row['filtered']}" if row["filtered"] else None
+        behaviour.append(names.get(row["behaviour"], aside))
+    table["behaviour"] = behaviour
     for name, scale in (("completion", 1.0), ("negated_completion", -1.0)):
         table[name] = [texts.get((prompts[prompt], vector, scale)) for prompt, vector in places]
     return table

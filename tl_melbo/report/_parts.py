@@ -206,5 +206,3 @@ def table(columns: "tuple[Column, ...] | list[Column]", frame: pd.DataFrame) -> 
         for row in frame.to_dict("records")
     ]
     return {"columns": [column._asdict() for column in columns], "rows": rows}
-
-

@@ -1,4 +1,4 @@
-"""The page as text: the template, with styles, scripts and figures in it, and nothing from outside."""
+"""The page as text: the template with styles, scripts and figures in it."""
 
 import hashlib
 import re
@@ -34,6 +34,8 @@ def render(data: Mapping[str, Any], **contents: Any) -> str:
     return environment.from_string(_beside("page.html.jinja")).render(
         **contents,
         data=as_json(data),
+        unsteered=data["unsteered"],
+        tables=data["tables"],
         css=Markup(_beside("page.css")),
         plotly_js=Markup(plotly_js),
         page_js=Markup(page_js),

@@ -44,7 +44,7 @@ export function detailsOf(row) {
 }
 
 function nextCommand(row) {
-  return data.isRun && row.sign > 0 ? copyButton(`tl-melbo ortho ${folder()} --vector ${row.number}`) : null;
+  return data.folder !== null && row.sign > 0 ? copyButton(`tl-melbo ortho ${folder()} --vector ${row.number}`) : null;
 }
 
 function textsOf(row) {
