@@ -14,6 +14,8 @@ from tl_melbo.text import printable
 _COLOURS = (BLUE, *OTHERS[:-1], PALE_BLUE)
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x")
 _LONGEST_NAME = 40
+# More names than this hide each other.
+_MOST_NAMED = 80
 
 
 @shape_checked
@@ -57,6 +59,10 @@ def effect_map(
         look = {"size": 10, "color": colour, "symbol": hollow, "opacity": 0.85}
         dots = points([xy[i][0] for i in at], [xy[i][1] for i in at], look, name=shown)
         told = [f"vector {html.escape(text)}<br>{shown}" for text in texts]
+        if len(labels) <= _MOST_NAMED:
+            signed = [f"−{text[:-1]}" if text.endswith("-") else text for text in texts]
+            shape = {"textposition": "top center", "textfont": {"size": 9, "color": GREY}}
+            dots.update(mode="markers+text", text=[*map(html.escape, signed)], **shape)
         traces.append(dots.update(customdata=told, meta=texts, hovertemplate=HOVER))
     titles = ["first component", "second component"]
     if shares is not None:

@@ -17,7 +17,7 @@ from tl_melbo.analysis._side_effects import COLUMNS
 from tl_melbo.files import replacing
 from tl_melbo.model.bridge import Model
 from tl_melbo.model.tokens import as_seen
-from tl_melbo.report import _data, _facts, _parts
+from tl_melbo.report import _data, _facts, _parts, _tokens
 from tl_melbo.report._data import Measured
 from tl_melbo.report._notes import Notes, notes_given
 from tl_melbo.report._render import render
@@ -83,6 +83,7 @@ def write(
     if not len(found):
         raise ValueError("found: holds no vectors; there is nothing to show")
     _check_frames(completions, side_effects, found)
+    _tokens.check_tokens(top_tokens, token_divergence)
     kept = notes_given(notes)
     if completions is not None:
         prompts = completions["prompt"].tolist()
@@ -99,9 +100,12 @@ def write(
             )
         if baselines is None and activation_map is not None:
             baselines = random_baseline(model, activation_map, found, texts, **options)
+        if top_tokens is None:
+            top_tokens = _tokens.measured_top_tokens(model, found, texts, options)
         groups = _grouped(model, completions, found, chat, batch_size)
         measured = Measured(_kl(model, found, texts, options), baselines, side_effects)
         data = _data.rows_data(found, texts, completions, groups, measured)
+        keys = _tokens.keys_of(data["rows"], texts)
         effects = _parts.effects_of(found, activation_map)
         tables = [_parts.adapter_tables(adapters, adapter_texts)]
         tables += map(_parts.family_tables, families)
@@ -110,6 +114,8 @@ def write(
             "folder": run_folder,
             "cosines": _data.cosines_data(cosines),
             "effects": _data.cosines_data(effects and effects.cosines),
+            "tokens": _tokens.top_tokens_data(top_tokens, keys, texts),
+            "divergence": _tokens.divergence_data(token_divergence, keys),
             "notes": kept,
             "tables": {name: table for some in tables for name, table in some.items()},
         }

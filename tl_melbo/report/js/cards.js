@@ -62,7 +62,7 @@ function cardPart(card) {
     if (inside.open !== state.open.has(card.key) && !printing) change(toggled("open", card.key));
   });
   const build = () => { if (!$(".inside", inside)) inside.append(insideOf(card)); };
-  const example = card.example === null ? null : el("div", { class: "example" }, clamped(data.texts[card.example]));
+  const example = card.example === null ? null : el("div", { class: "example" }, clamped(data.texts[card.example], 150));
   const head = el("div", { class: "head" }, title, starButton("cards", card.key, `behaviour ${cardName(card.key)}`));
   const prompt = manyPrompts ? el("p", { class: "soft", text: data.prompts[card.prompt] }) : null;
   const note = el("p", { class: "remark", text: noteOf("cards", card.key).note });

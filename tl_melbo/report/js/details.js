@@ -63,7 +63,7 @@ function textsOf(row) {
 }
 
 function diffSwitch(whole, plain, text, unsteered) {
-  const made = button("What the unsteered text lacks", () => {
+  const made = button("Mark what differs from unsteered", () => {
     const on = made.getAttribute("aria-pressed") !== "true";
     made.setAttribute("aria-pressed", String(on));
     if (on) whole.replaceChildren(marked(text, unsteered));

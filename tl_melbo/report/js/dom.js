@@ -22,9 +22,9 @@ export function button(label, act, options = {}) {
 export function number(value, digits = 3) {
   if (value === null || value === undefined) return "–";
   if (typeof value === "string") return value;
-  const short = Number(value.toPrecision(digits));
-  const tiny = short !== 0 && Math.abs(short) < 1e-4;
-  return tiny ? short.toExponential(digits - 1) : String(short);
+  if (Number.isInteger(value) && Math.abs(value) < 1e6) return String(value);
+  if (Math.abs(value) >= 10 ** digits) return value.toFixed(0);
+  return Math.abs(value) < 1e-4 ? value.toExponential(digits - 1) : value.toPrecision(digits);
 }
 
 export function plural(count, word) {
@@ -81,10 +81,10 @@ export function fill(holder, text) {
 const LONG = 260;
 
 // A text of three lines with "more", where it is longer.
-export function clamped(text) {
+export function clamped(text, long = LONG) {
   const body = fill(el("div", { class: "words" }), text);
   const holder = el("div", { class: "clamp" }, body);
-  if (text.length <= LONG && text.split("\n").length <= 3) return holder;
+  if (text.length <= long && text.split("\n").length <= 3) return holder;
   body.classList.add("short");
   const more = button("more", () => {
     const open = body.classList.toggle("short");

@@ -65,8 +65,16 @@ function listen(holder, keysOf) {
     const keys = keysOf(points[0]).filter((key) => rowOf.has(key));
     hidePanel();
     if (keys.length === 2 && keys[0] !== keys[1]) compare(...keys);
-    else if (keys.length) $(`a[href="#v${keys[0]}"]`)?.click() ?? (location.hash = `v${keys[0]}`);
+    else if (keys.length) follow(keys[0]);
   });
+}
+
+// As if a link had been clicked.
+function follow(key) {
+  const link = el("a", { href: `#v${key}`, hidden: true });
+  document.body.append(link);
+  link.click();
+  link.remove();
 }
 
 function told(row) {

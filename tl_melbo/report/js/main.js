@@ -50,7 +50,13 @@ function followLinks() {
     const first = target && ($("a, button", target) ?? target);
     first?.focus({ preventScroll: true });
   });
-  follow((now, restored) => { if (restored) goTo(now.anchor); });
+  // Back and forth: only where the place changed, so that nothing jumps.
+  let before = null;
+  follow((now, restored) => {
+    const moved = now.anchor !== before;
+    before = now.anchor;
+    if (restored && moved) goTo(now.anchor);
+  });
 }
 
 function printWhole() {

@@ -36,7 +36,8 @@ export function decoded(fragment) {
     else if (name === "own") some.own = new Map(value.split(",").map((pair) => pair.split(":")).filter((pair) => data.scales.includes(pair[1])));
     else if (name === "scale") some.scale = data.scales.includes(value) ? value : normal;
     else if (["star", "cmp"].includes(name)) some[name] = value === "1";
-    else if (name in some) some[name] = value;
+    else if (["low", "high", "prompt"].includes(name)) some[name] = value !== "" && Number.isFinite(Number(value)) ? value : "";
+    else if (["q", "sort"].includes(name)) some[name] = value;
   }
   return some;
 }
@@ -50,12 +51,29 @@ function readable(text) {
   }
 }
 
+let waiting = null;
+
+// Browsers refuse too many changes of the address a second.
+function later(address) {
+  clearTimeout(waiting?.timer);
+  waiting = { address, timer: setTimeout(written, 150) };
+}
+
+function written() {
+  if (!waiting) return;
+  clearTimeout(waiting.timer);
+  history.replaceState(null, "", waiting.address);
+  waiting = null;
+}
+
 // `quietly` replaces the entry in the history: for what changes with every key.
 export function change(changes, quietly = false) {
   Object.assign(state, changes);
   const address = `#${encoded(state)}`;
-  if (address !== (location.hash || "#")) {
-    history[quietly ? "replaceState" : "pushState"](null, "", address);
+  if (quietly) later(address);
+  else {
+    written();
+    if (address !== (location.hash || "#")) history.pushState(null, "", address);
   }
   tell();
 }
@@ -71,6 +89,8 @@ function tell(restored = false) {
 }
 
 export function restore() {
+  clearTimeout(waiting?.timer);
+  waiting = null;
   Object.assign(state, decoded(location.hash.slice(1)));
   tell(true);
 }

@@ -119,6 +119,7 @@ function showText(made, row) {
 
 function showOpen(made, row) {
   const open = state.open.has(`v${row.key}`);
+  made.classList.toggle("opened", open);
   const opener = $("button.open", made);
   opener.setAttribute("aria-expanded", String(open));
   opener.textContent = open ? "▾" : "▸";
