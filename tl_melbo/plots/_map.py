@@ -14,6 +14,8 @@ from tl_melbo.text import printable
 _COLOURS = (BLUE, *OTHERS[:-1], PALE_BLUE)
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x")
 _LONGEST_NAME = 40
+# Grey, whatever there is beside them.
+_ASIDE = {"≈ baseline": "circle", "filtered out": "x"}
 # More names than this hide each other.
 _MOST_NAMED = 80
 
@@ -45,13 +47,13 @@ def effect_map(
                 f"{argument}: {len(things)} for {len(places)} places; pass one for each"
             )
     looks = {}
-    seen = [name for name in dict.fromkeys(named) if name and not _is_grey(name)]
+    seen = [name for name in dict.fromkeys(named) if name and name not in _ASIDE]
     symbols = [symbol for symbol in _SYMBOLS for _ in _COLOURS]
     for name, colour, symbol in zip(seen, cycle(_COLOURS), cycle(symbols), strict=False):
         looks[name] = colour, symbol
     xy, traces = places.detach().cpu().double().tolist(), []
     for name in dict.fromkeys(named):
-        colour, symbol = looks.get(name, (GREY, "circle"))
+        colour, symbol = looks.get(name, (GREY, _ASIDE.get(str(name), "circle")))
         at = [place for place, other in enumerate(named) if other == name]
         texts = [str(labels[place]) for place in at]
         hollow = [f"{symbol}-open" if text.endswith("-") else symbol for text in texts]
@@ -69,7 +71,3 @@ def effect_map(
         titles = [f"{name} ({share:.0%})" for name, share in zip(titles, shares, strict=True)]
     across, up = axis(titles[0], zeroline=True), axis(titles[1], zeroline=True)
     return figure(traces, title, across, up, showlegend=True)
-
-
-def _is_grey(name: str) -> bool:
-    return name in ("≈ baseline", "filtered out")

@@ -1,5 +1,5 @@
 // Figures: drawn when they come into view, in the page's colours, by day and by night.
-import { $, $$, clamped, el, number } from "./dom.js";
+import { $, $$, el, number } from "./dom.js";
 import { effectCosine, normal, rowOf, textAt } from "./data.js";
 import { behaviourWords } from "./marks.js";
 import { compare } from "./compare.js";
@@ -7,6 +7,12 @@ import { compare } from "./compare.js";
 const touch = matchMedia("(pointer: coarse)").matches;
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const drawn = new Set();
+
+// Of which rows a point of these figures is.
+const KEYS = {
+  effects: ({ x, y }) => [y, x].map(String),
+  map: ({ data: trace, pointNumber }) => [trace.meta[pointNumber]],
+};
 
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
@@ -37,12 +43,14 @@ async function draw(holder) {
   const { data, layout } = JSON.parse($("script", holder).textContent);
   // A finger that drags wants to scroll the page, not to zoom.
   if (touch) layout.dragmode = false;
+  // The panel beside it tells more.
+  if (KEYS[holder.dataset.figure]) for (const trace of data) Object.assign(trace, { hoverinfo: "none", hovertemplate: null });
   await Plotly.newPlot(holder, data, painted(layout), {
     responsive: true, displaylogo: false, displayModeBar: touch ? false : "hover",
     modeBarButtons: [["toImage", "zoom2d", "resetScale2d"]],
   });
-  if (holder.dataset.figure === "effects") listen(holder, ({ x, y }) => [y, x].map(String));
-  if (holder.dataset.figure === "map") listen(holder, ({ data: trace, pointNumber }) => [trace.meta[pointNumber]]);
+  const keys = KEYS[holder.dataset.figure];
+  if (keys) listen(holder, keys);
 }
 
 function repaint() {
