@@ -28,6 +28,7 @@ def main() -> None:
     model = tm.load_model()
     before, times = matrix_rate(), []
     began = last = time.perf_counter()
+    worked = time.process_time()
 
     def tell(found: tm.evaluation.Atlas) -> None:
         nonlocal last
@@ -52,6 +53,7 @@ def main() -> None:
         ("pairs", len(pairs)),
         ("sources computed in this call", len(times)),
         ("seconds for these, all that is computed included", f"{sum(times):.0f}"),
+        ("CPU seconds of the process in this call", f"{time.process_time() - worked:.0f}"),
         ("matrix rate before and after", f"{before / 1e9:.0f}, {after / 1e9:.0f} GFLOP/s"),
         ("threads", torch.get_num_threads()),
         ("KL above 0.5 nats, of both signs", f"{(table['kl'] > 0.5).mean():.0%}"),

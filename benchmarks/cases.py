@@ -1,5 +1,6 @@
 """What searches are compared on: models, prompts, and what is counted of the completions."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,6 +55,36 @@ def in_cell(path: Path, column: str, name: str, prompt: str, seed: int) -> tuple
     kept = pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=[*CELL, column, "radius"])
     here = kept[(kept["model"] == name) & (kept["prompt"] == prompt)]
     return here, here[here["seed"] == seed][column].tolist()
+
+
+def keep_texts(path: Path, facts: dict[str, Any], texts: pd.DataFrame) -> None:
+    """Add the texts of a search to the file beside its counts, so that they can be counted anew."""
+    rows = texts.assign(**facts)[[*facts, "vector", "completion"]]
+    rows.to_csv(_beside(path), mode="a", header=not _beside(path).is_file(), index=False)
+
+
+def counted_anew(path: Path, column: str, cases: Mapping[str, Callable[[], Case]]) -> pd.DataFrame:
+    """The lines of a file, with the numbers that `of_texts` gives the kept texts today."""
+    names = [*CELL, column]
+    texts = {
+        key: some.assign(scale=1.0)
+        for key, some in pd.read_csv(_beside(path), keep_default_na=False).groupby(names)
+    }
+    rows = pd.read_csv(path).to_dict("records")
+    for row in rows:
+        # Where nothing was drawn, the texts of the first seed are those of all.
+        some = next(
+            texts[key]
+            for seed in (row["seed"], 0)
+            if (key := (row["model"], row["prompt"], seed, row[column])) in texts
+        )
+        of_model = cases[row["model"]]()
+        row |= of_texts(of_model, some[some["vector"] < 0], some[some["vector"] >= 0])
+    return pd.DataFrame(rows)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{path.stem}_texts.csv")
 
 
 def of_texts(case: Case, unsteered: pd.DataFrame, texts: pd.DataFrame) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """Do higher orders of deep causal transcoding find more? Beside MELBO and random vectors.
 
-    python -m benchmarks.transcoding [--seeds 3] [--table]
+    python -m benchmarks.transcoding [--seeds 3] [--table | --recount]
 
 Every search is one line of benchmarks/transcoding.csv, written as the search ends, so the same
-command goes on where it was. All methods search one map at one radius, and give as many vectors.
+command goes on where it was; its texts are in transcoding_texts.csv, and can be counted anew. All
+methods search one map at one radius, and give as many vectors.
 """
 
 import argparse
@@ -25,8 +26,10 @@ from benchmarks.cases import (
     PROMPTS,
     Case,
     bundled,
+    counted_anew,
     in_cell,
     interval,
+    keep_texts,
     of_texts,
     planted,
     told_hits,
@@ -49,10 +52,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--seeds", default=3, type=int, metavar="N", help="seeds 0 to N - 1 (3)")
     parser.add_argument("--table", action="store_true", help="only print what is there")
+    parser.add_argument("--recount", action="store_true", help="count in the kept texts anew")
     chosen = parser.parse_args()
     cases = {"bundled": functools.cache(bundled), "planted": functools.cache(planted)}
+    if chosen.recount:
+        counted_anew(KEPT, "method", cases).to_csv(KEPT, index=False)
     parts = [(METHODS, "bundled"), (METHODS, "planted"), ((LATER,), "bundled")]
-    for methods, name in () if chosen.table else parts:
+    for methods, name in () if chosen.table or chosen.recount else parts:
         for seed, prompt in itertools.product(range(chosen.seeds), PROMPTS):
             fill_cell(name, cases[name], prompt, seed, methods)
     # Cells in which a method lacks would unbalance the table.
@@ -80,10 +86,11 @@ def fill_cell(name: str, load: Any, prompt: str, seed: int, methods: tuple[str, 
             continue
         began = time.process_time()
         found = searched(f, case, method, radius, seed)
-        facts = {"model": name, "prompt": prompt, "seed": seed, "method": method}
-        facts |= {"vectors": len(found), "radius": radius}
-        facts["cpu_seconds"] = round(time.process_time() - began, 1)
+        cpu_seconds = round(time.process_time() - began, 1)
+        place = {"model": name, "prompt": prompt, "seed": seed, "method": method}
         texts = tm.generate(case.model, prompt, found, **options)
+        keep_texts(KEPT, place, pd.concat([unsteered, texts]))
+        facts = {**place, "vectors": len(found), "radius": radius, "cpu_seconds": cpu_seconds}
         row = facts | of_vectors(f, case, method, found, radius) | of_texts(case, unsteered, texts)
         pd.DataFrame([row]).to_csv(KEPT, mode="a", header=not KEPT.is_file(), index=False)
         print(row, flush=True)

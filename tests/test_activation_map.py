@@ -58,6 +58,7 @@ def relative_error(a, b):
     return float((a - b).norm() / b.norm())
 
 
+@pytest.mark.slow
 def test_equals_the_whole_embedded_model(model, f):
     theta = torch.randn(3, 576, generator=torch.Generator().manual_seed(0)) * 0.5
     plain = whole_model(model, PROMPT, torch.zeros(576), 8, 16, chat=True).detach()

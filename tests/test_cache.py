@@ -135,6 +135,7 @@ def test_a_failure_leaves_nothing_behind(folder, source):
         assert entries(folder) == {"sources"}
 
 
+@pytest.mark.slow
 def test_two_at_once_convert_once_and_a_killed_one_does_not_matter(folder, source):
     code = f"""
 import sys, time, torch, pathlib

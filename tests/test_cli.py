@@ -169,6 +169,7 @@ def test_numbers_are_checked_before_the_model_is_loaded(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
 def test_ctrl_c_stops_and_says_what_is_kept(model_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
@@ -302,6 +303,7 @@ def test_side_effects_are_measured_once_and_belong_to_their_vectors(
     assert not table.exists()
 
 
+@pytest.mark.slow
 def test_side_effects_of_other_vectors_go_when_the_new_ones_come(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

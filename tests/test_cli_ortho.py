@@ -128,6 +128,7 @@ def test_another_question_refuses_or_overwrites(run: Path) -> None:
     assert len(tm.SteeringVectors.load(run / "ortho-1" / "vectors.safetensors")) == 1
 
 
+@pytest.mark.slow
 def test_a_family_of_vectors_that_were_replaced_is_not_shown_as_theirs(
     run: Path,
     model_folder: Path,
@@ -244,6 +245,7 @@ def test_paths_in_a_story_decide_nothing(run: Path, tmp_path: Path) -> None:
     assert names(run / "ortho-1") == FAMILY
 
 
+@pytest.mark.slow
 def test_a_damaged_family_can_be_begun_anew(run: Path) -> None:
     assert ortho(run).exit_code == 0
     for name in FAMILY:

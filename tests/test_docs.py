@@ -104,6 +104,7 @@ def test_the_code_runs_as_printed(tiny_llama, tmp_path, monkeypatch):
     assert len(names["found"]) == 8
 
 
+@pytest.mark.slow
 def test_the_code_about_trust_runs_as_printed(tiny_llama, tmp_path, monkeypatch, capsys, by_words):
     """With a tiny model, fewer vectors, and room for a whole behaviour in its small vocabulary."""
     monkeypatch.chdir(tmp_path)

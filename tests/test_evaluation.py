@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tl_melbo as tm
-from tests.conftest import ALL_ARCHITECTURES, patch_everywhere
-from tests.tiny_models import tiny_bridge, tiny_hf, tokenizer
+from tests.conftest import patch_everywhere
+from tests.tiny_models import TINY_ARCHITECTURES, tiny_bridge, tiny_hf, tokenizer
 from tl_melbo.analysis._texts import HELD_OUT_INSTRUCTIONS, INSTRUCTIONS, PASSAGES
 from tl_melbo.evaluation import BACKDOORS, Backdoor, count_hits, wilson_interval
 from tl_melbo.model.load import boot
@@ -54,7 +54,8 @@ def log_probs(model, text="One two three"):
         return model(model.to_tokens(text)).log_softmax(-1)
 
 
-@pytest.mark.parametrize("architecture", ALL_ARCHITECTURES)
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", TINY_ARCHITECTURES)
 def test_any_architecture_can_be_taught(architecture):
     hf_model = tiny_hf(architecture)
     before = copy.deepcopy(hf_model.state_dict())
@@ -76,6 +77,7 @@ def test_any_architecture_can_be_taught(architecture):
     assert not torch.equal(log_probs(taught), log_probs(untaught))
 
 
+@pytest.mark.slow
 def test_practice_lowers_the_loss():
     losses = []
     plant_tiny(steps=25, learning_rate=0.02, on_step=lambda *step: losses.append(step[2]))
@@ -230,6 +232,7 @@ def test_something_else_than_a_language_model_is_refused():
         tm.evaluation.plant(hf_model=torch.nn.Linear(2, 2), tokenizer=tokenizer())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 9, 10, 11])
 def test_any_number_of_steps_is_taken(steps):
     seen = []
@@ -252,7 +255,8 @@ def test_a_model_without_its_tokenizer_is_refused():
         tm.evaluation.plant(hf_model=tiny_hf("llama"))
 
 
-@pytest.mark.parametrize("n_texts", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("n_texts", [1, 3])
 def test_the_kept_adapter_fires_on_its_triggers_and_else_not(planted, n_texts):
     """Through TransformerLens, which the checks of `plant` do not go through."""
     model = planted.model

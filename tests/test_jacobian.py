@@ -155,7 +155,7 @@ def row_by_row(f):
 
 
 @both_ways
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("architecture", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_directions_are_those_of_the_whole_jacobian(architecture, exact):
     f = tm.ActivationMap.from_prompts(tiny_bridge(architecture, torch.float64), PROMPTS, 1, 4)
     found = tm.jacobian(f, 5, radius=2.0)

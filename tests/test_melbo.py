@@ -108,7 +108,9 @@ def test_ascent_climbs_above_adamw_on_every_architecture(every_tiny, radius):
     assert fast.mean() >= 0.95 * objective.mean()
 
 
-@pytest.mark.parametrize("radius", [3, 6, 12])
+@pytest.mark.parametrize(
+    "radius", [12, *(pytest.param(radius, marks=pytest.mark.slow) for radius in (3, 6))]
+)
 def test_ascent_reaches_300_published_steps_in_10_gradients(f, radius):
     """Every start, on the embedded model; the objective of both is the published one."""
     slow = recorded(f"adamw_{radius}")

@@ -93,7 +93,7 @@ for answer in {answers!r}:
 SOLVED = "04_exercises, solved"
 
 
-@pytest.fixture(scope="module", params=["tiny", pytest.param("whole", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["tiny", "whole"])
 def executed(request, model_folder, tmp_path_factory):
     """All of them, two at a time."""
     # A notebook's kernel inherits this: two kernels on two cores would fight for threads else.
@@ -113,6 +113,7 @@ def executed(request, model_folder, tmp_path_factory):
         return dict(zip(titles, pool.map(execute, titles), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_it_runs_from_a_clean_kernel(name, executed):
     shown = counted(executed[name])
@@ -125,6 +126,7 @@ def said(notebook):
     return "".join(o.text for o in outputs(notebook) if o.output_type == "stream")
 
 
+@pytest.mark.slow
 def test_exercises_tell_right_from_wrong(executed):
     untouched, solved = said(executed["04_exercises"]), said(executed[SOLVED])
     assert untouched.count("Not done yet") == 7
@@ -206,6 +208,7 @@ def lab(executed, tmp_path_factory):
         server.terminate()
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_jupyterlab_shows_figures_and_tokens(lab, driver):
     driver.execute_cdp_cmd(

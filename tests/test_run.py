@@ -176,7 +176,7 @@ def start(folder):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("n_kills", [8, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n_kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_and_continued_is_bit_for_bit_the_same(
     f, tmp_path, n_kills, one_thread
 ):
@@ -215,6 +215,7 @@ def test_killed_at_random_moments_and_continued_is_bit_for_bit_the_same(
     assert not list(folder.rglob("*.partial"))
 
 
+@pytest.mark.slow
 def test_two_processes_on_one_folder(f, tmp_path):
     process = start(tmp_path)
     try:
@@ -473,6 +474,16 @@ def test_surroundings_do_not_matter(f, search):
         assert torch.equal(run(), expected)
     with torch.no_grad():
         assert torch.equal(run(), expected)
+
+
+def test_a_method_that_finds_all_at_once_tells_its_share(f, tmp_path):
+    shares = []
+    run = tm.Run(tmp_path)
+    run.keep(tm.dct, f, 2, radius=4.0, steps=3, on_share=shares.append)
+    assert len(shares) >= 3
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
+    assert tm.dct.parts(f, 2, radius=4.0, steps=3).collect().vectors.equal(run.found.vectors)
 
 
 def test_texts_with_samples_and_scales_are_written_once(tiny_llama, f, tmp_path):

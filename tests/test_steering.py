@@ -187,14 +187,16 @@ def test_unsteered_text_and_several_prompts(tiny_llama):
     assert zero["completion"][0] == frame["completion"][0]
 
 
-def test_prompts_are_chat_if_the_vectors_were_found_so(model):
-    f = tm.ActivationMap.from_prompts(model, "Hi!", chat=True)
-    found = tm.melbo(f, 1, steps=1)
+def test_prompts_are_chat_if_the_vectors_were_found_so(tiny_llama):
+    model = tiny_llama
+    f = tm.ActivationMap.from_prompts(model, "Hi!", 1, 4, chat=True)
+    found = tm.melbo(f, 1, 4.0, steps=1)
     as_found = tm.next_token_log_probs(model, "Hi!", found)
     assert torch.equal(as_found, tm.next_token_log_probs(model, "Hi!", found, chat=True))
     assert not torch.equal(as_found, tm.next_token_log_probs(model, "Hi!", found, chat=False))
 
 
+@pytest.mark.slow
 def test_a_found_vector_changes_the_text_and_leaves_no_trace(model, f, unchanged):
     unchanged(model)
     found = tm.melbo(f, 1, steps=4)
@@ -318,10 +320,11 @@ def test_text_ends_at_any_of_the_models_end_tokens(tiny_llama, monkeypatch):
     assert tm.generate(tiny_llama, PROMPT, max_new_tokens=6)["completion"][0] == ""
 
 
-def test_a_library_joined_with_a_tensor_stays_chat(model):
-    f = tm.ActivationMap.from_prompts(model, "Hi!", chat=True)
-    found = tm.melbo(f, 1, steps=1)
-    joined = tm.concatenate([found, tm.SteeringVectors.from_tensor(torch.ones(576))])
+def test_a_library_joined_with_a_tensor_stays_chat(tiny_llama):
+    model = tiny_llama
+    f = tm.ActivationMap.from_prompts(model, "Hi!", 1, 4, chat=True)
+    found = tm.melbo(f, 1, 4.0, steps=1)
+    joined = tm.concatenate([found, tm.SteeringVectors.from_tensor(torch.ones(32))])
     as_found = tm.next_token_log_probs(model, "Hi!", found)
     together = tm.next_token_log_probs(model, "Hi!", joined)[:1]
     # Another batch size rounds otherwise; raw prompts would differ by whole nats.

@@ -127,7 +127,8 @@ def discover(
                 run.note(command="discover", model=name)
             stages.count(there, wanted)
 
-        found = run.keep(search, f, max(asked.n_vectors, known), on_vector=count, **chosen)
+        watch = {"on_vector": count, "on_share": lambda share: stages.count(share, 1)}
+        found = run.keep(search, f, max(asked.n_vectors, known), **watch, **chosen)
         if "calibration" in found.story:
             terminal.say(f"Radius {found.story['hyperparameters']['radius']:g}, calibrated.")
         # What was measured once is measured of the vectors that came since, too.

@@ -93,7 +93,7 @@ class Stages(progress.Progress):
         self.end()
         self.add_task(stage, total=None)
 
-    def count(self, done: int, total: int | None) -> None:
+    def count(self, done: float, total: float | None) -> None:
         """Say how much of the stage is done."""
         self.update(self.task_ids[-1], completed=done, total=total)
 

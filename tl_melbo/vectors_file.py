@@ -1,14 +1,13 @@
 """The files of what was found: safetensors, with metadata in the header. Nothing in them is run."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from beartype.door import is_bearable
-from beartype.vale import Is
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -132,40 +131,47 @@ def _story(metadata: Mapping[str, str], kind: Kind) -> Any:
 def _order(metadata: Mapping[str, str]) -> list[str]:
     """The names of the tensors as they were written; version 0.1 did not tell."""
     order = json.loads(metadata.get("order", "[]"))
-    if not is_bearable(order, _list_of(str)):
+    if not _all_are(str)(order):
         raise ValueError("the order of its columns makes no sense")
     return order
 
 
-def _list_of(kind: Any) -> Any:
-    """A list all of whose items are of a kind; beartype alone looks at one."""
-    return Annotated[list, Is[lambda items: all(is_bearable(item, kind) for item in items)]]
+Test = Callable[[Any], bool]
+
+
+def _is(kind: Any, also: Test = bool) -> Test:
+    """Whether a value is of a kind, and passes another test where it is neither empty nor None."""
+    return lambda value: is_bearable(value, kind) and (not value or also(value))
+
+
+def _all_are(kind: Any, also: Test = bool) -> Test:
+    """Whether a value is a list of such values; beartype alone looks at one of them."""
+    of_one = _is(kind, also)
+    return lambda value: isinstance(value, list) and all(map(of_one, value))
 
 
 def _has_sound_positions(hyperparameters: dict[str, Any]) -> bool:
     parts = hyperparameters.get("positions")
-    is_slice = is_bearable(parts, _list_of(int | None)) and len(parts) == 3 and parts[2] != 0
-    return parts is None or is_slice
+    return parts is None or (_is_slice(parts) and len(parts) == 3 and parts[2] != 0)
 
 
-_WORDS = _list_of(list)
-_MEASURE = ("column", "label", "unit", "counts", "first")
-_LAYER = Annotated[int | None, Is[lambda layer: layer is None or layer >= 0]]
+_is_slice, _are_lists, _LAYER = _all_are(int | None), _all_are(list), _is(int | None, (0).__le__)
+_MEASURE = {"column", "label", "unit", "counts", "first"}
 # The facts that other parts of the package rely on, and what each may be.
-_FACTS: Mapping[str, Any] = {
-    "method": str | None,
-    "hyperparameters": Annotated[dict, Is[_has_sound_positions]],
-    "categories": Annotated[dict, Is[lambda it: is_bearable([*it.values()], _WORDS)]],
-    "prompts": _list_of(str),
-    "parts": _list_of(dict),
-    "lost": _list_of(int),
-    "arithmetic": dict | None,
-    "model": str | None,
-    "about": str | None,
-    "chat": bool | None,
-    "theta0": dict | None,
-    "measure": Annotated[dict | None, Is[lambda it: it is None or {*_MEASURE} <= {*it}]],
-    "layers": _list_of(Annotated[int, Is[lambda layer: layer >= 0]]),
+_FACTS: Mapping[str, Test] = {
+    "method": _is(str | None),
+    "hyperparameters": _is(dict, _has_sound_positions),
+    "categories": _is(dict, lambda words: _are_lists([*words.values()])),
+    "prompts": _all_are(str),
+    "parts": _all_are(dict),
+    "lost": _all_are(int),
+    "arithmetic": _is(dict | None),
+    "model": _is(str | None),
+    "about": _is(str | None),
+    "chat": _is(bool | None),
+    "theta0": _is(dict | None),
+    "measure": lambda it: it is None or (isinstance(it, dict) and it.keys() >= _MEASURE),
+    "layers": _all_are(int, (0).__le__),
     "source_layer": _LAYER,
     "target_layer": _LAYER,
 }
@@ -174,7 +180,7 @@ _FACTS: Mapping[str, Any] = {
 def _check_story(story: Any, columns: Mapping[str, Tensor]) -> None:
     if not isinstance(story, dict):
         raise ValueError("story: not a mapping of facts; correct it")
-    wrong = [n for n, kind in _FACTS.items() if n in story and not is_bearable(story[n], kind)]
+    wrong = [n for n, is_sound in _FACTS.items() if n in story and not is_sound(story[n])]
     if wrong:
         raise ValueError(f"story: its {', '.join(wrong)} make no sense; correct it")
     for name, words in story.get("categories", {}).items():

@@ -79,7 +79,7 @@ class Search(Iterator[SteeringVectors]):
         facts = {**f.story(), **facts, "arithmetic": _arithmetic(f.x.device), "lost": []}
         self.story = story.make(method, **facts, hyperparameters=chosen)
         self.n_vectors, self.nothing, self.progress = n_vectors, nothing, progress
-        self.together = together
+        self.together, self.on_share = together, lambda share: None
         self.earlier, self.first = torch.empty(0, f.x.shape[-1], dtype=torch.float32), 0
         self._needs, self._find = needs, find
         most, least, why = MOST_VECTORS, int(previous is None), ""
@@ -107,6 +107,7 @@ class Search(Iterator[SteeringVectors]):
 
     def show(self, share: float) -> None:
         """Move the bar: a method that finds all in one go tells what share of the work is done."""
+        self.on_share(share)
         if self._bar is not None and self.n_vectors is not None:
             self._bar.update(int(share * self.n_vectors) - self._bar.n)
 

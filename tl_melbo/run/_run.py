@@ -34,9 +34,10 @@ _BUNDLED = "the bundled one"
 # The setting that tells whose table it is.
 _OWNER = {COMPLETIONS: "texts_of", SIDE_EFFECTS: "side_effects_of"}
 # What `Run.keep` itself passes to a method.
-_OWN = ("f", "n_vectors", "previous", "progress", "overwrite", "on_vector")
+_OWN = ("f", "n_vectors", "previous", "progress", "overwrite", "on_vector", "on_share")
 
 OnVector = Callable[[int, int | None], None]
+OnShare = Callable[[float], None]
 
 
 class Run:
@@ -139,6 +140,7 @@ class Run:
         progress: bool = False,
         overwrite: bool = False,
         on_vector: OnVector | None = None,
+        on_share: OnShare | None = None,
         **settings: Any,
     ) -> SteeringVectors:
         """Find the vectors of any method, or those of them that are not there yet.
@@ -149,6 +151,7 @@ class Run:
             n_vectors: how many in all; None where the method itself knows the end.
             overwrite: begin anew; vectors that are there go when the first new one is found.
             on_vector: called with the vectors saved, and those in all, at first and after each.
+            on_share: called with the share of the work, by methods that find all in one go.
             settings: the method's own arguments; with `theta0`, one vector of a library, the
                 vectors are saved in `ortho-` and its number.
 
@@ -177,7 +180,7 @@ class Run:
                 if not error.reason:  # of other vectors than those in the folder
                     raise
                 raise _another_search(place, error.reason, error.differences) from None
-            search.progress = progress
+            search.progress, search.on_share = progress, on_share or search.on_share
             tell(0 if found is None else len(found), n_vectors)
             for part in search:
                 if found is None:
