@@ -1,16 +1,21 @@
 """The page as a file: whole, self-contained, and safe whatever the model wrote."""
 
+import hashlib
+import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 import torch
+from plotly.offline import get_plotlyjs_version
 
 import tl_melbo as tm
 from tests.conftest import PROMPT
-from tl_melbo import report
+from tl_melbo import report, story
+from tl_melbo.report._render import PLOTLY
 from tl_melbo.text import printable
 
 pytestmark = pytest.mark.usefixtures("by_words")
@@ -32,6 +37,15 @@ def found(f: tm.ActivationMap) -> tm.SteeringVectors:
 @pytest.fixture(scope="module")
 def completions(tiny_llama: torch.nn.Module, found: tm.SteeringVectors) -> pd.DataFrame:
     return report.collect_completions(tiny_llama, PROMPTS, found, max_new_tokens=3)
+
+
+def data_of(path: Path) -> dict[str, Any]:
+    """What the page's script builds its rows from."""
+    (text,) = re.findall(
+        r'<script type="application/json" id="data">(.*?)</script>',
+        path.read_text(encoding="utf-8"),
+    )
+    return json.loads(text)
 
 
 def with_text(completions: pd.DataFrame, text: str) -> pd.DataFrame:
@@ -93,6 +107,9 @@ def test_the_page_says_what_it_is(
     for words in (*PROMPTS, "tiny-llama", "1 → 4", "orthogonal", "-3:", "versions: torch"):
         assert words in page
     assert page.count('class="plot') == 3
+    # The prompts as the model saw them, in its chat template.
+    for prompt in PROMPTS:
+        assert f"user\n{prompt}" in page
 
 
 def test_the_page_loads_nothing(
@@ -105,7 +122,7 @@ def test_the_page_loads_nothing(
     report.write(path, tiny_llama, found, completions=completions)
     page = path.read_text(encoding="utf-8")
     markup = re.sub(r"<(script|style)\b[^>]*>.*?</\1>", "", page, flags=re.DOTALL)
-    assert not re.search(r"\b(src|href|srcset|action)\s*=\s*[\"'](?!data:)", markup)
+    assert not re.search(r"\b(src|href|srcset|action)\s*=\s*[\"'](?!data:|#)", markup)
     assert "connect-src" not in page
     assert "default-src 'none'" in page
 
@@ -123,8 +140,10 @@ def test_text_from_the_model_is_escaped(
     assert "<script>alert" not in page
     assert not set("\x00\x1b\u202e") & set(page)
     shown = "&lt;script&gt;alert(1)&lt;/script&gt;␛[31m[U+202E]txt&lt;/td&gt;"
-    # The title is shown twice, and of each prompt's texts one is an example of its group.
-    assert page.count(shown) == len(hostile) + 2 + len(PROMPTS)
+    # The title is shown twice; what many vectors write is there once.
+    assert page.count(shown) == 2
+    (text,) = data_of(path)["texts"]
+    assert text == printable(HOSTILE)
 
 
 def test_a_story_cannot_inject_either(
@@ -184,9 +203,10 @@ def test_missing_texts_leave_gaps(
     path = tmp_path / "page.html"
     table = report.write(path, tiny_llama, found, completions=completions)
     assert table["completion"].isna().tolist() == [False, False, True, True, True]
-    page = path.read_text(encoding="utf-8")
-    assert ">−v<" not in page
-    assert "<h2>Unsteered" not in page
+    data = data_of(path)
+    assert [row["sign"] for row in data["rows"]] == [1] * 5
+    assert [len(row["texts"]) for row in data["rows"]] == [1, 1, 0, 0, 0]
+    assert "<h2>Unsteered" not in path.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -264,7 +284,9 @@ def test_numbers_that_are_not_finite_are_shown(
     library = tm.SteeringVectors(found.vectors, found.story, {"objective": objective})
     path = tmp_path / "page.html"
     report.write(path, tiny_llama, library, completions=completions)
-    assert 'data-order="">–</td>' in path.read_text(encoding="utf-8")
+    rows = data_of(path)["rows"]
+    assert rows[0]["values"]["objective"] is None
+    assert rows[2]["values"]["objective"] == pytest.approx(float(objective[1]), rel=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -294,15 +316,17 @@ def test_a_family_gets_its_part_of_the_page(
     without, page = (path.read_text(encoding="utf-8") for path in paths)
     assert "MELBO-ortho" not in without
     assert "The family of vector 3" in page
-    assert page.count('class="plot') == without.count('class="plot') + 6
-    section = page.split('id="family-3"')[1]
-    for row in family.table[family.table["kind"] == "family"].to_dict("records"):
-        assert f"{row['distance']:#.4g}</td>" in section
-        assert f"{row['kl_to_reference']:.3f}</td>" in section
+    assert page.count('class="plot') == without.count('class="plot') + 5
+    table = data_of(paths[1])["tables"]["family-3-vectors"]
+    names = [column["name"] for column in table["columns"]]
+    own = family.table[family.table["kind"] == "family"]
+    for name in ("distance", "kl_to_reference", "norm"):
+        shown = [row[names.index(name)] for row in table["rows"]]
+        assert shown == pytest.approx(own[name].tolist(), rel=1e-4)
     # Without the map there are no effects to compare.
     report.write(paths[0], tiny_llama, found, completions=completions, families=[family])
     assert (
-        paths[0].read_text(encoding="utf-8").count('class="plot') == page.count('class="plot') - 2
+        paths[0].read_text(encoding="utf-8").count('class="plot') == page.count('class="plot') - 3
     )
 
 
@@ -350,3 +374,232 @@ def test_what_is_not_known_to_have_converged_is_told_apart(found: tm.SteeringVec
     told = "1 of 2 still gained more than 1% in their last step; of 3 more it is not known"
     assert report.not_converged(library) == told
     assert not report.not_converged(tm.SteeringVectors(found.vectors, story))
+
+
+def test_negatives_samples_and_scales_are_rows_and_texts(
+    tiny_llama: torch.nn.Module, f: tm.ActivationMap, found: tm.SteeringVectors, tmp_path: Path
+) -> None:
+    completions = report.collect_completions(
+        tiny_llama, PROMPTS, found, max_new_tokens=3, scales=[0.5, -0.5], n_samples=2
+    )
+    path = tmp_path / "page.html"
+    report.write(path, tiny_llama, found, completions=completions, activation_map=f)
+    data = data_of(path)
+    keys = [f"{v}{sign}{p}" for p in ("", "p2") for v in range(5) for sign in ("", "-")]
+    assert [row["key"] for row in data["rows"]] == keys
+    assert data["scales"] == ["0.5", "1"]
+    texts = {key: [printable(text) for text in some] for key, some in _texts_by_key(completions)}
+    for row in data["rows"]:
+        for scale, places in row["texts"].items():
+            at = (PROMPTS[row["prompt"]], row["vector"], row["sign"] * float(scale))
+            assert [data["texts"][place] for place in places] == texts[at]
+    negative = tm.analysis.kl_divergence(tiny_llama, PROMPTS[0], -found)
+    shown = [row["values"]["kl"] for row in data["rows"][1:10:2]]
+    assert shown == pytest.approx(negative.tolist(), rel=1e-4)
+
+
+def _texts_by_key(completions: pd.DataFrame):
+    for key, some in completions.groupby(["prompt", "vector", "scale"]):
+        yield key, some.sort_values("sample")["completion"].tolist()
+
+
+def test_random_vectors_stand_beside(
+    tiny_llama: torch.nn.Module,
+    f: tm.ActivationMap,
+    found: tm.SteeringVectors,
+    completions: pd.DataFrame,
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "page.html"
+    report.write(path, tiny_llama, found, completions=completions, activation_map=f)
+    random = tm.random_vectors(f, 8, radius=4.0)
+    expected = tm.melbo_objective(f.delta(random.vectors, slice(-3, None))).median()
+    ratio = float(found.objective[0] / expected)
+    assert data_of(path)["rows"][0]["times"] == pytest.approx(ratio, rel=0.05)
+    kl = torch.cat([tm.analysis.kl_divergence(tiny_llama, text, random) for text in PROMPTS])
+    assert (
+        f"Random vectors of this norm: KL {kl.double().quantile(0.5):.2g} nats"
+        in path.read_text(encoding="utf-8")
+    )
+    # What is passed is not measured.
+    baselines = pd.DataFrame({"kind": "random", "kl": [0.125], "objective": [float("nan")]})
+    report.write(
+        path, tiny_llama, found, completions=completions, activation_map=f, baselines=baselines
+    )
+    assert "KL 0.12 nats" in path.read_text(encoding="utf-8")
+    assert data_of(path)["rows"][0]["times"] is None
+    # Vectors of different norms have no random ones of theirs.
+    mixed = tm.concatenate([found[0], 2.0 * found[1]])
+    report.write(path, tiny_llama, mixed, prompts=PROMPT, max_new_tokens=2, activation_map=f)
+    assert "Random vectors of this norm" not in path.read_text(encoding="utf-8")
+
+
+def test_words_a_reader_knows() -> None:
+    chosen = {"optimiser": "ascent", "steps": 10}
+    assert (
+        story.method_of({"method": "melbo", "hyperparameters": chosen})
+        == "MELBO, power iteration (10 gradients)"
+    )
+    assert story.method_of({"method": "mean_difference"}) == "Mean difference"
+    for name, shown in (
+        ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B"), ("/home/me/models/m.gguf", "m"),
+        ("C:\\models\\tiny", "tiny"), ("./here/", "here"), ("", None),
+    ):  # fmt: skip
+        assert story.model_of({"model": name}) == shown
+
+
+def test_the_page_tells_how_to_go_on(
+    tiny_llama: torch.nn.Module,
+    found: tm.SteeringVectors,
+    completions: pd.DataFrame,
+    tmp_path: Path,
+) -> None:
+    assert (found.columns["converged"] == 0).any() or "converged" in found.table()
+    count = [*found.table()["converged"]].count("no")
+    path = tmp_path / "page.html"
+    report.write(path, tiny_llama, found, completions=completions)
+    told = f"{count} of 5 not converged; run with --steps 9."
+    assert (told in path.read_text(encoding="utf-8")) == (count > 0)
+
+
+def test_adapters_get_a_part(
+    tiny_llama: torch.nn.Module,
+    found: tm.SteeringVectors,
+    completions: pd.DataFrame,
+    tmp_path: Path,
+) -> None:
+    from tl_melbo.adapters import Adapter
+
+    torch.manual_seed(0)
+    adapter = Adapter.from_tensor(torch.randn(2, 1, 32, 2), torch.randn(2, 1, 2, 32), [1, 2])
+    texts = pd.DataFrame({"vector": [-1, 0, 1], "prompt": "Hi", "completion": ["a", "b", HOSTILE]})
+    path = tmp_path / "page.html"
+    report.write(
+        path, tiny_llama, found, completions=completions, adapters=adapter, adapter_texts=texts
+    )
+    tables = data_of(path)["tables"]
+    assert [row[0] for row in tables["adapters"]["rows"]] == [0, 1]
+    assert tables["adapter-texts"]["rows"][0] == ["unsteered", "Hi", "a"]
+    assert tables["adapter-texts"]["rows"][2] == ["1", "Hi", printable(HOSTILE)]
+    assert "<h2>Adapters" in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["top_tokens", "token_divergence"])
+def test_frames_of_tokens_are_checked(
+    name: str, tiny_llama: torch.nn.Module, found: tm.SteeringVectors, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=f"{name}: lacks the columns"):
+        report.write(
+            tmp_path / "p.html", tiny_llama, found, **{name: pd.DataFrame({"vector": [0]})}
+        )
+
+
+ENTRY = {"star": True, "name": "a", "note": "b"}
+
+
+def test_notes_are_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "notes.json"
+    behaviour = {**ENTRY, "members": ["4", "7-"], "merged": [["2p2"]]}
+    notes = {"version": 1, "vectors": {"4": ENTRY, "4-": {"star": True}}, "behaviours": [behaviour]}
+    path.write_text(json.dumps(notes), encoding="utf-8")
+    read = report.read_notes(path)
+    assert read["vectors"] == {"4": ENTRY, "4-": {"star": True, "name": "", "note": ""}}
+    assert read["behaviours"] == [behaviour]
+
+
+@pytest.mark.parametrize(
+    ("notes", "message"),
+    [
+        ([], "not a mapping"),
+        ({"version": 2}, "version 2, expected 1"),
+        ({"version": 1, "more": 1}, "unknown entries"),
+        ({"version": 1, "vectors": {"<b>": ENTRY}}, "no vector's number"),
+        ({"version": 1, "vectors": {"4": {"star": 1}}}, "star=1, expected true"),
+        ({"version": 1, "vectors": {"4": {"name": "x" * 201}}}, "at most 200 characters"),
+        ({"version": 1, "vectors": {"4": {"note": 3}}}, "note is not a text"),
+        ({"version": 1, "vectors": [1]}, "not a mapping"),
+        ({"version": 1, "behaviours": {}}, "not a list"),
+        ({"version": 1, "behaviours": [{"members": "4"}]}, "not a list"),
+        ({"version": 1, "behaviours": [{"members": ["4/"]}]}, "not vectors' numbers"),
+        ({"version": 1, "behaviours": [{**ENTRY, "members": [], "merged": [4]}]}, "not a list"),
+    ],
+)
+def test_other_notes_are_refused(notes: Any, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "notes.json"
+    path.write_text(json.dumps(notes), encoding="utf-8")
+    with pytest.raises(tm.errors.Damaged, match=message) as caught:
+        report.read_notes(path)
+    assert caught.value.path == path
+
+
+def test_files_that_are_no_notes_are_refused(
+    tiny_llama: torch.nn.Module, found: tm.SteeringVectors, tmp_path: Path
+) -> None:
+    path = tmp_path / "notes.json"
+    for content in (b"{", b"\xff", b"[" * 100_000, b" " * 5_000_001):
+        path.write_bytes(content)
+        with pytest.raises(tm.errors.Damaged, match=r"notes\.json"):
+            report.read_notes(path)
+        with pytest.raises(tm.errors.Damaged):
+            report.write(tmp_path / "p.html", tiny_llama, found, notes=path)
+    with pytest.raises(FileNotFoundError):
+        report.read_notes(tmp_path / "none.json")
+    with pytest.raises(ValueError, match="version"):
+        report.write(tmp_path / "p.html", tiny_llama, found, notes={"version": 7})
+    assert not (tmp_path / "p.html").exists()
+
+
+def test_effects_lie_in_the_plane_of_their_largest_variance() -> None:
+    """Against the singular vectors of the centred, normalised effects."""
+    effects = torch.randn(9, 2, 4, 5, generator=torch.Generator().manual_seed(0))
+    effects[:, :, :2] = 0
+    places, shares = tm.analysis.effect_plane(effects)
+    units = torch.nn.functional.normalize(effects.flatten(1).double())
+    u, s, _ = torch.linalg.svd(units - units.mean(0), full_matrices=False)
+    expected = u[:, :2] * s[:2]
+    torch.testing.assert_close(places.double().abs(), expected.abs(), atol=1e-6, rtol=1e-5)
+    assert shares == pytest.approx((s[:2] ** 2 / (s**2).sum()).tolist())
+    with pytest.raises(ValueError, match="effects"):
+        tm.analysis.effect_plane(effects[:1])
+    with pytest.raises(ValueError, match="zero or not finite"):
+        tm.analysis.effect_plane(effects * torch.tensor([0.0, *8 * [1.0]])[:, None, None, None])
+
+
+def test_the_map_of_effects_names_and_colours() -> None:
+    names = ["<b>x", "≈ baseline", "<b>x", None]
+    drawn = tm.plots.effect_map(torch.eye(4)[:, :2], ["0", "0-", "1", "2-"], names)
+    assert [trace.name for trace in drawn.data] == ["&lt;b&gt;x", "≈ baseline", "not grouped"]
+    assert list(drawn.data[0].x) == [1.0, 0.0]
+    assert drawn.data[1].marker.symbol == ("circle-open",)
+    assert drawn.data[1].marker.color == drawn.data[2].marker.color != drawn.data[0].marker.color
+    with pytest.raises(ValueError, match="labels: 1 for 4 places"):
+        tm.plots.effect_map(torch.eye(4)[:, :2], ["0"])
+
+
+def test_the_plotly_on_the_page_is_that_of_the_figures(
+    tiny_llama: torch.nn.Module,
+    f: tm.ActivationMap,
+    found: tm.SteeringVectors,
+    completions: pd.DataFrame,
+    family: report.Family,
+    tmp_path: Path,
+) -> None:
+    source = PLOTLY.read_text(encoding="utf-8")
+    (version,) = re.findall(r"plotly\.js \(cartesian - minified\) v(\d+)\.", source[:200])
+    assert version == get_plotlyjs_version().split(".")[0]
+    assert hashlib.sha256(PLOTLY.read_bytes()).hexdigest() in PLOTLY.with_name(
+        "README.md"
+    ).read_text(encoding="utf-8")
+    known = {*re.findall(r'moduleType:"trace",name:"(\w+)"', source)}
+    path = tmp_path / "page.html"
+    report.write(
+        path, tiny_llama, found, completions=completions, activation_map=f, families=[family]
+    )
+    page = path.read_text(encoding="utf-8")
+    figures = re.findall(
+        r'<div class="plot [^>]*><script type="application/json">(.*?)</script>', page
+    )
+    drawn = {trace["type"] for text in figures for trace in json.loads(text)["data"]}
+    assert drawn == {"scatter", "heatmap"}
+    assert drawn <= known
+    assert len(page) < 2_500_000

@@ -1,4 +1,4 @@
-"""What random vectors of the same norm do: the baseline beside which a library's numbers are read."""
+"""What random vectors of the same norm do: the baseline of a library's numbers."""
 
 from collections.abc import Sequence
 from typing import Any

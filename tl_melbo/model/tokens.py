@@ -49,7 +49,7 @@ def to_tokens(model: Model, prompt: str, chat: bool = False, system: str | None 
 
 
 def as_seen(model: Model, prompt: str, chat: bool = False) -> str:
-    """The prompt as the model reads it: chat template, system prompt and special tokens included."""
+    """The prompt as the model reads it, with chat template, system prompt and special tokens."""
     return model.tokenizer.decode(to_tokens(model, prompt, chat)[0], skip_special_tokens=False)
 
 
