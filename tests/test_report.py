@@ -14,7 +14,7 @@ from plotly.offline import get_plotlyjs_version
 
 import tl_melbo as tm
 from tests.conftest import PROMPT
-from tl_melbo import report, story
+from tl_melbo import report
 from tl_melbo.report._render import PLOTLY
 from tl_melbo.text import printable
 
@@ -434,32 +434,18 @@ def test_random_vectors_stand_beside(
     assert "Random vectors of this norm" not in path.read_text(encoding="utf-8")
 
 
-def test_words_a_reader_knows() -> None:
-    chosen = {"optimiser": "ascent", "steps": 10}
-    assert (
-        story.method_of({"method": "melbo", "hyperparameters": chosen})
-        == "MELBO, power iteration (10 gradients)"
-    )
-    assert story.method_of({"method": "mean_difference"}) == "Mean difference"
-    for name, shown in (
-        ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B"), ("/home/me/models/m.gguf", "m"),
-        ("C:\\models\\tiny", "tiny"), ("./here/", "here"), ("", None),
-    ):  # fmt: skip
-        assert story.model_of({"model": name}) == shown
-
-
 def test_the_page_tells_how_to_go_on(
     tiny_llama: torch.nn.Module,
     found: tm.SteeringVectors,
     completions: pd.DataFrame,
     tmp_path: Path,
 ) -> None:
-    assert (found.columns["converged"] == 0).any() or "converged" in found.table()
     count = [*found.table()["converged"]].count("no")
     path = tmp_path / "page.html"
     report.write(path, tiny_llama, found, completions=completions)
     told = f"{count} of 5 not converged; run with --steps 9."
-    assert (told in path.read_text(encoding="utf-8")) == (count > 0)
+    assert count, "three steps were enough: take fewer"
+    assert told in path.read_text(encoding="utf-8")
 
 
 def test_adapters_get_a_part(
@@ -492,88 +478,6 @@ def test_frames_of_tokens_are_checked(
         report.write(
             tmp_path / "p.html", tiny_llama, found, **{name: pd.DataFrame({"vector": [0]})}
         )
-
-
-ENTRY = {"star": True, "name": "a", "note": "b"}
-
-
-def test_notes_are_read_back(tmp_path: Path) -> None:
-    path = tmp_path / "notes.json"
-    behaviour = {**ENTRY, "members": ["4", "7-"], "merged": [["2p2"]]}
-    notes = {"version": 1, "vectors": {"4": ENTRY, "4-": {"star": True}}, "behaviours": [behaviour]}
-    path.write_text(json.dumps(notes), encoding="utf-8")
-    read = report.read_notes(path)
-    assert read["vectors"] == {"4": ENTRY, "4-": {"star": True, "name": "", "note": ""}}
-    assert read["behaviours"] == [behaviour]
-
-
-@pytest.mark.parametrize(
-    ("notes", "message"),
-    [
-        ([], "not a mapping"),
-        ({"version": 2}, "version 2, expected 1"),
-        ({"version": 1, "more": 1}, "unknown entries"),
-        ({"version": 1, "vectors": {"<b>": ENTRY}}, "no vector's number"),
-        ({"version": 1, "vectors": {"4": {"star": 1}}}, "star=1, expected true"),
-        ({"version": 1, "vectors": {"4": {"name": "x" * 201}}}, "at most 200 characters"),
-        ({"version": 1, "vectors": {"4": {"note": 3}}}, "note is not a text"),
-        ({"version": 1, "vectors": [1]}, "not a mapping"),
-        ({"version": 1, "behaviours": {}}, "not a list"),
-        ({"version": 1, "behaviours": [{"members": "4"}]}, "not a list"),
-        ({"version": 1, "behaviours": [{"members": ["4/"]}]}, "not vectors' numbers"),
-        ({"version": 1, "behaviours": [{**ENTRY, "members": [], "merged": [4]}]}, "not a list"),
-    ],
-)
-def test_other_notes_are_refused(notes: Any, message: str, tmp_path: Path) -> None:
-    path = tmp_path / "notes.json"
-    path.write_text(json.dumps(notes), encoding="utf-8")
-    with pytest.raises(tm.errors.Damaged, match=message) as caught:
-        report.read_notes(path)
-    assert caught.value.path == path
-
-
-def test_files_that_are_no_notes_are_refused(
-    tiny_llama: torch.nn.Module, found: tm.SteeringVectors, tmp_path: Path
-) -> None:
-    path = tmp_path / "notes.json"
-    for content in (b"{", b"\xff", b"[" * 100_000, b" " * 5_000_001):
-        path.write_bytes(content)
-        with pytest.raises(tm.errors.Damaged, match=r"notes\.json"):
-            report.read_notes(path)
-        with pytest.raises(tm.errors.Damaged):
-            report.write(tmp_path / "p.html", tiny_llama, found, notes=path)
-    with pytest.raises(FileNotFoundError):
-        report.read_notes(tmp_path / "none.json")
-    with pytest.raises(ValueError, match="version"):
-        report.write(tmp_path / "p.html", tiny_llama, found, notes={"version": 7})
-    assert not (tmp_path / "p.html").exists()
-
-
-def test_effects_lie_in_the_plane_of_their_largest_variance() -> None:
-    """Against the singular vectors of the centred, normalised effects."""
-    effects = torch.randn(9, 2, 4, 5, generator=torch.Generator().manual_seed(0))
-    effects[:, :, :2] = 0
-    places, shares = tm.analysis.effect_plane(effects)
-    units = torch.nn.functional.normalize(effects.flatten(1).double())
-    u, s, _ = torch.linalg.svd(units - units.mean(0), full_matrices=False)
-    expected = u[:, :2] * s[:2]
-    torch.testing.assert_close(places.double().abs(), expected.abs(), atol=1e-6, rtol=1e-5)
-    assert shares == pytest.approx((s[:2] ** 2 / (s**2).sum()).tolist())
-    with pytest.raises(ValueError, match="effects"):
-        tm.analysis.effect_plane(effects[:1])
-    with pytest.raises(ValueError, match="zero or not finite"):
-        tm.analysis.effect_plane(effects * torch.tensor([0.0, *8 * [1.0]])[:, None, None, None])
-
-
-def test_the_map_of_effects_names_and_colours() -> None:
-    names = ["<b>x", "≈ baseline", "<b>x", None]
-    drawn = tm.plots.effect_map(torch.eye(4)[:, :2], ["0", "0-", "1", "2-"], names)
-    assert [trace.name for trace in drawn.data] == ["&lt;b&gt;x", "≈ baseline", "not grouped"]
-    assert list(drawn.data[0].x) == [1.0, 0.0]
-    assert drawn.data[1].marker.symbol == ("circle-open",)
-    assert drawn.data[1].marker.color == drawn.data[2].marker.color != drawn.data[0].marker.color
-    with pytest.raises(ValueError, match="labels: 1 for 4 places"):
-        tm.plots.effect_map(torch.eye(4)[:, :2], ["0"])
 
 
 def test_the_plotly_on_the_page_is_that_of_the_figures(
