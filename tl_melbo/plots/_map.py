@@ -11,6 +11,8 @@ from tl_melbo.plots._style import BLUE, GREY, HOVER, OTHERS, PALE_BLUE, axis, fi
 from tl_melbo.shapes import Float, shape_checked
 from tl_melbo.text import printable
 
+# Seen on white and on black.
+_PALE_GREY = "#8c959f"
 _COLOURS = (BLUE, *OTHERS[:-1], PALE_BLUE)
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x")
 _LONGEST_NAME = 40
@@ -53,7 +55,7 @@ def effect_map(
         looks[name] = colour, symbol
     xy, traces = places.detach().cpu().double().tolist(), []
     for name in dict.fromkeys(named):
-        colour, symbol = looks.get(name, (GREY, _ASIDE.get(str(name), "circle")))
+        colour, symbol = looks.get(name, (_PALE_GREY, _ASIDE.get(str(name), "circle")))
         at = [place for place, other in enumerate(named) if other == name]
         texts = [str(labels[place]) for place in at]
         hollow = [f"{symbol}-open" if text.endswith("-") else symbol for text in texts]

@@ -42,8 +42,8 @@ function body(a, b) {
 
 function facts(a, b) {
   const effect = effectCosine(a, b);
-  const told = [`Cosine of the vectors ${number(cosine(a, b), 2)}`];
-  if (effect !== null) told.push(`of their effects ${number(effect, 2)}`);
+  const told = [`Cosine of the vectors ${cosine(a, b).toFixed(2)}`];
+  if (effect !== null) told.push(`of their effects ${effect.toFixed(2)}`);
   return el("p", { class: "cosines", text: `${told.join(", ")}.` });
 }
 

@@ -7,7 +7,7 @@ import { change, state } from "./state.js";
 
 export const scaleOf = (row) => state.own.get(row.key) ?? state.scale;
 
-export function scaleSlider(label, current, act) {
+export function scaleSlider(shown, label, current, act) {
   const told = el("output");
   const slider = el("input", { type: "range", min: 0, max: data.scales.length - 1, step: 1, "aria-label": label });
   const show = (scale) => {
@@ -21,7 +21,7 @@ export function scaleSlider(label, current, act) {
     act(scale);
   });
   show(current);
-  return { part: el("label", { class: "scale" }, "Scale ", slider, told), show };
+  return { part: el("label", { class: "scale" }, shown, slider, told), show };
 }
 
 export function detailsOf(row) {
@@ -29,10 +29,10 @@ export function detailsOf(row) {
   const refresh = () => texts.replaceChildren(...textsOf(row));
   const holder = el("div", { class: "inside" });
   if (data.scales.length > 1) {
-    const slider = scaleSlider(`Scale of vector ${nameOf(row)} alone`, scaleOf(row), (scale) => {
+    const slider = scaleSlider("Its own scale ", `Scale of vector ${nameOf(row)} alone`, scaleOf(row), (scale) => {
       change({ own: new Map(state.own).set(row.key, scale) }, true);
     });
-    holder.append(el("div", { class: "only" }, slider.part, el("span", { class: "soft", text: "of this vector alone" })));
+    holder.append(el("div", { class: "only" }, slider.part));
     holder.follow = () => slider.show(scaleOf(row));
   }
   holder.append(texts, ...tokensOf(row));

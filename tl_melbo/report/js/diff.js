@@ -1,5 +1,5 @@
 // Which words do two texts have in common? The longest common subsequence, found on demand.
-import { el } from "./dom.js";
+import { el, pieces } from "./dom.js";
 
 const MOST = 1200;
 
@@ -32,7 +32,7 @@ export function common(a, b) {
 export function marked(text, other) {
   const own = words(text);
   const [shared] = common(own, words(other));
-  const holder = el("div", { class: "words" });
+  const holder = el("div", { class: pieces(text).some(({ mono }) => mono) ? "words code" : "words" });
   let run = "";
   let isShared = true;
   const close = () => {

@@ -41,6 +41,7 @@ async function draw(holder) {
   if (drawn.has(holder)) return;
   drawn.add(holder);
   const { data, layout } = JSON.parse($("script", holder).textContent);
+  for (const trace of data) if (trace.textfont) trace.textfont.color = colour("--soft");
   // A finger that drags wants to scroll the page, not to zoom.
   if (touch) layout.dragmode = false;
   // The panel beside it tells more.
@@ -58,6 +59,8 @@ function repaint() {
     if (!holder.layout) continue;
     const axes = Object.keys(holder.layout).filter((key) => /^[xy]axis\d*$/.test(key));
     const changes = Object.fromEntries(axes.flatMap((name) => Object.entries(axisLook()).map(([key, value]) => [`${name}.${key}`, value])));
+    const named = holder.data.flatMap((trace, place) => (trace.textfont ? [place] : []));
+    if (named.length) Plotly.restyle(holder, { "textfont.color": colour("--soft") }, named);
     Plotly.relayout(holder, { ...look(), ...changes });
   }
 }

@@ -98,7 +98,7 @@ export function beginFilters() {
 
 export function beginScale() {
   if (data.scales.length < 2) return;
-  const { part, show } = scaleSlider("Scale of all vectors", state.scale, (scale) => change({ scale }, true));
+  const { part, show } = scaleSlider("Scale ", "Scale of all vectors", state.scale, (scale) => change({ scale }, true));
   $("#scale").append(part);
   $("#scale").hidden = false;
   follow(() => show(state.scale));
