@@ -82,7 +82,7 @@ def run(
 
 
 def tidied(notebook: Any) -> Any:
-    """The same without what a reader does not need: large scripts, widgets, bars, identities."""
+    """The same without large scripts, widgets, bars and identities; pictures get an alt text."""
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number}"
         if cell.cell_type != "code":
@@ -94,7 +94,13 @@ def tidied(notebook: Any) -> Any:
             and "application/vnd.jupyter.widget-view+json" not in output.get("data", {})
         ]
         for output in cell.outputs:
-            page = output.get("data", {}).get("text/html")
+            data = output.get("data", {})
+            # What the picture of a figure shows, as the figure itself says it.
+            figure = data.get("application/vnd.plotly.v1+json", {})
+            alt = (figure.get("layout", {}).get("meta") or {}).get("alt")
+            if alt and "image/png" in data:
+                output["metadata"].setdefault("image/png", {})["alt"] = alt
+            page = data.get("text/html")
             if page and len(page) > _LONGEST_SCRIPT:
                 output["data"]["text/html"] = _SCRIPT.sub("", page)
     notebook.metadata.pop("widgets", None)

@@ -162,6 +162,43 @@ def shared_calls():
             tm.analysis.kl_from_log_probs,
             {"log_p": torch.full((1, 2), 0.5).log(), "log_q": torch.full((1, 2), 0.5).log()},
         ),
+        "top_tokens": (
+            tm.analysis.top_tokens,
+            {"model": model, "prompt": "Hi!", "vectors": found, "n": 2, "least_probability": 0.01,
+             "by_layer": True, "layer": 1, "chat": False, "batch_size": 2},
+        ),
+        "token_divergence": (
+            tm.analysis.token_divergence,
+            {"model": model, "completions": completions, "vectors": found, "n_top": 2, "layer": 1,
+             "chat": False, "batch_size": 2},
+        ),
+        "mechanism": (
+            tm.analysis.mechanism,
+            {"model": model, "prompt": "Hi!", "vectors": found[0], "target_layer": 2,
+             "positions": slice(-1, None), "layer": 1, "chat": False, "batch_size": 9},
+        ),
+        "effect_by_layer": (
+            tm.analysis.effect_by_layer,
+            {"model": model, "prompt": "Hi!", "vectors": {"found": found},
+             "positions": slice(-1, None), "layer": 1, "chat": False, "batch_size": 2},
+        ),
+        "plots.top_tokens": (
+            tm.plots.top_tokens,
+            {"frame": tm.analysis.top_tokens(model, "Hi!", found, 2), "vector": 0, "title": "x"},
+        ),
+        "plots.token_divergence": (
+            tm.plots.token_divergence,
+            {"divergence": tm.analysis.token_divergence(model, completions, found), "vector": 0},
+        ),
+        "plots.mechanism": (
+            tm.plots.mechanism,
+            {"frame": tm.analysis.mechanism(model, "Hi!", found[0], 2), "vector": 0,
+             "value": "kl", "title": "x"},
+        ),
+        "plots.effect_by_layer": (
+            tm.plots.effect_by_layer,
+            {"frame": tm.analysis.effect_by_layer(model, "Hi!", found), "title": "x"},
+        ),
         "rescale": (tm.analysis.rescale, {"vectors": found, "norm": 2.0}),
         "repetition": (tm.analysis.repetition, {"tokens": [1, 2, 3, 1, 2, 3], "n": 3}),
         "scale_sweep": (
@@ -303,6 +340,22 @@ def shared_calls():
         "load": (tm.SteeringVectors.load, {"path": "nowhere.safetensors"}),
         "load_model": (tm.load_model, {"name": "nowhere.gguf", "device": "cpu"}),
     }  # fmt: skip
+
+
+def test_every_figure_tells_what_it_shows():
+    drawn = set()
+    for function, arguments in shared_calls().values():
+        if function.__module__.startswith("tl_melbo.plots"):
+            figure = function(**arguments)
+            if hasattr(figure, "layout"):
+                drawn.add(function.__name__)
+                alt = figure.layout.meta["alt"]
+                assert alt.endswith("."), function
+                assert "nan" not in alt, function
+    # Of experiments with judges, whose tests look at it.
+    elsewhere = {"dose_response", "pairwise", "description_heatmap"}
+    no_figures = {"moving_average", "token_presence", "token_divergence"}
+    assert drawn == {*tm.plots.__all__} - elsewhere - no_figures
 
 
 # Not drawn: a model from a hub would wait for a network, and huge numbers of steps for ever.

@@ -28,11 +28,12 @@ def test_one_vector_is_itself(tiny_llama, f, found, unchanged):
         tiny_llama, f, found, 2.0 * found[3], sizes=[1], n_random_subsets=0, max_new_tokens=4
     )
     own = frame[frame["scaling"] != "reference norm"]
-    assert own["norm"].tolist() == [float(found.norms[0])] * 4
+    # Its mean, its sum and itself at its own norm are one row.
+    assert own["norm"].tolist() == [float(found.norms[0])]
     kl = kl_divergence(tiny_llama, PROMPT, found[0], 2.0 * found[3])
-    torch.testing.assert_close(torch.tensor(own["kl_to_reference"].tolist()), kl.expand(4))
+    torch.testing.assert_close(torch.tensor(own["kl_to_reference"].tolist()), kl)
     unsteered = kl_divergence(tiny_llama, PROMPT, found[0])
-    torch.testing.assert_close(torch.tensor(own["kl_to_unsteered"].tolist()), unsteered.expand(4))
+    torch.testing.assert_close(torch.tensor(own["kl_to_unsteered"].tolist()), unsteered)
     text = tm.generate(tiny_llama, PROMPT, found[0], max_new_tokens=4)["completion"][0]
     assert set(own["completion"]) == {text}
 
@@ -49,9 +50,13 @@ def test_rows_are_what_is_added_up_by_hand(tiny_llama, f, found):
     frame = composition(
         tiny_llama, f, found, found[4], sizes=(2, 5, 20), n_random_subsets=2, max_new_tokens=2
     )
-    # Three subsets of two, one of all five, none of twenty: six rows each.
-    assert frame["size"].tolist() == [2] * 18 + [5] * 6
-    assert frame.groupby("subset").size().to_dict() == {"first": 12, "random": 12}
+    # Three subsets of two, one of all five, none of twenty: four rows each, no two the same.
+    assert frame["size"].tolist() == [2] * 12 + [5] * 4
+    assert frame.groupby("subset").size().to_dict() == {"first": 8, "random": 8}
+    kinds = frame.groupby(["combination", "scaling"]).size().to_dict()
+    assert kinds == {("mean", "raw"): 4, ("mean", "reference norm"): 4, ("mean", "mean norm"): 4,
+                     ("sum", "raw"): 4}  # fmt: skip
+    assert not frame[["members", "norm"]].duplicated().any()
     for row in frame.itertuples():
         members = found.vectors[list(row.members)]
         theta = members.mean(0) if row.combination == "mean" else members.sum(0)
@@ -92,7 +97,7 @@ def test_random_subsets_follow_the_seed(tiny_llama, f, found):
 def test_vectors_that_cancel_stay_zero(tiny_llama, f, found):
     both = tm.concatenate([found[0], -found[0]])
     frame = composition(tiny_llama, f, both, found[1], sizes=[2], max_new_tokens=1)
-    assert frame["norm"].tolist() == [0.0] * 6
+    assert frame["norm"].tolist() == [0.0] * 4
     assert frame["kl_to_unsteered"].max() < 1e-6
     assert all(math.isfinite(value) for value in frame["distance"])
 

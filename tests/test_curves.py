@@ -11,12 +11,16 @@ import torch
 import tl_melbo as tm
 from tl_melbo.plots import (
     composition_curves,
+    effect_by_layer,
     kl_curve,
+    mechanism,
     moving_average,
     norm_curve,
     presence_points,
     scale_curves,
+    token_divergence,
     token_presence,
+    top_tokens,
     transfer_heatmap,
 )
 
@@ -75,6 +79,41 @@ def test_norm_curve_shows_the_starting_vector() -> None:
     assert list(start.y) == [7.0, 7.0]
 
 
+def family_frame() -> pd.DataFrame:
+    kinds = ["unsteered", "reference", *["family"] * 2, *["rescaled"] * 2, *["random"] * 2]
+    return pd.DataFrame(
+        {
+            "kind": kinds,
+            "index": [-1, -1, 3, 4, 3, 4, 3, 4],
+            "norm": [0.0, 12.0, 5.0, 6.0, 12.0, 12.0, 5.0, 6.0],
+            "kl_to_reference": [3.0, 0.0, 0.5, 1.5, 1.0, 1.0, 2.0, 2.5],
+            "completion": ["no", "yes", "<b>", None, None, None, None, None],
+        }
+    )
+
+
+def test_kl_curve_takes_the_frame_of_a_family() -> None:
+    drawn = kl_curve(family_frame(), window=2)
+    by_hand = kl_curve(
+        torch.tensor([0.5, 1.5]),
+        window=2,
+        baselines={
+            "unsteered": torch.tensor(3.0),
+            "random vectors of the same norms": torch.tensor([2.0, 2.5]),
+            "the family at norm 12": torch.tensor([1.0, 1.0]),
+        },
+    )
+    assert [trace.name for trace in drawn.data] == [trace.name for trace in by_hand.data]
+    for one, other in zip(drawn.data, by_hand.data, strict=True):
+        np.testing.assert_allclose(one.y, other.y)
+    assert list(drawn.data[0].x) == [3, 4]
+    assert drawn.data[0].customdata[0] == "vector 3<br>KL 0.5<br>norm 5<br>&lt;b&gt;"
+    with pytest.raises(ValueError, match="kl: no row is of the kind 'family'"):
+        kl_curve(family_frame()[:2])
+    with pytest.raises(ValueError, match="kl: lacks the columns"):
+        kl_curve(pd.DataFrame({"a": [1]}))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -101,8 +140,12 @@ def composed(reference: bool = True) -> pd.DataFrame:
     rows = [
         (2, members, subset, combination, scaling)
         for members, subset in (((0, 1), "first"), ((1, 3), "random"))
-        for combination in ("mean", "sum")
-        for scaling in ("raw", *(["reference norm"] if reference else []), "mean norm")
+        for combination, scaling in (
+            ("mean", "raw"),
+            *([("mean", "reference norm")] if reference else []),
+            ("mean", "mean norm"),
+            ("sum", "raw"),
+        )
     ]
     frame = pd.DataFrame(
         rows, columns=["size", "members", "subset", "combination", "scaling"]
@@ -150,9 +193,18 @@ def test_scale_curves_shade_where_it_is_changed_and_coherent() -> None:
 def test_presence_points_set_apart_what_is_found() -> None:
     columns = ["index", "mean_projection", "mean_projection_control", "auroc", "p_value"]
     scanned = pd.DataFrame([[0, 1.0, 0.0, 0.9, 0.001], [1, 0.0, 0.0, 0.5, 0.9]], columns=columns)
-    noise, found = presence_points(scanned.assign(p_adjusted=[0.002, 0.9])).data
+    scanned = scanned.assign(p_adjusted=[0.002, 0.9])
+    noise, found = presence_points(scanned).data
     assert (list(noise.x), list(found.x)) == ([1], [0])
+    assert (noise.name, found.name) == ("n.s. (1)", "adjusted p < 0.05 (1)")
     assert list(found.customdata[0]) == [1.0, 0.0, 0.001, 0.002]
+    row = scanned.assign(index=-1, auroc=0.7, kind="control")[:1]
+    both = pd.concat([scanned.assign(kind="vector"), row], ignore_index=True)
+    *rest, star = presence_points(both).data
+    assert [list(trace.x) for trace in rest] == [[1], [0]]
+    assert (list(star.x), list(star.y), star.marker.symbol) == ([-1], [0.7], "star")
+    assert star.name == "positive control (AUROC 0.70, p 0.001)"
+    assert presence_points(both.assign(p_adjusted=0.5)).data[-1].marker.symbol == "star-open"
 
 
 def test_transfer_heatmap_has_a_row_a_prompt() -> None:
@@ -164,22 +216,25 @@ def test_transfer_heatmap_has_a_row_a_prompt() -> None:
 
 
 @pytest.mark.parametrize(
-    "draw", [composition_curves, scale_curves, presence_points, transfer_heatmap]
-)
+    "draw",
+    [
+        composition_curves, scale_curves, presence_points, transfer_heatmap, top_tokens, mechanism,
+        effect_by_layer, token_divergence,
+    ],
+)  # fmt: skip
 def test_frames_of_something_else_are_refused(draw) -> None:
     with pytest.raises(ValueError, match="lacks the columns"):
         draw(pd.DataFrame({"a": [1]}))
 
 
-def test_token_presence_is_offline_and_safe(tiny_llama, unchanged, monkeypatch) -> None:
+def test_token_presence_is_centred_offline_and_safe(tiny_llama, unchanged, monkeypatch) -> None:
     unchanged(tiny_llama)
 
     def refuse(*args, **kwargs):
         raise AssertionError("asked the internet")
 
     monkeypatch.setattr("urllib.request.urlopen", refuse)
-    theta = torch.arange(32.0)
-    text = "def f(x): </script><b>"
+    theta, text = torch.arange(32.0), "def f(x): </script><b>"
     shown = token_presence(tiny_llama, theta, text, layer=2)
     page = shown._repr_html_()
     assert page == str(shown)
@@ -188,13 +243,25 @@ def test_token_presence_is_offline_and_safe(tiny_llama, unchanged, monkeypatch) 
     # Where scripts do not run there is plain text, and none of it is markup.
     static = page.partition("<script")[0]
     assert "&lt;/script&gt;&lt;b&gt;" in re.sub(r"<[^>]*>", "", static)
-    assert static.count("<span") == len(tiny_llama.to_tokens(text)[0])
     data = page.rpartition("CircuitsVis.render(")[2].rpartition("</script>")[0]
     assert "<" not in data
-    residual = tm.ActivationMap.from_prompts(tiny_llama, text, 2, 3).x[0]
-    projection = residual[1:] @ theta / theta.norm()
-    values = json.loads(re.search(r'"values": ?(\[.*?\])', data)[1])
-    np.testing.assert_allclose(values, [0.0, *projection.tolist()], rtol=1e-4, atol=1e-5)
+    in_script = json.loads(re.search(r'"values": ?(\[.*?\])', data)[1])
+
+    def projections(some: str) -> torch.Tensor:
+        residual = tm.ActivationMap.from_prompts(tiny_llama, some, 2, 3).x[0]
+        return residual[1:] @ theta / theta.norm()
+
+    prose = torch.cat([projections(passage) for passage in tm.evaluation.PASSAGES])
+    expected = (projections(text) - prose.mean()) / prose.std()
+    values = [float(value) for value in re.findall(r'title="([^ "]*) sd"', static)]
+    np.testing.assert_allclose(in_script, [0.0, *expected.tolist()], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(values, [0.0, *expected.tolist()], atol=0.006)
+    # Red is along the vector, blue against it, white the first token.
+    colours = re.findall(r"background:rgb\((\d+),(\d+),(\d+)\);color", static)
+    assert colours[0] == ("255", "255", "255")
+    signs = [int(red) > int(blue) for red, _, blue in colours[1:]]
+    assert signs == [value > 0 for value in expected.tolist()]
+    assert "sd: along" in page
 
 
 def test_token_presence_refuses(tiny_llama) -> None:
@@ -204,3 +271,71 @@ def test_token_presence_refuses(tiny_llama) -> None:
         token_presence(tiny_llama, torch.ones(32), "a b")
     with pytest.raises(ValueError, match="text"):
         token_presence(tiny_llama, torch.ones(32), "", layer=2)
+
+
+def test_token_divergence_shows_both_models_and_is_safe() -> None:
+    top = (("<b>", 0.9), (" a", 0.1))
+    frame = pd.DataFrame(
+        {
+            "vector": 4, "position": [0, 1, 0], "token": ["<i>", " am", "x"], "kl": [2.0, 0.0, 9.0],
+            "log_prob": -1.0, "unsteered_log_prob": -3.0, "top": [top] * 3,
+            "unsteered_top": [top] * 3,
+        }
+    )  # fmt: skip
+    page = str(token_divergence(frame, 4))
+    # The first completion alone: the largest KL there is 2.
+    assert re.sub(r"<[^>]*>", "", page).startswith("&lt;i&gt; am")
+    assert page.count("title=") == 2
+    assert "<b>" not in page
+    assert "KL 2 nats\nlog-prob -1.00, unsteered -3.00\nsteered: " in page
+    assert "&#x27;&lt;b&gt;&#x27; 90%, &#x27; a&#x27; 10%" in page
+    assert "background:rgb(255,255,255);color:black" in page
+    with pytest.raises(ValueError, match=r"vector=1: the frame has \[4\]"):
+        token_divergence(frame, 1)
+
+
+def test_top_tokens_are_drawn_from_both_ends() -> None:
+    frame = pd.DataFrame(
+        {
+            "vector": [7, 7, 7, 8], "direction": ["promoted", "promoted", "suppressed", "promoted"],
+            "rank": [1, 2, 1, 1], "token": [" a", "<b>", "c", "d"],
+            "log_prob_change": [3.0, 1.0, -2.0, 4.0], "probability": 0.5,
+            "unsteered_probability": 0.1,
+        }
+    )  # fmt: skip
+    figure = top_tokens(frame)
+    (heatmap,) = figure.data
+    assert heatmap.text.tolist() == [["·a", "&lt;b&gt;", "", "c"], ["d", "", "", ""]]
+    np.testing.assert_array_equal(heatmap.z[0], [3.0, 1.0, np.nan, -2.0])
+    assert (heatmap.zmin, heatmap.zmax) == (-4.0, 4.0)
+    assert "vector 7: ' a', '<b>'" in figure.layout.meta["alt"]
+    layers = frame.assign(layer=[3, 3, 3, 4])
+    assert list(top_tokens(layers, 8).data[0].y) == ["4"]
+    assert list(top_tokens(layers).data[0].y) == ["3"]
+
+
+def test_mechanism_has_a_column_a_head_and_one_for_mlps() -> None:
+    rows = [("all", 8, -1, 1.0), ("direct", 10, -1, 0.1)]
+    rows += [("head", layer, head, 0.1 * head) for layer in (9, 10) for head in (0, 1)]
+    rows += [("mlp", 9, -1, 0.5), ("mlp", 10, -1, -0.2)]
+    frame = pd.DataFrame(rows, columns=["component", "layer", "head", "share"])
+    figure = mechanism(frame.assign(vector=2, kl=1.0))
+    (heatmap,) = figure.data
+    np.testing.assert_allclose(heatmap.z, [[0, 0.1, np.nan, 0.5], [0, 0.1, np.nan, -0.2]])
+    assert "layer 9 MLP 0.5" in figure.layout.meta["alt"]
+    assert "direct path 0.1" in figure.layout.title.text
+
+
+def test_effects_by_layer_are_a_line_a_vector() -> None:
+    frame = pd.DataFrame(
+        {
+            "vectors": ["MELBO"] * 4 + ["random"] * 2, "vector": [0, 0, 1, 1, 0, 0], "norm": 2.0,
+            "layer": [1, 2] * 3, "effect": [2.0, 8.0, 2.0, 9.0, 2.0, 3.0],
+        }
+    )  # fmt: skip
+    figure = effect_by_layer(frame)
+    found, random = figure.data
+    np.testing.assert_array_equal(found.y, [2.0, 8.0, np.nan, 2.0, 9.0, np.nan])
+    np.testing.assert_array_equal(random.y, [2.0, 3.0, np.nan])
+    assert figure.layout.title.text == "Effect size by layer: MELBO vs random, ‖θ‖ = 2"
+    assert figure.layout.yaxis.type == "log"

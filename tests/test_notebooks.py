@@ -170,6 +170,14 @@ def test_what_is_kept_is_the_text_as_it_ran(name):
     assert tidied(kept) == kept
 
 
+def test_pictures_say_what_they_show():
+    figure = {"layout": {"meta": {"alt": "KL of two vectors."}}, "data": []}
+    data = {"application/vnd.plotly.v1+json": figure, "image/png": "iVBORw0KGgo="}
+    cell = nbformat.v4.new_code_cell(outputs=[nbformat.v4.new_output("display_data", data)])
+    (output,) = tidied(nbformat.v4.new_notebook(cells=[cell])).cells[0].outputs
+    assert output.metadata["image/png"]["alt"] == "KL of two vectors."
+
+
 def test_the_folder_has_no_other_notebooks():
     assert {path.stem for path in Path(HERE).glob("*.ipynb")} == {*NAMES}
 

@@ -100,9 +100,43 @@ def test_scans_the_residual_stream_of_all_but_the_first_token(every_tiny, unchan
     np.testing.assert_allclose(last["mean_projection"], expected, rtol=1e-4)
 
 
+def test_a_positive_control_is_found_and_changes_no_other_row():
+    generator = torch.Generator().manual_seed(0)
+    theta = random_frame(6, 64, generator)
+    texts, control = torch.randn(2, 80, 64, generator=generator)
+    used = torch.randn(64, generator=generator)
+    texts = texts + 2.0 * used / used.norm()
+    alone = presence_statistics(texts, control, theta)
+    both = presence_statistics(texts, control, theta, known_direction=3.0 * used)
+    assert both["kind"].tolist() == ["vector"] * 6 + ["control"]
+    assert both[:6].drop(columns="kind").equals(alone)
+    last = both.iloc[6]
+    assert (last["index"], last["p_adjusted"]) == (-1, last["p_value"])
+    assert last["auroc"] > 0.8
+    assert last["p_value"] < 0.05
+    with pytest.raises(ValueError, match="known_direction: vectors \\[0\\] are zero"):
+        presence_statistics(texts, control, theta, known_direction=torch.zeros(64))
+
+
+def test_the_control_is_the_difference_of_means_of_other_texts(tiny_llama):
+    found = tm.SteeringVectors.from_tensor(torch.eye(32)[:2], source_layer=2)
+    others = ["while True: pass", "import os"], "The sea was calm."
+    frame = presence(tiny_llama, found, CODE, PROSE, n_frames=10, other_texts=others)
+
+    def rows(texts):
+        maps = [tm.ActivationMap.from_prompts(tiny_llama, text, 2, 3) for text in texts]
+        return torch.cat([f.x[0, 1:] for f in maps])
+
+    known = rows(others[0]).mean(0) - rows([others[1]]).mean(0)
+    expected = (rows(CODE) @ known / known.norm()).mean()
+    assert frame["mean_projection"].iloc[-1] == pytest.approx(float(expected), rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"other_texts": (CODE[0], "a b")}, r"other_texts\[0\]: holds 'def f"),
+        ({"other_texts": ("a b", [])}, r"other_texts\[1\]: none given"),
         ({"texts": []}, "texts: none given"),
         ({"texts": ["a b", " "]}, r"texts\[1\]=' ': a text needs"),
         ({"control_texts": ""}, r"control_texts\[0\]=''"),

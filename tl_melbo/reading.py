@@ -3,7 +3,7 @@
 Rows that add nothing are the unsteered model to the last bit, whatever runs beside them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -14,7 +14,14 @@ from tl_melbo import checks
 from tl_melbo.additions import Additions
 from tl_melbo.errors import NotFinite, warn_of_rows
 from tl_melbo.memory import map_batches
-from tl_melbo.model.bridge import Model, at_rest, block_below, model_name, plain_model
+from tl_melbo.model.bridge import (
+    Model,
+    at_rest,
+    block_below,
+    model_name,
+    plain_model,
+    residual_streams,
+)
 from tl_melbo.model.tokens import to_tokens
 from tl_melbo.probability import LogProbs
 from tl_melbo.shapes import Float, Tokens, shape_checked
@@ -135,6 +142,35 @@ def map_rows(
             # Up to the steered layer all rows are alike: one runs, and the vectors make many of it.
             return measure(runs(tokens, use_cache=False, logits_to_keep=n_logits).logits)
 
+    return _by_batches(model, rows, of_batch, batch_size)
+
+
+def map_residuals(
+    model: Model,
+    tokens: Tokens,
+    rows: Additions,
+    layers: Sequence[int],
+    measure: Callable[[Tensor], Tensor],
+    batch_size: int,
+    positions: slice = slice(None),
+) -> Tensor:
+    """What `measure` says of the residual stream of one text after some layers, under each vector.
+
+    `measure` is from [row, layer, pos, d_model] to something for each row.
+    """
+
+    def of_batch(some: Additions) -> Tensor:
+        with at_rest(model), hooked(model, some):
+            streams = residual_streams(model, tokens.expand(len(some), -1), layers, positions)
+            return measure(torch.stack(streams, 1))
+
+    return _by_batches(model, rows, of_batch, batch_size)
+
+
+def _by_batches(
+    model: Model, rows: Additions, of_batch: Callable[[Additions], Tensor], batch_size: int
+) -> Tensor:
+    """Batches of rows that fit; those that add nothing are one row, run once, on its own."""
     silent = rows.sizes(next(model.parameters()).dtype) == 0
     parts, _ = map_batches(of_batch, rows[~silent], batch_size)
     if silent.any():

@@ -8,9 +8,12 @@ words. `prompt=None` is the first prompt of `f`. A `reference` is exactly one ve
 from tl_melbo.analysis._behaviours import Behaviours, behaviours
 from tl_melbo.analysis._coherence import repetition
 from tl_melbo.analysis._completions import rescale, scale_sweep, transfer
+from tl_melbo.analysis._divergence import token_divergence
+from tl_melbo.analysis._effect_by_layer import effect_by_layer
 from tl_melbo.analysis._effect_plane import EffectPlane, effect_plane
 from tl_melbo.analysis._embedding import embeddings
 from tl_melbo.analysis._family import composition, family
+from tl_melbo.analysis._mechanism import mechanism
 from tl_melbo.analysis._mixture import Mixture, mixture
 from tl_melbo.analysis._presence import presence, presence_statistics
 from tl_melbo.analysis._similarity import (
@@ -20,6 +23,7 @@ from tl_melbo.analysis._similarity import (
     kl_divergence,
 )
 from tl_melbo.analysis._tokens import token_direction
+from tl_melbo.analysis._top_tokens import top_tokens
 from tl_melbo.probability import kl_from_log_probs
 
 __all__ = [
@@ -29,6 +33,7 @@ __all__ = [
     "behaviours",
     "composition",
     "cosine_similarity",
+    "effect_by_layer",
     "effect_distance",
     "effect_plane",
     "embeddings",
@@ -36,6 +41,7 @@ __all__ = [
     "kl_baselines",
     "kl_divergence",
     "kl_from_log_probs",
+    "mechanism",
     "mixture",
     "presence",
     "presence_statistics",
@@ -43,5 +49,7 @@ __all__ = [
     "rescale",
     "scale_sweep",
     "token_direction",
+    "token_divergence",
+    "top_tokens",
     "transfer",
 ]

@@ -148,8 +148,9 @@ def composition(
     Returns:
         A row for each composition: size; members, positions in `vectors`; subset, "first" or
         "random"; combination, "mean" or "sum"; scaling, "raw", "reference norm" or "mean norm" (of
-        the members); norm, kl_to_reference, kl_to_unsteered, distance, completion as in `family`.
-        What needs a reference is NaN, or missing, without one. A sum of zero stays zero.
+        the members), of the mean alone, since the sum would be the same vector; norm,
+        kl_to_reference, kl_to_unsteered, distance, completion as in `family`. What needs a
+        reference is NaN, or missing, without one. A sum of zero stays zero.
 
     Raises:
         ValueError: as `family` does; a number out of its range; no size that fits.
@@ -170,9 +171,7 @@ def composition(
         for combination, scaling, theta in _combinations(library.vectors[list(members)], norm):
             kinds.append((len(members), members, subset, combination, scaling))
             rows.append(theta)
-    # Many rows are one and the same vector; each is run once.
-    distinct, which = torch.stack(rows).unique(dim=0, return_inverse=True)
-    measured = compare(distinct, True).iloc[which.tolist()].reset_index(drop=True)
+    measured = compare(torch.stack(rows), True)
     return Table(pd.concat([pd.DataFrame(kinds, columns=_KIND), measured[_MEASURED]], axis=1))
 
 
@@ -190,17 +189,19 @@ def _subsets(
 
 
 def _combinations(members: Theta, norm: Tensor | None) -> Iterator[tuple[str, str, Tensor]]:
-    total = members.sum(0)
-    norms = {"reference norm": norm, "mean norm": members.norm(dim=-1).mean()}
-    for combination, raw in (("mean", total / len(members)), ("sum", total)):
-        yield combination, "raw", raw
-        for scaling, length in norms.items():
-            if length is not None:
-                yield (
-                    combination,
-                    scaling,
-                    total * (length / total.norm()) if total.any() else total,
-                )
+    """Mean and sum, and the mean at each norm, where the sum would be the same vector."""
+    mean = members.mean(0)
+    yield "mean", "raw", mean
+    if norm is not None:
+        yield "mean", "reference norm", _at_norm(mean, norm)
+    # A single vector is its mean, its sum, and at its own norm.
+    if len(members) > 1:
+        yield "mean", "mean norm", _at_norm(mean, members.norm(dim=-1).mean())
+        yield "sum", "raw", members.sum(0)
+
+
+def _at_norm(theta: Tensor, norm: Tensor) -> Tensor:
+    return theta * (norm / theta.norm()) if theta.any() else theta
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,16 @@ import torch
 from torch import Tensor
 
 from tl_melbo import checks
+from tl_melbo.analysis._texts import PASSAGES
 from tl_melbo.geometry import normalise
 from tl_melbo.model.bridge import Model, check_model, residual_streams
 from tl_melbo.model.tokens import to_tokens
 from tl_melbo.shapes import Float, checked_slice, shape_checked
 from tl_melbo.steering import Vectors, as_library, as_theta, one_vector, steering_layer
 from tl_melbo.tables import Table
+from tl_melbo.text import quoted
 
+Texts = str | Sequence[str]
 MOST_FRAMES = 100_000
 # How many float64 numbers of the null's projections are held at once: 128 MiB.
 _MOST_NUMBERS = 2**24
@@ -23,19 +26,25 @@ _MOST_NUMBERS = 2**24
 def presence(
     model: Model,
     vectors: Vectors,
-    texts: str | Sequence[str],
-    control_texts: str | Sequence[str],
+    texts: Texts,
+    control_texts: Texts,
     *,
     layer: int | None = None,
     n_frames: int = 200,
     seed: int = 0,
     positions: slice = slice(1, None),
+    other_texts: tuple[Texts, Texts] | None = None,
 ) -> pd.DataFrame:
     """Does the unsteered model use these directions where a behaviour shows? `presence_statistics`.
+
+    Where it does not seem to, `other_texts` tell whether the test could have found it: a positive
+    control.
 
     Args:
         texts: raw texts that show the behaviour, code for example.
         control_texts: raw texts that do not.
+        other_texts: others of both kinds, from which the positive control is made: the difference
+            of the means of their residuals.
         positions: which tokens of each text count. By default all but the first, which is an
             attention sink in most models.
 
@@ -47,7 +56,25 @@ def presence(
     layer = steering_layer(model, library, layer)
     residuals = residuals_of(model, texts, layer, positions)
     control = residuals_of(model, control_texts, layer, positions, "control_texts")
-    return presence_statistics(residuals, control, library, n_frames=n_frames, seed=seed)
+    known = None
+    if other_texts is not None:
+        _check_apart(other_texts, texts, control_texts)
+        named = zip(other_texts, ("other_texts[0]", "other_texts[1]"), strict=True)
+        means = [residuals_of(model, some, layer, positions, name).mean(0) for some, name in named]
+        known = means[0] - means[1]
+    return presence_statistics(
+        residuals, control, library, n_frames=n_frames, seed=seed, known_direction=known
+    )
+
+
+def _check_apart(other_texts: tuple[Texts, Texts], *tested: Texts) -> None:
+    used = {text for some in tested for text in checks.as_texts(some)}
+    for place, some in enumerate(other_texts):
+        for text in used.intersection(checks.as_texts(some, f"other_texts[{place}]")):
+            raise ValueError(
+                f"other_texts[{place}]: holds {quoted(text)}, which the test is made on; a "
+                "direction made from it would be found whatever the model does. Pass others"
+            )
 
 
 @shape_checked
@@ -58,6 +85,7 @@ def presence_statistics(
     *,
     n_frames: int = 200,
     seed: int = 0,
+    known_direction: Float[Tensor, "d_model"] | None = None,
 ) -> pd.DataFrame:
     """Compare projections on each vector in two sets of residuals, against random directions.
 
@@ -67,18 +95,27 @@ def presence_statistics(
         residuals: the residual stream where the behaviour shows, a row a token.
         control: the same where it does not.
         n_frames: of the null, from 1 to 100,000.
+        known_direction: one that is known to tell the two apart, made from other residuals: where
+            the test does not find it, it would have found none.
 
     Returns:
         A row for each vector: index; mean_projection and mean_projection_control on the unit
         vector, in units of the residual stream; auroc, the chance that a token of `residuals`
-        projects further than one of `control`; p_value; p_adjusted (Benjamini and Hochberg).
+        projects further than one of `control`; p_value; p_adjusted (Benjamini and Hochberg). With
+        `known_direction` also kind, "vector" or "control": the last row is its own, of index -1,
+        and not adjusted for the vectors.
 
     Raises:
         ValueError: no vectors or tokens, values that are not finite, widths that differ, or too few
             or many frames.
     """
     library = as_library(vectors)
-    units = normalise(library.vectors.double())
+    rows, n_vectors = library.vectors.double(), len(library)
+    if known_direction is not None:
+        checks.width(known_direction, rows.shape[1], "known_direction", "each vector")
+        known = checks.directions(known_direction.detach().cpu().double()[None], "known_direction")
+        rows = torch.cat([rows.cpu(), known])
+    units = normalise(rows)
     checks.between(1, MOST_FRAMES, "200 will do", n_frames=n_frames)
     here, there = (rows.detach().cpu().double() for rows in (residuals, control))
     for rows, argument in ((here, "residuals"), (there, "control")):
@@ -88,19 +125,24 @@ def presence_statistics(
         checks.finite(rows, argument, "tokens", "load the model with dtype=torch.float32")
     projections, control_projections = here @ units.T, there @ units.T
     excess = _excess(projections.T, control_projections.T)
-    null = _null_excess(here, there, len(units), n_frames, seed).abs().sort().values
+    null = _null_excess(here, there, n_vectors, n_frames, seed).abs().sort().values
     n_reaching = len(null) - torch.searchsorted(null, excess.abs())
     p_values = (1 + n_reaching).double() / (1 + len(null))
-    return Table(
+    adjusted = torch.cat([benjamini_hochberg(p_values[:n_vectors]), p_values[n_vectors:]])
+    index = [*library.columns["index"].tolist(), -1][: len(units)]
+    table = Table(
         {
-            "index": library.columns["index"].numpy(),
+            "index": index,
             "mean_projection": projections.mean(0).numpy(),
             "mean_projection_control": control_projections.mean(0).numpy(),
             "auroc": (0.5 + excess.double() / (2 * len(here) * len(there))).numpy(),
             "p_value": p_values.numpy(),
-            "p_adjusted": benjamini_hochberg(p_values).numpy(),
+            "p_adjusted": adjusted.numpy(),
         }
     )
+    if known_direction is not None:
+        table.insert(0, "kind", ["vector"] * n_vectors + ["control"])
+    return table
 
 
 def benjamini_hochberg(p_values: Float[Tensor, "test"]) -> Float[Tensor, "test"]:
@@ -138,15 +180,20 @@ def residuals_of(
 def token_projections(
     model: Model, vector: Vectors, text: str, layer: int | None = None
 ) -> tuple[list[str], list[float]]:
-    """A text's tokens, and the unsteered residual's projection on a vector at each.
+    """A text's tokens, and how far the unsteered residual at each points along a vector.
 
-    In units of the residual stream; 0 for the first token, an attention sink in most models.
+    In standard deviations from the mean over the tokens of PASSAGES, ordinary prose; the projection
+    itself is rarely near zero. 0 for the first token, an attention sink in most models.
     """
     theta = one_vector(vector, "vector")
-    unit = normalise(as_theta(model, theta))[0]
-    residuals = residuals_of(model, text, steering_layer(model, theta, layer), argument="text")
+    layer = steering_layer(model, theta, layer)
+    unit = normalise(as_theta(model, theta))[0].cpu()
+    own = residuals_of(model, text, layer, argument="text") @ unit
+    prose = residuals_of(model, PASSAGES, layer) @ unit
+    if not prose.std() > 0:
+        raise ValueError("vector: no token of ordinary prose projects on it; pass another")
     tokens = [model.tokenizer.decode([token]) for token in to_tokens(model, text)[0].tolist()]
-    return tokens, [0.0, *(residuals @ unit).tolist()]
+    return tokens, [0.0, *((own - prose.mean()) / prose.std()).tolist()]
 
 
 def _excess(

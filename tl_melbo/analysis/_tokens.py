@@ -1,11 +1,17 @@
 """Which way is a token? Directions of the unembedding, as the final norm lets them through."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from tl_melbo import checks
 from tl_melbo.model.bridge import Model, at_rest, check_model, model_device, model_name
 from tl_melbo.shapes import Float, shape_checked
+from tl_melbo.text import printable
+
+# A no-break space looks like none.
+_BREAKS = {ord("\n"): "⏎", ord("\t"): "⇥", 0xA0: "⍽"}
 
 
 @shape_checked
@@ -46,6 +52,14 @@ def token_direction(model: Model, token: str, other: str | None = None) -> Float
             difference = logits[number] - (logits.mean() if other is None else logits[numbers[1]])
             (direction,) = torch.autograd.grad(difference, zeros)
         return _through_norm(model, direction[0, 0].float()).cpu()
+
+
+def shown_tokens(model: Model, numbers: Iterable[int]) -> dict[int, str]:
+    """Each token as a text that shows whole: control characters and line breaks are visible."""
+    return {
+        number: printable(model.tokenizer.decode([number])).translate(_BREAKS)
+        for number in dict.fromkeys(numbers)
+    }
 
 
 def _through_norm(model: Model, direction: Tensor) -> Tensor:

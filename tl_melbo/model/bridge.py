@@ -119,12 +119,14 @@ def frozen(*roots: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def residual_streams(model: Model, tokens: Tensor, layers: Iterable[int]) -> list[Tensor]:
-    """The residual stream after each of these layers, [1, pos, d_model], in one ordinary pass."""
+def residual_streams(
+    model: Model, tokens: Tensor, layers: Iterable[int], positions: slice = slice(None)
+) -> list[Tensor]:
+    """The residual stream after each of these layers, [row, pos, d_model], in one ordinary pass."""
     streams: list[Tensor] = []
 
     def keep(module: nn.Module, args: Any, output: Tensor) -> None:
-        streams.append(output.detach().clone())
+        streams.append(output[:, positions].detach().clone())
 
     with at_rest(model), ExitStack() as hooks:
         for layer in layers:

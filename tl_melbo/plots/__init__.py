@@ -1,6 +1,7 @@
 """Numbers to figures: plotly, returned and never shown, readable by colour-blind eyes.
 
-Every `title` stands above its figure; "" leaves it out.
+Every `title` stands above its figure; "" leaves it out. `figure.layout.meta["alt"]` tells in a
+sentence or two what it shows, for who cannot see it.
 """
 
 from tl_melbo.plots._experiments import description_heatmap, dose_response, pairwise
@@ -12,6 +13,7 @@ from tl_melbo.plots._frames import (
     specificity_points,
     transfer_heatmap,
 )
+from tl_melbo.plots._inside import effect_by_layer, mechanism, top_tokens
 from tl_melbo.plots._library import (
     cosine_heatmap,
     distance_curve,
@@ -19,9 +21,9 @@ from tl_melbo.plots._library import (
     moving_average,
     norm_curve,
     objective_history,
-    token_presence,
 )
 from tl_melbo.plots._map import effect_map
+from tl_melbo.plots._tokens import token_divergence, token_presence
 
 __all__ = [
     "atlas_heatmap",
@@ -30,8 +32,10 @@ __all__ = [
     "description_heatmap",
     "distance_curve",
     "dose_response",
+    "effect_by_layer",
     "effect_map",
     "kl_curve",
+    "mechanism",
     "moving_average",
     "norm_curve",
     "objective_history",
@@ -39,6 +43,8 @@ __all__ = [
     "presence_points",
     "scale_curves",
     "specificity_points",
+    "token_divergence",
     "token_presence",
+    "top_tokens",
     "transfer_heatmap",
 ]

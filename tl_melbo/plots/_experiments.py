@@ -1,4 +1,4 @@
-"""Experiments with judges and counts, as figures. `layout.meta["alt"]` tells them in words."""
+"""Experiments with judges and counts, as figures."""
 
 import math
 from collections.abc import Iterator
@@ -50,9 +50,7 @@ def dose_response(
     ]
     zero = "".join(f" Unsteered: {mean:.3g}." for mean in unsteered["mean"])
     alt = f"{unit.capitalize()} against the scale of the vector. {'; '.join(ends)}.{zero}"
-    drawn = figure(
-        traces, title, axis("scale"), axis(unit), showlegend=len(traces) > 1, meta={"alt": alt}
-    )
+    drawn = figure(traces, title, alt, axis("scale"), axis(unit), showlegend=len(traces) > 1)
     for mean in unsteered["mean"]:
         drawn.add_hline(mean, line=DOTTED | {"color": GREY})
     return drawn
@@ -114,7 +112,7 @@ def pairwise(
     alt = f"Share of pairs won against scale{asked}. {'; '.join(told)}."
     up = axis("share of pairs", range=[-0.03, 1.03], tickformat=".0%")
     title = f"{title}: {quality}" if title and quality else title
-    drawn = figure(traces, title, axis("scale"), up, showlegend=True, meta={"alt": alt})
+    drawn = figure(traces, title, alt, axis("scale"), up, showlegend=True)
     return drawn.add_hline(0.5, line=DOTTED)
 
 
@@ -163,7 +161,7 @@ def description_heatmap(score: Score, title: str = "Descriptions") -> go.Figure:
     told = f"score {score.score:.2f} ({score.low:.2f} to {score.high:.2f})"
     alt = f"Cosines of {z.shape[0]} by {z.shape[1]} descriptions; matched ones are framed; {told}."
     named = f"{title}: {told}" if title else title
-    drawn = figure(heatmap, named, across, down, width=640, height=620, meta={"alt": alt})
+    drawn = figure(heatmap, named, alt, across, down, width=640, height=620)
     for i, j in enumerate(score.matched):
         corners = {"x0": j - 0.48, "x1": j + 0.48, "y0": i - 0.48, "y1": i + 0.48}
         drawn.add_shape(type="rect", **corners, line={"width": 2, "color": "#24292f"})

@@ -11,7 +11,18 @@ from plotly.subplots import make_subplots
 
 from tl_melbo import checks
 from tl_melbo.plots import _style
-from tl_melbo.plots._style import BLUE, DOTTED, GREY, HOVER, OTHERS, axis, figure, line, points
+from tl_melbo.plots._style import (
+    BLUE,
+    DOTTED,
+    GREY,
+    HOVER,
+    OTHERS,
+    axis,
+    figure,
+    line,
+    points,
+    span,
+)
 from tl_melbo.shapes import shape_checked
 
 Measure = Literal["kl_to_reference", "kl_to_unsteered", "distance"]
@@ -29,8 +40,14 @@ _ATLAS_TITLES = {
     "cumulative_share": "share of this and the larger singular values, squared",
     "kl": "KL to unsteered (nats)",
 }
+_MEASURES = {
+    "kl_to_reference": "KL of means and sums to the reference",
+    "kl_to_unsteered": "KL of means and sums to unsteered",
+    "distance": "Distance of means and sums from the reference",
+}
+_PRESENCE = ("mean_projection", "mean_projection_control", "p_value", "p_adjusted")
 _SIGNS, _MOST_TEXTS = {"along": 1, "against": -1}, 4
-# Combination, scaling, and what to call them. Rescaled, the sum is the mean: drawn once.
+# Combination, scaling, and what to call them.
 _KINDS = (
     ("mean", "raw", "mean"),
     ("sum", "raw", "sum"),
@@ -41,7 +58,7 @@ _KINDS = (
 
 @shape_checked
 def composition_curves(
-    composed: pd.DataFrame, measure: Measure | None = None, title: str = "Vectors added up"
+    composed: pd.DataFrame, measure: Measure | None = None, title: str | None = None
 ) -> go.Figure:
     """Draw what adding up does against how many are added: lines for the first k, rings for random.
 
@@ -49,6 +66,7 @@ def composition_curves(
         composed: as `analysis.composition` gives it.
         measure: the column on the vertical axis; None takes "kl_to_reference", or without a
             reference "kl_to_unsteered".
+        title: None names the measure.
     """
     columns = ("size", "members", "subset", "combination", "scaling", "norm", "completion")
     checks.columns(composed, (*columns, *get_args(Measure)), "composed", _ADVICE)
@@ -67,8 +85,21 @@ def composition_curves(
         for subset in ("first", "random")
         if (combination, scaling, subset) in groups
     ]
-    across = axis("vectors added up", tickvals=sorted(set(composed["size"])), tickformat=",d")
-    return figure(traces, title, across, axis(_AXIS_TITLES[measure], rangemode="tozero"))
+    across = axis(
+        "vectors added up (rings: random subsets)",
+        tickvals=sorted(set(composed["size"])),
+        tickformat=",d",
+    )
+    named = _MEASURES[measure]
+    told = [
+        f"{kind}, first {rows['size'].min()}: {rows[measure].iloc[0]:.3g}, first "
+        f"{rows['size'].max()}: {rows[measure].iloc[-1]:.3g}"
+        for combination, scaling, kind in _KINDS
+        if (rows := groups.get((combination, scaling, "first"))) is not None
+    ]
+    alt = f"{named} against how many vectors are added up. {'; '.join(told)}."
+    up = axis(_AXIS_TITLES[measure], rangemode="tozero")
+    return figure(traces, named if title is None else title, alt, across, up)
 
 
 def _composition_trace(
@@ -96,7 +127,7 @@ def scale_curves(
     *,
     changed: float = 0.5,
     repetitive: float = 0.2,
-    title: str = "Changed and still coherent",
+    title: str = "KL and repetition by scale",
 ) -> go.Figure:
     """Draw KL and repetition against scale, with the window between too weak and too strong shaded.
 
@@ -114,7 +145,14 @@ def scale_curves(
     # From half-way before each scale inside to half-way after it.
     scales = median.index.to_numpy()
     edges = np.concatenate([scales[:1], (scales[1:] + scales[:-1]) / 2, scales[-1:]])
-    empty = figure([], title, height=600)
+    window = span(scales[inside]) if np.any(inside) else "none"
+    n_vectors = swept["vector"].nunique()
+    alt = (
+        f"KL to unsteered and repetition against scale, {n_vectors} vectors and their median. "
+        f"Scales at which the median KL is at least {changed:g} and repetition at most "
+        f"{repetitive:g}: {window}."
+    )
+    empty = figure([], title, alt, height=600)
     panels = make_subplots(2, 1, shared_xaxes=True, vertical_spacing=0.06, figure=empty)
     shown = (("kl", "KL (nats)", changed), ("repetition", "repetition", repetitive))
     for row, (column, name, threshold) in enumerate(shown, start=1):
@@ -147,7 +185,7 @@ def _scale_traces(swept: pd.DataFrame, median: pd.DataFrame, column: str) -> Ite
 
 @shape_checked
 def transfer_heatmap(
-    transferred: pd.DataFrame, title: str = "Effect on other prompts"
+    transferred: pd.DataFrame, title: str = "KL to unsteered on each prompt"
 ) -> go.Figure:
     """Draw the KL of every vector on every prompt, as `analysis.transfer` gives it."""
     columns = ("prompt", "vector", "kl", "completion", "unsteered_completion")
@@ -170,7 +208,9 @@ def transfer_heatmap(
     ticks = {"tickvals": list(range(len(prompts))), "ticktext": names}
     down = axis(None, showgrid=False, autorange="reversed", automargin=True, **ticks)
     height = max(440, 240 + 32 * len(prompts))
-    return figure(heatmap, title, axis("vector", showgrid=False), down, height=height)
+    best = ", ".join(f"{value:.3g}" for value in np.median(z, axis=1))
+    alt = f"KL to unsteered of {n_vectors} vectors on {len(prompts)} prompts; medians {best} nats."
+    return figure(heatmap, title, alt, axis("vector", showgrid=False), down, height=height)
 
 
 @shape_checked
@@ -203,7 +243,13 @@ def atlas_heatmap(
     heatmap = go.Heatmap(z=z.to_numpy(), x=z.columns, y=z.index, **look, **shown)
     across = axis("source layer", showgrid=False, type="category")
     up = axis("target layer", showgrid=False, type="category")
-    return figure(heatmap, title, across, up, 720, 720)
+    top: Any = cells.loc[cells[value].idxmax()]
+    alt = (
+        f"{_ATLAS_TITLES[value]} of vector {vector} for {len(cells)} pairs of layers: "
+        f"{span(cells[value])}, the largest from layer {top['source_layer']} to "
+        f"{top['target_layer']}."
+    )
+    return figure(heatmap, title, alt, across, up, 720, 720)
 
 
 def _atlas_cell(pair: Any) -> dict[str, Any]:
@@ -225,34 +271,59 @@ def _atlas_cell(pair: Any) -> dict[str, Any]:
 
 @shape_checked
 def presence_points(
-    scanned: pd.DataFrame, q: float = 0.05, title: str = "Presence in the unsteered model"
+    scanned: pd.DataFrame,
+    q: float = 0.05,
+    title: str = "Is the direction used? AUROC per vector",
 ) -> go.Figure:
     """Draw the AUROC of every vector, those beyond the random-direction null apart.
+
+    A positive control is a star, filled where the test finds it: the test has power.
 
     Args:
         scanned: as `analysis.presence` gives it.
         q: adjusted p-values below this count as found.
     """
-    numbers = ("mean_projection", "mean_projection_control", "p_value", "p_adjusted")
-    checks.columns(scanned, ("index", "auroc", *numbers), "scanned", _ADVICE)
+    checks.columns(scanned, ("index", "auroc", *_PRESENCE), "scanned", _ADVICE)
+    is_control = scanned.get("kind", pd.Series("vector", scanned.index)) == "control"
     found = scanned["p_adjusted"] < q
+    traces, told = [], []
+    for rows, name, colour, symbol in (
+        (pd.DataFrame(scanned[~found & ~is_control]), "n.s.", "#8c959f", "circle-open"),
+        (pd.DataFrame(scanned[found & ~is_control]), f"adjusted p < {q:g}", OTHERS[0], "diamond"),
+    ):
+        traces.append(_presence_trace(rows, f"{name} ({len(rows)})", colour, symbol, 8))
+        told.append(
+            f"{len(rows)} {name}, AUROC {span(rows['auroc'])}" if len(rows) else f"0 {name}"
+        )
+    for place in np.flatnonzero(is_control):
+        control, symbol = (
+            pd.DataFrame(scanned.iloc[[place]]),
+            "star" if found.iloc[place] else "star-open",
+        )
+        words = f"AUROC {control['auroc'].iloc[0]:.2f}, p {control['p_value'].iloc[0]:.2g}"
+        name = f"positive control ({words})"
+        traces.append(_presence_trace(control, name, OTHERS[1], symbol, 14))
+        told.append(name)
+    up = axis("AUROC, texts against control", range=[-0.03, 1.03])
+    across = axis("vector", **_style.whole_numbers(len(found)))
+    alt = f"AUROC of {len(scanned)} directions, texts against control texts. {'; '.join(told)}."
+    drawn = figure(traces, title, alt, across, up, showlegend=True)
+    return drawn.add_hline(0.5, line=DOTTED)
+
+
+def _presence_trace(
+    rows: pd.DataFrame, name: str, colour: str, symbol: str, size: int
+) -> go.Scatter:
+    what = "positive control" if symbol.startswith("star") else "vector %{x}"
     hover = (
-        "vector %{x}<br>AUROC %{y:.3f}<br>mean projection %{customdata[0]:.3g}, in control "
+        f"{what}<br>AUROC %{{y:.3f}}<br>mean projection %{{customdata[0]:.3g}}, in control "
         "%{customdata[1]:.3g}<br>p %{customdata[2]:.3g}, adjusted %{customdata[3]:.3g}"
         "<extra></extra>"
     )
-    traces = []
-    for rows, name, colour, symbol in (
-        (scanned[~found], "like random directions", "#8c959f", "circle-open"),
-        (scanned[found], f"adjusted p < {q:g}", OTHERS[0], "diamond"),
-    ):
-        look = {"size": 8, "color": colour, "symbol": symbol}
-        more = {"name": f"{name} ({len(rows)})", "customdata": np.asarray(rows[[*numbers]])}
-        traces.append(points(rows["index"], rows["auroc"], look, hovertemplate=hover, **more))
-    up = axis("AUROC, texts against control", range=[-0.03, 1.03])
-    across = axis("vector", **_style.whole_numbers(len(found)))
-    drawn = figure(traces, title, across, up, showlegend=True)
-    return drawn.add_hline(0.5, line=DOTTED)
+    look = {"size": size, "color": colour, "symbol": symbol}
+    numbers = np.asarray(rows[[*_PRESENCE]])
+    told = {"name": name, "customdata": numbers, "hovertemplate": hover}
+    return points(rows["index"], rows["auroc"], look, **told)
 
 
 @shape_checked
@@ -291,7 +362,11 @@ def specificity_points(
     logarithmic["dtick"] = "D2" if high < 1e4 * low else 1
     logarithmic["range"] = [math.log10(low), math.log10(high)]
     across = axis("mean KL on unrelated prompts (nats)", **logarithmic)
-    drawn = figure(dots, title, across, axis("KL on the prompt (nats)", **logarithmic), 620)
+    alt = (
+        f"KL on the prompt against KL on unrelated prompts, {len(measured)} vectors. Specificity "
+        f"{span(measured['specificity'])}; loss increase {span(losses)} nats a token."
+    )
+    drawn = figure(dots, title, alt, across, axis("KL on the prompt (nats)", **logarithmic), 620)
     diagonal = {"x0": low, "y0": low, "x1": high, "y1": high, "layer": "below"}
     drawn.add_shape(type="line", **diagonal, line=DOTTED | {"color": GREY})
     corner: dict[str, Any] = {"xref": "paper", "yref": "paper", "font": {"color": GREY}}

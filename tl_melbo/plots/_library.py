@@ -1,4 +1,4 @@
-"""A library's vectors against each other, along their search, by index, and along a text.
+"""A library's vectors against each other, along their search, and by index.
 
 Source of the curves: Jacob G-W 2024, "I found >800 orthogonal 'write code' steering vectors".
 """
@@ -8,21 +8,17 @@ from collections.abc import Mapping, Sequence
 from itertools import cycle
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
-from circuitsvis.tokens import colored_tokens
-from circuitsvis.utils.render import RenderedHTML
+import torch
 from plotly.colors import sample_colorscale
 from torch import Tensor
 
 from tl_melbo import checks, story
-from tl_melbo.analysis._presence import token_projections
 from tl_melbo.analysis._similarity import cosine_similarity
-from tl_melbo.model.bridge import Model
 from tl_melbo.plots import _style
 from tl_melbo.plots._style import BLUE, HOVER, OTHERS, axis, colour_bar, figure, line, points
 from tl_melbo.shapes import Float, shape_checked
-from tl_melbo.steering import Vectors
-from tl_melbo.text import printable
 from tl_melbo.vectors import SteeringVectors
 
 # More traces than this make a browser slow, and nobody tells more colours apart.
@@ -30,9 +26,11 @@ _MOST_TRACES = 64
 # The last fifth of the colours is a yellow too pale for a line on white.
 _DARKEST_TO_PALEST = (0.0, 0.85)
 _UNIT = "residual-stream units"
-# A token coloured by more than this share of the largest value has white letters.
-_DARK = 0.6
-_CALL = "CircuitsVis.render("
+_FAMILY_BASELINES = {
+    "unsteered": "unsteered",
+    "random": "random vectors of the same norms",
+    "rescaled": "the family at the reference's norm",
+}
 
 
 @shape_checked
@@ -70,7 +68,10 @@ def cosine_heatmap(
     across = axis("vector", showgrid=False, constrain="domain", type=kind)
     across |= _style.whole_numbers(max(z.shape))
     down = across | {"autorange": "reversed", "scaleanchor": "x"}
-    return figure(heatmap, title, across, down, 640, 740)
+    apart = z[~np.eye(*z.shape, dtype=bool)]
+    alt = f"{title or 'Cosine similarity'} of {z.shape[0]} by {z.shape[1]} vectors: off the "
+    alt += f"diagonal {_style.span(apart, 2)}." if len(apart) else "diagonal nothing."
+    return figure(heatmap, title, alt, across, down, 640, 740)
 
 
 @shape_checked
@@ -105,7 +106,11 @@ def objective_history(
     across = axis(measure["counts"], **_style.whole_numbers(len(x)))
     label = measure.get("history") or f"{measure['label']} ({measure['unit']})"
     up = axis(label, rangemode="tozero")
-    return figure(traces, title, across, up)
+    finite = [row[np.isfinite(row)] for row in history]
+    first, last = ([row[at] for row in finite if len(row)] for at in (0, -1))
+    alt = f"{label} against {measure['counts']}, {len(found)} vectors: at first "
+    alt += f"{_style.span(first)}, at the end {_style.span(last)}."
+    return figure(traces, title, alt, across, up)
 
 
 def _lines(x: np.ndarray, history: np.ndarray, labels: np.ndarray, colour: str) -> go.Scatter:
@@ -123,49 +128,81 @@ def _lines(x: np.ndarray, history: np.ndarray, labels: np.ndarray, colour: str) 
 
 @shape_checked
 def kl_curve(
-    kl: Float[Tensor, "vector"],
+    kl: Float[Tensor, "vector"] | pd.DataFrame,
     found: SteeringVectors | None = None,
     *,
     completions: Sequence[str] | None = None,
     window: int = 50,
     baselines: Mapping[str, Tensor] | None = None,
     log_y: bool = False,
-    title: str = "Divergence from the reference",
+    title: str = "KL to the reference by vector",
 ) -> go.Figure:
     """Draw KL against index: a point a vector, and their moving average.
 
     Args:
-        kl: as `analysis.kl_divergence` gives it, in nats.
+        kl: as `analysis.kl_divergence` gives it, in nats; or the frame of `analysis.family`, also
+            from a run's file, which brings numbers, norms, completions and baselines along.
         found: the library, for the index and norm of each vector; None numbers them from 0.
         completions: what the model writes under each, shown when a point is hovered over.
         window: how many points, up to and with each, are averaged.
-        baselines: what to compare with, by name, in nats: one number, or one for each vector.
+        baselines: what to compare with, by name, in nats: one number, or one for each vector. With
+            a frame, beside its own.
         log_y: a logarithmic axis; values under 1e-6 nats are drawn there.
 
     Raises:
-        ValueError: no values, or negative or not finite ones, or lengths that differ.
+        ValueError: no values, or negative or not finite ones, or lengths that differ; a frame
+            without a family.
     """
-    values = _checked_kl(kl, "kl")
+    if isinstance(kl, pd.DataFrame):
+        values, labels, more, levels = _of_family(kl)
+    else:
+        values, more, levels = _checked_kl(kl, "kl"), [], {}
+        labels = np.arange(len(values)) if found is None else found.columns["index"].numpy()
     for argument, things in (("found", found), ("completions", completions)):
         if things is not None and len(things) != len(values):
             raise ValueError(
                 f"{argument}: {len(things)}, but kl holds {len(values)} values; pass one for each"
             )
-    more = [] if found is None else [[f"norm {norm:.4g}" for norm in found.norms]]
+    if found is not None and not isinstance(kl, pd.DataFrame):
+        more.append([f"norm {norm:.4g}" for norm in found.norms])
     if completions is not None:
         more.append([_style.wrapped(text) for text in completions])
-    levels = {}
     for name, level in (baselines or {}).items():
         levels[name] = _checked_kl(level.flatten(), f"baselines[{name!r}]")
-        if len(levels[name]) not in (1, len(values)):
+    for name, level in levels.items():
+        if len(level) not in (1, len(values)):
             raise ValueError(
-                f"baselines[{name!r}]: {len(levels[name])} values, expected one, or one for each "
-                f"of the {len(values)} vectors"
+                f"baselines[{name!r}]: {len(level)} values, expected one, or one for each of the "
+                f"{len(values)} vectors"
             )
-    labels = np.arange(len(values)) if found is None else found.columns["index"].numpy()
     least = _style.SMALLEST_KL if log_y else 0.0
     drawn = _curve(labels, values, "KL", "KL (nats)", window, levels, title, more, least)
     return drawn.update_yaxes(type="log", exponentformat="power") if log_y else drawn
+
+
+def _of_family(
+    frame: pd.DataFrame,
+) -> tuple[np.ndarray, np.ndarray, list[list[str]], dict[str, np.ndarray]]:
+    """Of the family's own rows: KL, numbers, what hovering shows; and its baselines."""
+    needed = ("kind", "index", "norm", "kl_to_reference", "completion")
+    checks.columns(frame, needed, "kl", "pass the frame of analysis.family")
+    rows = {str(kind): pd.DataFrame(some) for kind, some in frame.groupby("kind")}
+    if "family" not in rows:
+        raise ValueError("kl: no row is of the kind 'family'; pass the frame of analysis.family")
+    kl = {
+        kind: _checked_kl(torch.tensor(some["kl_to_reference"].to_numpy()), f"kl, {kind}")
+        for kind, some in rows.items()
+        if kind != "reference"
+    }
+    own, names = rows["family"], dict(_FAMILY_BASELINES)
+    if "reference" in rows:
+        names["rescaled"] = f"the family at norm {rows['reference']['norm'].iloc[0]:.4g}"
+    told = [
+        [f"norm {norm:.4g}" for norm in own["norm"]],
+        ["" if pd.isna(text) else _style.wrapped(str(text)) for text in own["completion"]],
+    ]
+    levels = {name: kl[kind] for kind, name in names.items() if kind in kl}
+    return kl["family"], own["index"].to_numpy(), told, levels
 
 
 @shape_checked
@@ -234,7 +271,12 @@ def _curve(
             traces += _baseline(labels, heights, window, html.escape(name), colour)
     up = axis(y_title, rangemode="tozero")
     across = axis("vector", **_style.whole_numbers(len(labels)))
-    return figure(traces, title, across, up)
+    known = [(name, level) for name, level in levels.items() if level is not None]
+    alt = f"{y_title} of {len(values)} vectors: {_style.span(values)}, median "
+    alt += f"{np.median(values):.3g}." + "".join(
+        f" {name}: {_style.span(np.atleast_1d(level))}." for name, level in known
+    )
+    return figure(traces, title, alt, across, up)
 
 
 def _baseline(
@@ -263,49 +305,3 @@ def _checked_kl(kl: Tensor, argument: str) -> np.ndarray:
             "analysis.kl_divergence returns, without the vectors whose KL is infinite"
         )
     return values
-
-
-@shape_checked
-def token_presence(
-    model: Model, vector: Vectors, text: str, layer: int | None = None
-) -> RenderedHTML:
-    """Show a text's tokens coloured by their projection on a vector, in the unsteered model.
-
-    Blue tokens point along the vector, red ones against it; the first, an attention sink in most
-    models, is left white. It makes no network requests; `str` is HTML.
-
-    Args:
-        vector: exactly one; its norm does not matter.
-        text: raw, of more than one token.
-        layer: after which block to look; None takes the layer that the vector was found at.
-    """
-    tokens, values = token_projections(model, vector, text, layer)
-    largest = max(map(abs, values))
-    source = colored_tokens(tokens, values, min_value=-largest, max_value=largest).local_src
-    name = "static-" + source.partition('id="')[2].partition('"')[0]
-    before, _, after = source.rpartition(_CALL)
-    data, end, rest = after.rpartition("</script>")
-    # No "<" in its data: a token "</script>" would end the script.
-    data = data.replace("<", "\\u003c")
-    # Plain coloured text stands above; the script, where it runs, takes it away.
-    remove = f'document.getElementById("{name}")?.remove();\n    '
-    spans = "".join(_span(*pair, largest or 1.0) for pair in zip(tokens, values, strict=True))
-    source = f'<div id="{name}">{spans}</div>\n{before}{remove}{_CALL}{data}{end}{rest}'
-    return _Offline(source, source)
-
-
-class _Offline(RenderedHTML):
-    """Coloured tokens that do not look for a network each time they are shown."""
-
-    def _repr_html_(self) -> str:
-        return self.local_src
-
-
-def _span(token: str, value: float, largest: float) -> str:
-    """A token in circuitsvis's colours: blue along the vector, red against it."""
-    share = value / largest
-    pale = f"{255 * (1 - abs(share)):.0f}"
-    colour = f"rgb({pale},{pale},255)" if share > 0 else f"rgb(255,{pale},{pale})"
-    ink = "white" if abs(share) > _DARK else "black"
-    style = f"background:{colour};color:{ink};padding:1px;white-space:pre-wrap"
-    return f'<span style="{style}" title="{value:.4g}">{html.escape(printable(token))}</span>'

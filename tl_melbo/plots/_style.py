@@ -1,6 +1,7 @@
 """What all figures have in common: colours, axes, and text that hovering shows."""
 
 import html
+import math
 import textwrap
 from collections.abc import Sequence
 from typing import Any
@@ -37,15 +38,21 @@ _HOVER_LENGTH, _HOVER_WIDTH = 200, 60
 def figure(
     traces: go.Scatter | go.Heatmap | Sequence[go.Scatter],
     title: str,
+    alt: str,
     across: dict[str, Any] | None = None,
     up: dict[str, Any] | None = None,
     width: int = 820,
     height: int = 520,
     **more: Any,
 ) -> go.Figure:
-    """A figure of these traces, on these two axes."""
+    """A figure of these traces, on these two axes.
+
+    `alt` tells what it shows to who cannot see it, in `layout.meta["alt"]`. It is plain text: a
+    page that shows it escapes it.
+    """
     layout = {
         **_LAYOUT,
+        "meta": {"alt": alt},
         "title": {"text": title or None, "x": 0.02, "xanchor": "left"},
         "margin": {"l": 64, "r": 24, "t": 56 if title else 16, "b": 108},
         "width": width,
@@ -78,6 +85,15 @@ def colour_bar(title: str, side: str = "top", **more: Any) -> dict[str, Any]:
     return {**name, "len": 0.6, "yref": "container", "y": 0, "yanchor": "bottom", **more}
 
 
+def span(values: Any, digits: int = 3) -> str:
+    """For an alt text: the smallest and the largest of some numbers."""
+    finite = [float(value) for value in values if math.isfinite(value)]
+    if not finite:
+        return "nothing finite"
+    low, high = f"{min(finite):.{digits}g}", f"{max(finite):.{digits}g}"
+    return low if low == high else f"{low} to {high}"
+
+
 def whole_numbers(count: int) -> dict[str, Any]:
     """Ticks between whole numbers, which plotly makes where there are few, mean nothing here."""
     return {"tickformat": ",d", "dtick": 1} if count <= 12 else {"tickformat": ",d"}
@@ -86,4 +102,9 @@ def whole_numbers(count: int) -> dict[str, Any]:
 def wrapped(text: str, length: int = _HOVER_LENGTH) -> str:
     """Text for a hover label: cut, wrapped, and with nothing in it that plotly takes for HTML."""
     short = printable(text[:length] if len(text) <= length else text[: length - 1] + "…")
-    return "<br>".join(html.escape(line) for line in textwrap.wrap(short, _HOVER_WIDTH))
+    return "<br>".join(escaped(line) for line in textwrap.wrap(short, _HOVER_WIDTH))
+
+
+def escaped(text: str) -> str:
+    """Text in a figure: plotly knows tags, and would show the entity of a quotation mark."""
+    return html.escape(text, quote=False)

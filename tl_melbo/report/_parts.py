@@ -114,21 +114,8 @@ def family_part(part: Family, activation_map: ActivationMap | None) -> dict[str,
     (unsteered,), (reference,) = rows["unsteered"], rows["reference"]
     window = min(50, max(1, len(vectors) // 4))
     both = torch.cat([part.reference.vectors, vectors.vectors])
-    baselines = {
-        "unsteered": "unsteered",
-        "random": "random vectors of the same norms",
-        "rescaled": f"the family at norm {part.reference.norms[0]:.4g}",
-    }
-    kl = {k: torch.tensor([row["kl_to_reference"] for row in some]) for k, some in rows.items()}
     figures = {
-        "kl": plots.kl_curve(
-            kl["family"],
-            vectors,
-            completions=[str(row["completion"]) for row in rows["family"]],
-            window=window,
-            baselines={name: kl[kind] for kind, name in baselines.items()},
-            title="",
-        ),
+        "kl": plots.kl_curve(part.table, window=window, title=""),
         "norm": plots.norm_curve(vectors, window, ""),
         "distance": plots.distance_curve(vectors, float(unsteered["distance"]), window, ""),
         "effects": None,
@@ -162,11 +149,9 @@ def family_part(part: Family, activation_map: ActivationMap | None) -> dict[str,
 
 def family_tables(part: Family) -> dict[str, Any]:
     """A family's own table and that of its sums."""
-    # Rescaled, the sum is the mean: one row is enough.
-    composed = part.composition.query("combination == 'mean' or scaling == 'raw'")
-    composed = composed.assign(
-        members=[" ".join(map(str, members)) for members in composed["members"]],
-        what=composed["combination"] + composed["scaling"].replace(_SCALINGS),
+    composed = part.composition.assign(
+        members=[" ".join(map(str, members)) for members in part.composition["members"]],
+        what=part.composition["combination"] + part.composition["scaling"].replace(_SCALINGS),
     )
     family = part.table[part.table["kind"] == "family"]
     return {
