@@ -1,19 +1,24 @@
 """A page with everything on it, in a browser: what its tests share."""
 
+import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pandas as pd
+import pytest
 import torch
 
 import tl_melbo as tm
-from tests.conftest import wait_for
-from tl_melbo import report
+from tests.conftest import patch_everywhere, wait_for
+from tl_melbo import analysis, report
 
 PROMPT = "Tell me <script>window.injected = 'prompt'</script> about yourself."
 N_VECTORS = 6
 SCALES = (0.5, 1.0, 2.0)
 N_SAMPLES = 2
+ALL_KEYS = [f"{vector}{sign}" for vector in range(N_VECTORS) for sign in ("", "-")]
 HOSTILE = [
     "<script>window.injected = 'script'</script>",
     "<img src=x onerror=\"window.injected = 'image'\"></td></tr></table></script>",
@@ -66,7 +71,17 @@ def tokens() -> dict[str, pd.DataFrame]:
 
 
 def write(model: torch.nn.Module, folder: Path) -> Path:
-    """The page; `behaviours` must take gibberish for coherent."""
+    """The page; texts are grouped by their words, and gibberish counts as coherent."""
+    gibberish_too = functools.partial(
+        analysis.behaviours, largest_perplexity=1e30, largest_repetition=1.0
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch_everywhere(patch, "default_embedder", lambda: "words")
+        patch.setattr("tl_melbo.report._page.behaviours", gibberish_too)
+        return _write(model, folder)
+
+
+def _write(model: torch.nn.Module, folder: Path) -> Path:
     f = tm.ActivationMap.from_prompts(model, PROMPT, 1, 4, chat=True)
     found = tm.melbo(f, n_vectors=N_VECTORS, radius=4.0, steps=3)
     ortho = tm.melbo_ortho(f, found[2], 4, steps=4)
@@ -108,8 +123,6 @@ def rows_shown(driver: Any) -> list[str]:
 
 def fragment(driver: Any) -> dict[str, str]:
     """The state in the address, once it is written there; the anchor under its own name."""
-    from urllib.parse import unquote
-
     parts = driver.execute_script("return location.hash.slice(1)").split("&")
     return {name: unquote(value) for name, _, value in (part.partition("=") for part in parts)}
 
@@ -119,3 +132,19 @@ def go(driver: Any, page: Path, state: str = "") -> None:
     driver.get("about:blank")
     driver.get(page.as_uri() + state)
     wait_for(driver, "return document.documentElement.dataset.ready !== undefined")
+
+
+def opened_at(driver: Any, page: Path, width: int) -> Iterator[Any]:
+    screen = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 500}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    for log in ("browser", "performance"):
+        driver.get_log(log)  # what earlier pages left there
+    go(driver, page)
+    yield driver
+    driver.execute_script("try { localStorage.clear() } catch {}")
+
+
+def press(driver: Any, *keys: str) -> None:
+    from selenium.webdriver import ActionChains
+
+    ActionChains(driver).send_keys(*keys).perform()

@@ -52,7 +52,7 @@ def page_script() -> str:
     for name in SCRIPTS:
         source = _beside(f"js/{name}.js")
         names = re.findall(r"(?m)^export (?:async )?(?:function|const) ([$\w]+)", source)
-        body = re.sub(r"(?m)^import .*;\n|^export ", "", source)
+        body = re.sub(r"(?m)^import [^;]*;\n|^export ", "", source)
         given = ", ".join(names)
         parts.append(f"const {{ {given} }} = (() => {{\n{body}\nreturn {{ {given} }};\n}})();\n")
     return "".join(parts)

@@ -31,26 +31,59 @@ function memberRow(key, card) {
   const row = rowOf.get(key);
   const text = textAt(row, normal);
   const rate = card.rates.find((each) => each.key === key);
-  const shown = isBaseline(row, normal) ? el("span", { class: "soft", text: "= baseline" }) : clamped(text ?? "–");
+  const shown = isBaseline(row, normal)
+    ? el("span", { class: "soft", text: "= baseline" })
+    : clamped(text ?? "–");
   const told = rate ? el("span", { class: "soft rate", text: counted(rate) }) : null;
   return el("li", {}, el("span", { class: "member" }, vectorLink(key), told), shown);
 }
 
 function insideOf(card) {
-  const members = el("ul", { class: "members" }, ...merged(card).flatMap((each) => each.rows.map((key) => memberRow(key, each))));
-  const others = data.behaviours.filter((each) => each !== card && homeOf(each.key) === each.key && each.prompt === card.prompt);
-  const choice = el("select", {}, el("option", { value: "", text: "…" }), ...others.map((each) => el("option", { value: each.key, text: `${cardName(each.key)} (${each.key})` })));
+  const members = el(
+    "ul",
+    { class: "members" },
+    ...merged(card).flatMap((each) => each.rows.map((key) => memberRow(key, each))),
+  );
+  const others = data.behaviours.filter(
+    (each) => each !== card && homeOf(each.key) === each.key && each.prompt === card.prompt,
+  );
+  const choice = el(
+    "select",
+    {},
+    el("option", { value: "", text: "…" }),
+    ...others.map((each) =>
+      el("option", { value: each.key, text: `${cardName(each.key)} (${each.key})` }),
+    ),
+  );
   choice.addEventListener("change", () => choice.value && mergeInto(card.key, choice.value));
   const tools = el("div", { class: "next" }, el("label", {}, "Merge into ", choice));
-  if (noteOf("cards", card.key).merged?.length) tools.append(button("Take apart", () => setNote("cards", card.key, { merged: [] }), { class: "chip" }));
-  tools.append(button("Only these in the table", () => change({ b: new Set([card.key]), anchor: "all-vectors" }), { class: "chip" }));
-  return el("div", { class: "inside" }, members, noteFields("cards", card.key, "this behaviour"), tools);
+  if (noteOf("cards", card.key).merged?.length)
+    tools.append(
+      button("Take apart", () => setNote("cards", card.key, { merged: [] }), { class: "chip" }),
+    );
+  tools.append(
+    button(
+      "Only these in the table",
+      () => change({ b: new Set([card.key]), anchor: "all-vectors" }),
+      { class: "chip" },
+    ),
+  );
+  return el(
+    "div",
+    { class: "inside" },
+    members,
+    noteFields("cards", card.key, "this behaviour"),
+    tools,
+  );
 }
 
 function summaryWords(card) {
   const keys = keysOf(card);
   const minus = keys.filter((key) => rowOf.get(key).sign < 0).length;
-  const parts = [[keys.length - minus, "vector"], [minus, "negative"]].filter(([count]) => count);
+  const parts = [
+    [keys.length - minus, "vector"],
+    [minus, "negative"],
+  ].filter(([count]) => count);
   return parts.map(([count, word]) => plural(count, word)).join(", ");
 }
 
@@ -61,12 +94,32 @@ function cardPart(card) {
     if (inside.open) build();
     if (inside.open !== state.open.has(card.key) && !printing) change(toggled("open", card.key));
   });
-  const build = () => { if (!$(".inside", inside)) inside.append(insideOf(card)); };
-  const example = card.example === null ? null : el("div", { class: "example" }, clamped(data.texts[card.example], 150));
-  const head = el("div", { class: "head" }, title, starButton("cards", card.key, `behaviour ${cardName(card.key)}`));
+  const build = () => {
+    if (!$(".inside", inside)) inside.append(insideOf(card));
+  };
+  const example =
+    card.example === null
+      ? null
+      : el("div", { class: "example" }, clamped(data.texts[card.example], 150));
+  const head = el(
+    "div",
+    { class: "head" },
+    title,
+    starButton("cards", card.key, `behaviour ${cardName(card.key)}`),
+  );
   const prompt = manyPrompts ? el("p", { class: "soft", text: data.prompts[card.prompt] }) : null;
   const note = el("p", { class: "remark", text: noteOf("cards", card.key).note });
-  const part = el("article", { class: "card", id: card.key }, head, tagList(card.tags), prompt, example, ratesOf(card), note, inside);
+  const part = el(
+    "article",
+    { class: "card", id: card.key },
+    head,
+    tagList(card.tags),
+    prompt,
+    example,
+    ratesOf(card),
+    note,
+    inside,
+  );
   return { part, inside, build };
 }
 
@@ -81,22 +134,38 @@ function build() {
   const [main, aside] = [$("#cards"), $("#cards-aside")];
   const some = data.behaviours.filter((card) => homeOf(card.key) === card.key);
   for (const card of some) made.set(card.key, cardPart(card));
-  main.replaceChildren(...some.filter((card) => !isAside(card)).map((card) => made.get(card.key).part));
-  aside.replaceChildren(...some.filter(isAside).map((card) => made.get(card.key).part), ...filteredPart());
-  const count = data.rows.filter((row) => row.filtered || cardOf.get(homeOf(row.behaviour))?.baseline).length;
+  main.replaceChildren(
+    ...some.filter((card) => !isAside(card)).map((card) => made.get(card.key).part),
+  );
+  aside.replaceChildren(
+    ...some.filter(isAside).map((card) => made.get(card.key).part),
+    ...filteredPart(),
+  );
+  const count = data.rows.filter(
+    (row) => row.filtered || cardOf.get(homeOf(row.behaviour))?.baseline,
+  ).length;
   $("#aside").hidden = !count;
-  $("#aside > summary").textContent = `≈ baseline and filtered out (${plural(count, "completion")})`;
+  $("#aside > summary").textContent =
+    `≈ baseline and filtered out (${plural(count, "completion")})`;
 }
 
 // What was filtered out, by reason, for whoever reads what a machine would not.
 function filteredPart() {
   const reasons = new Map();
-  for (const row of data.rows) if (row.filtered) reasons.set(row.filtered, [...(reasons.get(row.filtered) ?? []), row.key]);
+  for (const row of data.rows)
+    if (row.filtered) reasons.set(row.filtered, [...(reasons.get(row.filtered) ?? []), row.key]);
   return [...reasons].map(([reason, keys]) => {
     const inside = el("details", {}, el("summary", { text: plural(keys.length, "completion") }));
-    const fillIn = () => { if (!$("ul", inside)) inside.append(el("ul", { class: "members" }, ...keys.map((key) => memberRow(key, { rates: [] })))); };
+    const fillIn = () => {
+      if (!$("ul", inside))
+        inside.append(
+          el("ul", { class: "members" }, ...keys.map((key) => memberRow(key, { rates: [] }))),
+        );
+    };
     inside.addEventListener("toggle", fillIn);
-    forPrinting(() => { fillIn(); });
+    forPrinting(() => {
+      fillIn();
+    });
     return el("article", { class: "card" }, el("h3", { text: `Filtered out: ${reason}` }), inside);
   });
 }
@@ -132,7 +201,9 @@ export function beginCards() {
     build();
     show();
   });
-  forPrinting(() => { for (const { build: fillIn } of made.values()) fillIn(); });
+  forPrinting(() => {
+    for (const { build: fillIn } of made.values()) fillIn();
+  });
 }
 
 export function whilePrinting(on) {

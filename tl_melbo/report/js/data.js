@@ -41,9 +41,12 @@ export const noteKey = (row) => row.key.replace(/p\d+$/, "");
 
 // In Python, with places in the library; those of negatives apart.
 export function python(rows) {
-  const places = (sign) => [...new Set(rows.filter((row) => row.sign === sign).map((row) => row.vector))];
+  const places = (sign) => [
+    ...new Set(rows.filter((row) => row.sign === sign).map((row) => row.vector)),
+  ];
   const [plus, minus] = [places(1), places(-1)];
-  const picked = (some) => (some.length === 1 ? `found[${some[0]}]` : `found[[${some.join(", ")}]]`);
+  const picked = (some) =>
+    some.length === 1 ? `found[${some[0]}]` : `found[[${some.join(", ")}]]`;
   if (!minus.length) return picked(plus);
   if (!plus.length) return `-${picked(minus)}`;
   return `tm.concatenate([${picked(plus)}, -${picked(minus)}])`;

@@ -8,14 +8,17 @@ export function words(text) {
 }
 
 // Of each word of either text, whether the other has it, too, at that place.
-export function common(a, b) {
-  const [one, other] = [a.slice(0, MOST), b.slice(0, MOST)].map((some) => some.map((word) => word.trim()));
+function common(a, b) {
+  const [one, other] = [a.slice(0, MOST), b.slice(0, MOST)].map((some) =>
+    some.map((word) => word.trim()),
+  );
   const wide = other.length + 1;
   const lengths = new Uint16Array((one.length + 1) * wide);
   for (let i = one.length - 1; i >= 0; i--) {
     for (let j = other.length - 1; j >= 0; j--) {
       const [down, right] = [lengths[(i + 1) * wide + j], lengths[i * wide + j + 1]];
-      lengths[i * wide + j] = one[i] === other[j] ? lengths[(i + 1) * wide + j + 1] + 1 : Math.max(down, right);
+      lengths[i * wide + j] =
+        one[i] === other[j] ? lengths[(i + 1) * wide + j + 1] + 1 : Math.max(down, right);
     }
   }
   const [inA, inB] = [a.map(() => false), b.map(() => false)];
@@ -32,7 +35,9 @@ export function common(a, b) {
 export function marked(text, other) {
   const own = words(text);
   const [shared] = common(own, words(other));
-  const holder = el("div", { class: pieces(text).some(({ mono }) => mono) ? "words code" : "words" });
+  const holder = el("div", {
+    class: pieces(text).some(({ mono }) => mono) ? "words code" : "words",
+  });
   let run = "";
   let isShared = true;
   const close = () => {

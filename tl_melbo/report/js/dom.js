@@ -7,7 +7,8 @@ export function el(tag, options = {}, ...children) {
   const made = document.createElement(tag);
   for (const [name, value] of Object.entries(options)) {
     if (value === null || value === undefined || value === false) continue;
-    if (name === "on") for (const [event, act] of Object.entries(value)) made.addEventListener(event, act);
+    if (name === "on")
+      for (const [event, act] of Object.entries(value)) made.addEventListener(event, act);
     else if (name === "text") made.textContent = value;
     else made.setAttribute(name, value === true ? "" : value);
   }
@@ -48,7 +49,9 @@ export function pieces(text) {
     else found.push({ mono, lines: [line] });
   }
   // A single line of marks is a heading or a rule, not a drawing.
-  for (const piece of found) if (piece.lines.length < 2) piece.mono = piece.lines[0].length > 3 && /^( {4}|\t)\S/.test(piece.lines[0]);
+  for (const piece of found)
+    if (piece.lines.length < 2)
+      piece.mono = piece.lines[0].length > 3 && /^( {4}|\t)\S/.test(piece.lines[0]);
   return joined(found);
 }
 
@@ -73,7 +76,9 @@ function isDrawing(line) {
 export function fill(holder, text) {
   const parts = pieces(text);
   holder.replaceChildren(
-    ...parts.map(({ mono, text: shown }) => el(mono ? "code" : "span", { class: mono ? "mono" : null, text: shown }))
+    ...parts.map(({ mono, text: shown }) =>
+      el(mono ? "code" : "span", { class: mono ? "mono" : null, text: shown }),
+    ),
   );
   return holder;
 }
@@ -86,16 +91,20 @@ export function clamped(text, long = LONG) {
   const holder = el("div", { class: "clamp" }, body);
   if (text.length <= long && text.split("\n").length <= 3) return holder;
   body.classList.add("short");
-  const more = button("more", () => {
-    const open = body.classList.toggle("short");
-    more.textContent = open ? "more" : "less";
-    more.setAttribute("aria-expanded", String(!open));
-  }, { class: "more", "aria-expanded": "false" });
+  const more = button(
+    "more",
+    () => {
+      const open = body.classList.toggle("short");
+      more.textContent = open ? "more" : "less";
+      more.setAttribute("aria-expanded", String(!open));
+    },
+    { class: "more", "aria-expanded": "false" },
+  );
   holder.append(more);
   return holder;
 }
 
-export async function copy(text, said) {
+async function copy(text, said) {
   try {
     await navigator.clipboard.writeText(text);
   } catch {
@@ -110,10 +119,16 @@ export async function copy(text, said) {
   }
   const before = said.textContent;
   said.textContent = "copied";
-  setTimeout(() => { said.textContent = before; }, 1200);
+  setTimeout(() => {
+    said.textContent = before;
+  }, 1200);
 }
 
 export function copyButton(text, label = "copy") {
-  const made = button(label, () => copy(text, made), { class: "copy", title: text, "aria-label": `Copy ${text}` });
+  const made = button(label, () => copy(text, made), {
+    class: "copy",
+    title: text,
+    "aria-label": `Copy ${text}`,
+  });
   return el("span", { class: "command" }, el("code", { text }), made);
 }

@@ -18,22 +18,41 @@ const colour = (name) => getComputedStyle(document.documentElement).getPropertyV
 
 function axisLook() {
   const [line, soft] = [colour("--line"), colour("--soft")];
-  return { gridcolor: line, zerolinecolor: line, linecolor: line, tickcolor: soft, automargin: true };
+  return {
+    gridcolor: line,
+    zerolinecolor: line,
+    linecolor: line,
+    tickcolor: soft,
+    automargin: true,
+  };
 }
 
 // The colours of a figure's frame; those of its data stay.
 function look() {
   const [ink, card] = [colour("--ink"), colour("--card")];
   return {
-    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", "font.color": ink,
-    "hoverlabel.bgcolor": card, "hoverlabel.font.color": ink,
+    paper_bgcolor: "rgba(0,0,0,0)",
+    plot_bgcolor: "rgba(0,0,0,0)",
+    "font.color": ink,
+    "hoverlabel.bgcolor": card,
+    "hoverlabel.font.color": ink,
   };
 }
 
 function painted(layout) {
-  const looks = { ...layout, font: { ...layout.font, color: colour("--ink") }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)" };
-  looks.hoverlabel = { ...layout.hoverlabel, bgcolor: colour("--card"), font: { color: colour("--ink") } };
-  for (const name of Object.keys(layout).filter((key) => /^[xy]axis/.test(key))) looks[name] = { ...layout[name], ...axisLook() };
+  const looks = {
+    ...layout,
+    font: { ...layout.font, color: colour("--ink") },
+    paper_bgcolor: "rgba(0,0,0,0)",
+    plot_bgcolor: "rgba(0,0,0,0)",
+  };
+  looks.hoverlabel = {
+    ...layout.hoverlabel,
+    bgcolor: colour("--card"),
+    font: { color: colour("--ink") },
+  };
+  for (const name of Object.keys(layout).filter((key) => /^[xy]axis/.test(key)))
+    looks[name] = { ...layout[name], ...axisLook() };
   return looks;
 }
 
@@ -45,9 +64,12 @@ async function draw(holder) {
   // A finger that drags wants to scroll the page, not to zoom.
   if (touch) layout.dragmode = false;
   // The panel beside it tells more.
-  if (KEYS[holder.dataset.figure]) for (const trace of data) Object.assign(trace, { hoverinfo: "none", hovertemplate: null });
+  if (KEYS[holder.dataset.figure])
+    for (const trace of data) Object.assign(trace, { hoverinfo: "none", hovertemplate: null });
   await Plotly.newPlot(holder, data, painted(layout), {
-    responsive: true, displaylogo: false, displayModeBar: touch ? false : "hover",
+    responsive: true,
+    displaylogo: false,
+    displayModeBar: touch ? false : "hover",
     modeBarButtons: [["toImage", "zoom2d", "resetScale2d"]],
   });
   const keys = KEYS[holder.dataset.figure];
@@ -58,7 +80,11 @@ function repaint() {
   for (const holder of drawn) {
     if (!holder.layout) continue;
     const axes = Object.keys(holder.layout).filter((key) => /^[xy]axis\d*$/.test(key));
-    const changes = Object.fromEntries(axes.flatMap((name) => Object.entries(axisLook()).map(([key, value]) => [`${name}.${key}`, value])));
+    const changes = Object.fromEntries(
+      axes.flatMap((name) =>
+        Object.entries(axisLook()).map(([key, value]) => [`${name}.${key}`, value]),
+      ),
+    );
     const named = holder.data.flatMap((trace, place) => (trace.textfont ? [place] : []));
     if (named.length) Plotly.restyle(holder, { "textfont.color": colour("--soft") }, named);
     Plotly.relayout(holder, { ...look(), ...changes });
@@ -68,7 +94,9 @@ function repaint() {
 // What a point stands for, as text beside it: no markup can hide in it.
 function listen(holder, keysOf) {
   holder.on("plotly_hover", ({ points, event }) => {
-    const rows = keysOf(points[0]).map((key) => rowOf.get(key)).filter(Boolean);
+    const rows = keysOf(points[0])
+      .map((key) => rowOf.get(key))
+      .filter(Boolean);
     if (rows.length) showPanel(rows, event);
   });
   holder.on("plotly_unhover", hidePanel);
@@ -90,14 +118,22 @@ function follow(key) {
 
 function told(row) {
   const text = textAt(row, normal) ?? "–";
-  return el("div", {}, el("b", { text: `${row.sign < 0 ? "−" : ""}${row.number} ${behaviourWords(row)}` }), el("p", { text: text.length > 300 ? `${text.slice(0, 299)}…` : text }));
+  return el(
+    "div",
+    {},
+    el("b", { text: `${row.sign < 0 ? "−" : ""}${row.number} ${behaviourWords(row)}` }),
+    el("p", { text: text.length > 300 ? `${text.slice(0, 299)}…` : text }),
+  );
 }
 
 function showPanel(rows, event) {
   const panel = $("#hover");
   const [a, b] = rows;
   const cosine = b && a !== b ? effectCosine(a, b) : null;
-  const head = cosine === null ? null : el("p", { class: "soft", text: `cosine of effects ${number(cosine, 2)}` });
+  const head =
+    cosine === null
+      ? null
+      : el("p", { class: "soft", text: `cosine of effects ${number(cosine, 2)}` });
   const parts = a === b ? [told(a)] : rows.map(told);
   panel.replaceChildren(...[head, ...parts].filter(Boolean));
   panel.hidden = false;
@@ -117,13 +153,16 @@ export function drawAll() {
 }
 
 export function beginFigures() {
-  const watcher = new IntersectionObserver((seen) => {
-    for (const { isIntersecting, target } of seen) {
-      if (!isIntersecting) continue;
-      watcher.unobserve(target);
-      draw(target);
-    }
-  }, { rootMargin: "300px" });
+  const watcher = new IntersectionObserver(
+    (seen) => {
+      for (const { isIntersecting, target } of seen) {
+        if (!isIntersecting) continue;
+        watcher.unobserve(target);
+        draw(target);
+      }
+    },
+    { rootMargin: "300px" },
+  );
   for (const holder of $$(".plot")) watcher.observe(holder);
   dark.addEventListener("change", repaint);
   addEventListener("scroll", hidePanel, { passive: true });

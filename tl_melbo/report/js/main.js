@@ -2,7 +2,7 @@
 import { $, $$ } from "./dom.js";
 import { el, fill } from "./dom.js";
 import { data, manyPrompts } from "./data.js";
-import { begin, change, follow, state } from "./state.js";
+import { begin, change, follow } from "./state.js";
 import { beginNotes } from "./notes.js";
 import { buildEverything, buildTables } from "./tables.js";
 import { beginVectors, goToRow } from "./vectors.js";
@@ -17,8 +17,23 @@ function unsteeredParts() {
     if (!places.length) return;
     const [greedy, ...samples] = places.map((place) => data.texts[place] ?? "–");
     const caption = manyPrompts ? el("figcaption", { text: data.prompts[prompt] }) : null;
-    const list = samples.length ? el("details", {}, el("summary", { text: `${samples.length} sampled` }), el("ol", { class: "samples" }, ...samples.map((text) => fill(el("li"), text)))) : null;
-    holder.append(el("figure", { class: "text" }, caption, el("blockquote", {}, fill(el("div", { class: "words" }), greedy)), list));
+    const list = samples.length
+      ? el(
+          "details",
+          {},
+          el("summary", { text: `${samples.length} sampled` }),
+          el("ol", { class: "samples" }, ...samples.map((text) => fill(el("li"), text))),
+        )
+      : null;
+    holder.append(
+      el(
+        "figure",
+        { class: "text" },
+        caption,
+        el("blockquote", {}, fill(el("div", { class: "words" }), greedy)),
+        list,
+      ),
+    );
   });
 }
 
@@ -33,7 +48,8 @@ function goTo(anchor) {
   for (const other of $$(".target")) other.classList.remove("target");
   if (!target) return;
   target.classList.add("target");
-  for (let around = target.parentElement; around; around = around.parentElement) if (around.tagName === "DETAILS") around.open = true;
+  for (let around = target.parentElement; around; around = around.parentElement)
+    if (around.tagName === "DETAILS") around.open = true;
   target.scrollIntoView({ block: "start" });
 }
 

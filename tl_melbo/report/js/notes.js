@@ -14,7 +14,9 @@ export function onNotes(act) {
 function stored() {
   try {
     const notes = JSON.parse(localStorage.getItem(PLACE));
-    return notes && typeof notes.vectors === "object" && Array.isArray(notes.behaviours) ? notes : null;
+    return notes && typeof notes.vectors === "object" && Array.isArray(notes.behaviours)
+      ? notes
+      : null;
   } catch {
     return null;
   }
@@ -39,12 +41,18 @@ function likeness(one, other) {
 // Behaviours get new numbers when vectors are added: known again by their members.
 function nearestCard(members) {
   const cards = [...cardOf.values()];
-  const best = cards.map((card) => [likeness(members, card.rows), card.key]).sort((a, b) => b[0] - a[0])[0];
+  const best = cards
+    .map((card) => [likeness(members, card.rows), card.key])
+    .sort((a, b) => b[0] - a[0])[0];
   return best && best[0] >= SAME ? best[1] : null;
 }
 
 function cleaned({ star, name, note }) {
-  return { star: star === true, name: String(name ?? "").slice(0, 200), note: String(note ?? "").slice(0, 10000) };
+  return {
+    star: star === true,
+    name: String(name ?? "").slice(0, 200),
+    note: String(note ?? "").slice(0, 10000),
+  };
 }
 
 function take(notes) {
@@ -52,9 +60,12 @@ function take(notes) {
   for (const entry of notes.behaviours) {
     const key = nearestCard(entry.members ?? []);
     if (key !== null) {
-      const merged = (entry.merged ?? []).map(nearestCard).filter((other) => other && other !== key);
+      const merged = (entry.merged ?? [])
+        .map(nearestCard)
+        .filter((other) => other && other !== key);
       own.cards.set(key, { ...cleaned(entry), merged });
-    } else if (!own.lost.some((other) => JSON.stringify(other) === JSON.stringify(entry))) own.lost.push(entry);
+    } else if (!own.lost.some((other) => JSON.stringify(other) === JSON.stringify(entry)))
+      own.lost.push(entry);
   }
 }
 
@@ -84,13 +95,17 @@ export function mergeInto(key, other) {
   setNote("cards", other, { merged: [...(noteOf("cards", other).merged ?? []), ...gone] });
 }
 
-export function exported() {
+function exported() {
   const behaviours = [...own.cards].map(([key, { merged, ...note }]) => ({
     ...note,
     members: cardOf.get(key).rows,
     merged: (merged ?? []).map((other) => cardOf.get(other).rows),
   }));
-  return { version: 1, vectors: Object.fromEntries(own.vectors), behaviours: [...behaviours, ...own.lost] };
+  return {
+    version: 1,
+    vectors: Object.fromEntries(own.vectors),
+    behaviours: [...behaviours, ...own.lost],
+  };
 }
 
 function download() {
@@ -107,9 +122,15 @@ export function beginNotes() {
   if (kept) take(kept);
   const list = $("#lost-notes");
   for (const entry of own.lost) {
-    list.append(el("li", { text: [entry.star ? "★" : "", entry.name, entry.note].filter(Boolean).join(" – ") }));
+    list.append(
+      el("li", {
+        text: [entry.star ? "★" : "", entry.name, entry.note].filter(Boolean).join(" – "),
+      }),
+    );
   }
   list.parentElement.hidden = !own.lost.length;
   $("#export").append(button("Export notes.json", download, { class: "export" }));
-  onNotes((saved) => { $("#not-kept").hidden = saved; });
+  onNotes((saved) => {
+    $("#not-kept").hidden = saved;
+  });
 }

@@ -3,9 +3,21 @@ import { data, normal } from "./data.js";
 
 const SETS = ["sel", "open", "b", "tag", "hide"];
 
-export function fresh() {
+function fresh() {
   const sets = Object.fromEntries(SETS.map((name) => [name, new Set()]));
-  return { ...sets, anchor: "", scale: normal, own: new Map(), q: "", sort: "", low: "", high: "", star: false, prompt: "", cmp: false };
+  return {
+    ...sets,
+    anchor: "",
+    scale: normal,
+    own: new Map(),
+    q: "",
+    sort: "",
+    low: "",
+    high: "",
+    star: false,
+    prompt: "",
+    cmp: false,
+  };
 }
 
 export const state = fresh();
@@ -26,17 +38,24 @@ export function encoded(some) {
   return parts.join("&");
 }
 
-export function decoded(fragment) {
+function decoded(fragment) {
   const some = fresh();
   for (const part of fragment.split("&")) {
     const [name, rest] = [part.split("=")[0], part.slice(part.indexOf("=") + 1)];
     const value = part.includes("=") ? readable(rest) : null;
     if (value === null) some.anchor = readable(part) || some.anchor;
     else if (SETS.includes(name)) some[name] = new Set(value.split(",").filter(Boolean));
-    else if (name === "own") some.own = new Map(value.split(",").map((pair) => pair.split(":")).filter((pair) => data.scales.includes(pair[1])));
+    else if (name === "own")
+      some.own = new Map(
+        value
+          .split(",")
+          .map((pair) => pair.split(":"))
+          .filter((pair) => data.scales.includes(pair[1])),
+      );
     else if (name === "scale") some.scale = data.scales.includes(value) ? value : normal;
     else if (["star", "cmp"].includes(name)) some[name] = value === "1";
-    else if (["low", "high", "prompt"].includes(name)) some[name] = value !== "" && Number.isFinite(Number(value)) ? value : "";
+    else if (["low", "high", "prompt"].includes(name))
+      some[name] = value !== "" && Number.isFinite(Number(value)) ? value : "";
     else if (["q", "sort"].includes(name)) some[name] = value;
   }
   return some;
@@ -88,7 +107,7 @@ function tell(restored = false) {
   for (const act of followers) act(state, restored);
 }
 
-export function restore() {
+function restore() {
   clearTimeout(waiting?.timer);
   waiting = null;
   Object.assign(state, decoded(location.hash.slice(1)));

@@ -21,12 +21,16 @@ export function lazily(body, items, make) {
   const sentinel = el("tr", { class: "sentinel" }, el("td"));
   const watcher = new IntersectionObserver(
     (seen) => seen.some((each) => each.isIntersecting) && upTo(done + AT_ONCE),
-    { rootMargin: "800px" }
+    { rootMargin: "800px" },
   );
   body.replaceChildren(sentinel);
   upTo(AT_ONCE);
   if (sentinel.isConnected) watcher.observe(sentinel);
-  return { upTo, all: () => body.isConnected && upTo(items.length), stop: () => watcher.disconnect() };
+  return {
+    upTo,
+    all: () => body.isConnected && upTo(items.length),
+    stop: () => watcher.disconnect(),
+  };
 }
 
 export function forPrinting(act) {
@@ -40,8 +44,18 @@ export function buildEverything() {
 // The head of a table whose columns sort; `chosen` tells the column, with "-" for downwards.
 export function sortHeads(columns, act) {
   return columns.map((column) => {
-    if (column.sorts === false) return el("th", { class: `${column.kind} ${column.name}`, scope: "col" }, column.hidden ? el("span", { class: "away", text: column.label }) : column.label);
-    const head = el("th", { class: `${column.kind} ${column.name}`, scope: "col", "data-column": column.name, title: column.hint });
+    if (column.sorts === false)
+      return el(
+        "th",
+        { class: `${column.kind} ${column.name}`, scope: "col" },
+        column.hidden ? el("span", { class: "away", text: column.label }) : column.label,
+      );
+    const head = el("th", {
+      class: `${column.kind} ${column.name}`,
+      scope: "col",
+      "data-column": column.name,
+      title: column.hint,
+    });
     head.append(button(column.label, () => act(column.name), { class: "sort" }));
     return head;
   });
@@ -76,24 +90,53 @@ function comparable(value) {
 }
 
 // A whole table from columns and rows, each row a list of values.
-export function dataTable(holder, { columns, rows }) {
-  const [chosen, places] = [{ sort: "", q: "" }, Object.fromEntries(columns.map((column, i) => [column.name, i]))];
+function dataTable(holder, { columns, rows }) {
+  const [chosen, places] = [
+    { sort: "", q: "" },
+    Object.fromEntries(columns.map((column, i) => [column.name, i])),
+  ];
   const body = el("tbody");
   const info = el("span", { class: "info", role: "status" });
   let list = null;
   const show = () => {
     const asked = chosen.q.toLowerCase();
-    const some = rows.filter((row) => !asked || row.some((value) => String(value).toLowerCase().includes(asked)));
+    const some = rows.filter(
+      (row) => !asked || row.some((value) => String(value).toLowerCase().includes(asked)),
+    );
     list?.stop();
-    list = lazily(body, inOrder(some, chosen.sort, (row, name) => row[places[name]]), (row) => dataRow(columns, row));
-    info.textContent = some.length === rows.length ? plural(rows.length, "row") : `${some.length} of ${plural(rows.length, "row")}`;
+    list = lazily(
+      body,
+      inOrder(some, chosen.sort, (row, name) => row[places[name]]),
+      (row) => dataRow(columns, row),
+    );
+    info.textContent =
+      some.length === rows.length
+        ? plural(rows.length, "row")
+        : `${some.length} of ${plural(rows.length, "row")}`;
     markSorted(head, chosen.sort);
   };
-  const head = el("thead", {}, el("tr", {}, ...sortHeads(columns, (name) => {
-    chosen.sort = nextSort(chosen.sort, name);
-    show();
-  })));
-  const search = el("input", { type: "search", placeholder: "any word", on: { input: () => { chosen.q = search.value; show(); } } });
+  const head = el(
+    "thead",
+    {},
+    el(
+      "tr",
+      {},
+      ...sortHeads(columns, (name) => {
+        chosen.sort = nextSort(chosen.sort, name);
+        show();
+      }),
+    ),
+  );
+  const search = el("input", {
+    type: "search",
+    placeholder: "any word",
+    on: {
+      input: () => {
+        chosen.q = search.value;
+        show();
+      },
+    },
+  });
   const tools = el("div", { class: "tools" }, el("label", {}, "Search ", search), info);
   holder.append(tools, el("table", { class: "data", id: holder.dataset.table }, head, body));
   forPrinting(() => list.all());
@@ -104,7 +147,10 @@ function dataRow(columns, row) {
   const cells = columns.map((column, place) => {
     const options = { class: `${column.kind} ${column.name}`, "data-label": column.label };
     if (column.kind === "text") return el("td", options, clamped(row[place]));
-    const shown = column.kind === "number" ? number(row[place], column.name.startsWith("kl") ? 2 : 4) : row[place];
+    const shown =
+      column.kind === "number"
+        ? number(row[place], column.name.startsWith("kl") ? 2 : 4)
+        : row[place];
     return el("td", { ...options, text: shown });
   });
   return el("tr", {}, ...cells);
@@ -115,9 +161,12 @@ export function buildTables(tables) {
     const table = tables[holder.dataset.table];
     const near = holder.closest("details");
     // Most families are never opened: their tables are built when they come near.
-    const watcher = new IntersectionObserver((seen) => {
-      if (seen.some((each) => each.isIntersecting)) build();
-    }, { rootMargin: "1000px" });
+    const watcher = new IntersectionObserver(
+      (seen) => {
+        if (seen.some((each) => each.isIntersecting)) build();
+      },
+      { rootMargin: "1000px" },
+    );
     const build = () => {
       watcher.disconnect();
       if (!$("table", holder)) dataTable(holder, table);
