@@ -85,10 +85,7 @@ def write(
     _check_frames(completions, side_effects, found)
     _tokens.check_tokens(top_tokens, token_divergence)
     kept = notes_given(notes)
-    if completions is not None:
-        prompts = completions["prompt"].tolist()
-    chosen = found.story.get("prompts") if prompts is None else prompts
-    texts = list(dict.fromkeys(checks.as_texts(chosen or [])))
+    texts = _prompts(found, completions, prompts)
     # Before the completions are written: it refuses vectors of no norm.
     cosines = cosine_similarity(found)
     options: dict[str, Any] = {"layer": layer, "chat": chat, "batch_size": batch_size}
@@ -131,6 +128,17 @@ def write(
         )
         temporary.write_text(page, encoding="utf-8", newline="\n")
     return _table(found, completions, data, measured)
+
+
+def _prompts(
+    found: SteeringVectors,
+    completions: pd.DataFrame | None,
+    prompts: str | Sequence[str] | None,
+) -> list[str]:
+    if completions is not None:
+        prompts = completions["prompt"].tolist()
+    chosen = found.story.get("prompts") if prompts is None else prompts
+    return list(dict.fromkeys(checks.as_texts(chosen or [])))
 
 
 def _kl(
