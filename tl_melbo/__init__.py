@@ -22,6 +22,7 @@ from tl_melbo.discovery import (
     random_vectors,
     ranked,
 )
+from tl_melbo.gated import GatedFactors, gated_factors
 from tl_melbo.generation import generate
 from tl_melbo.layered import LayeredVectors
 from tl_melbo.model.load import load_model
@@ -40,6 +41,7 @@ __all__ = [
     "PRESETS",
     "ActivationMap",
     "Adapter",
+    "GatedFactors",
     "LayeredVectors",
     "Run",
     "SteeringVectors",
@@ -52,6 +54,7 @@ __all__ = [
     "dct",
     "divergence_adapter",
     "evaluation",
+    "gated_factors",
     "generate",
     "iter_melbo",
     "iter_melbo_ortho",

@@ -86,16 +86,29 @@ class ActivationMap:
         check_model(model)
         _check_layers(model, source_layer, target_layer)
         checks.batch_size(batch_size)
-        texts = tuple(checks.as_texts(prompts))
-        layers = source_layer, target_layer
+        f = cls._hooked_between(model, prompts, chat, source_layer, target_layer, batch_size)
+        if f._state[0]:
+            return f
+        return replace(f, _shortcut=shortcut.find(f._blocks(), f._groups, f.x, f.mask))
+
+    @classmethod
+    def _hooked_between(
+        cls,
+        model: Model,
+        prompts: str | Sequence[str],
+        chat: bool,
+        source_layer: int,
+        target_layer: int,
+        batch_size: int | None,
+    ) -> "ActivationMap":
+        """A map on the hooked path, of arguments that were checked; source -1 is the embedding."""
+        texts, layers = tuple(checks.as_texts(prompts)), (source_layer, target_layer)
         x, y, mask, groups = capture_prompts(model, texts, chat, *layers)
         watched = shortcut.Watched.of(model.blocks[source_layer + 1 : target_layer + 1])
         state = watched.state()
         f = cls(model, texts, chat, *layers, x, y, mask, batch_size, groups, watched, state)
         f._check_replay()
-        if state[0]:
-            return f
-        return replace(f, _shortcut=shortcut.find(f._blocks(), groups, x, mask))
+        return f
 
     def __repr__(self) -> str:
         n_tokens, layers = int(self.mask.sum()), f"layer {self.source_layer} -> {self.target_layer}"

@@ -1,4 +1,4 @@
-"""What steers a model: additions to the residual stream, a row for each row of a batch.
+"""What steers a model: additions inside some blocks, a row for each row of a batch.
 
 The seam between what was found (vectors, vectors of several blocks, adapters) and the hooks that
 put it into a model. It knows tensors, no models.
@@ -6,20 +6,29 @@ put it into a model. It knows tensors, no models.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from tl_melbo.shapes import Float, Theta
 
+# Where in a block something is read and added. "block": both in the residual stream after it.
+# "attention": read is the input of attention's output projection, and added to is its output.
+Place = Literal["block", "attention"]
+
 
 class Additions(Protocol):
-    """Rows of additions after some blocks; sliced as a tensor is."""
+    """Rows of additions in some blocks; sliced as a tensor is."""
 
     @property
     def layers(self) -> Sequence[int]:
-        """The blocks after which something is added."""
+        """The blocks in which something is added."""
+        ...
+
+    @property
+    def place(self) -> Place:
+        """Where in these blocks."""
         ...
 
     def __len__(self) -> int: ...
@@ -34,10 +43,10 @@ class Additions(Protocol):
         """A bound on what each row adds, in this type: 0 adds nothing, and must be exact."""
         ...
 
-    def after(self, layer: int, residual: Tensor) -> Tensor:
-        """What to add to the residual stream after a block, to be broadcast: its type, its place.
+    def after(self, layer: int, read: Tensor) -> Tensor:
+        """What to add in a block, to be broadcast, from what is read there: its type, its device.
 
-        The residual stream has one row, or as many as there are rows here.
+        What is read has one row, or as many as there are rows here.
         """
         ...
 
@@ -67,10 +76,11 @@ class Steering(Protocol):
 
 @dataclass(frozen=True)
 class VectorAdditions:
-    """Vectors, whatever the residual stream is: `theta` is [row, layer, d_model], float32."""
+    """Vectors, whatever is read: `theta` is [row, layer, d_model], float32."""
 
     theta: Float[Tensor, "row layer d_model"]
     layers: Sequence[int]
+    place: Place = "block"
 
     @classmethod
     def of(cls, theta: Theta, layer: int) -> Self:
@@ -91,6 +101,6 @@ class VectorAdditions:
         """The largest absolute value of each row."""
         return self.theta.to(dtype).abs().amax((1, 2)).cpu()
 
-    def after(self, layer: int, residual: Tensor) -> Tensor:
+    def after(self, layer: int, read: Tensor) -> Tensor:
         """The vectors of a block, at every position."""
-        return self.theta[:, [self.layers.index(layer)]].to(residual.device, residual.dtype)
+        return self.theta[:, [self.layers.index(layer)]].to(read.device, read.dtype)

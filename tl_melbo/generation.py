@@ -52,8 +52,8 @@ def generate(
     """Let the model write under each vector, at each scale, after each prompt.
 
     Args:
-        vectors: added to the prompt and to every new token: vectors, vectors of several layers, or
-            adapters; None for the unsteered model.
+        vectors: added to the prompt and to every new token: vectors, vectors of several layers,
+            adapters or gated factors; None for the unsteered model.
         layer: None takes the layer that the vectors were found at.
         n_samples: so many sampled completions of each, after the greedy one; None writes one
             completion of each, greedy or sampled as `temperature` says.

@@ -1,4 +1,4 @@
-"""Vectors of several blocks at once: what an adapter adds on average, block by block."""
+"""Vectors of several blocks at once: what an adapter or a factor adds on average in each."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tl_melbo import checks, exchange, vectors_file
-from tl_melbo.additions import VectorAdditions
+from tl_melbo.additions import Place, VectorAdditions
 from tl_melbo.shapes import Float, shape_checked
 from tl_melbo.stored import Stored
 from tl_melbo.story import now
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LayeredVectors(Stored):
-    """Steering vectors that are added after several blocks at once, one vector a block.
+    """Steering vectors that are added in several blocks at once, one vector a block.
 
         with tm.steered(model, layered[0]):
             print(model.generate("Once upon a time"))
@@ -74,23 +74,33 @@ class LayeredVectors(Stored):
         return self.vectors.shape[2]
 
     @property
+    def place(self) -> Place:
+        """Where in its block each is added: after it, or to what its attention writes."""
+        return self.story.get("place") or "block"
+
+    @property
     def norms(self) -> Float[Tensor, "vector layer"]:
         """The L2 norm of each vector."""
         return self.vectors.norm(dim=-1)
 
     def at(self, layer: int) -> SteeringVectors:
         """The vectors of one block, as a library of their own."""
-        place = self._place(layer)
+        number = self._column(layer)
         story = {fact: value for fact, value in self.story.items() if fact != "layers"}
         columns = {
-            name: column if column.ndim == 1 else column[:, place]
+            name: column if column.ndim == 1 else column[:, number]
             for name, column in self.columns.items()
         }
         return SteeringVectors(
-            self.vectors[:, place], {**story, "source_layer": layer}, columns, self.history
+            self.vectors[:, number], {**story, "source_layer": layer}, columns, self.history
         )
 
-    def _place(self, layer: int) -> int:
+    def _column(self, layer: int) -> int:
+        if self.place != "block":
+            raise ValueError(
+                "vectors: they are added to what attention writes, inside their blocks, and not "
+                "after them; use all with tm.steered or tm.generate"
+            )
         if layer not in self.layers:
             raise ValueError(f"layer={layer}: there are vectors of the blocks {list(self.layers)}")
         return self.layers.index(layer)
@@ -112,7 +122,8 @@ class LayeredVectors(Stored):
 
     def additions(self, scales: Sequence[float]) -> VectorAdditions:
         """What `steered` adds: see `tl_melbo.additions.Steering`."""
-        return VectorAdditions(torch.cat([self.vectors * scale for scale in scales]), self.layers)
+        theta = torch.cat([self.vectors * scale for scale in scales])
+        return VectorAdditions(theta, self.layers, self.place)
 
     def table(self) -> "pd.DataFrame":
         """One row a vector and block: index, layer, norm, and what else is known of each."""
@@ -162,7 +173,7 @@ class LayeredVectors(Stored):
     def _directions(self, layers: Sequence[int] | None, function: str) -> dict[int, Tensor]:
         checks.exactly_one(self, function, f"pick one, as layered[3].{function}(...)")
         chosen = self.layers if layers is None else layers
-        return {layer: self.vectors[0, self._place(layer)] for layer in chosen}
+        return {layer: self.vectors[0, self._column(layer)] for layer in chosen}
 
     def __repr__(self) -> str:
         low, high = min(self.layers), max(self.layers)

@@ -17,8 +17,8 @@ from tl_melbo.memory import map_batches
 from tl_melbo.model.bridge import (
     Model,
     at_rest,
-    block_below,
     model_name,
+    module_below,
     plain_model,
     residual_streams,
 )
@@ -49,13 +49,15 @@ def adding_below(model: Model, plain: Any, rows: Additions) -> Iterator[None]:
     rows = rows.to(next(plain.parameters()).device)
     with ExitStack() as hooks:
         for layer in rows.layers:
-            block = block_below(model, plain, layer)
-            hooks.enter_context(block.register_forward_hook(_adder(rows, layer)))
+            module = module_below(model, plain, layer, rows.place)
+            hooks.enter_context(module.register_forward_hook(_adder(rows, layer)))
         yield
 
 
 def _adder(rows: Additions, layer: int) -> Callable[[nn.Module, Any, Any], Any]:
-    def add(block: nn.Module, args: Any, output: Any) -> Any:
+    def add(module: nn.Module, args: Any, output: Any) -> Any:
+        if rows.place == "attention":
+            return output + rows.after(layer, args[0])
         if isinstance(output, tuple):
             return (output[0] + rows.after(layer, output[0]), *output[1:])
         return output + rows.after(layer, output)
@@ -77,7 +79,8 @@ def next_token_log_probs(
     """Log-probabilities of the token after the prompt, one row a vector: float32, on the CPU.
 
     Args:
-        vectors: vectors, vectors of several layers, or adapters; None for the unsteered model.
+        vectors: vectors, vectors of several layers, adapters or gated factors; None for the
+            unsteered model.
         layer: None takes the layer that the vectors were found at.
         chat: None takes the format that the vectors were found with.
 

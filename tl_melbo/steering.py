@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +10,19 @@ from torch import Tensor, nn
 from tl_melbo import checks
 from tl_melbo.activation_map import ActivationMap
 from tl_melbo.additions import Additions, Steering, VectorAdditions
-from tl_melbo.model.bridge import Model, check_layer, check_model, model_name, residual_hook_name
+from tl_melbo.model.bridge import (
+    Model,
+    check_layer,
+    check_model,
+    check_projection,
+    hook_points,
+    model_name,
+)
 from tl_melbo.shapes import Float, Theta, checked_slice, shape_checked
 from tl_melbo.vectors import SteeringVectors
 
 Vectors = SteeringVectors | Float[Tensor, "d_model"] | Theta
-# Whatever can be put into a model: vectors, vectors of several blocks, adapters.
+# Whatever can be put into a model: vectors, vectors of several blocks, adapters, gated factors.
 Steerable = Vectors | Steering
 # Beside Vectors in one signature: an axis of the same name would have to be of the same size.
 Reference = SteeringVectors | Float[Tensor, "d_model"] | Float[Tensor, "reference d_model"]
@@ -41,9 +48,9 @@ def steered(
 
     Args:
         vectors: one vector for every row of the batch, or exactly one for each row; or vectors of
-            several layers, or adapters, in the same way.
-        layer: None takes the layer that the vectors were found at. Vectors of several layers and
-            adapters know their own.
+            several layers, adapters or gated factors, in the same way.
+        layer: None takes the layer that the vectors were found at. Vectors of several layers,
+            adapters and gated factors know their own.
         positions: which tokens of the prompt, the first forward pass, to steer: a slice or indices.
             Tokens generated from the KV cache are steered if the slice has no end.
 
@@ -66,17 +73,16 @@ def hooked(model: Model, rows: Additions, positions: Positions = slice(None)) ->
     """`steered`, of arguments that were checked."""
     with ExitStack() as hooks:
         for layer in rows.layers:
-            hooks.enter_context(_hooked_after(model, layer, rows, positions))
+            hooks.enter_context(_hooked_in(model, layer, rows, positions))
         yield
 
 
 @contextmanager
-def _hooked_after(
-    model: Model, layer: int, rows: Additions, positions: Positions
-) -> Iterator[None]:
+def _hooked_in(model: Model, layer: int, rows: Additions, positions: Positions) -> Iterator[None]:
     past, prompt = 0, 0  # positions in the KV cache, and in the first pass
+    read: Tensor | None = None
 
-    def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal past
         past = 0
         for argument in (*args, *kwargs.values()):
@@ -86,9 +92,13 @@ def _hooked_after(
             elif hasattr(argument, "past_keys"):
                 past = int(argument.past_keys.shape[1])
 
-    def add(module: nn.Module, args: Any, residual: Tensor) -> Tensor:
-        nonlocal prompt
-        n_rows, length = residual.shape[:2]
+    def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+        nonlocal read
+        read = output
+
+    def add(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        nonlocal prompt, read
+        n_rows, length = output.shape[:2]
         if len(rows) not in (1, n_rows):
             raise ValueError(
                 f"vectors: {len(rows)} vectors, but a batch of {n_rows} came by; steer with one "
@@ -96,14 +106,15 @@ def _hooked_after(
             )
         if past == 0:
             prompt = length
-        chosen = _chosen_positions(positions, past, length, prompt).to(residual.device)
-        steered = residual + rows.after(layer, residual)
-        return torch.where(chosen[None, :, None], steered, residual)
+        chosen = _chosen_positions(positions, past, length, prompt).to(output.device)
+        steered, read = output + rows.after(layer, cast(Tensor, read)), None
+        return torch.where(chosen[None, :, None], steered, output)
 
-    point = model.hook_dict[residual_hook_name(layer)]
+    source, target = hook_points(model, layer, rows.place)
     with (
-        model.blocks[layer].register_forward_pre_hook(read, with_kwargs=True),
-        point.register_forward_hook(add),
+        model.blocks[layer].register_forward_pre_hook(count, with_kwargs=True),
+        source.register_forward_hook(keep),
+        target.register_forward_hook(add),
     ):
         yield
 
@@ -161,14 +172,17 @@ def _own_rows(
     rows = steering.additions(scales)
     for own in rows.layers:
         check_layer(model, own)
+        if rows.place == "attention":
+            check_projection(model, own)
     return rows
 
 
 def place_told(rows: Additions) -> str:
-    """After which layers something is added, for a message."""
+    """Where something is added, for a message."""
+    where = "after" if rows.place == "block" else "in attention of"
     if len(rows.layers) == 1:
-        return f"after layer {rows.layers[0]}"
-    return f"after {len(rows.layers)} layers, {min(rows.layers)} to {max(rows.layers)}"
+        return f"{where} layer {rows.layers[0]}"
+    return f"{where} {len(rows.layers)} layers, {min(rows.layers)} to {max(rows.layers)}"
 
 
 def as_theta(model: Model, vectors: Vectors) -> Theta:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tl_melbo.additions import Place
 from tl_melbo.errors import Damaged
 from tl_melbo.files import replacing
 
@@ -37,7 +38,8 @@ class Kind(NamedTuple):
 VECTORS = Kind("tl_melbo.vectors", "SteeringVectors", {"vectors": 2})
 LAYERED = Kind("tl_melbo.layered_vectors", "LayeredVectors", {"vectors": 3})
 ADAPTER = Kind("tl_melbo.adapter", "Adapter", {"A": 4, "B": 4})
-_READERS = {kind.format: kind.reader for kind in (VECTORS, LAYERED, ADAPTER)}
+GATED = Kind("tl_melbo.gated_factors", "GatedFactors", {"A": 3, "B": 3})
+_READERS = {kind.format: kind.reader for kind in (VECTORS, LAYERED, ADAPTER, GATED)}
 
 
 def write(
@@ -171,6 +173,7 @@ _FACTS: Mapping[str, Test] = {
     "chat": _is(bool | None),
     "theta0": _is(dict | None),
     "measure": lambda it: it is None or (isinstance(it, dict) and it.keys() >= _MEASURE),
+    "place": _is(Place | None),
     "layers": _all_are(int, (0).__le__),
     "source_layer": _LAYER,
     "target_layer": _LAYER,

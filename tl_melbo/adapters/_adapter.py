@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tl_melbo import checks, vectors_file
 from tl_melbo.adapters import _extraction
+from tl_melbo.additions import Place
 from tl_melbo.errors import DifferentSearch
 from tl_melbo.layered import LayeredVectors
 from tl_melbo.model.bridge import Model
@@ -42,6 +43,7 @@ class AdapterAdditions:
     B: Tensor
     size: Tensor
     layers: Sequence[int]
+    place: Place = "block"
 
     def __len__(self) -> int:
         return len(self.A)
@@ -58,13 +60,13 @@ class AdapterAdditions:
         some = self.B.detach().flatten(1).any(-1)
         return (self.size.to(dtype).abs() * some).float().cpu()
 
-    def after(self, layer: int, residual: Tensor) -> Tensor:
+    def after(self, layer: int, read: Tensor) -> Tensor:
         """The addition after a block, in float32 at least before it is rounded."""
         pair = 0 if self.A.shape[1] == 1 else self.layers.index(layer)
-        h = residual.to(torch.promote_types(residual.dtype, torch.float32))
+        h = read.to(torch.promote_types(read.dtype, torch.float32))
         A, B, size = (each.to(h.device, h.dtype) for each in (self.A, self.B, self.size))
         low = h @ A[:, pair]
-        return (size[:, None, None] * _direction(low, low @ B[:, pair])).to(residual.dtype)
+        return (size[:, None, None] * _direction(low, low @ B[:, pair])).to(read.dtype)
 
 
 def _direction(low: Tensor, added: Tensor) -> Tensor:

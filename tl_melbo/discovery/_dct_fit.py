@@ -63,6 +63,10 @@ class Fit:
         self.of_rounding = _map.rounding(f, positions) / math.sqrt(count)
         self.fits = sys.maxsize
 
+    def unit(self, vectors: Tensor) -> Tensor:
+        """The nearest vectors of the set that is searched: the unit sphere."""
+        return _unit(vectors)
+
     def start(self, start: Start, count: int, seed: int) -> Tensor:
         """Unit vectors, [factor, d_model]."""
         d_model = int(self.f.x.shape[-1])
@@ -101,7 +105,7 @@ class Fit:
         strengths = torch.ones(len(vectors), dtype=torch.float64)
         for step in range(steps):
             # Sharing recovers more factors; in turn, at the end, unmixes those of a linear map.
-            spread = _soft if soft else _together if 3 * step < 2 * steps else _in_turn
+            spread = self.soft if soft else _together if 3 * step < 2 * steps else _in_turn
             factors, part, gradients = self.fitted(order, spread(vectors, strengths))
             objective = float(part.sum())
             if best is None:
@@ -117,11 +121,11 @@ class Fit:
             if not math.isfinite(objective):
                 break
             highest = max(highest, objective)
-            strengths, vectors = gradients.norm(dim=-1), _unit(gradients)
+            strengths, vectors = gradients.norm(dim=-1), self.unit(gradients)
         factors, gradients = cast(tuple[Factors, Tensor], best)
         if soft and math.isfinite(highest):
             # Pushing apart biases each a little; where it wants to go is the factor.
-            polished, part, _ = self.fitted(order, _unit(gradients))
+            polished, part, _ = self.fitted(order, self.unit(gradients))
             if part.isfinite().all():
                 factors = polished
                 parts.append(part)
@@ -131,6 +135,15 @@ class Fit:
         if order != "exponential":
             factors = factors._replace(mean_effect=self.mean_effects(factors.inputs))
         return factors, torch.stack(parts, 1)
+
+    def soft(self, vectors: Tensor, strengths: Tensor) -> Tensor:
+        """Push vectors away from strong ones that they resemble."""
+        if len(vectors) == 1:  # it would be taken from itself
+            return vectors
+        for _ in range(_SOFT_PASSES):
+            shares = torch.softmax(vectors @ vectors.T + strengths.log(), dim=-1)
+            vectors = self.unit(vectors - shares @ vectors)
+        return vectors
 
     def fitted(self, order: Order, vectors: Tensor) -> tuple[Factors, Tensor, Tensor]:
         """The factors with these v, their parts of the objective, and where each v wants to go."""
@@ -224,14 +237,6 @@ def _in_turn(vectors: Tensor, strengths: Tensor) -> Tensor:
     spread = torch.empty_like(vectors)
     spread[order] = (q * torch.where(r.diagonal() < 0, -1, 1)).T
     return spread
-
-
-def _soft(vectors: Tensor, strengths: Tensor) -> Tensor:
-    """Push vectors away from strong ones that they resemble."""
-    for _ in range(_SOFT_PASSES):
-        shares = torch.softmax(vectors @ vectors.T + strengths.log(), dim=-1)
-        vectors = _unit(vectors - shares @ vectors)
-    return vectors
 
 
 def _warn_not_finite(step: str) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
+from tl_melbo.additions import Place
 from tl_melbo.shapes import shape_checked
 
 # A HookedTransformer or a TransformerBridge, which have no common base class: see `check_model`.
@@ -85,8 +86,32 @@ def weights_digest(model: Model) -> str:
 
 
 def residual_hook_name(layer: int) -> str:
-    """The hook point of the residual stream after a block."""
-    return f"blocks.{layer}.hook_resid_post"
+    """The hook point of the residual stream after a block; -1 is before the first."""
+    return EMBEDDING_HOOK_NAME if layer == -1 else f"blocks.{layer}.hook_resid_post"
+
+
+def hook_points(model: Model, layer: int, place: Place) -> tuple[nn.Module, nn.Module]:
+    """The hook points of a block that `Additions` read and add to."""
+    if place == "block":
+        names = residual_hook_name(layer), residual_hook_name(layer)
+    else:
+        names = projection_hook_name(layer), f"blocks.{layer}.attn.o.hook_out"
+    return model.hook_dict[names[0]], model.hook_dict[names[1]]
+
+
+def projection_hook_name(layer: int) -> str:
+    """The hook point of what attention's output projection multiplies: all heads, one by one."""
+    return f"blocks.{layer}.attn.o.hook_in"
+
+
+def check_projection(model: Model, layer: int) -> None:
+    """Make sure that attention's output projection of a block can be hooked."""
+    if projection_hook_name(layer) not in model.hook_dict:
+        raise ValueError(
+            f"model: block {layer} of {model_name(model)} has no attention with the hook point "
+            f"{projection_hook_name(layer)}, which gated factors need; use a TransformerBridge, as "
+            "tm.load_model makes it, and blocks with attention"
+        )
 
 
 def whole_model(model: Model) -> tuple[nn.Module, ...]:
@@ -194,8 +219,14 @@ def plain_model(model: Model) -> Any:
     return without_bridge(model.original_model)
 
 
-def block_below(model: Model, plain: nn.Module, layer: int) -> nn.Module:
-    """The block of `plain_model(model)` that belongs to a layer."""
+def module_below(model: Model, plain: nn.Module, layer: int, place: Place = "block") -> nn.Module:
+    """The block of `plain_model(model)` that belongs to a layer, or its output projection."""
     block = model.blocks[layer]
     named = model.original_model.named_modules()
-    return plain.get_submodule(next(name for name, module in named if module is block))
+    below: Any = plain.get_submodule(next(name for name, module in named if module is block))
+    if place == "block":
+        return below
+    # By its weight, which both share: their names differ between architectures.
+    address = block.attn.o.original_component.weight.data_ptr()
+    weights = ((module, module._parameters.get("weight")) for module in below.modules())
+    return next(m for m, weight in weights if weight is not None and weight.data_ptr() == address)
