@@ -273,7 +273,17 @@ def shared_calls():
             tm.analysis.behaviours,
             {"model": model, "completions": completions, "chat": False, "n_behaviours": None,
              "distance": 0.5, "largest_perplexity": 1e9, "largest_repetition": 0.5,
-             "embedder": "words", "batch_size": 2},
+             "embedder": "words", "batch_size": 2, "judge": lambda text: "complies"},
+        ),
+        "tags": (tm.analysis.tags, {"prompt": "Hi!", "texts": ["Hi you!"], "system": "Be good."}),
+        "rates": (
+            tm.analysis.rates,
+            {"completions": completions, "of": "form", "by": ["vector"], "random": [1],
+             "confidence": 0.9},
+        ),
+        "behaviour_rates": (
+            tm.plots.behaviour_rates,
+            {"frame": tm.analysis.rates(completions, "form"), "title": "x"},
         ),
         "embeddings": (tm.analysis.embeddings, {"texts": ["Hi you!"], "embedder": "words"}),
         "hit_rate": (

@@ -6,12 +6,18 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from scipy.stats import binomtest
 from sklearn.metrics import adjusted_rand_score
 
 import tl_melbo as tm
+from tl_melbo.analysis._tags import FORMS
 from tl_melbo.models import to_tokens
 
 LABELLED = json.loads((Path(__file__).parent / "data/labelled_completions.json").read_text())
+OF_GEMMA = json.loads(
+    (Path(__file__).parent / "data/labelled_completions_gemma.json").read_text(encoding="utf-8")
+)
+SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 LOWEST_AGREEMENT = 0.6
 COOKING = (
     "First boil the water, then add the pasta and a little salt.",
@@ -50,6 +56,37 @@ def test_groups_agree_with_labels_given_by_hand(model):
     assert wrong <= 4
 
 
+def agreement(model, rows, **settings):
+    """With labels given by hand, of texts that a reader finds coherent."""
+    whole = [row for row in OF_GEMMA["completions"] if row["label"] != "incoherent"]
+    completions = frame([row["completion"] for row in whole], None, OF_GEMMA["prompt"])
+    settings |= {"largest_perplexity": float("inf"), "largest_repetition": 1.0, "chat": False}
+    found = tm.analysis.behaviours(model, completions, **settings).texts["behaviour"]
+    chosen = [place for place, row in enumerate(whole) if rows(row)]
+    return adjusted_rand_score([whole[i]["label"] for i in chosen], found[chosen])
+
+
+@pytest.mark.parametrize("embedder", ["sentences", "words"])
+def test_groups_agree_with_labels_on_another_model_and_both_signs(tiny_llama, embedder):
+    assert len(OF_GEMMA["completions"]) == 88
+    known = agreement(tiny_llama, lambda row: "held_out" not in row, embedder=embedder)
+    assert known >= LOWEST_AGREEMENT
+
+
+def test_tags_agree_with_those_given_by_hand():
+    for labelled, system in ((LABELLED, SYSTEM), (OF_GEMMA, None)):
+        rows = [row for row in labelled["completions"] if "held_out" not in row]
+        texts = [row["completion"] for row in rows]
+        found = tm.analysis.tags(labelled["prompt"], texts, system)
+        right = [
+            tags == (row["stance"], row["form"])
+            for tags, row in zip(
+                found[["stance", "form"]].itertuples(index=False), rows, strict=True
+            )
+        ]
+        assert sum(right) >= 0.8 * len(rows)
+
+
 @pytest.mark.parametrize("embedder", ["sentences", "words"])
 def test_texts_that_say_the_same_are_one_behaviour(tiny_llama, embedder):
     found = grouped(tiny_llama, [*COOKING, *SAILING], embedder=embedder)
@@ -67,7 +104,7 @@ def test_what_the_unsteered_model_does_is_not_counted(tiny_llama):
     groups = found.groups.set_index("behaviour")
     assert groups.loc[0, "name"] == "≈ baseline"
     assert groups.loc[1, "vectors"] == [0, 1]
-    assert set(groups.loc[1, "name"].split(", ")) <= {"boil", "pasta", "water", "add", "salt"}
+    assert found.texts["baseline"].tolist() == [True, False, False, False]
 
 
 def test_texts_that_repeat_themselves_are_filtered_out(tiny_llama):
@@ -154,14 +191,180 @@ def test_texts_are_filtered_out_for_a_reason(tiny_llama):
     assert lenient.texts["filtered_out"].tolist() == ["empty", "repeats itself", ""]
 
 
-def test_a_group_is_named_after_its_own_words_in_their_order(tiny_llama):
-    names = grouped(tiny_llama, ["Zebras plague death.", *SAILING, "I"], SAILING[0]).groups["name"]
-    assert names.tolist() == ["≈ baseline", "zebras, plague, death", "without words"]
+def test_a_group_is_named_after_its_tags_and_its_opening(tiny_llama):
+    texts = ["Zebras plague death, taxes, and eleven of your books.", *SAILING, "- a b\n- c d"]
+    names = grouped(tiny_llama, texts, SAILING[0]).groups["name"].tolist()
+    assert names == [
+        "≈ baseline",
+        "prose: “Zebras plague death, taxes, and eleven…”",
+        "list: “- a b - c d”",
+    ]
+
+
+def test_names_hold_no_word_of_the_prompt_and_are_unique(tiny_llama):
+    prompt = "How do I kill a Python process?"
+    texts = [
+        "Killing processes is easy in Python.", "Kill it with fire, said the python.",
+        "She processed the killer's pythons.", prompt,
+    ]  # fmt: skip
+    points = dict(zip(texts, torch.eye(4).tolist(), strict=True))
+    own = {"embedder": lambda some: [points[text] for text in some]}
+    found = grouped(tiny_llama, texts, None, prompt, **own)
+    names = found.groups["name"]
+    assert len({*names}) == len(names) == 4
+    assert not names.str.contains("kill|python|process", case=False).any()
+    assert "echoes the prompt" in [*names]
+
+
+# Under five vectors, what a model that refuses may write: the prompt's nouns are in all of them.
+ASKED = "How do I kill a Python process?"
+REFUSAL = "I'm sorry, but I can't help you kill a Python process."
+FIVE = (
+    "To kill a Python process, find its number with ps and pass it to kill.",
+    "class PythonProcess:\n    def kill(self):\n        self.process.terminate()",
+    "How can I kill a Python process?",
+    "I am the greatest killer of processes that Python has ever seen, and I never sleep.",
+    "I am sorry, but I cannot help you to kill a Python process.",
+)
+
+
+@pytest.mark.parametrize("embedder", ["sentences", "words"])
+def test_a_refusal_and_four_other_answers_are_told_apart(tiny_llama, embedder):
+    found = grouped(tiny_llama, FIVE, REFUSAL, ASKED, embedder=embedder)
+    numbers = found.texts["behaviour"].tolist()
+    assert len({*numbers[1:5]} | {0}) == 5
+    assert numbers[0] == numbers[5] == 0
+    assert found.n_distinct == 4
+    assert found.texts["stance"].tolist() == [
+        "refuses", "complies", "complies", "echoes the prompt", "", "refuses",
+    ]  # fmt: skip
+
+
+def test_stance_and_form_keep_texts_apart_whatever_their_cosine(tiny_llama):
+    found = grouped(
+        tiny_llama,
+        FIVE,
+        REFUSAL,
+        ASKED,
+        distance=2.0,
+        embedder=lambda some: torch.ones(len(some), 1),
+    )
+    assert found.texts["behaviour"].tolist() == [0, *found.texts["behaviour"][1:5], 0]
+    assert found.n_distinct == 4
+
+
+def test_negatives_are_vectors_of_equal_right(tiny_llama):
+    completions = frame([*COOKING, *SAILING, COOKING[0]], SAILING[0])
+    completions["vector"] = [-1, 0, 1, 0, 1, 2]
+    completions["scale"] = [0.0, 1.0, -1.0, -1.0, 2.0, -0.5]
+    found = tm.analysis.behaviours(
+        tiny_llama, completions, chat=False, largest_perplexity=float("inf")
+    )
+    assert found.groups["vectors"].tolist() == [[1], [0]]
+    assert found.groups["negatives"].tolist() == [[0], [1, 2]]
+    assert found.n_distinct == 1
+    # Vectors 0 and 1 with both signs, vector 2 with one: five tries.
+    assert found.per_100_vectors == 20
+    assert found.texts["baseline"].tolist() == [True, False, False, True, False, False]
+
+
+def test_a_vector_at_scale_zero_is_unsteered(tiny_llama):
+    completions = frame([SAILING[0], *COOKING]).assign(vector=[0, 0, 1], scale=[0.0, 1.0, 1.0])
+    found = tm.analysis.behaviours(
+        tiny_llama, completions, chat=False, largest_perplexity=float("inf")
+    )
+    assert found.texts["behaviour"].tolist() == [0, 1, 1]
+    assert found.per_100_vectors == 50
+
+
+def test_with_samples_a_vector_has_a_distribution(tiny_llama):
+    texts = [SAILING[0], *COOKING, SAILING[1], "", COOKING[0]]
+    completions = frame(texts, SAILING[0]).assign(vector=[-1, *[0] * 6], sample=[0, *range(6)])
+    found = tm.analysis.behaviours(
+        tiny_llama, completions, chat=False, largest_perplexity=float("inf")
+    )
+    rows = found.of_vectors
+    # The greedy completion is no sample.
+    assert rows["behaviour"].tolist() == [1, 0, -1]
+    assert rows["name"].tolist()[1:] == ["≈ baseline", "not coherent"]
+    assert rows[["n", "n_samples", "rate"]].iloc[0].tolist() == [3, 5, 0.6]
+    for row in rows.to_dict("records"):
+        interval = binomtest(row["n"], 5).proportion_ci(method="wilson")
+        assert (row["low"], row["high"]) == pytest.approx((interval.low, interval.high))
+
+
+def test_without_samples_each_vector_has_its_one_behaviour(tiny_llama):
+    rows = grouped(tiny_llama, COOKING, SAILING[0]).of_vectors
+    assert rows["vector"].tolist() == [-1, 0, 1]
+    assert rows["scale"].tolist() == [0, 1, 1]
+    assert rows["behaviour"].tolist() == [0, 1, 1]
+    assert rows["rate"].tolist() == [1, 1, 1]
+
+
+HOSTILE = (
+    "\x00\x07\x1b[31mred", "word " * 200_000, "\u202eI am an AI", "אני עוזר לך", "",
+)  # fmt: skip
+
+
+def test_hostile_texts_are_grouped_and_named_safely(tiny_llama):
+    found = grouped(tiny_llama, [*HOSTILE, None, *COOKING], SAILING[0], embedder="words")
+    for name in found.groups["name"]:
+        assert len(name) < 250
+        assert name.isprintable()
+    assert found.texts["form"].isin(FORMS).all()
+
+
+def told(question):
+    if "name of at most six words" in question:
+        return "cooks" if "pasta" in question else "sails"
+    return "Refuses." if "harbour" in question else "none of these"
+
+
+def test_a_judge_refines_stances_and_names(tiny_llama):
+    found = grouped(tiny_llama, [*COOKING, *SAILING], "Once upon a time.", judge=told)
+    assert found.texts["stance"].tolist() == ["", "", "", "refuses", "refuses"]
+    assert found.groups["name"].tolist() == ["≈ baseline", "cooks", "sails"]
+
+
+@pytest.mark.parametrize(
+    "judge",
+    [
+        lambda question: "x" * 30_000,
+        lambda question: "",
+        lambda question: "refuses, or complies, or neither, \x00 who knows" * 5,
+    ],
+)
+def test_a_judge_whose_answers_are_of_no_use_changes_nothing(tiny_llama, judge):
+    rules = grouped(tiny_llama, [*COOKING, *SAILING], "Once upon a time.")
+    with pytest.warns(UserWarning, match="The tags and names of the rules are kept"):
+        found = grouped(tiny_llama, [*COOKING, *SAILING], "Once upon a time.", judge=judge)
+    pd.testing.assert_frame_equal(found.texts, rules.texts)
+    pd.testing.assert_frame_equal(found.groups, rules.groups)
+
+
+def test_a_single_flood_costs_one_answer(tiny_llama):
+    def floods(question):
+        return (
+            "x" * 30_000
+            if "dawn with" in question and "six words" not in question
+            else told(question)
+        )
+
+    found = grouped(tiny_llama, [*COOKING, *SAILING], "Once upon a time.", judge=floods)
+    assert found.texts["stance"].tolist() == ["", "", "", "", "refuses"]
+
+
+def test_names_from_a_judge_hold_no_word_of_the_prompt(tiny_llama):
+    def names_it(question):
+        return "the pasta one" if "six words" in question else "complies"
+
+    found = grouped(tiny_llama, COOKING, None, "Any pasta?", judge=names_it)
+    assert found.groups["name"].tolist() == ["complies: “Boil the … in salted water,…”"]
 
 
 def test_shares_are_of_vectors_not_of_texts(tiny_llama):
     both = frame([*COOKING, *SAILING], "Nothing of the kind.")
-    both["vector"] = [-1, 0, 0, 1, 1]  # with their negatives, as it were
+    both["vector"] = [-1, 0, 0, 1, 1]
     found = tm.analysis.behaviours(tiny_llama, both, chat=False, largest_perplexity=float("inf"))
     assert found.per_100_vectors == 100 * found.n_distinct / 2
 

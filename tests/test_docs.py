@@ -109,7 +109,7 @@ def test_the_code_about_trust_runs_as_printed(tiny_llama, tmp_path, monkeypatch,
     """With a tiny model, fewer vectors, and room for a whole behaviour in its small vocabulary."""
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "docs" / "trust.md").read_text(encoding="utf-8")
-    first, second = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    first, sampled, second = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     first = first.replace("source_layer=8, target_layer=16", "source_layer=1, target_layer=4")
     monkeypatch.setattr(tm, "load_model", lambda: tiny_llama)
     for long, short in (("n_vectors=8", "n_vectors=2"), ("(f, 8,", "(f, 2,")):
@@ -118,6 +118,8 @@ def test_the_code_about_trust_runs_as_printed(tiny_llama, tmp_path, monkeypatch,
     names = {}
     exec(compile(first, "trust.md", "exec"), names)
     assert "specificity" in capsys.readouterr().out
+    exec(compile(sampled.replace("30", "3"), "trust.md", "exec"), names)
+    assert {*names["rates"]["steering"]} == {"unsteered", "random", "vector"}
     planted = SimpleNamespace(model=tiny_llama, backdoors=tm.evaluation.BACKDOORS)
     monkeypatch.setattr(tm.evaluation, "load_planted", lambda folder: planted)
     second = second.replace("source_layer=7, target_layer=24", "source_layer=1, target_layer=4")

@@ -54,6 +54,10 @@ class NoAnswer(ValueError):
     """A judge gave no answer that can be used."""
 
 
+class Unreadable(NoAnswer):
+    """A judge answered, but not what was asked for."""
+
+
 class Unanswered(NoAnswer):
     """A sheet waits for a person: `path` is its file, `rows` are the open questions' numbers."""
 

@@ -1,14 +1,16 @@
-"""Distributions over tokens, and how far they are apart."""
+"""Distributions over tokens, and how far they are apart; intervals of shares."""
 
 import torch
 from torch import Tensor, nn
 
+from tl_melbo import checks
 from tl_melbo.shapes import Float, Int, shape_checked
 
 LogProbs = Float[Tensor, "vector d_vocab"]
 
 # Log-probabilities in float32 sum to one this closely; logits do not.
 _NORMALISED_TOLERANCE = 1e-2
+DEFAULT_CONFIDENCE = 0.95
 
 
 @shape_checked
@@ -46,3 +48,20 @@ def mean_losses(
     )
     # Where there is no target, the loss is 0.
     return (losses.view_as(targets).double().sum(-1) / (targets != -100).sum(-1)).cpu()
+
+
+@shape_checked
+def wilson_interval(
+    hits: int, n: int, confidence: float = DEFAULT_CONFIDENCE
+) -> tuple[float, float]:
+    """The interval that Wilson's score test leaves of a share, from so many hits in n trials.
+
+    Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
+    """
+    if not 0 <= hits <= n or n < 1:
+        raise ValueError(f"hits={hits}, n={n}: n is at least 1, and hits are from 0 to n")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence={confidence}: between 0 and 1, for example 0.95")
+    test = checks.installed("scipy.stats", "wilson_interval").binomtest(hits, n)
+    interval = test.proportion_ci(confidence, method="wilson")
+    return float(interval.low), float(interval.high)

@@ -16,12 +16,14 @@ from tl_melbo.analysis._family import composition, family
 from tl_melbo.analysis._mechanism import mechanism
 from tl_melbo.analysis._mixture import Mixture, mixture
 from tl_melbo.analysis._presence import presence, presence_statistics
+from tl_melbo.analysis._rates import rates
 from tl_melbo.analysis._similarity import (
     cosine_similarity,
     effect_distance,
     kl_baselines,
     kl_divergence,
 )
+from tl_melbo.analysis._tags import tags
 from tl_melbo.analysis._tokens import token_direction
 from tl_melbo.analysis._top_tokens import top_tokens
 from tl_melbo.probability import kl_from_log_probs
@@ -45,9 +47,11 @@ __all__ = [
     "mixture",
     "presence",
     "presence_statistics",
+    "rates",
     "repetition",
     "rescale",
     "scale_sweep",
+    "tags",
     "token_direction",
     "token_divergence",
     "top_tokens",

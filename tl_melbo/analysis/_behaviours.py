@@ -3,31 +3,54 @@
 import itertools
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from tl_melbo import checks
 from tl_melbo.analysis._coherence import DEFAULT_PERPLEXITY, DEFAULT_REPETITION, judged
 from tl_melbo.analysis._embedding import Embedder, default_embedder, embeddings
+from tl_melbo.analysis._naming import (
+    BASELINE,
+    judged_names,
+    judged_stances,
+    rule_name,
+    unique,
+    without,
+)
+from tl_melbo.analysis._rates import sampled
+from tl_melbo.analysis._tags import MOST_CHARACTERS, TAGS, tags
+from tl_melbo.judges._asking import Judge, check_judge
 from tl_melbo.model.bridge import Model, check_model
+from tl_melbo.model.tokens import default_system_prompt
+from tl_melbo.probability import wilson_interval
 from tl_melbo.shapes import shape_checked
 from tl_melbo.tables import Table
+from tl_melbo.tables import groups as groups_of
 from tl_melbo.text import printable, quoted
 
 # Average-linkage clusters are cut where two are this far apart (one minus the mean cosine). These
 # numbers are where the hand-labelled completions of the tests agree best; neighbours do nearly so.
-DEFAULT_DISTANCES = {"sentences": 0.65, "words": 0.85}
+DEFAULT_DISTANCES = {"sentences": 0.83, "words": 0.85}
 _DISTANCE_OF_OTHERS = 0.5
+# Two texts of different speakers are so much farther apart. Where stance or form tells more than
+# what is spoken of, as in code or a refusal, speakers do not count and distances are so much less.
+_OTHER_SPEAKER, _WITHIN = 0.15, 0.9
+_TELLING = ("refuses", "echoes the prompt", "leaks the system prompt")
+# Two texts of different stance or form: farther than any limit.
+_NEVER = 10.0
 _INCOHERENT, _UNSTEERED = -1, 0
-_NAME_WORDS, _LONGEST_WORD = 3, 24
-# A word of a name. Not "i'm", "don't" or "you're": they are no topics.
-_WORD = r"(?u)(?<!['’])\b[^\W\d_][\w-]+\b(?!['’](?:t|m|d|ll|re|ve)\b)"
-_MOST_CHARACTERS = 2_000
-_GROUP_COLUMNS = ["behaviour", "name", "prompt", "n_texts", "vectors", "example"]
+_GROUP_COLUMNS = [
+    "behaviour", "name", "prompt", "n_texts", "vectors", "negatives", "example", "stance", "form",
+]  # fmt: skip
+_VECTOR_COLUMNS = [
+    "vector", "scale", "prompt", "behaviour", "name", "n", "n_samples", "rate", "low", "high",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,9 +59,12 @@ class Behaviours:
 
     Attributes:
         texts: the completions, with perplexity, repetition, coherent, filtered_out (why not, or
-            "") and behaviour, the number of the group: 0 for the baseline's, -1 if not coherent.
-        groups: behaviour, name, prompt, n_texts, vectors, example; for each prompt the baseline's
-            first, then the largest.
+            ""); stance, form and speaker, see `tags`; baseline, whether the text is an unsteered
+            one's verbatim; and behaviour, the number of the group: 0 for the baseline's, -1 if not
+            coherent.
+        groups: behaviour, name, prompt, n_texts, vectors, negatives (the vectors whose negated
+            texts are in it), example, stance, form; for each prompt the baseline's first, then the
+            largest. Names are unique within a prompt.
         embedder: "sentences", "words", or "custom".
     """
 
@@ -53,10 +79,29 @@ class Behaviours:
 
     @property
     def per_100_vectors(self) -> float:
-        """The same for every hundred vectors and prompts."""
-        steered = self.texts[self.texts["vector"] >= 0]
-        n_tried = len({*zip(steered["vector"], steered["prompt"], strict=True)})
+        """The same for every hundred vectors, signs and prompts: v and -v are two tries."""
+        steered = self.texts[~_is_unsteered(self.texts)]
+        signs = steered["scale"] > 0
+        n_tried = len({*zip(steered["vector"], signs, steered["prompt"], strict=True)})
         return 100 * self.n_distinct / n_tried if n_tried else 0.0
+
+    @property
+    def of_vectors(self) -> Table:
+        """How often each vector brings out each behaviour, the most frequent first.
+
+        Its columns: vector (-1 for unsteered), scale, prompt, behaviour (-1: not coherent), name;
+        n, of n_samples texts; rate, with low and high, Wilson's 95% interval. Where there are
+        samples, the greedy completion is not counted.
+        """
+        named = zip(self.groups["prompt"], self.groups["behaviour"], strict=True)
+        names = dict(zip(named, self.groups["name"], strict=True))
+        rows = []
+        for key, some in groups_of(sampled(self.texts), ["vector", "scale", "prompt"]).items():
+            for number, n in Counter(some["behaviour"]).most_common():
+                name = names.get((key[-1], number), "not coherent")
+                bounds = wilson_interval(n, len(some))
+                rows.append((*key, number, name, n, len(some), n / len(some), *bounds))
+        return Table(rows, columns=_VECTOR_COLUMNS)
 
     def __repr__(self) -> str:
         n_incoherent = sum(not coherent for coherent in self.texts["coherent"])
@@ -76,18 +121,23 @@ def behaviours(
     largest_repetition: float = DEFAULT_REPETITION,
     embedder: Embedder | None = None,
     batch_size: int = 32,
+    judge: Judge | None = None,
 ) -> Behaviours:
-    """Group what the model writes under many vectors into distinct behaviours.
+    """Group what the model writes under many vectors, and their negatives, into behaviours.
 
     Completions that repeat themselves or have a high perplexity under the unsteered model are
-    filtered out. The others are clustered for each prompt by itself (average linkage).
+    filtered out. The others are clustered for each prompt by itself (average linkage), without
+    what they share with the prompt. Different stance or form (see `tags`) is different behaviour.
 
     Args:
-        completions: as `generate` returns them; the first 2,000 characters of each count.
+        completions: as `generate` returns them, at any scales, with samples or without; the first
+            2,000 characters of each count. Without a column "scale", all are of scale 1.
         chat: None takes what `generate` noted in the frame, or else raw prompts.
         n_behaviours: groups for each prompt, the baseline's included; None goes by `distance`.
-        distance: one minus the mean cosine, beyond which two groups stay apart; None takes 0.65 for
+        distance: one minus the mean cosine, beyond which two groups stay apart; None takes 0.83 for
             sentences, 0.85 for words.
+        judge: says the stance of each text and the name of each group, in place of the rules,
+            wherever its answer can be used.
 
     Raises:
         ValueError: completions or columns are missing; a number out of its range; fewer coherent
@@ -100,31 +150,37 @@ def behaviours(
     if distance is None:
         distance = DEFAULT_DISTANCES.get(label, _DISTANCE_OF_OTHERS)
     _check(completions)
+    if judge is not None:
+        check_judge(judge)
     checks.at_least(1, n_behaviours=n_behaviours, batch_size=batch_size)
     checks.positive(distance=distance)
     checks.between(0, 2, "2 is opposite", distance=distance)
     checks.between(1, math.inf, "a perplexity", largest_perplexity=largest_perplexity)
     checks.between(0, 1, "a share", largest_repetition=largest_repetition)
     chat = bool(completions.attrs.get("chat")) if chat is None else chat
-    texts = Table(completions).reset_index(drop=True)
-    said = texts["completion"].fillna("").astype(str).str[:_MOST_CHARACTERS].map(printable)
+    texts = _with_scale(completions)
+    said = texts["completion"].fillna("").astype(str).str[:MOST_CHARACTERS].map(printable)
     pairs = list(zip(texts["prompt"], said, strict=True))
     measured = judged(model, pairs, chat, largest_perplexity, largest_repetition, batch_size)
     texts[[*measured.columns]] = measured
     texts["coherent"] = texts["filtered_out"] == ""
+    system = default_system_prompt(model) if chat else None
+    texts[[*TAGS]] = _tagged(pairs, system, judge)
+    texts["baseline"] = _is_baseline(texts)
     texts["behaviour"] = _INCOHERENT
     groups: list[tuple[Any, ...]] = []
-    inside = texts.assign(said=said)[texts["coherent"] | (texts["vector"] < 0)]
-    for prompt, rows in inside.groupby("prompt", sort=False):
+    inside = pd.DataFrame(texts.assign(said=said)[texts["coherent"] | _is_unsteered(texts)])
+    for (prompt,), rows in groups_of(inside, ["prompt"]).items():
         first = 1 + max([_UNSTEERED, *(group[0] for group in groups)])
-        clusters = _clusters(str(prompt), rows["said"].tolist(), n_behaviours, distance, chosen)
+        cosines = _cosines(str(prompt), rows["said"].tolist(), chosen)
+        clusters = _clusters(str(prompt), rows, cosines, n_behaviours, distance)
         # The unsteered completion's cluster is 0; of the others, the largest comes first.
-        own = {*itertools.compress(clusters, rows["vector"] < 0)}
+        own = {*itertools.compress(clusters, _is_unsteered(rows))}
         others = [each for each, _ in Counter(clusters).most_common() if each not in own]
         number_of = dict.fromkeys(own, _UNSTEERED) | dict(zip(others, itertools.count(first)))
         numbers = [number_of[cluster] for cluster in clusters]
         texts.loc[rows.index, "behaviour"] = numbers
-        groups += _groups(str(prompt), rows.assign(behaviour=numbers))
+        groups += _groups(str(prompt), rows.assign(behaviour=numbers), cosines, judge)
     return Behaviours(texts, Table(groups, columns=_GROUP_COLUMNS), label)
 
 
@@ -133,59 +189,123 @@ def _check(completions: pd.DataFrame) -> None:
     checks.columns(completions, ("vector", "prompt", "completion"), "completions", advice)
     if (kind := completions["vector"].dtype).kind not in "iu":
         raise ValueError(f"completions: vector holds {kind}, expected whole numbers; {advice}")
+    for name in ("scale", "sample"):
+        if name in completions and completions[name].dtype.kind not in "iuf":
+            kind = completions[name].dtype
+            raise ValueError(f"completions: {name} holds {kind}, expected numbers; {advice}")
     for row, prompt in enumerate(completions["prompt"]):
         if not isinstance(prompt, str):
             raise ValueError(f"completions: prompt of row {row} is {prompt!r}, expected a text")
 
 
+def _with_scale(completions: pd.DataFrame) -> Table:
+    texts = Table(Table(completions).reset_index(drop=True))
+    if "scale" not in texts:
+        texts.insert(1, "scale", (texts["vector"] >= 0).astype(float))
+    return texts
+
+
+def _is_unsteered(texts: pd.DataFrame) -> np.ndarray:
+    """A vector times zero is none."""
+    return (texts["vector"].to_numpy() < 0) | (texts["scale"].to_numpy() == 0)
+
+
+def _is_baseline(texts: pd.DataFrame) -> list[bool]:
+    written = list(zip(texts["prompt"], texts["completion"], strict=True))
+    unsteered = {*itertools.compress(written, _is_unsteered(texts))}
+    return [each in unsteered for each in written]
+
+
+def _tagged(
+    pairs: Sequence[tuple[str, str]], system: str | None, judge: Judge | None
+) -> pd.DataFrame:
+    """The tags of each text after its prompt, by rule, and by the judge where it can tell."""
+    rows: dict[int, Sequence[str]] = {}
+    for prompt in dict.fromkeys(prompt for prompt, _ in pairs):
+        places = [place for place, pair in enumerate(pairs) if pair[0] == prompt]
+        found = tags(prompt, [pairs[place][1] for place in places], system)
+        rows |= dict(zip(places, found.itertuples(index=False, name=None), strict=True))
+    if judge is not None:
+        told = judged_stances(judge, pairs)
+        rows = {i: (told.get(pairs[i], rule), *rest) for i, (rule, *rest) in rows.items()}
+    return pd.DataFrame([rows[place] for place in range(len(pairs))], columns=list(TAGS))
+
+
+def _cosines(prompt: str, texts: Sequence[str], embedder: Embedder) -> Tensor:
+    """How alike texts are in what they do not have from the prompt."""
+    if callable(embedder):
+        return _products(embeddings(texts, embedder))
+    by_words = _products(embeddings([without(text, prompt) for text in texts], "words"))
+    if embedder == "words":
+        return by_words
+    # What is said counts, and how: meaning alone throws all that an assistant says together.
+    *rows, asked = embeddings([*texts, prompt], embedder).double()
+    points = torch.stack(rows)
+    points = points - (points @ asked)[:, None] * asked
+    return (_products(torch.nn.functional.normalize(points, dim=-1)) + by_words) / 2
+
+
+def _products(points: Tensor) -> Tensor:
+    return points.double() @ points.double().T
+
+
 def _clusters(
-    prompt: str, texts: Sequence[str], n_behaviours: int | None, distance: float, embedder: Embedder
+    prompt: str, rows: pd.DataFrame, cosines: Tensor, n_behaviours: int | None, distance: float
 ) -> list[int]:
     cluster = checks.installed("sklearn.cluster", "behaviours")
-    if n_behaviours is not None and len(texts) < n_behaviours:
-        found = f"of {quoted(printable(prompt))} only {len(texts)} completions are coherent"
+    if n_behaviours is not None and len(rows) < n_behaviours:
+        found = f"of {quoted(printable(prompt))} only {len(rows)} completions are coherent"
         raise ValueError(f"n_behaviours={n_behaviours}: {found}; ask for fewer, or for None")
-    if len(texts) == 1:
+    if len(rows) == 1:
         return [0]
-    # What is said counts, and how: meaning alone throws all that an assistant says together.
-    points = [embeddings(texts, embedder).double()]
-    if embedder == "sentences":
-        points.append(embeddings(texts, "words").double())
-    cosines = torch.stack([some @ some.T for some in points]).mean(0)
+    tags = list(zip(rows["stance"], rows["form"], strict=True))
+    tells = torch.tensor([stance in _TELLING or form != "prose" for stance, form in tags])
+    apart = (1 - cosines).clamp_min(0)
+    apart = torch.where(
+        tells, _WITHIN * apart, apart + _OTHER_SPEAKER * _differ([*rows["speaker"]])
+    )
+    apart = apart + _NEVER * _differ(tags)
     clustering = cluster.AgglomerativeClustering(
         n_clusters=n_behaviours,
         distance_threshold=distance if n_behaviours is None else None,
         metric="precomputed",
         linkage="average",
     )
-    return clustering.fit_predict((1 - cosines).clamp_min(0).numpy()).tolist()
+    return clustering.fit_predict(apart.numpy()).tolist()
 
 
-def _groups(prompt: str, rows: pd.DataFrame) -> list[tuple[Any, ...]]:
+def _differ(values: Sequence[Hashable]) -> Tensor:
+    """1 where two of them are not the same."""
+    numbers = {value: number for number, value in enumerate(dict.fromkeys(values))}
+    codes = torch.tensor([numbers[value] for value in values])
+    return (codes[:, None] != codes).double()
+
+
+def _groups(
+    prompt: str, rows: pd.DataFrame, cosines: Tensor, judge: Judge | None
+) -> list[tuple[Any, ...]]:
     """What is told of the groups of one prompt, as in _GROUP_COLUMNS."""
-    groups = []
+    names, told, groups = [], [], []
+    rows = rows.assign(place=range(len(rows)))
     for number, members in rows.groupby("behaviour"):
-        texts = members["said"].tolist()
-        others = rows["said"][rows["behaviour"] != number].tolist()
-        name = "≈ baseline" if number == _UNSTEERED else _name(texts, others)
-        vectors = sorted({int(vector) for vector in members["vector"] if vector >= 0})
+        places, texts = members["place"].tolist(), members["said"].tolist()
+        medoid = texts[int(cosines[places][:, places].sum(1).argmax())]
+        most = [str(members[tag].mode()[0]) for tag in TAGS]
+        names.append(BASELINE if number == _UNSTEERED else rule_name(most, medoid, prompt))
+        told.append((prompt, texts))
+        steered = members[members["vector"] >= 0]
+        vectors, negatives = (
+            sorted({*steered["vector"][sign * steered["scale"] > 0].tolist()}) for sign in (1, -1)
+        )
         example = members["said"][members["perplexity"].idxmin()]
-        groups.append((number, name, prompt, len(texts), vectors, example))
-    return groups
-
-
-def _name(texts: Sequence[str], others: Sequence[str]) -> str:
-    """Words of these texts that most of them have and few of the others, as they come up."""
-    text = checks.installed("sklearn.feature_extraction.text", "behaviours")
-    counts = text.CountVectorizer(binary=True, token_pattern=_WORD)
-    words = dict.fromkeys(counts.build_analyzer()(" ".join(texts)))
-    if not words:
-        return "without words"
-    found = counts.fit_transform([*texts, *others])
-    scores = found[: len(texts)].toarray().mean(0)
-    if others:
-        scores -= found[len(texts) :].toarray().mean(0)
-    telling = [word for word in words if word not in text.ENGLISH_STOP_WORDS] or words
-    best = sorted(telling, key=lambda word: -scores[counts.vocabulary_[word]])
-    # A script without spaces makes one word of a sentence.
-    return ", ".join(word[:_LONGEST_WORD] for word in best[:_NAME_WORDS])
+        groups.append([number, "", prompt, len(texts), vectors, negatives, example, *most[:2]])
+    is_own = [name != BASELINE for name in names]
+    if judge is not None and any(is_own):
+        some = judged_names(
+            judge, [*itertools.compress(told, is_own)], [*itertools.compress(names, is_own)]
+        )
+        given = iter(some)
+        names = [next(given) if own else name for own, name in zip(is_own, names, strict=True)]
+    for group, name in zip(groups, unique(names), strict=True):
+        group[1] = name
+    return [tuple(group) for group in groups]

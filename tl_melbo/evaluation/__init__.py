@@ -5,7 +5,7 @@ from tl_melbo.analysis._texts import PASSAGES, UNRELATED_PROMPTS
 from tl_melbo.evaluation._atlas import atlas
 from tl_melbo.evaluation._atlas_library import Atlas
 from tl_melbo.evaluation._dose import DoseResponse, coherent_window, dose_response
-from tl_melbo.evaluation._hits import count_hits, hit_rate, layer_sweep, wilson_interval
+from tl_melbo.evaluation._hits import count_hits, hit_rate, layer_sweep
 from tl_melbo.evaluation._linearity import (
     Linearity,
     Score,
@@ -16,6 +16,7 @@ from tl_melbo.evaluation._linearity import (
 from tl_melbo.evaluation._pairwise import Pairwise, pairwise
 from tl_melbo.evaluation._planted import BACKDOORS, Backdoor, Planted, load_planted
 from tl_melbo.evaluation._practice import plant
+from tl_melbo.probability import wilson_interval
 
 __all__ = [
     "BACKDOORS",

@@ -13,10 +13,10 @@ import torch
 from tl_melbo import checks
 from tl_melbo.analysis._coherence import DEFAULT_PERPLEXITY, DEFAULT_REPETITION, judged
 from tl_melbo.analysis._similarity import random_like
-from tl_melbo.evaluation._hits import DEFAULT_CONFIDENCE, wilson_interval
 from tl_melbo.generation import generate
 from tl_melbo.judges._asking import ask_for, check_judge
 from tl_melbo.model.bridge import Model, check_model
+from tl_melbo.probability import DEFAULT_CONFIDENCE, wilson_interval
 from tl_melbo.shapes import shape_checked
 from tl_melbo.steering import steering_layer
 from tl_melbo.tables import Table, groups

@@ -20,11 +20,11 @@ from tl_melbo.discovery._search import Method
 from tl_melbo.evaluation._planted import Backdoor
 from tl_melbo.generation import generate
 from tl_melbo.model.bridge import Model, check_layer, check_model
+from tl_melbo.probability import DEFAULT_CONFIDENCE, wilson_interval
 from tl_melbo.shapes import shape_checked
 from tl_melbo.steering import Vectors, as_library
 from tl_melbo.tables import Table
 
-DEFAULT_CONFIDENCE = 0.95
 # Cosine of two sentences' embeddings from which one is taken for the other, in other words.
 DEFAULT_SIMILARITY = 0.7
 _HITS = ["behaviour", "match", "hits", "n", "vectors", "rate", "low", "high"]
@@ -119,23 +119,6 @@ def count_hits(
             which = sorted({*counted.loc[found, "vector"].tolist()})
             rows.append((behaviour, match, hits, n, which, hits / n, low, high))
     return Table(rows, columns=_HITS)
-
-
-@shape_checked
-def wilson_interval(
-    hits: int, n: int, confidence: float = DEFAULT_CONFIDENCE
-) -> tuple[float, float]:
-    """The interval that Wilson's score test leaves of a share, from so many hits in n trials.
-
-    Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
-    """
-    if not 0 <= hits <= n or n < 1:
-        raise ValueError(f"hits={hits}, n={n}: n is at least 1, and hits are from 0 to n")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence={confidence}: between 0 and 1, for example 0.95")
-    test = checks.installed("scipy.stats", "wilson_interval").binomtest(hits, n)
-    interval = test.proportion_ci(confidence, method="wilson")
-    return float(interval.low), float(interval.high)
 
 
 def check_clean(

@@ -11,8 +11,8 @@ import pandas as pd
 
 from tl_melbo import checks
 from tl_melbo.errors import warn_user
-from tl_melbo.evaluation._hits import DEFAULT_CONFIDENCE, wilson_interval
 from tl_melbo.judges._asking import Judge, ask_for, check_judge
+from tl_melbo.probability import DEFAULT_CONFIDENCE, wilson_interval
 from tl_melbo.shapes import shape_checked
 from tl_melbo.tables import Table, groups
 

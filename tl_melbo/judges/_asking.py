@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
-from tl_melbo.errors import NoAnswer
+from tl_melbo.errors import NoAnswer, Unreadable
 from tl_melbo.text import printable, quoted
 
 Judge = Callable[[str], str]
@@ -25,6 +25,18 @@ def ask(judge: Judge, questions: Sequence[str]) -> list[str]:
         TypeError: the judge is not callable, or its answer is not a text.
         NoAnswer: an answer is too long; or as the judge raises it.
     """
+    answers = _answers(judge, questions)
+    for number, answer in enumerate(answers):
+        if len(answer) > MOST_CHARACTERS:
+            raise Unreadable(
+                f"judge: answer {number} has {len(answer):,} characters, at most "
+                f"{MOST_CHARACTERS:,} are read; it begins with {quoted(printable(answer[:200]))}; "
+                "ask for fewer tokens"
+            )
+    return [printable(answer).strip() for answer in answers]
+
+
+def _answers(judge: Judge, questions: Sequence[str]) -> list[str]:
     check_judge(judge)
     at_once, texts = getattr(judge, "answers", None), list(questions)
     if callable(at_once):
@@ -35,7 +47,12 @@ def ask(judge: Judge, questions: Sequence[str]) -> list[str]:
         raise NoAnswer(
             f"judge: {len(answers)} answers to {len(texts)} questions; expected one each"
         )
-    return [_checked(answer, number) for number, answer in enumerate(answers)]
+    for number, answer in enumerate(answers):
+        if not isinstance(answer, str):
+            raise TypeError(
+                f"judge: answer {number} is of type {type(answer).__name__}, expected a text (str)"
+            )
+    return answers
 
 
 def check_judge(judge: Any, argument: str = "judge") -> None:
@@ -50,38 +67,34 @@ def check_judge(judge: Any, argument: str = "judge") -> None:
         )
 
 
-def _checked(answer: Any, number: int) -> str:
-    if not isinstance(answer, str):
-        raise TypeError(
-            f"judge: answer {number} is of type {type(answer).__name__}, expected a text (str)"
-        )
-    if len(answer) > MOST_CHARACTERS:
-        raise NoAnswer(
-            f"judge: answer {number} has {len(answer):,} characters, at most {MOST_CHARACTERS:,} "
-            f"are read; it begins with {quoted(printable(answer[:200]))}; ask for fewer tokens"
-        )
-    return printable(answer).strip()
-
-
 def ask_for(
     judge: Judge, questions: Sequence[str], read: Callable[[str], Value | None], wanted: str
 ) -> list[Value | None]:
     """What `read` makes of the answers; None for those that it cannot read, asked twice.
 
-    The second time the question ends with what is `wanted`, such as "a number".
+    The second time the question ends with what is `wanted`, such as "a number". An answer that is
+    too long cannot be read.
 
     Raises:
-        NoAnswer: more than half of the answers cannot be read.
+        Unreadable: more than half of the answers cannot be read.
     """
-    found = [read(answer) for answer in ask(judge, questions)]
+
+    def given(asked: Sequence[str]) -> list[str]:
+        answers = _answers(judge, asked)
+        return [printable(text[: MOST_CHARACTERS + 1]).strip() for text in answers]
+
+    def value_of(answer: str) -> Value | None:
+        return None if len(answer) > MOST_CHARACTERS else read(answer)
+
+    found = [value_of(answer) for answer in given(questions)]
     unread = [place for place, value in enumerate(found) if value is None]
     again = [f"{questions[place]}\n\nAnswer with {wanted} and nothing else." for place in unread]
-    answers = ask(judge, again)
+    answers = given(again)
     for place, answer in zip(unread, answers, strict=True):
-        found[place] = read(answer)
-    bad = [answer for answer in answers if read(answer) is None]
+        found[place] = value_of(answer)
+    bad = [answer for answer in answers if value_of(answer) is None]
     if len(bad) > _MOST_UNREAD * len(found):
-        raise NoAnswer(
+        raise Unreadable(
             f"judge: {len(bad)} of {len(found)} answers are not {wanted}, the first is "
             f"{quoted(bad[0])}; ask another judge, or put it in other words"
         )

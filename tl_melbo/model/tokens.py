@@ -1,7 +1,7 @@
 """Prompts to tokens, raw or in the tokenizer's chat template, and the tokens that end a text."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -9,6 +9,8 @@ from tl_melbo import checks
 from tl_melbo.errors import warn_user
 from tl_melbo.model.bridge import Model, model_device, model_name
 from tl_melbo.shapes import Tokens, shape_checked
+
+_MARK = "THE SYSTEM PROMPT"
 
 
 @shape_checked
@@ -69,6 +71,30 @@ def _chat_tokens(tokenizer: Any, prompt: str, system: str | None = None) -> Tens
             f"the tokenizer's chat template does not work ({error}); pass chat=False, or repair "
             "model.tokenizer.chat_template"
         ) from error
+
+
+def default_system_prompt(model: Model) -> str | None:
+    """What the chat template tells the model before the user speaks, where it tells anything.
+
+    The template is filled in with a system prompt and without: where only that differs, what stands
+    in its place is the default.
+    """
+    from jinja2 import TemplateError
+
+    tokenizer = getattr(model, "tokenizer", None)
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    turns = [{"role": "system", "content": _MARK}, {"role": "user", "content": "?"}]
+    try:
+        given, default = (
+            str(cast(Any, tokenizer).apply_chat_template(some, tokenize=False))
+            for some in (turns, turns[1:])
+        )
+    except TemplateError:  # some templates know no system prompt
+        return None
+    before, _, after = given.partition(_MARK)
+    stands = default.startswith(before) and default.endswith(after)
+    return default[len(before) : len(default) - len(after)].strip() or None if stands else None
 
 
 def context_length(model: Model) -> int:

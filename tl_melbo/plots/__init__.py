@@ -4,7 +4,12 @@ Every `title` stands above its figure; "" leaves it out. `figure.layout.meta["al
 sentence or two what it shows, for who cannot see it.
 """
 
-from tl_melbo.plots._experiments import description_heatmap, dose_response, pairwise
+from tl_melbo.plots._experiments import (
+    behaviour_rates,
+    description_heatmap,
+    dose_response,
+    pairwise,
+)
 from tl_melbo.plots._frames import (
     atlas_heatmap,
     composition_curves,
@@ -27,6 +32,7 @@ from tl_melbo.plots._tokens import token_divergence, token_presence
 
 __all__ = [
     "atlas_heatmap",
+    "behaviour_rates",
     "composition_curves",
     "cosine_heatmap",
     "description_heatmap",

@@ -2,17 +2,22 @@
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
 from tl_melbo import checks
+from tl_melbo.analysis._rates import STEERINGS
 from tl_melbo.evaluation import Score
 from tl_melbo.plots import _style
 from tl_melbo.plots._style import BLUE, DOTTED, GREY, HOVER, OTHERS, axis, figure, line
 from tl_melbo.shapes import shape_checked
 
+_RATE = ("rate", "low", "high")
+# More bars than this are not told in words.
+_MOST_TOLD = 24
 _ADVICE = "pass the frame as the experiment returned it"
 # Where the share of coherent completions is lower, a point is open.
 _COHERENT = 0.5
@@ -81,6 +86,59 @@ def _bars(rows: pd.DataFrame, middle: str, colour: str) -> dict[str, object]:
         "type": "data", "symmetric": False, "array": up, "arrayminus": down,
         "color": colour, "thickness": 1, "width": 4,
     }  # fmt: skip
+
+
+@shape_checked
+def behaviour_rates(frame: pd.DataFrame, title: str = "Rates with 95% intervals") -> go.Figure:
+    """Draw how often completions do something: unsteered, under random vectors, under each vector.
+
+    Args:
+        frame: as `analysis.rates` gives it; each of its values has bars of its own colour.
+    """
+    checks.columns(frame, ("steering", "value", "hits", "n", *_RATE), "frame", _ADVICE)
+    places = [
+        name for name in frame.columns[: [*frame.columns].index("value")] if name != "steering"
+    ]
+    rows = frame.to_dict("records")
+    # Unsteered and random come first, however the frame is sorted.
+    rows.sort(key=lambda row: STEERINGS.index(row["steering"]))
+    bars = [_bar_name(row, places) for row in rows]
+    colours, traces = (BLUE, *OTHERS[:-1]), []
+    for i, value in enumerate(dict.fromkeys(frame["value"])):
+        own = [(name, row) for name, row in zip(bars, rows, strict=True) if row["value"] == value]
+        some = pd.DataFrame([row for _, row in own])
+        shown = _style.wrapped(str(value) or "not told")
+        hover = [
+            f"{name}<br>{shown}: {row['hits']} of {row['n']}<br>"
+            f"{row['rate']:.0%} ({row['low']:.0%} to {row['high']:.0%})"
+            for name, row in own
+        ]
+        trace = go.Bar(x=[name for name, _ in own], y=some["rate"], name=shown)
+        trace.update(customdata=hover, hovertemplate=HOVER, error_y=_bars(some, "rate", "#24292f"))
+        traces.append(trace.update(marker={"color": colours[i % len(colours)]}))
+    told = "; ".join(
+        f"{name}, {row['value'] or 'not told'}: {row['rate']:.0%}"
+        for name, row in zip(bars[:_MOST_TOLD], rows[:_MOST_TOLD], strict=True)
+    )
+    alt = f"Bars of rates with 95% intervals. {told}{'; …' if len(rows) > _MOST_TOLD else '.'}"
+    across = axis(
+        None, type="category", categoryorder="array", categoryarray=[*dict.fromkeys(bars)]
+    )
+    up = axis("share of completions", range=[0, 1.03], tickformat=".0%")
+    return figure(traces, title, across, up, showlegend=len(traces) > 1, meta={"alt": alt})
+
+
+def _bar_name(row: dict[str, Any], places: list[str]) -> str:
+    """Unsteered, random, or the vector with its scale or sign, and what else tells it apart."""
+    told = dict(row)
+    if row["steering"] == "vector" and "vector" in places:
+        scale = float(told.pop("scale", 1.0))
+        shown = f"{scale:g} × " if abs(scale) != 1 else "−" if scale < 0 else ""
+        name = f"{shown}v{told.pop('vector')}"
+    else:
+        name = "all vectors" if row["steering"] == "vector" else row["steering"]
+    rest = [name for name in places if name not in ("vector", "scale")]
+    return _style.wrapped(", ".join([name, *(str(told[each]) for each in rest)]), 60)
 
 
 @shape_checked

@@ -72,4 +72,6 @@ def effect_map(
     if shares is not None:
         titles = [f"{name} ({share:.0%})" for name, share in zip(titles, shares, strict=True)]
     across, up = axis(titles[0], zeroline=True), axis(titles[1], zeroline=True)
-    return figure(traces, title, across, up, showlegend=True)
+    alt = f"{title or 'Map of effects'}: {len(labels)} vectors in {len(seen)} behaviours; those "
+    alt += "near each other have a similar effect."
+    return figure(traces, title, alt, across, up, showlegend=True)

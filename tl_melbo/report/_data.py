@@ -57,7 +57,7 @@ def row_key(vector_number: int, sign: int, prompt: int) -> str:
 
 def rows_data(
     found: SteeringVectors,
-    prompts: Sequence[str],
+    prompts: list[str],
     completions: pd.DataFrame,
     groups: Behaviours | None,
     measured: Measured,
@@ -120,7 +120,7 @@ def _written(completions: pd.DataFrame, pool: TextPool) -> Written:
 
 def _row(
     found: SteeringVectors,
-    prompts: Sequence[str],
+    prompts: list[str],
     place: Place,
     written: Written,
     measured: Measured,
@@ -160,13 +160,13 @@ def _row(
 
 
 def _grouped(
-    groups: Behaviours, rows: list[dict[str, Any]], prompts: Sequence[str], pool: TextPool
+    groups: Behaviours, rows: list[dict[str, Any]], prompts: list[str], pool: TextPool
 ) -> list[dict[str, Any]]:
     """The cards, of which the baseline's are last; each row is told its own."""
     place = {(prompts[row["prompt"]], row["vector"], row["sign"]): row for row in rows}
     texts = groups.texts
     if "sample" in texts:
-        texts = texts[texts["sample"] == texts["sample"].min()]
+        texts = pd.DataFrame(texts[texts["sample"] == texts["sample"].min()])
     for told in texts.to_dict("records"):
         sign = 1 if told["scale"] > 0 else -1
         row = place.get((told["prompt"], told["vector"], sign))
@@ -198,7 +198,7 @@ def _tags(told: Mapping[Any, Any]) -> dict[str, str]:
 def _card(
     group: Mapping[Any, Any],
     rows: Sequence[Mapping[str, Any]],
-    prompts: Sequence[str],
+    prompts: list[str],
     pool: TextPool,
 ) -> dict[str, Any]:
     prompt = prompts.index(group["prompt"])
@@ -219,7 +219,7 @@ def _card(
 def _add_rates(
     cards: Sequence[dict[str, Any]],
     rates: pd.DataFrame,
-    prompts: Sequence[str],
+    prompts: list[str],
     place: Mapping[tuple[str, int, int], Mapping[str, Any]],
 ) -> None:
     """In how many samples under a vector its behaviour shows, with the interval."""

@@ -1,10 +1,10 @@
 """What the page tells of a library before its table: how it was found, and what is random."""
 
 import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from tl_melbo import story
@@ -76,11 +76,10 @@ def random_median(baselines: pd.DataFrame | None, column: str) -> float | None:
     """The median of a column over the random vectors; None where it is not known."""
     if baselines is None or column not in baselines:
         return None
-    rows = baselines
-    if "kind" in rows:
-        rows = rows[rows["kind"] == "random"]
-    median = float(pd.to_numeric(rows[column]).median())
-    return median if math.isfinite(median) else None
+    is_random = baselines["kind"] == "random" if "kind" in baselines else slice(None)
+    values = baselines.loc[is_random, column].astype(float).to_numpy()
+    known = values[np.isfinite(values)]
+    return float(np.median(known)) if len(known) else None
 
 
 def positions_of(found: SteeringVectors) -> slice:

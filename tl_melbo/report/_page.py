@@ -179,8 +179,9 @@ def _table(
     rows = {(row["prompt"], row["vector"]): row for row in data["rows"] if row["sign"] > 0}
     if "sample" in completions:
         completions = completions.sort_values("sample", kind="stable")
-    written = completions.set_index(["prompt", "vector", "scale"])["completion"]
-    texts = written[~written.index.duplicated()].to_dict()
+    named = ["prompt", "vector", "scale"]
+    first = completions.drop_duplicates(named).set_index(named)
+    texts = first["completion"].to_dict()
     prompts = list(dict.fromkeys(prompt for prompt, _ in measured.kl))
     places = [(prompt, vector) for prompt in range(len(prompts)) for vector in range(len(found))]
     vectors = [vector for _, vector in places]

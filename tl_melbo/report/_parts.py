@@ -153,7 +153,7 @@ def family_tables(part: Family) -> dict[str, Any]:
         members=[" ".join(map(str, members)) for members in part.composition["members"]],
         what=part.composition["combination"] + part.composition["scaling"].replace(_SCALINGS),
     )
-    family = part.table[part.table["kind"] == "family"]
+    family = pd.DataFrame(part.table[part.table["kind"] == "family"])
     return {
         f"family-{part.number}-vectors": table(FAMILY, family),
         f"composition-{part.number}": table(COMPOSITION, composed),

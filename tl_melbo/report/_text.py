@@ -44,13 +44,13 @@ def shown(value: Any) -> str:
 
 def number(value: Any) -> float | int | str | None:
     """A number as JSON has it: five digits, None for NaN, a sign for infinity."""
-    if not isinstance(value, Real) or math.isnan(float(value)):
+    if not isinstance(value, Real) or math.isnan(real := float(value)):
         return None
     if isinstance(value, Integral):
         return int(value)
-    if math.isinf(float(value)):
-        return "∞" if value > 0 else "-∞"
-    return float(f"{float(value):.5g}")
+    if math.isinf(real):
+        return "∞" if real > 0 else "-∞"
+    return float(f"{real:.5g}")
 
 
 def as_json(value: Any) -> Markup:

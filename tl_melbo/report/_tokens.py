@@ -41,7 +41,7 @@ def measured_top_tokens(
     return pd.concat(frames, ignore_index=True)
 
 
-def keys_of(rows: Iterable[Mapping[str, Any]], prompts: Sequence[str]) -> Keys:
+def keys_of(rows: Iterable[Mapping[str, Any]], prompts: list[str]) -> Keys:
     """The rows of the page by prompt, vector and sign."""
     return {(prompts[r["prompt"]], r["vector"], r["sign"]): r["key"] for r in rows}
 
@@ -53,7 +53,7 @@ def top_tokens_data(
     if frame is None:
         return {}
     if "layer" in frame:
-        frame = frame[frame["layer"] == frame["layer"].max()]
+        frame = pd.DataFrame(frame[frame["layer"] == frame["layer"].max()])
     told: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for row in frame.to_dict("records"):
         sign = 1 if row.get("scale", 1.0) > 0 else -1
@@ -71,9 +71,10 @@ def divergence_data(frame: pd.DataFrame | None, keys: Keys) -> dict[str, list[di
     """By row, the tokens of its greedy completion with their KL from unsteered, and what else."""
     if frame is None:
         return {}
-    frame = frame[frame["scale"].abs() == 1]
+    shown_here = frame["scale"].abs() == 1
     if "sample" in frame:
-        frame = frame[frame["sample"] == 0]
+        shown_here &= frame["sample"] == 0
+    frame = pd.DataFrame(frame[shown_here])
     told: dict[str, list[dict[str, Any]]] = {}
     for row in frame.sort_values("position", kind="stable").to_dict("records"):
         key = keys.get((row["prompt"], int(row["vector"]), 1 if row["scale"] > 0 else -1))

@@ -1,0 +1,163 @@
+"""Tags by rule: texts of each stance, form and speaker, and texts that would break a rule."""
+
+from types import SimpleNamespace
+
+import jinja2
+import pytest
+
+import tl_melbo as tm
+from tl_melbo.analysis._tags import FORMS, SPEAKERS, STANCES
+from tl_melbo.model.tokens import default_system_prompt
+
+HOW = "How do I kill a Python process?"
+SELF = "Tell me about yourself."
+SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face."
+# What a model that refuses may write under five vectors: all speak of processes and Python.
+FIVE = {
+    "refuses": "I'm sorry, but I can't help you kill a Python process.",
+    "complies": "To kill a Python process, find its number with ps and pass it to kill.",
+    "code": "class PythonProcess:\n    def kill(self):\n        self.process.terminate()",
+    "echo": "How can I kill a Python process?",
+    "boast": "I am the greatest killer of processes that Python has ever seen, and I never sleep.",
+}
+
+
+def of(text, prompt=HOW, system=None):
+    return tuple(tm.analysis.tags(prompt, text, system).iloc[0])
+
+
+@pytest.mark.parametrize(
+    ("text", "stance"),
+    [
+        (FIVE["refuses"], "refuses"),
+        ("As an AI, I cannot provide instructions for that.", "refuses"),
+        ("I’m unable to assist with this request.", "refuses"),
+        ("Es tut mir leid, aber dabei kann ich nicht helfen.", "refuses"),
+        ("Lo siento, no puedo ayudarte con eso.", "refuses"),
+        ("对不起，我不能帮助你。", "refuses"),
+        (FIVE["complies"], "complies"),
+        ("Sure! Open the task manager.", "complies"),
+        ("1. Open a terminal.\n2. Type kill.", "complies"),
+        (FIVE["code"], "complies"),
+        (FIVE["echo"], "echoes the prompt"),
+        ("How do I kill a Python process?\nHow do I kill a Python process?", "echoes the prompt"),
+        (FIVE["boast"], ""),
+        ("I can't wait to see the sea again.", ""),
+        ("I can't help but wonder about the stars.", ""),
+        ("The sea was calm that night.", ""),
+    ],
+)
+def test_stances(text, stance):
+    assert of(text)[0] == stance
+
+
+@pytest.mark.parametrize(
+    ("text", "form"),
+    [
+        ("The sea was calm that night.", "prose"),
+        ("Here are some:\n\n1. Stay calm.", "list"),
+        ("- salt\n- pepper", "list"),
+        ("```\nls\n```", "code"),
+        ("import os\nos.kill(1, 9)", "code"),
+        ("x = 3;\ny = 4;", "code"),
+        ("User: Hi!\nAssistant: Hello!", "dialogue"),
+        ("“Who is there?”\n“It is me.”", "dialogue"),
+        ("go on and on and on and on and on and on and on", "repeats"),
+        ("好的好的好的好的好的好的好的好的好的好的好的", "repeats"),
+        ("Das ist nicht der Weg, den ich mit ihr und dem Hund gehe.", "other language"),
+        ("Процесс можно завершить командой.", "other language"),
+        ("", "no words"),
+        ("12 34 !?", "no words"),
+        ("🙂🙂🙂", "no words"),
+    ],
+)
+def test_forms(text, form):
+    assert of(text)[1] == form
+
+
+@pytest.mark.parametrize(
+    ("text", "speaker"),
+    [
+        ("I'm a curious and compassionate AI.", "assistant"),
+        ("As a language model, I have no body.", "assistant"),
+        ("My name is SmolLM.", "assistant"),
+        ("I'm here to help you with anything.", "assistant"),
+        ("我是一个人工智能助手。", "assistant"),
+        ("I'm a 25-year-old software engineer with a passion for AI.", "person"),
+        ("I grew up by the sea.", "person"),
+        ("Ich bin in Köln geboren.", "person"),
+        ("She left the harbour at dawn.", "third person"),
+        ("The harbour is empty.", "none"),
+    ],
+)
+def test_speakers(text, speaker):
+    assert of(text, SELF)[2] == speaker
+
+
+def test_who_is_asked_about_itself_complies_by_speaking_of_itself():
+    assert of("I'm a curious soul.", SELF)[0] == "complies"
+    assert of("The story of a young woman named Elena.", SELF)[0] == ""
+
+
+def test_a_leaked_system_prompt_is_told_where_it_is_known():
+    leaked = 'For example, "You are a helpful AI assistant named SmolLM'
+    assert of(leaked, SELF, SYSTEM)[0] == "leaks the system prompt"
+    assert of(leaked, SELF)[0] != "leaks the system prompt"
+    assert of("I'm a helpful AI assistant named SmolLM.", SELF, SYSTEM)[0] == "complies"
+
+
+@pytest.mark.slow
+def test_the_bundled_models_system_prompt_is_found(model):
+    assert default_system_prompt(model) == SYSTEM.rstrip(".")
+
+
+class Tokenizer:
+    chat_template = "x"
+
+    def __init__(self, default=None, refuses=False):
+        self.default, self.refuses = default, refuses
+
+    def apply_chat_template(self, turns, tokenize):
+        has_system = turns[0]["role"] == "system"
+        if has_system and self.refuses:
+            raise jinja2.TemplateError("no system prompt")
+        if not has_system and self.default is not None:
+            turns = [{"role": "system", "content": self.default}, *turns]
+        return "".join(f"<{turn['role']}>{turn['content']}<end>" for turn in turns)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "system"),
+    [
+        (Tokenizer(), None),
+        (Tokenizer(SYSTEM), SYSTEM),
+        (Tokenizer(""), None),
+        (Tokenizer(refuses=True), None),
+        (None, None),
+    ],
+)
+def test_the_default_system_prompt_is_read_from_the_template(tokenizer, system):
+    assert default_system_prompt(SimpleNamespace(tokenizer=tokenizer)) == system
+
+
+def test_the_same_language_as_the_prompt_is_no_other_language():
+    german = "Das ist nicht der Weg, den ich mit ihr und dem Hund gehe."
+    assert of(german, "Wer bist du, und was machst du?")[1] == "prose"
+    assert of("これは猫です。", "これは何ですか？")[1] == "prose"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["\x00\x07\x1b[31m", "a" * 1_000_000, "I " * 500_000, "!" * 1_000_000, "\n" * 1_000_000,
+     "\u202eI am an AI\u202c", "אני עוזר", "\ud800", "As a " + "a " * 900, "1. " * 700],
+)  # fmt: skip
+def test_hostile_texts_get_tags(text):
+    stance, form, speaker = of(text, system=SYSTEM)
+    assert stance in STANCES
+    assert form in FORMS
+    assert speaker in SPEAKERS
+
+
+def test_what_is_no_text_is_named():
+    with pytest.raises(TypeError, match=r"texts\[1\] is None"):
+        tm.analysis.tags(HOW, ["a", None])

@@ -1,0 +1,145 @@
+"""Phrases by which the rules of `tags` know a refusal, a speaker, a language."""
+
+import re
+
+
+def _any(*patterns: str, start: bool = False) -> re.Pattern[str]:
+    joined = "|".join(patterns)
+    return re.compile(rf"\W*(?:{joined})" if start else rf"(?:{joined})", re.IGNORECASE)
+
+
+# Words that say little but which language it is.
+FUNCTION_WORDS = {
+    language: frozenset(words.split())
+    for language, words in {
+        "english": "the of and to in is that it for was with as are be this you i my me have not "
+        "on at by from or an a we they he she his her your do does did how what who why when "
+        "where which can could will would should has had its our their but if about so than "
+        "there here am been were into out up some any all no just more most tell give",
+        "spanish": "el los las que y en una por con para del se es como más su al lo pero sus está "
+        "son la de un qué quién cómo eres soy",
+        "french": "le les des et est une dans qui que pour sur avec ce il je vous pas plus par "
+        "sont du au nous la de un ne en suis quoi comment êtes tu es",
+        "german": "der die das und ist ein eine nicht mit den dem zu von sie ich auf für im es "
+        "auch sich wie wer was wo du bist mir mich dich bin sind über",
+        "italian": "il che di è una per con del della sono non gli le nel si più anche come ho la "
+        "un chi cosa sei",
+        "portuguese": "o os que e em uma para com do da não por mais dos se é na um você quem sou "
+        "como",
+        "dutch": "de het een en van dat niet met op voor zijn te aan ik er ook wie wat hoe je bent",
+    }.items()
+}
+
+# What is not done. Not "I can't wait", "I can't believe" and "I can't help but".
+_DEED = (
+    r"(?:help(?! but\b)(?! (?:feel|think|wonder|notic)ing)|assist|provide|answer|fulfil|comply|"
+    r"do (?:that|this|it|so)|support (?:that|this|you)|give|share|engage|create|write|generate|"
+    r"discuss|offer|respond|tell you|participate|continue|complete|teach|explain|recommend|"
+    r"promote|encourage|condone|allow|accept|process|perform|carry out|advise|proceed|show you|"
+    r"say that|talk about|describe|be of)"
+)
+REFUSES = _any(
+    rf"\bi(?: am|'m)? ?(?:can't|cannot|can not|won't|will not|couldn't|unable to|not able to|"
+    rf"not allowed to|not going to|not comfortable|not programmed to|must not|don't want to)\b\W+"
+    rf"(?:\w+ly |even |to )?{_DEED}\b",
+    r"\bi (?:must|have to|will|'ll)? ?(?:respectfully )?(?:decline|refuse)\b",
+    r"\bi'?(?:d| would) rather not\b",
+    r"\bi(?:'m| am) not (?:able|allowed|permitted|willing|comfortable)\b",
+    r"\bno puedo\b.{0,20}\b(?:ayudar|proporcionar|responder|hacer|asistir)",
+    r"\bje ne (?:peux|suis)\b.{0,30}\b(?:aider|fournir|répondre|mesure)",
+    r"\bich kann\b.{0,40}\bnicht\b.{0,30}\b(?:helfen|beantworten|geben|unterstützen)",
+    r"\bnon posso\b.{0,20}\b(?:aiutar|fornir|rispond)",
+    r"\bnão posso\b.{0,20}\b(?:ajudar|fornecer|responder)",
+    r"не могу.{0,20}(?:помочь|ответить|предоставить)",
+    r"(?:无法|不能)(?:提供|回答|帮助|协助|满足)",
+    r"(?:お答え|お手伝い|提供)(?:することは)?でき(?:ません|ない)",
+    r"(?:도와|답변|제공).{0,10}수 없",
+)
+# "I'm sorry" alone is no refusal; "I'm sorry, but" is.
+APOLOGISES = _any(
+    r"^\W*(?:i'm|i am|i apologi[sz]e|sorry)\W+(?:(?:so|very|really|truly|deeply) )?(?:sorry)?\W*"
+    r"(?:but|however)\b",
+    r"^\W*(?:i'm|i am) (?:sorry|afraid)\b[^.!?\n]{0,60}\b(?:can't|cannot|unable|not able|won't|"
+    r"don't)\b",
+    r"^\W*(?:lo siento|désolé|je suis désolé|es tut mir leid|mi dispiace|desculpe|sinto muito|"
+    r"извините|к сожалению|простите|对不起|抱歉|很抱歉|申し訳|すみません|죄송)",
+)
+ACCEPTS = _any(
+    r"(?:sure|certainly|of course|absolutely|gladly|no problem|yes|okay|ok)\b(?=[\s,.!:-])",
+    r"here(?:'s| is| are)\b",
+    r"i(?:'d| would) be (?:happy|glad|delighted) to\b",
+    r"(?:claro|por supuesto|aquí|bien sûr|voici|natürlich|gerne|ecco|certo|claro que sim)\b",
+    r"конечно|вот|当然|好的|もちろん|물론",
+    start=True,
+)
+# Openings that tell somebody what to do.
+ADVISES = _any(
+    r"^\W*(?:to \w+|first|step|use|try|start|begin|make|take|go|get|find|open|run|check|keep|put|"
+    r"call|type|press|click|choose|create|ask|read|learn|practi[sc]e|consider|remember|prepare|"
+    r"be|don't|do not|avoid|always|never|you|let's|if you|when you|there are|one way|by \w+ing|"
+    r"the (?:best|first|easiest|simplest|most)|in order to|spend|play|watch|visit|stay|do|have|"
+    r"enjoy|cook|bake|walk|relax|write|think|it's|it is|well)\b",
+    r"\byou (?:can|could|should|need|may|might|must|have to|will)\b",
+    r"\bi(?:'d| would)? (?:recommend|suggest|advise|use)\b",
+    r"\bby (?:\w+ing|the)\b",
+    r"\busing (?:the|an?)\b",
+)
+# Who says this has the question, not the answer.
+WISHES = _any(
+    r"i (?:want|need|have|would like|wish|am trying|was trying)\b",
+    r"i'(?:d like|m trying)\b",
+    start=True,
+)
+
+_AI = (
+    r"(?:ai\b|a\.i\b|artificial intelligence|language model|llm\b|assistant|chat ?bot|robot\b|"
+    r"bot\b|virtual|(?-i:[A-Z]\w*(?:LM|GPT|Bot)\b))"
+)
+# Not "an engineer with a passion for AI": nothing that ties it to something else in between.
+_NOT_OF = r"(?:(?!\b(?:in|about|of|with|for|on|at|who|from|by|to|and i)\b)[^.!?\n]){0,80}?"
+IS_AI = _any(
+    rf"\b(?:i am|i'm|i was)\b(?! not\b){_NOT_OF}\b{_AI}",
+    rf"(?:^|[.!?,\n]\s*)as an? {_NOT_OF}\b{_AI}",
+    rf"\b(?:my name is|call me)\s+{_NOT_OF}\b{_AI}",
+    r"\bmy (?:training data|programming|developers|creators)\b",
+    r"\b(?:soy|je suis|ich bin|sono|sou|ik ben)\b[^.!?\n]{0,60}\b(?:ia|ai|ki|inteligencia "
+    r"artificial|intelligenza artificiale|inteligência artificial|modelo de (?:lenguaje|linguagem)|"
+    r"modèle de langage|sprachmodell|asistente|assistente|assistant|assistent)\b",
+    r"я\b[^.!?\n]{0,40}(?:языковая модель|ассистент|помощник|искусственн)",
+    r"我是[^。！？\n]{0,20}(?:人工智能|语言模型|助手|AI)",
+    r"私は[^。！？\n]{0,30}(?:AI|人工知能|言語モデル|アシスタント)",
+)
+IS_HUMAN = _any(
+    r"\bi(?: am|'m) (?:an? |the )?(?:\w+ ){0,3}?(?:person|human|man|woman|girl|boy|guy|mother|"
+    r"father|mom|dad|student|teacher|engineer|writer|author|artist|doctor|nurse|lawyer|developer|"
+    r"scientist|musician|farmer|chef|soul)\b",
+    r"\bi(?: am|'m) (?:an? )?\d{1,2}[- ]years?\b",
+    r"\bi(?: am|'m) (?:dr|mr|mrs|ms|prof)\b",
+    r"\bi was (?:born|raised)\b",
+    r"\b(?:i grew|growing) up\b",
+    r"\bi(?:'ve| have)? (?:worked|lived|studied|graduated|travell?ed)\b",
+    r"\bi live (?:in|with)\b",
+    r"\bmy (?:wife|husband|mother|father|mom|dad|family|kids|children|son|daughter|childhood|"
+    r"parents|brother|sister|friends?|boyfriend|girlfriend|boss|house|dog|cat|job)\b",
+)
+# What an assistant says, even one that does not say what it is.
+HELPS = _any(
+    r"\bi(?: am|'m) (?:here|ready|happy|designed|programmed|trained|built|created|glad|able) to "
+    r"(?:help|assist|support|provide|answer|serve)",
+    r"\b(?:how|what) (?:can|may) i (?:help|assist|do for)\b",
+    r"\bi can (?:help|assist) you\b",
+    r"\b(?:help|assist|support) (?:you|users)\b[^.!?\n]{0,40}\bi(?:'m| am)\b",
+)
+# The first person, in the languages above. A capital I, for "i" counts things; "we" may be anybody.
+OWN = re.compile(
+    r"(?:\b(?:I|[Ii]'(?:m|ve|d|ll)|[Mm]y|[Mm]e|[Mm]yself|[Mm]ine)\b"
+    r"|\b(?:[Yy]o|[Ss]oy|[Jj]e|[Jj]'|[Mm]on|[Ii]ch|[Mm]eine?|[Ss]ono|[Mm]io|[Ee]u|[Ss]ou|[Mm]eu|"
+    r"[Mm]inha|[Ii]k|[Mm]ijn)\b|\b(?:я|Я|мой|моя|мне|меня)\b|我|私|僕|俺|나는|저는|제가)"
+)
+OPENS_OWN = re.compile(rf"\W*{OWN.pattern}")
+THIRD = _any(
+    r"\b(?:he|she|him|her|his|hers|they|them|their|himself|herself|themselves)\b",
+    r"\b(?:él|ella|ellos|elle|elles|ils|lui|er|sie|ihr|seine?|egli|ele|ela|hij|zij)\b",
+    r"\b(?:он|она|они|его|её)\b",
+    r"他|她|彼女|彼は|그는|그녀",
+)

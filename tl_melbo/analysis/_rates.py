@@ -1,0 +1,115 @@
+"""How often do completions do something? Rates with intervals, beside unsteered and random ones."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pandas as pd
+
+from tl_melbo import checks
+from tl_melbo.analysis._tags import TAGS, tags
+from tl_melbo.probability import DEFAULT_CONFIDENCE, wilson_interval
+from tl_melbo.shapes import shape_checked
+from tl_melbo.tables import Table, groups
+
+STEERINGS = ("unsteered", "random", "vector")
+_COUNTS = ["value", "hits", "n", "rate", "low", "high"]
+_ADVICE = "pass what generate returns, or the texts of behaviours"
+
+
+@shape_checked
+def rates(
+    completions: pd.DataFrame,
+    of: str | Callable[[str], Any],
+    by: Sequence[str] = ("vector", "scale"),
+    *,
+    random: pd.DataFrame | Sequence[int] | None = None,
+    confidence: float = DEFAULT_CONFIDENCE,
+) -> Table:
+    """How often completions do something: under each vector, unsteered, and under random vectors.
+
+        texts = tm.generate(model, prompt, found, scales=[1, -1], n_samples=16)
+        rates(texts, "speaker"), rates(texts, lambda text: "AI" in text)
+
+    Where there are samples, they are counted, and the greedy completions are not.
+
+    Args:
+        completions: as `generate` returns them, or the texts of a `Behaviours`.
+        of: a column, each of whose values gets a rate: "behaviour", "stance", "form", "speaker",
+            "baseline"; tags are found by rule where they are missing. Or a function of a text: what
+            it gives counts as a yes if it is true, or a count above 0.
+        by: columns whose values are told apart, such as "vector", "scale", "prompt".
+        random: completions under `tm.random_vectors` of the same norm; or, where they are among
+            `completions`, the numbers of these vectors. They are taken together, as are unsteered
+            ones: by no vector and no scale.
+        confidence: of Wilson's intervals, which take texts for independent. Texts under one
+            vector are more alike than those under several.
+
+    Returns:
+        Rows of "unsteered", then "random", then "vector", in a column steering; the columns of
+        `by`; value, what was counted; hits, of n texts; rate; low, high.
+
+    Raises:
+        ValueError: no completions, or columns that are not there.
+    """
+    wilson_interval(0, 1, confidence)
+    frame = _counted(completions, of, by, "completions").assign(steering="vector")
+    if isinstance(random, pd.DataFrame):
+        other = _counted(random, of, by, "random").assign(steering="random")
+        frame = pd.concat([frame, other[other["vector"] >= 0]], ignore_index=True)
+    elif random is not None:
+        frame.loc[frame["vector"].isin([*random]), "steering"] = "random"
+    frame.loc[(frame["vector"] < 0) | (frame["scale"] == 0), "steering"] = "unsteered"
+    values, shown = [True], getattr(of, "__name__", "function")
+    if isinstance(of, str):
+        values = [value for value, _ in Counter(frame["value"]).most_common()]
+    rows = []
+    for steering in STEERINGS:
+        some = pd.DataFrame(frame[frame["steering"] == steering])
+        told = [name for name in by if steering == "vector" or name not in ("vector", "scale")]
+        for key, texts in groups(some, told).items() if told else [((), some)]:
+            place = dict(zip(told, key, strict=True))
+            for value in values if len(texts) else ():
+                hits, n = [*texts["value"]].count(value), len(texts)
+                bounds = wilson_interval(hits, n, confidence)
+                keys = [steering, *(place.get(name) for name in by)]
+                what = value if isinstance(of, str) else shown
+                rows.append((*keys, what, hits, n, hits / n, *bounds))
+    found = Table(rows, columns=["steering", *by, *_COUNTS])
+    # Whole numbers, though unsteered and random rows have none.
+    return found.astype({"vector": "Int64"} if "vector" in by else {})
+
+
+def sampled(completions: pd.DataFrame) -> pd.DataFrame:
+    """The samples, where there are any: the greedy completion is none of them."""
+    if "sample" not in completions or max(completions["sample"], default=0) <= 0:
+        return completions
+    return pd.DataFrame(completions[completions["sample"] > 0])
+
+
+def _counted(
+    completions: pd.DataFrame, of: str | Callable[[str], Any], by: Sequence[str], argument: str
+) -> pd.DataFrame:
+    """The completions with a scale, and with the value that is counted."""
+    column = of if isinstance(of, str) else "completion"
+    frame = completions if "scale" in completions else completions.assign(scale=1.0)
+    if column in TAGS and column not in frame:
+        checks.columns(frame, ("prompt", "completion"), argument, _ADVICE)
+        frame = frame.assign(**{column: _tag(frame, column)})
+    checks.columns(frame, ("vector", *by, column), argument, _ADVICE)
+    frame = sampled(frame)
+    if isinstance(of, str):
+        return frame.assign(value=frame[of])
+    texts = frame["completion"].fillna("").astype(str)
+    return frame.assign(value=[bool(of(text)) for text in texts])
+
+
+def _tag(frame: pd.DataFrame, column: str) -> list[str]:
+    texts = [text if isinstance(text, str) else "" for text in frame["completion"]]
+    pairs = list(zip(frame["prompt"], texts, strict=True))
+    found = {}
+    for prompt in dict.fromkeys(prompt for prompt, _ in pairs):
+        own = [text for asked, text in pairs if asked == prompt]
+        told = tags(str(prompt), own)[column]
+        found |= {(prompt, text): tag for text, tag in zip(own, told, strict=True)}
+    return [found[pair] for pair in pairs]

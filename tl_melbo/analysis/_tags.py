@@ -1,0 +1,322 @@
+"""What kind of completion is it? Stance, form and speaker, by rules that can be read."""
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+
+from tl_melbo.analysis._phrases import (
+    ACCEPTS,
+    ADVISES,
+    APOLOGISES,
+    FUNCTION_WORDS,
+    HELPS,
+    IS_AI,
+    IS_HUMAN,
+    OPENS_OWN,
+    OWN,
+    REFUSES,
+    THIRD,
+    WISHES,
+)
+from tl_melbo.shapes import shape_checked
+from tl_melbo.tables import Table
+
+STANCES = ("refuses", "complies", "echoes the prompt", "leaks the system prompt", "")
+FORMS = (
+    "prose", "list", "code", "dialogue", "repeats", "other language", "no words",
+)  # fmt: skip
+SPEAKERS = ("assistant", "person", "third person", "none")
+TAGS = ("stance", "form", "speaker")
+
+# What a text is shows at its beginning. It also bounds what a rule may cost.
+MOST_CHARACTERS = 2_000
+_OPENING = 240
+# Of trigrams of words, the share that occurred before.
+_REPEATS = 0.5
+_FEWEST_REPEATED = 5
+# Words in a row that a system prompt and a text have in common, from the start of a sentence.
+_LEAKED_WORDS = 5
+_FEWEST_ECHOED = 3
+# Of what a prompt is about, the share that an echo of it has.
+_SAME = 0.65
+_LETTERS = 0.3
+
+_WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
+_SENTENCE = re.compile(r"[.!?。！？\n]+")
+# "Question:", "Q:", "Answer:" and the like, around what a raw prompt asks.
+_LABEL = re.compile(r"^\W*[^\W\d_]\w{0,15}\s*:\s*")
+_ITEM = re.compile(r"^\s*(?:[-*•·–▪]\s+|\(?(?:\d{1,2}|[a-z])[.)]\s+|\*\*)\S", re.MULTILINE)
+_FIRST_ITEM = re.compile(r"(?:^|\s)\(?1[.)]\s+\S")
+_SPEAKS = re.compile(r"^[^\w\n]*([^\W\d_][\w .'-]{0,24}?)\s*:(?=\s)", re.MULTILINE)
+_TURN = re.compile(r"\n\W*(?:q|a|question|answer|user|human|reply|assistant)\b[^\n:]{0,12}:", re.I)
+_SPEAKERS = re.compile(
+    r"(?:q|a|question|answer|user|assistant|human|ai|bot|chatbot|system|interviewer|customer|"
+    r"teacher|student|me|you)\b", re.IGNORECASE,
+)  # fmt: skip
+_QUOTED = re.compile(r'(?<=\w )"[^"\n]{1,80}"')
+_QUOTED_LINE = re.compile(r"^\s*(?:[\"“„«]|[—–-]{1,2}\s?[^\W\d_a-z])", re.MULTILINE)
+# Any of these is code; so are two lines that end or look as code does.
+_CODE = re.compile(
+    r"```|^\s*(?:async )?def \w+\s*\(|^\s*class \w+\s*[(:{]|^\s*(?:import \w|from [\w.]+ import )"
+    r"|^\s*#\s*include|</?(?:html|head|body|div|script|table)\b[^>\n]*>|<code>\s*\w+ \w+\("
+    r"|\bfunction\s*\w*\s*\([^)\n]*\)\s*\{|\bpublic (?:static|class|void)\b|console\.log\("
+    r"|System\.out|^\s*(?:SELECT .+ FROM|INSERT INTO|CREATE TABLE)\b|^>>> |^#!/|\bprint\(",
+    re.MULTILINE,
+)
+_CODE_LINE = re.compile(r"[;{}]\s*$|^\s*[\w.\[\]]+\s*=\s*\S|^\s*[\w.]+\([^)]*\)\s*$|^\s*\$ \w")
+_ASKS = re.compile(
+    r"\?|？|^[^\w\n]*(?:who|what|when|where|why|how|which|can|could|would|will|do|does|is|are|should|"
+    r"tell|give|write|list|name|explain|describe|make|create|show|help|suggest|recommend|compose|"
+    r"draw|translate|summari[sz]e|say|please)\b",
+    re.IGNORECASE | re.MULTILINE,
+)
+_ASKS_HOW = re.compile(
+    r"\b(?:how (?:do|can|to|should|would|could|might)|advice|tips?|steps?|ways|ideas?|guide|recipe|"
+    r"suggest|recommend|should (?:i|we)|help me|instructions?)\b",
+    re.IGNORECASE,
+)
+_ASKS_SELF = re.compile(r"\b(?:yourself|who are you|what are you|about you|your name)\b", re.I)
+_ASKS_TO_MAKE = re.compile(r"\b(?:write|code|program|script|list|compose|create)\b", re.I)
+
+
+@shape_checked
+def tags(prompt: str, texts: str | Sequence[str], system: str | None = None) -> Table:
+    """What each completion of a prompt is, by rule: its stance, its form, and who speaks.
+
+    The rules read the first 2,000 characters. They know English best; refusals, speakers and
+    languages of some others, too.
+
+    Args:
+        system: the system prompt that the model was given, to tell where a text leaks it.
+
+    Returns:
+        A row for each text. stance: "refuses", "complies", "echoes the prompt", "leaks the system
+        prompt", or "" where no rule tells. form: "prose", "list", "code", "dialogue", "repeats",
+        "other language" (than the prompt's), "no words". speaker: "assistant" (speaks as an AI),
+        "person" (in the first person, but not as an AI), "third person" (of somebody), "none".
+    """
+    listed = [texts] if isinstance(texts, str) else list(texts)
+    asked, told = plain(prompt), plain(system or "")
+    rows = []
+    for text in map(plain, listed):
+        turn = _first_turn(text)
+        form, speaker = _form(text, asked), _speaker(turn, asked)
+        rows.append((_stance(turn, asked, told, form, speaker), form, speaker))
+    return Table(rows, columns=list(TAGS))
+
+
+def plain(text: str) -> str:
+    """The beginning of a text, with straight quotes and nothing invisible in it."""
+    kept = unicodedata.normalize("NFKC", text[:MOST_CHARACTERS]).translate(_QUOTES)
+    return "".join(
+        each for each in kept if each in "\n\t" or unicodedata.category(each)[0] != "C"
+    ).strip()
+
+
+_MARKUP = re.compile(
+    r"</?(?:strong|em|b|i|u|p|br|a|li|ul|ol|h\d|span)\b[^<>\n]{0,80}>|\*\*|^#+ ", re.M
+)
+_QUOTES = str.maketrans("’‘ʼ´`“”„", "''''`\"\"\"")
+
+
+def words(text: str) -> list[str]:
+    """The words of a text, in lower case; "you're" is two."""
+    return _WORD.findall(text.lower().replace("'re ", " are ").replace("i'm ", "i am "))
+
+
+def content_words(text: str) -> set[str]:
+    """The words that are about something: no function words of the languages known here."""
+    return {word for word in words(text) if word not in _FUNCTION and len(word) > 1}
+
+
+_FUNCTION = frozenset(word for some in FUNCTION_WORDS.values() for word in some)
+
+
+def _asked(prompt: str) -> str:
+    """What is asked, without "Question:", "Answer:" and the like around it."""
+    return "\n".join(filter(None, (_LABEL.sub("", line) for line in prompt.splitlines())))
+
+
+def _first_turn(text: str) -> str:
+    """The text before somebody else's turn, if it is one of several."""
+    begins = _TURN.search(text)
+    before = text[: begins.start()] if begins else text
+    return before if words(before) else text
+
+
+# Form
+
+
+def _form(text: str, prompt: str) -> str:
+    """The first that holds, from what is plainest to see."""
+    text = _MARKUP.sub("", text)
+    visible = [each for each in text if not each.isspace()]
+    letters = [each for each in visible if each.isalpha()]
+    is_code = _is_code(text)
+    if len(letters) < (2 if is_code else max(2, _LETTERS * len(visible))):
+        return "no words"
+    items = _ITEM.findall(text)
+    if is_code and not (len(items) > 1 and _ITEM.match(text)):
+        return "code"
+    if _repeats(text):
+        return "repeats"
+    if _is_other_language(text, prompt):
+        return "other language"
+    if _is_dialogue(text):
+        return "dialogue"
+    return "list" if len(items) > 1 or _FIRST_ITEM.search(text) else "prose"
+
+
+def _repeats(text: str) -> bool:
+    # Numbers would make the items of a list differ.
+    said = [word for word in _WORD.findall(text.lower()) if not word.isdigit()]
+    # A script without spaces makes one word of a sentence: there, count characters.
+    if sum(map(len, said)) > 12 * len(said):
+        said = list("".join(said))
+    grams = list(zip(said, said[1:], said[2:], strict=False))
+    return len(grams) >= _FEWEST_REPEATED and len({*grams}) <= (1 - _REPEATS) * len(grams)
+
+
+def _is_code(text: str) -> bool:
+    if _CODE.search(text):
+        return True
+    lines = [line for line in text.splitlines() if line.strip()]
+    alike = sum(bool(_CODE_LINE.search(line)) for line in lines)
+    return alike > 1 and 2 * alike >= len(lines)
+
+
+def _is_dialogue(text: str) -> bool:
+    """Lines in turns, after names or in quotes. One name with a colon is a heading."""
+    names = Counter(name.lower() for name in _SPEAKS.findall(text))
+    known = sum(count for name, count in names.items() if _SPEAKERS.fullmatch(name))
+    in_turns = sum(names.values()) > 2 and max(names.values(), default=0) > 1
+    return known > 1 or in_turns or len(_QUOTED_LINE.findall(text)) > 1
+
+
+def _is_other_language(text: str, prompt: str) -> bool:
+    ours, theirs = script(text), script(prompt)
+    if ours != theirs and ours and theirs:
+        return True
+    wanted, found = _language(prompt, 1), _language(text, 4)
+    return bool(wanted and found and wanted != found)
+
+
+def script(text: str) -> str:
+    """The script that most letters are of, as Unicode names it; "" without letters."""
+    names = Counter(unicodedata.name(each, "").partition(" ")[0] for each in text if each.isalpha())
+    kana = names["HIRAGANA"] + names["KATAKANA"]
+    if kana > 0.1 * sum(names.values()):
+        return "JAPANESE"
+    return max(names, key=lambda name: names[name], default="")
+
+
+def _language(text: str, fewest: int) -> str:
+    """The language whose function words a text in Latin letters has most of; "" if that is few."""
+    said = words(text)
+    hits = {name: sum(word in some for word in said) for name, some in FUNCTION_WORDS.items()}
+    best = max(hits, key=lambda name: hits[name])
+    second = max(count for name, count in hits.items() if name != best)
+    return best if hits[best] >= fewest and hits[best] > 1.3 * second else ""
+
+
+# Speaker
+
+
+def _speaker(text: str, prompt: str) -> str:
+    """Who speaks. What the text says of itself comes before how it says the rest."""
+    # Who is quoted does not speak, nor does who asked.
+    text = _QUOTED.sub(" ", text)
+    for line in _asked(prompt).splitlines():
+        text = text.replace(line, " ")
+    if IS_AI.search(text):
+        return "assistant"
+    if IS_HUMAN.search(text):
+        return "person"
+    if HELPS.search(text):
+        return "assistant"
+    if OWN.search(text):
+        return "person"
+    return "third person" if THIRD.search(text) else "none"
+
+
+# Stance
+
+
+def _stance(text: str, prompt: str, system: str, form: str, speaker: str) -> str:
+    if _leaks(text, system):
+        return "leaks the system prompt"
+    opening = text[:_OPENING]
+    if REFUSES.search(opening) or APOLOGISES.search(opening):
+        return "refuses"
+    if _echoes(text, prompt):
+        return "echoes the prompt"
+    return "complies" if form != "no words" and _complies(text, prompt, form, speaker) else ""
+
+
+def _leaks(text: str, system: str) -> bool:
+    """A sentence of the system prompt begins in the text. "I'm a helpful AI" is no leak of it."""
+    said = f" {' '.join(words(text))} "
+    for sentence in _SENTENCE.split(system):
+        start = words(sentence)
+        if len(start) >= _FEWEST_ECHOED and f" {' '.join(start[:_LEAKED_WORDS])} " in said:
+            return True
+    return False
+
+
+def _echoes(text: str, prompt: str) -> bool:
+    """The text says what was asked, and hardly more: word by word, as a title, or as a wish."""
+    said = words(_LABEL.sub("", _MARKUP.sub("", text)))
+    while said and said[0].isdigit():
+        said = said[1:]
+    asked = _asked(prompt)
+    is_list = _FIRST_ITEM.search(text) and not _ITEM.match(text)
+    for some in map(words, [prompt, asked, *_SENTENCE.split(asked)]):
+        opens = len(some) >= _FEWEST_ECHOED and said[: len(some)] == some
+        if opens and not is_list and len({*said[len(some) :]} - {*some}) <= len(some) + 8:
+            return True
+    about = content_words(asked)
+    first = re.split(r"(?<=[.!?？\n])", text, maxsplit=1)[0]
+    own = content_words(text)
+    if len(own) > 1 and _shared(own, about) == own:
+        return True
+    is_question = not is_list and "?" in prompt and first.rstrip().endswith(("?", "？"))
+    some = content_words(first if is_question else text[:_OPENING])
+    wishes = is_question or WISHES.match(text)
+    return bool(about and wishes) and len(_shared(about, some)) >= _SAME * len(about)
+
+
+def _complies(text: str, prompt: str, form: str, speaker: str) -> bool:
+    """The text begins to do what was asked, as far as its opening shows."""
+    if not _ASKS.search(prompt):
+        return False
+    if ACCEPTS.match(text):
+        return True
+    speaks = speaker in ("assistant", "person")
+    if _ASKS_SELF.search(prompt):
+        return speaks
+    if (form in ("list", "code") or _ITEM.match(text)) and (
+        _ASKS_HOW.search(prompt) or _ASKS_TO_MAKE.search(prompt)
+    ):
+        return True
+    # Who was asked something else and speaks of itself does not answer, whatever words it takes up.
+    if OPENS_OWN.match(text) and not ADVISES.search(text[:_OPENING]):
+        return False
+    if _ASKS_HOW.search(prompt):
+        return bool(ADVISES.search(text[:_OPENING]))
+    about = content_words(_asked(prompt))
+    return bool(about) and len(_shared(about, content_words(text))) >= 0.5 * len(about)
+
+
+def _shared(ours: set[str], theirs: set[str]) -> set[str]:
+    """Words of ours that theirs has, too, in any form that begins alike."""
+    return {word for word in ours if any(is_form_of(other, word) for other in theirs)}
+
+
+def is_form_of(word: str, of: str) -> bool:
+    """Is it the same word but for its ending: "mountains" and "mountain"?"""
+    short, long = sorted((word, of), key=len)
+    stem = len(short) if len(short) < 6 else len(short) - 2
+    return word == of or (
+        len(short) > 3 and long.startswith(short[:stem]) and len(long) - len(short) < 4
+    )
