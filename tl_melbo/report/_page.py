@@ -82,7 +82,7 @@ def write(
     """
     if not len(found):
         raise ValueError("found: holds no vectors; there is nothing to show")
-    _check_frames(completions, side_effects, found)
+    _check_frames(found, completions, side_effects, baselines, adapter_texts)
     _tokens.check_tokens(top_tokens, token_divergence)
     kept = notes_given(notes)
     texts = _prompts(found, completions, prompts)
@@ -204,7 +204,11 @@ def _table(
 
 
 def _check_frames(
-    completions: pd.DataFrame | None, side_effects: pd.DataFrame | None, found: SteeringVectors
+    found: SteeringVectors,
+    completions: pd.DataFrame | None,
+    side_effects: pd.DataFrame | None,
+    baselines: pd.DataFrame | None,
+    adapter_texts: pd.DataFrame | None,
 ) -> None:
     last = len(found) - 1
     if completions is not None:
@@ -215,6 +219,13 @@ def _check_frames(
                 f"completions: has texts of vectors {unknown[:10]}, but found holds 0 to {last}; "
                 "pass the completions of these vectors"
             )
+    if baselines is not None:
+        checks.columns(baselines, ("kl",), "baselines", "pass the kl of each", numbers=True)
+        known = [name for name in ("objective",) if name in baselines]
+        checks.columns(baselines, known, "baselines", "pass the objective of each", numbers=True)
+    if adapter_texts is not None:
+        advice = "pass what Run.adapter_texts returns"
+        checks.columns(adapter_texts, ("vector", "prompt", "completion"), "adapter_texts", advice)
     if side_effects is not None:
         advice = "pass what analysis.side_effects returns"
         checks.columns(side_effects, COLUMNS, "side_effects", advice, numbers=True)
