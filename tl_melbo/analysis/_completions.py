@@ -74,7 +74,7 @@ def collect_completions(
     frame = pd.concat(frames)
     if n_samples:
         frame["sample"] = frame["sample"].fillna(0).astype(int)
-    frame["of_prompt"] = frame["prompt"].map({text: place for place, text in enumerate(texts)})
+    frame["of_prompt"] = [texts.index(prompt) for prompt in frame["prompt"]]
     order = ["of_prompt", "vector", "scale"]
     frame = frame.sort_values(order, ascending=[True, True, False], kind="stable")
     frame = Table(frame.drop(columns="of_prompt").reset_index(drop=True))

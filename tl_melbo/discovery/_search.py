@@ -79,7 +79,8 @@ class Search(Iterator[SteeringVectors]):
         facts = {**f.story(), **facts, "arithmetic": _arithmetic(f.x.device), "lost": []}
         self.story = story.make(method, **facts, hyperparameters=chosen)
         self.n_vectors, self.nothing, self.progress = n_vectors, nothing, progress
-        self.together, self.on_share = together, lambda share: None
+        self.together = together
+        self.on_share: Callable[[float], None] = lambda share: None
         self.earlier, self.first = torch.empty(0, f.x.shape[-1], dtype=torch.float32), 0
         self._needs, self._find = needs, find
         most, least, why = MOST_VECTORS, int(previous is None), ""

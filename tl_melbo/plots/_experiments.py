@@ -125,7 +125,7 @@ def behaviour_rates(frame: pd.DataFrame, title: str = "Rates with 95% intervals"
         None, type="category", categoryorder="array", categoryarray=[*dict.fromkeys(bars)]
     )
     up = axis("share of completions", range=[0, 1.03], tickformat=".0%")
-    return figure(traces, title, across, up, showlegend=len(traces) > 1, meta={"alt": alt})
+    return figure(traces, title, alt, across, up, showlegend=len(traces) > 1)
 
 
 def _bar_name(row: dict[str, Any], places: list[str]) -> str:
