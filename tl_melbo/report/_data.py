@@ -190,9 +190,13 @@ def _card_key(behaviour: int, prompt: int) -> str | None:
 
 
 def _tags(told: Mapping[Any, Any]) -> dict[str, str]:
-    return {
-        name: shown(told[name]) for name in TAGS if isinstance(told.get(name), str) and told[name]
-    }
+    known = {name: told.get(name) for name in TAGS}
+    return {name: shown(tag) for name, tag in known.items() if _is_tag(tag)}
+
+
+def _is_tag(tag: Any) -> bool:
+    """Whether a tag says something; "none" is that of a text that nobody speaks."""
+    return isinstance(tag, str) and tag not in ("", "none")
 
 
 def _card(
