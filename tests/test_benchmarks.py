@@ -4,6 +4,7 @@ import pandas as pd
 import pytest
 from scipy.stats import binomtest
 
+from benchmarks.adapters import by_rules
 from benchmarks.backdoor import ratios, table
 
 
@@ -52,3 +53,24 @@ def test_the_table_adds_up_searches():
     assert totals.loc[("a", "exact"), "searches with a hit"] == "2 of 2"
     assert totals.loc[("b", "exact"), "searches with a hit"] == "0 of 2"
     assert totals.loc[("a", "exact"), "search s a vector"] == "1.00"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        (["It rains today.", "The sea is calm."], "They do not differ."),
+        (["Is it? Rain, in May?", "Do gulls sing? Do they?"], "They ask questions more."),
+        (
+            ["I am it, my rain.", "I am my calm sea."],
+            "They speak of themselves more, begin with i.",
+        ),
+        (["Today joy rains!", "The joy is calm!"], "They exclaim more, use the words joy."),
+    ],
+)
+def test_the_judge_by_rules_says_what_has_changed(seconds, expected):
+    firsts = ["It rains today.", "The sea is calm."]
+    asked = "\n\n".join(
+        f"Pair {n}, first text:\n{first}\nPair {n}, second text:\n{second}"
+        for n, (first, second) in enumerate(zip(firsts, seconds, strict=True), start=1)
+    )
+    assert by_rules(f"Below are 2 pairs.\n\n{asked}\n\nIn one sentence, how?") == expected

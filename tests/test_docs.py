@@ -135,7 +135,7 @@ def test_the_code_about_judges_runs_as_printed(tiny_llama, monkeypatch):
     """With a tiny model, a judge that needs no server, and one prompt."""
     go = pytest.importorskip("plotly.graph_objects")
     text = (ROOT / "docs" / "judges.md").read_text(encoding="utf-8")
-    asked, counted, compared, _ = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    asked, counted, compared, _, mixed = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
     class Polite:
         calls = tokens = 0
@@ -156,3 +156,9 @@ def test_the_code_about_judges_runs_as_printed(tiny_llama, monkeypatch):
         exec(compile(code, "judges.md", "exec"), names)
     assert [len(figure.data) for figure in shown] == [2, 2]
     assert names["compared"].table["tie"].tolist() == [5, 5]
+    mixed = mixed.replace("chat=True)", "chat=True, source_layer=1, target_layer=4)")
+    mixed = mixed.replace("max_new_tokens=40", "max_new_tokens=5, n_samples=2")
+    mixed = mixed.replace("tm.melbo(f, 16,", "tm.melbo(f, 2,")
+    exec(compile(mixed, "judges.md", "exec"), names)
+    assert len(names["mixed"].coefficients) == 3
+    assert len(names["response"].negative_scale()) == 3

@@ -81,14 +81,14 @@ def tiny_hf(
 
 
 def tiny_bridge(architecture: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+    return as_bridge(tiny_hf(architecture, dtype, seed), f"tiny-{architecture}")
+
+
+def as_bridge(hf_model: PreTrainedModel, name: str = "tiny") -> Any:
     from transformer_lens.model_bridge import TransformerBridge
 
     return TransformerBridge.boot_transformers(
-        f"tiny-{architecture}",
-        hf_model=tiny_hf(architecture, dtype, seed),
-        tokenizer=tokenizer(),
-        device="cpu",
-        dtype=dtype,
+        name, hf_model=hf_model, tokenizer=tokenizer(), device="cpu", dtype=hf_model.dtype
     )
 
 
