@@ -41,7 +41,7 @@ PY_TL3 := .venv-tl3/bin/python
 INSTALLED := .venv/.installed
 INSTALLED_TL3 := .venv-tl3/.installed
 
-.PHONY: help install demo results benchmark notebooks docs golden browser format clean
+.PHONY: help install demo picture results benchmark notebooks docs golden browser format clean
 .PHONY: test lint test-quick test-avx2 test-tl3 test-slow test-everywhere
 
 help: ## List the targets
@@ -56,6 +56,10 @@ demo: $(INSTALLED) ## Find 32 vectors for "Tell me about yourself." and write a 
 	@$(PY) -c 'from tl_melbo.cli import app; app(prog_name="tl-melbo")' \
 		discover "Tell me about yourself." --n-vectors 32 --radius 12 --out runs/demo --overwrite
 	@test -f runs/demo/report.html || { echo 'runs/demo/report.html was not written' >&2; exit 1; }
+
+picture: browser $(INSTALLED) ## A picture of the demo's page, docs/pictures/page.png, for the README
+	@test -f runs/demo/report.html || $(MAKE) demo
+	@$(PY) -m tests.picture runs/demo/report.html docs/pictures/page.png
 
 # Two families until nothing is left, and the published optimiser beside ours: about an hour. An
 # interrupted call goes on where it was.

@@ -214,6 +214,13 @@ def shared_calls():
         "cosine_heatmap": (
             tm.plots.cosine_heatmap, {"similarity": torch.eye(3), "title": "x", "labels": None}
         ),
+        "effect_plane": (tm.analysis.effect_plane, {"effects": torch.rand(3, 1, 2, 4) + 1}),
+        "plots.effect_map": (
+            tm.plots.effect_map,
+            {"places": torch.eye(3)[:, :2], "labels": ["0", "0-", "1"], "groups": None,
+             "shares": (0.5, 0.25), "title": "x"},
+        ),
+        "read_notes": (tm.report.read_notes, {"path": "nowhere.json"}),
         "objective_history": (tm.plots.objective_history, {"found": found, "title": "x"}),
         "kl_curve": (
             tm.plots.kl_curve,
@@ -262,7 +269,8 @@ def shared_calls():
             tm.report.write,
             {"path": "page.html", "model": model, "found": found, "completions": completions,
              "activation_map": f, "families": (), "side_effects": measured, "prompts": None,
-             "title": "x", "layer": 1, "chat": False, "batch_size": 2, **SHORT},
+             "title": "x", "layer": 1, "chat": False, "batch_size": 2, "baselines": None,
+             "adapter_texts": None, "notes": None, "run_folder": None, **SHORT},
         ),
         "calibrate_radius": (
             tm.calibrate_radius,
@@ -383,7 +391,7 @@ def test_the_calls_work_as_they_are(tmp_path, hooked):
     before = fingerprint(shared_model())
     try:
         for name, (function, arguments) in shared_calls().items():
-            if name not in ("load", "load_model", "join_family"):
+            if name not in ("load", "load_model", "read_notes", "join_family"):
                 function(**arguments)
                 assert fingerprint(shared_model()) == before, name
     finally:

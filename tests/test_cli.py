@@ -414,7 +414,7 @@ def test_version_and_help_answer() -> None:
 def test_help_does_not_load_what_it_does_not_need() -> None:
     code = (
         "import sys, tl_melbo.cli;"
-        "print([m for m in ('plotly', 'itables', 'transformer_lens.model_bridge') "
+        "print([m for m in ('plotly', 'transformer_lens.model_bridge') "
         "if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from tl_melbo.cli import app
 pytestmark = pytest.mark.usefixtures("cached_models", "by_words")
 
 FAMILY = ["composition.csv", "family.csv", "theta0.safetensors", "vectors.safetensors"]
+DATA = r'<script type="application/json" id="data">(.*?)</script>'
 HOSTILE = ['=HYPERLINK("x")', "'=1", "''+1", "'plain", "NA", "", "a\rb\r\nc\n", 'x"y', "-1"]
 
 
@@ -54,8 +56,9 @@ def test_it_writes_beside_and_extends_the_page(run: Path, loads_anew: None) -> N
     assert "The family of vector 1" not in before
     assert (run / "completions.csv").read_bytes() == completions
     # The library's own part stays as it was.
-    start, end = 'id="vectors"', "Are they the same direction?"
-    assert page.split(start)[1].split(end)[0] == before.split(start)[1].split(end)[0]
+    own, earlier = (json.loads(re.findall(DATA, text)[0]) for text in (page, before))
+    assert own["rows"] == earlier["rows"]
+    assert own["texts"] == earlier["texts"]
     found = tm.SteeringVectors.load(run / "vectors.safetensors")
     family = tm.SteeringVectors.load(run / "ortho-1" / "vectors.safetensors")
     f = tm.ActivationMap.from_prompts(

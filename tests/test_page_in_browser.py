@@ -1,201 +1,271 @@
-"""The page in a real browser: it works, it asks no network, and no text from a model runs."""
+"""The page in a real browser: no text runs, nothing is asked of a network, everyone can read it."""
 
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-import tl_melbo as tm
+from tests import page_in_browser as pages
 from tests.conftest import wait_for
-from tl_melbo import report
+from tests.page_in_browser import (
+    ALL_KEYS,
+    HOSTILE,
+    N_VECTORS,
+    click,
+    fragment,
+    go,
+    opened_at,
+    press,
+    texts,
+    write,
+)  # fmt: skip
 
 pytestmark = pytest.mark.browser
 
-PROMPT = "Tell me <script>window.injected = 'prompt'</script> about yourself."
-N_VECTORS = 6
-HOSTILE = [
-    "<script>window.injected = 'script'</script>",
-    "<img src=x onerror=\"window.injected = 'image'\"></td></tr></table></script>",
-    "\x1b[31mred\x1b[0m \x00\x07 \u202eright to left\u202c \u05e9\u05dc\u05d5\u05dd",
-    "x" * 1_000_000,
-    "first line\nsecond line",
-    "{{ prompt }} ${prompt} <link rel=stylesheet href=https://example.org/a.css>",
-]
+AXE = Path(__file__).parent / "data" / "axe.min.js"
+OPEN_ALL = "document.querySelectorAll('details').forEach(d => d.open = true)"
 
 
 @pytest.fixture(scope="module")
 def page(tiny_llama: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    f = tm.ActivationMap.from_prompts(tiny_llama, PROMPT, 1, 4, chat=True)
-    found = tm.melbo(f, n_vectors=N_VECTORS, radius=4.0, steps=3)
-    completions = report.collect_completions(tiny_llama, PROMPT, found, max_new_tokens=2)
-    unsteered, *others = completions.index
-    completions.loc[unsteered, "completion"] = HOSTILE[0] + HOSTILE[2]
-    completions.loc[others, "completion"] = [text for text in HOSTILE for _ in range(2)]
-    ortho = tm.melbo_ortho(f, found[2], 4, steps=4)
-    family = report.collect_family(tiny_llama, f, ortho, found[2], sizes=(2,), max_new_tokens=2)
-    for table in (family.table, family.composition):
-        table["completion"] = [HOSTILE[i % len(HOSTILE)] for i in range(len(table))]
-    path = tmp_path_factory.mktemp("page with spaces & more") / "report #1.html"
-    measured = tm.evaluation.side_effects(
-        tiny_llama, found, PROMPT, unrelated="Good bye.", passages="One two three."
-    )
-    report.write(
-        path, tiny_llama, found, completions=completions, activation_map=f, families=[family],
-        side_effects=measured,
-    )  # fmt: skip
-    return path
+    return write(tiny_llama, tmp_path_factory.mktemp("page with spaces & more"))
 
 
-@pytest.fixture(params=[(1280, 800), (390, 844)], ids=["laptop", "phone"])
-def opened(request: pytest.FixtureRequest, driver: Any, page: Path) -> Any:
-    width, height = request.param
-    screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
-    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
-    for log in ("browser", "performance"):
-        driver.get_log(log)  # what earlier pages left there
-    driver.get(page.as_uri())
-    wait_for(driver, "return document.querySelector('div.dt-search input') !== null")
-    wait_for(driver, "return document.querySelectorAll('.plot .main-svg').length >= 10")
-    return driver
+@pytest.fixture(params=[1300, 390], ids=["laptop", "phone"])
+def opened(request: pytest.FixtureRequest, driver: Any, page: Path) -> Iterator[Any]:
+    yield from opened_at(driver, page, request.param)
 
 
-def shown_vectors(driver: Any) -> list[int]:
-    cells = "document.querySelectorAll('#vectors tbody td.index')"
-    return driver.execute_script(f"return [...{cells}].map(cell => +cell.innerText)")
+@pytest.fixture
+def laptop(driver: Any, page: Path) -> Iterator[Any]:
+    """For what hangs on no width."""
+    yield from opened_at(driver, page, 1300)
 
 
-def shown_numbers(driver: Any, column: str) -> list[float]:
-    script = (
-        "return [...document.querySelectorAll(`#vectors tbody td.${arguments[0]}`)]"
-        ".map(c => +c.dataset.order)"
-    )
-    return driver.execute_script(script, column)
-
-
-def sort_by(driver: Any, column: str, direction: str) -> None:
-    header = driver.find_element("css selector", f"#vectors thead th.{column}")
-    driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", header)
-    header.click()
-    # DataTables sorts a moment after the click.
-    wait_for(driver, f"return document.querySelector('th.{column}').ariaSort === '{direction}'")
-
-
-def test_a_click_on_a_header_sorts(opened: Any) -> None:
-    assert shown_vectors(opened) == list(range(N_VECTORS))
-    for column in ("objective", "kl"):
-        sort_by(opened, column, "ascending")
-        ascending = shown_numbers(opened, column)
-        assert len(ascending) == N_VECTORS
-        assert ascending == sorted(ascending)
-        sort_by(opened, column, "descending")
-        assert shown_numbers(opened, column) == sorted(ascending, reverse=True)
-
-
-def test_the_tables_of_a_family_work_too(opened: Any) -> None:
-    rows = "return document.querySelectorAll('#family-2-vectors tbody tr').length"
-    assert opened.execute_script(rows) == 4
-    search = opened.find_element("css selector", "#family-2-vectors_wrapper .dt-search input")
-    search.send_keys("second line")
-    wait_for(opened, f"{rows} === 1")
-    # Only its own table listens.
-    assert shown_vectors(opened) == list(range(N_VECTORS))
-    assert not opened.find_element("css selector", "#composition-2").is_displayed()
-    opened.execute_script(
-        "document.querySelectorAll('#family-2 details').forEach(d => d.open = true)"
-    )
-    table = opened.find_element("css selector", "#composition-2")
-    assert table.is_displayed()
-    # One pair and three more, mean and sum: of the rescaled ones, the sum is the mean.
-    assert len(table.find_elements("css selector", "tbody tr")) == 16
-
-
-def test_search_filters(opened: Any) -> None:
-    search = opened.find_element("css selector", "#vectors_wrapper .dt-search input")
-    search.send_keys("second line")
-    assert shown_vectors(opened) == [4]
-    search.clear()
-    search.send_keys("no such words")
-    assert shown_vectors(opened) == []
-
-
-def test_no_text_runs_and_nothing_complains(opened: Any) -> None:
+def test_no_text_runs_nothing_complains_nothing_leaves(opened: Any, page: Path) -> None:
+    for key in ALL_KEYS:
+        opened.execute_script(f"document.querySelector('#v{key}')?.querySelector('.open').click()")
+    opened.execute_script(OPEN_ALL)
+    opened.execute_script("dispatchEvent(new Event('beforeprint'))")
+    wait_for(opened, "return document.querySelectorAll('.plot .main-svg').length >= 10")
     assert opened.execute_script("return window.injected ?? null") is None
     assert opened.get_log("browser") == []
-    # Nothing of the text became an element.
-    inside = ".data td div *, blockquote *, h1 *"
-    assert opened.execute_script(f"return document.querySelectorAll('{inside}').length") == 0
-    text = opened.find_element("css selector", "#vectors tbody tr td.completion").text
-    assert HOSTILE[0] in text
-
-
-def test_what_hovering_shows_is_text_too(opened: Any) -> None:
-    """Plotly takes some HTML, and links, in labels; and marks would turn the page's own words."""
-    shown = opened.execute_script(
-        """
-        const texts = [];
-        for (const plot of document.querySelectorAll('.plot')) {
-          plot.data.forEach((trace, curveNumber) => {
-            if (trace.type !== 'scatter' || !Array.isArray(trace.customdata)) return;
-            trace.customdata.forEach((_, pointNumber) => {
-              Plotly.Fx.hover(plot, [{curveNumber, pointNumber}]);
-              const layer = plot.querySelector('.hoverlayer');
-              texts.push([layer.textContent, layer.querySelectorAll('a, script, img').length]);
-            });
-          });
-        }
-        return texts;
-        """
+    # Nothing of the texts became an element, but for the pieces that the page makes itself.
+    inside = [f"{place} *:not(span, code, mark)" for place in (".words", ".samples li", "h1")]
+    assert (
+        opened.execute_script(f"return document.querySelectorAll('{', '.join(inside)}').length")
+        == 0
     )
-    words = "".join(text for text, _ in shown)
-    assert "<script>window.injected = 'script'</script>" in words.replace("\xa0", " ")
-    assert "[U+202E]right to left" in words.replace("\xa0", " ")
-    assert "␛[31mred" in words
-    assert not {"\u202e", "\x1b", "\x00"} & set(words)
-    assert {n_elements for _, n_elements in shown} == {0}
-    assert opened.execute_script("return window.injected ?? null") is None
-
-
-def test_the_policy_stops_a_script_that_got_in_all_the_same(opened: Any) -> None:
-    opened.execute_script(
-        "const image = document.createElement('img');"
-        "image.setAttribute('onerror', 'window.injected = true'); image.src = 'data:,';"
-        "document.body.append(image)"
-    )
-    wait_for(opened, "return document.images[document.images.length - 1].complete")
-    assert opened.execute_script("return window.injected ?? null") is None
-
-
-def test_nothing_leaves_the_machine(opened: Any, page: Path) -> None:
+    shown = "".join(texts(opened, "main"))
+    for words in (
+        HOSTILE[0],
+        HOSTILE[1],
+        "[U+202E]right to left",
+        "␛[31mred",
+        "<b>mine</b>",
+        "<b>p0</b>",
+    ):
+        assert words in shown
+    assert not {"\u202e", "\x1b", "\x00"} & set(shown)
+    assert "[cut: 1,000,000 characters in all]" in shown
     events = [json.loads(entry["message"])["message"] for entry in opened.get_log("performance")]
     asked = {
-        event["params"]["request"]["url"]
+        event["params"]["request"]["url"].partition("#")[0]
         for event in events
         if event["method"] == "Network.requestWillBeSent"
     }
-    assert page.as_uri() in asked
-    assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
-    assert [url for url in asked if url.startswith("file:")] == [page.as_uri()]
+    outside = {url for url in asked if not url.startswith(("data:", "blob:", "about:"))}
+    assert outside == {page.as_uri()}
+
+
+def test_the_policy_stops_a_script_that_got_in_all_the_same(laptop: Any) -> None:
+    laptop.execute_script(
+        "const image = document.createElement('img');"
+        "image.setAttribute('onerror', 'window.injected = true'); image.src = 'data:,';"
+        "const script = document.createElement('script'); script.textContent = 'injected = true';"
+        "document.body.append(image, script)"
+    )
+    wait_for(laptop, "return document.images[document.images.length - 1].complete")
+    assert laptop.execute_script("return window.injected ?? null") is None
 
 
 def test_the_page_does_not_scroll_sideways(opened: Any) -> None:
-    widths = "return [document.documentElement.scrollWidth, document.body.scrollWidth, innerWidth]"
-    opened.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
-    page_width, body_width, window_width = opened.execute_script(widths)
-    assert page_width <= window_width
-    assert body_width <= window_width
-    # Nor do its parts stick out of it.
+    for key in ALL_KEYS:
+        opened.execute_script(f"document.querySelector('#v{key} .open').click()")
+    opened.execute_script(OPEN_ALL)
+    opened.execute_script("document.querySelectorAll('.more').forEach(b => b.click())")
     outside = (
-        "return [...document.querySelectorAll('main *')].filter(e => "
-        "e.getBoundingClientRect().right > innerWidth + 1 && !e.closest('.plot')).length"
+        "return [...document.querySelectorAll('body *')].filter(e => e.checkVisibility() && "
+        "e.getBoundingClientRect().right > innerWidth + 1 && "
+        "!e.closest('.plot, .mono, .links, .away')).map(e => e.outerHTML.slice(0, 80))"
     )
-    assert opened.execute_script(outside) == 0
+    wide = "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    assert opened.execute_script(outside) == []
+    assert opened.execute_script(wide) == 0
+    opened.execute_script(
+        "document.querySelectorAll('#vectors .pick input').forEach((b, i) => i < 2 && b.click())"
+    )
+    click(opened, "#selection .compare")
+    assert opened.execute_script(outside) == []
 
 
-def test_newlines_are_seen(opened: Any) -> None:
-    cells = opened.find_elements("css selector", "#vectors td.completion div")
-    assert cells[4].text == HOSTILE[4]
-    assert cells[4].size["height"] > 2 * float(
-        cells[4].value_of_css_property("font-size").removesuffix("px")
+def test_newlines_and_code_are_seen(laptop: Any) -> None:
+    cell = laptop.find_element("css selector", "#v4 td.completion .words")
+    assert cell.text == HOSTILE[4]
+    assert cell.size["height"] > 2 * float(
+        cell.value_of_css_property("font-size").removesuffix("px")
     )
+    click(laptop, "#seen summary")
+    assert pages.PROMPT in laptop.find_element("css selector", "#seen pre").text
+
+
+def point_at(driver: Any, name: str, across: float, down: float, *, click: bool = False) -> None:
+    """The mouse on a figure's field, in shares of its width and height."""
+    from selenium.webdriver import ActionChains
+
+    field = driver.find_element("css selector", f"[data-figure={name}] .nsewdrag")
+    place = "const r = arguments[0].getBoundingClientRect(); return [r.width, r.height]"
+    width, height = driver.execute_script(place, field)
+    offset = (width * (across - 0.5), height * (down - 0.5))
+    moves = ActionChains(driver).move_to_element_with_offset(field, *map(int, offset))
+    (moves.click() if click else moves).perform()
+
+
+def test_figures_show_texts_and_lead_on(opened: Any) -> None:
+    for name in ("map", "effects"):
+        opened.execute_script(f"document.querySelector('[data-figure={name}]').scrollIntoView()")
+        wait_for(
+            opened, f"return document.querySelector('[data-figure={name}] .nsewdrag') !== null"
+        )
+    figure = "document.querySelector('[data-figure={}]')"
+    order = opened.execute_script(f"return {figure.format('effects')}.data[0].y")
+    point_at(opened, "effects", 1.5 / N_VECTORS, 0.5 / N_VECTORS)
+    wait_for(opened, "return !document.querySelector('#hover').hidden")
+    panel = texts(opened, "#hover")[0]
+    assert "cosine of effects" in panel
+    for key in order[:2]:
+        assert pages.HOSTILE[int(key)].replace("\x1b", "␛")[:10] in panel
+    assert (
+        opened.execute_script("return document.querySelectorAll('#hover :is(a, img)').length") == 0
+    )
+    point_at(opened, "effects", 1.5 / N_VECTORS, 0.5 / N_VECTORS, click=True)
+    wait_for(opened, "return document.querySelector('#compare').open")
+    assert fragment(opened)["sel"] == ",".join(order[:2])
+    press(opened, "\ue00c")
+    opened.execute_script(f"{figure.format('map')}.scrollIntoView()")
+    trace = f"{figure.format('map')}.data[0]"
+    key, x, y = opened.execute_script(
+        f"const {{ xaxis, yaxis }} = {figure.format('map')}._fullLayout;"
+        f"const t = {trace};"
+        "const [px, py] = [xaxis.d2p(t.x[0]), yaxis.d2p(t.y[0])];"
+        "return [t.meta[0], px / xaxis._length, py / yaxis._length]"
+    )
+    point_at(opened, "map", x, y, click=True)
+    wait_for(opened, f"return location.hash.slice(1).split('&')[0] === 'v{key}'")
+    assert opened.execute_script("return window.injected ?? null") is None
+
+
+def test_charts_are_dark_at_night(laptop: Any) -> None:
+    plot = "document.querySelector('[data-figure=specificity]')"
+    laptop.execute_script(f"{plot}.scrollIntoView()")
+    wait_for(laptop, f"return {plot}.layout !== undefined")
+    ink = f"return {plot}.layout.font.color"
+    day = laptop.execute_script(ink)
+    night = {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
+    laptop.execute_cdp_cmd("Emulation.setEmulatedMedia", night)
+    try:
+        wait_for(laptop, f"{ink} !== '{day}'")
+        assert laptop.execute_script(f"return {plot}.layout.paper_bgcolor") == "rgba(0,0,0,0)"
+        assert violations(laptop) == []
+    finally:
+        laptop.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def test_paper_shows_everything_but_the_controls(laptop: Any) -> None:
+    laptop.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    try:
+        closed = "return document.querySelectorAll('main details:not([open], .plain)').length"
+        wait_for(laptop, f"{closed} === 0")
+        for selector in ("nav", "#chips", ".pick", ".more", ".copy", "#export"):
+            shown = laptop.find_elements("css selector", selector)
+            assert not any(each.is_displayed() for each in shown), selector
+        members = laptop.find_elements("css selector", "#cards .members a")
+        assert members
+        assert all(each.is_displayed() for each in members)
+    finally:
+        laptop.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+    wait_for(laptop, "return document.querySelectorAll('#cards details[open]').length === 0")
+
+
+def violations(driver: Any) -> list[str]:
+    """What axe finds serious, as rule and first place."""
+    if not driver.execute_script("return typeof axe === 'object'"):
+        driver.execute_script(AXE.read_text(encoding="utf-8"))
+    found = driver.execute_async_script(
+        "const done = arguments[0]; axe.run({resultTypes: ['violations']})"
+        ".then(r => done(r.passes.length > 10 ? r.violations : null))"
+    )
+    return [
+        f"{each['id']}: {each['nodes'][0]['html'][:120]} ({len(each['nodes'])})"
+        for each in found
+        if each["impact"] in ("serious", "critical")
+    ]
+
+
+def test_axe_finds_nothing_serious(opened: Any) -> None:
+    opened.execute_script(
+        "document.querySelectorAll('#v0 .open, #v1- .open').forEach(b => b.click())"
+    )
+    opened.execute_script(
+        "document.querySelectorAll('#vectors .pick input').forEach((b, i) => i < 2 && b.click())"
+    )
+    opened.execute_script(OPEN_ALL)
+    assert violations(opened) == []
+    click(opened, "#selection .compare")
+    assert violations(opened) == []
+
+
+def test_tab_reaches_the_controls_in_their_order(opened: Any) -> None:
+    opened.execute_script("document.querySelector('#search').focus()")
+    seen = []
+    for _ in range(12):
+        press(opened, "\ue004")
+        seen.append(
+            opened.execute_script(
+                "const e = document.activeElement;"
+                "return e.getAttribute('aria-label') ?? e.textContent"
+            )
+        )
+        outline = opened.execute_script(
+            "return getComputedStyle(document.activeElement).outlineStyle"
+        )
+        assert outline != "none"
+    assert seen[:3] == ["KL at least", "KL at most", "★ starred"]
+    assert any(text.startswith("near baseline") for text in seen)
+
+
+def test_rows_are_built_when_somebody_scrolls_there(laptop: Any, page: Path) -> None:
+    """On a page of 20 times as many vectors."""
+    text = page.read_text(encoding="utf-8")
+    pattern = r'(<script type="application/json" id="data">)(.*?)(</script>)'
+    data = json.loads(re.findall(pattern, text)[0][1])
+    for row in data["rows"][:]:
+        for i in range(1, 20):
+            own = row["number"] + N_VECTORS * i
+            data["rows"].append(row | {"key": f"{own}{'-' * (row['sign'] < 0)}", "number": own})
+    big = page.with_name("big.html")
+    made = json.dumps(data).replace("<", "\\u003c")
+    big.write_text(re.sub(pattern, lambda part: part[1] + made + part[3], text), encoding="utf-8")
+    go(laptop, big)
+    built = "return document.querySelectorAll('#vectors tr.row').length"
+    assert laptop.execute_script(built) < 150
+    assert laptop.find_element("css selector", "#count").text == "240 rows"
+    go(laptop, big, "#v110")
+    row = laptop.find_element("css selector", "#v110")
+    assert 0 <= laptop.execute_script("return arguments[0].getBoundingClientRect().top", row) < 844
+    laptop.execute_script("dispatchEvent(new Event('beforeprint'))")
+    assert laptop.execute_script(built) == 240

@@ -1,8 +1,10 @@
 """The page as a file: whole, self-contained, and safe whatever the model wrote."""
 
+import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -32,6 +34,15 @@ def found(f: tm.ActivationMap) -> tm.SteeringVectors:
 @pytest.fixture(scope="module")
 def completions(tiny_llama: torch.nn.Module, found: tm.SteeringVectors) -> pd.DataFrame:
     return report.collect_completions(tiny_llama, PROMPTS, found, max_new_tokens=3)
+
+
+def data_of(path: Path) -> dict[str, Any]:
+    """What the page's script builds its rows from."""
+    (text,) = re.findall(
+        r'<script type="application/json" id="data">(.*?)</script>',
+        path.read_text(encoding="utf-8"),
+    )
+    return json.loads(text)
 
 
 def with_text(completions: pd.DataFrame, text: str) -> pd.DataFrame:
@@ -93,6 +104,9 @@ def test_the_page_says_what_it_is(
     for words in (*PROMPTS, "tiny-llama", "1 → 4", "orthogonal", "-3:", "versions: torch"):
         assert words in page
     assert page.count('class="plot') == 3
+    # The prompts as the model saw them, in its chat template.
+    for prompt in PROMPTS:
+        assert f"user\n{prompt}" in page
 
 
 def test_the_page_loads_nothing(
@@ -105,7 +119,7 @@ def test_the_page_loads_nothing(
     report.write(path, tiny_llama, found, completions=completions)
     page = path.read_text(encoding="utf-8")
     markup = re.sub(r"<(script|style)\b[^>]*>.*?</\1>", "", page, flags=re.DOTALL)
-    assert not re.search(r"\b(src|href|srcset|action)\s*=\s*[\"'](?!data:)", markup)
+    assert not re.search(r"\b(src|href|srcset|action)\s*=\s*[\"'](?!data:|#)", markup)
     assert "connect-src" not in page
     assert "default-src 'none'" in page
 
@@ -123,8 +137,10 @@ def test_text_from_the_model_is_escaped(
     assert "<script>alert" not in page
     assert not set("\x00\x1b\u202e") & set(page)
     shown = "&lt;script&gt;alert(1)&lt;/script&gt;␛[31m[U+202E]txt&lt;/td&gt;"
-    # The title is shown twice, and of each prompt's texts one is an example of its group.
-    assert page.count(shown) == len(hostile) + 2 + len(PROMPTS)
+    # The title is shown twice; what many vectors write is there once.
+    assert page.count(shown) == 2
+    (text,) = data_of(path)["texts"]
+    assert text == printable(HOSTILE)
 
 
 def test_a_story_cannot_inject_either(
@@ -184,9 +200,10 @@ def test_missing_texts_leave_gaps(
     path = tmp_path / "page.html"
     table = report.write(path, tiny_llama, found, completions=completions)
     assert table["completion"].isna().tolist() == [False, False, True, True, True]
-    page = path.read_text(encoding="utf-8")
-    assert ">−v<" not in page
-    assert "<h2>Unsteered" not in page
+    data = data_of(path)
+    assert [row["sign"] for row in data["rows"]] == [1] * 5
+    assert [len(row["texts"]) for row in data["rows"]] == [1, 1, 0, 0, 0]
+    assert "<h2>Unsteered" not in path.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -264,7 +281,9 @@ def test_numbers_that_are_not_finite_are_shown(
     library = tm.SteeringVectors(found.vectors, found.story, {"objective": objective})
     path = tmp_path / "page.html"
     report.write(path, tiny_llama, library, completions=completions)
-    assert 'data-order="">–</td>' in path.read_text(encoding="utf-8")
+    rows = data_of(path)["rows"]
+    assert rows[0]["values"]["objective"] is None
+    assert rows[2]["values"]["objective"] == pytest.approx(float(objective[1]), rel=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -294,15 +313,17 @@ def test_a_family_gets_its_part_of_the_page(
     without, page = (path.read_text(encoding="utf-8") for path in paths)
     assert "MELBO-ortho" not in without
     assert "The family of vector 3" in page
-    assert page.count('class="plot') == without.count('class="plot') + 6
-    section = page.split('id="family-3"')[1]
-    for row in family.table[family.table["kind"] == "family"].to_dict("records"):
-        assert f"{row['distance']:#.4g}</td>" in section
-        assert f"{row['kl_to_reference']:.3f}</td>" in section
+    assert page.count('class="plot') == without.count('class="plot') + 5
+    table = data_of(paths[1])["tables"]["family-3-vectors"]
+    names = [column["name"] for column in table["columns"]]
+    own = family.table[family.table["kind"] == "family"]
+    for name in ("distance", "kl_to_reference", "norm"):
+        shown = [row[names.index(name)] for row in table["rows"]]
+        assert shown == pytest.approx(own[name].tolist(), rel=1e-4)
     # Without the map there are no effects to compare.
     report.write(paths[0], tiny_llama, found, completions=completions, families=[family])
     assert (
-        paths[0].read_text(encoding="utf-8").count('class="plot') == page.count('class="plot') - 2
+        paths[0].read_text(encoding="utf-8").count('class="plot') == page.count('class="plot') - 3
     )
 
 

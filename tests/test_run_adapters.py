@@ -1,5 +1,7 @@
 """Adapters in a run's folder, and from the shell."""
 
+import json
+
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -64,3 +66,23 @@ def test_the_command_trains_keeps_and_writes(model_folder, cached_models, tmp_pa
     neither = runner.invoke(cli.app, ["adapters", "--out", str(out)])
     assert neither.exit_code == 1
     assert "--situations" in neither.stderr
+
+
+def test_the_page_shows_what_the_folder_holds(tiny_llama, tmp_path, by_words):
+    """Notes that a reader put there, and adapters with their texts."""
+    f = tm.ActivationMap.from_prompts(tiny_llama, PROMPT, 1, 4)
+    run = tm.Run(tmp_path / "run")
+    run.melbo(f, 2, radius=4.0, steps=2)
+    adapter = run.adapters(tiny_llama, 1, PROMPT, max_new_tokens=2, steps=1)
+    run.adapter_texts(tiny_llama, adapter, PROMPT, max_new_tokens=2)
+    notes = {"version": 1, "vectors": {"1": {"name": "a pirate"}}}
+    (run.folder / "notes.json").write_text(json.dumps(notes), encoding="utf-8")
+    run.page(tiny_llama, f, max_new_tokens=2)
+    page = (run.folder / "report.html").read_text(encoding="utf-8")
+    for words in ("a pirate", "<h2>Adapters", '"adapter-texts"', '"folder":"run"'):
+        assert words in page
+    run.page(tiny_llama, f, notes={"version": 1})
+    assert "a pirate" not in (run.folder / "report.html").read_text(encoding="utf-8")
+    (run.folder / "notes.json").write_text("no notes", encoding="utf-8")
+    with pytest.raises(tm.errors.Damaged, match=r"notes\.json"):
+        run.page(tiny_llama, f)

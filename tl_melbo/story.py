@@ -2,6 +2,7 @@
 
 import math
 import platform
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -19,6 +20,16 @@ _ABOUT = {
     "melbo": "The search climbs towards vectors that change the target layer most (MELBO).",
     "melbo_ortho": "Each vector has the effect of theta0 and is orthogonal to theta0 and to all "
     "before it (MELBO-ortho).",
+}
+
+# What a reader knows them by; a method that is not here goes by its own name.
+_METHODS = {"melbo": "MELBO", "melbo_ortho": "MELBO-ortho", "dct": "DCT"}
+# Each with what its steps are.
+_OPTIMISERS = {
+    "ascent": ("power iteration", "gradients"),
+    "quasi-newton": ("L-BFGS", "steps"),
+    "adamw": ("AdamW", "steps"),
+    "adam": ("Adam", "steps"),
 }
 
 
@@ -122,6 +133,28 @@ def measure(
 def about_of(story: Mapping[str, Any]) -> str:
     """A sentence on how the vectors were found, or nothing where that is not known."""
     return str(story.get("about") or _ABOUT.get(str(story.get("method")), ""))
+
+
+def method_of(story: Mapping[str, Any]) -> str | None:
+    """How a library was found, in a reader's words: "MELBO, power iteration (10 gradients)"."""
+    name, chosen = story.get("method"), story.get("hyperparameters") or {}
+    if not name:
+        return None
+    known = _METHODS.get(str(name), str(name).replace("_", " ").capitalize())
+    optimiser, steps = chosen.get("optimiser"), chosen.get("steps")
+    if not optimiser:
+        return known
+    told, counts = _OPTIMISERS.get(str(optimiser), (str(optimiser), "steps"))
+    return f"{known}, {told}" + (f" ({steps} {counts})" if steps else "")
+
+
+def model_of(story: Mapping[str, Any]) -> str | None:
+    """The model's name: a hub id as it is, the last part of a path, without ".gguf"."""
+    name = str(story.get("model") or "")
+    is_path = name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1
+    if is_path:
+        name = re.split(r"[/\\]", name.rstrip("/\\"))[-1]
+    return name.removesuffix(".gguf") or None
 
 
 def slice_to_json(positions: slice) -> list[int | None]:

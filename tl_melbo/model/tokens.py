@@ -50,6 +50,11 @@ def to_tokens(model: Model, prompt: str, chat: bool = False, system: str | None 
     return tokens
 
 
+def as_seen(model: Model, prompt: str, chat: bool = False) -> str:
+    """The prompt as the model reads it, with chat template, system prompt and special tokens."""
+    return model.tokenizer.decode(to_tokens(model, prompt, chat)[0], skip_special_tokens=False)
+
+
 def _chat_tokens(tokenizer: Any, prompt: str, system: str | None = None) -> Tensor:
     from jinja2 import TemplateError
 

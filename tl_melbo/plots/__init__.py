@@ -27,6 +27,7 @@ from tl_melbo.plots._library import (
     norm_curve,
     objective_history,
 )
+from tl_melbo.plots._map import effect_map
 from tl_melbo.plots._tokens import token_divergence, token_presence
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "distance_curve",
     "dose_response",
     "effect_by_layer",
+    "effect_map",
     "kl_curve",
     "mechanism",
     "moving_average",

@@ -2,8 +2,9 @@
 
 from tl_melbo.analysis._completions import COMPLETION_COLUMNS, collect_completions
 from tl_melbo.analysis._family import Family, collect_family
+from tl_melbo.report._facts import measure_shown, not_converged
+from tl_melbo.report._notes import read_notes
 from tl_melbo.report._page import write
-from tl_melbo.report._render import measure_shown, not_converged
 
 __all__ = [
     "COMPLETION_COLUMNS",
@@ -12,5 +13,6 @@ __all__ = [
     "collect_family",
     "measure_shown",
     "not_converged",
+    "read_notes",
     "write",
 ]

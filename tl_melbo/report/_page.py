@@ -1,29 +1,30 @@
 """What the page shows of a library and its families: given, or computed by the analyses."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
-from torch import Tensor
 
-from tl_melbo import checks, plots
+from tl_melbo import checks
 from tl_melbo.activation_map import ActivationMap
-from tl_melbo.analysis import behaviours, cosine_similarity, kl_divergence
+from tl_melbo.adapters import Adapter
+from tl_melbo.analysis import Behaviours, behaviours, cosine_similarity, kl_divergence
 from tl_melbo.analysis._completions import COMPLETION_COLUMNS, collect_completions
 from tl_melbo.analysis._family import Family
+from tl_melbo.analysis._random_baseline import random_baseline
 from tl_melbo.analysis._side_effects import COLUMNS
 from tl_melbo.files import replacing
 from tl_melbo.model.bridge import Model
-from tl_melbo.report import _render
+from tl_melbo.model.tokens import as_seen
+from tl_melbo.report import _data, _facts, _parts, _tokens
+from tl_melbo.report._data import Measured
+from tl_melbo.report._notes import Notes, notes_given
+from tl_melbo.report._render import render
 from tl_melbo.shapes import shape_checked
 from tl_melbo.steering import as_chat
+from tl_melbo.tables import Table
 from tl_melbo.vectors import SteeringVectors
-
-# The first token's residual is far longer than the others' and would decide every cosine.
-_AFTER_THE_FIRST = slice(1, None)
-_SCALINGS = {"raw": "", "reference norm": " at theta0’s norm", "mean norm": " at members’ norm"}
 
 
 @shape_checked
@@ -36,9 +37,16 @@ def write(
     activation_map: ActivationMap | None = None,
     families: Sequence[Family] = (),
     side_effects: pd.DataFrame | None = None,
+    baselines: pd.DataFrame | None = None,
+    top_tokens: pd.DataFrame | None = None,
+    token_divergence: pd.DataFrame | None = None,
+    adapters: Adapter | None = None,
+    adapter_texts: pd.DataFrame | None = None,
+    notes: str | Path | Notes | None = None,
     prompts: str | Sequence[str] | None = None,
     max_new_tokens: int = 50,
     title: str | None = None,
+    run_folder: str | None = None,
     layer: int | None = None,
     chat: bool | None = None,
     batch_size: int = 32,
@@ -48,12 +56,19 @@ def write(
     The file is replaced whole or not at all; it makes no network requests.
 
     Args:
-        completions: as `collect_completions` gives them; None writes them.
+        completions: as `collect_completions` gives them, of any scales and samples; None writes
+            them. Those at scales 1 and -1 are grouped into behaviours.
         activation_map: the map that the vectors were found with; without it, effects are not shown.
         families: from `collect_family`; each gets a part of the page.
         side_effects: as `analysis.side_effects` gives it for these vectors.
+        baselines: kl and objective of random vectors of the same norm; None measures eight, where
+            there is a map.
+        top_tokens, token_divergence: as the analyses of these names give them for these vectors.
+        adapters, adapter_texts: trained in the same folder, and what the model writes under each.
+        notes: stars, names and remarks, as a path or as `read_notes` gives them.
         prompts: what to complete; None takes those of `completions`, or those of the metadata.
         title: the page's heading; None takes the prompt.
+        run_folder: the folder of a run, for the commands that the page offers.
 
     Returns:
         The page's table, one row a vector and prompt: index, prompt, what the method measured,
@@ -61,53 +76,139 @@ def write(
         (with side effects), behaviour, completion, negated_completion.
 
     Raises:
-        ValueError: no vectors or a zero one, no prompt, completions or side effects of others; also
-            as `generate` and `kl_divergence` do.
+        ValueError: no vectors or a zero one, no prompt, completions or side effects of others;
+            notes that are none; also as `generate` and `kl_divergence` do.
         FileNotFoundError, PermissionError: the folder does not exist, or cannot be written to.
     """
     if not len(found):
         raise ValueError("found: holds no vectors; there is nothing to show")
-    _check_frames(completions, side_effects, found)
-    if completions is not None:
-        prompts = completions["prompt"].tolist()
-    chosen = found.story.get("prompts") if prompts is None else prompts
-    texts = list(dict.fromkeys(checks.as_texts(chosen or [])))
+    _check_frames(found, completions, side_effects, baselines, adapter_texts)
+    _tokens.check_tokens(top_tokens, token_divergence)
+    kept = notes_given(notes)
+    texts = _prompts(found, completions, prompts)
     # Before the completions are written: it refuses vectors of no norm.
-    similarity = cosine_similarity(found)
-    options = {"layer": layer, "chat": chat, "batch_size": batch_size}
+    cosines = cosine_similarity(found)
+    options: dict[str, Any] = {"layer": layer, "chat": chat, "batch_size": batch_size}
     # Opened before the work: a folder that cannot be written to shows at once.
     with replacing(path) as temporary:
         if completions is None:
             completions = collect_completions(
                 model, texts, found, max_new_tokens=max_new_tokens, **options
             )
-        else:  # greedy, at the vectors' own length
-            completions = completions[completions["scale"].isin([-1, 0, 1])]
-            if "sample" in completions:
-                completions = completions[completions["sample"] == 0]
-        kl = {text: kl_divergence(model, text, found, **options).tolist() for text in texts}
-        # Its logits are of whole texts: 8 at once take as much memory as many rows of others.
-        grouping = {"chat": as_chat(found, chat), "batch_size": min(batch_size, 8)}
-        groups = None if completions.empty else behaviours(model, completions, **grouping)
-        table = _render.vectors_table(found, completions, kl, groups, side_effects)
-        unsteered = completions[completions["vector"] == -1]
-        page = _render.render(
+        if baselines is None and activation_map is not None:
+            baselines = random_baseline(model, activation_map, found, texts, **options)
+        if top_tokens is None:
+            top_tokens = _tokens.measured_top_tokens(model, found, texts, options)
+        groups = _grouped(model, completions, found, chat, batch_size)
+        measured = Measured(_kl(model, found, texts, options), baselines, side_effects)
+        data = _data.rows_data(found, texts, completions, groups, measured)
+        keys = _tokens.keys_of(data["rows"], texts)
+        effects = _parts.effects_of(found, activation_map)
+        tables = [_parts.adapter_tables(adapters, adapter_texts)]
+        tables += map(_parts.family_tables, families)
+        data |= {
+            "library": _data.library_id(found),
+            "folder": run_folder,
+            "cosines": _data.cosines_data(cosines),
+            "effects": _data.cosines_data(effects and effects.cosines),
+            "tokens": _tokens.top_tokens_data(top_tokens, keys, texts),
+            "divergence": _tokens.divergence_data(token_divergence, keys),
+            "notes": kept,
+            "tables": {name: table for some in tables for name, table in some.items()},
+        }
+        page = render(
+            data,
             title=title,
             prompts=texts,
-            unsteered=dict(zip(unsteered["prompt"], unsteered["completion"], strict=True)),
-            **_render.library_facts(found),
-            **_render.groups_part(groups, found, many_prompts=len(texts) > 1),
-            columns=_render.vectors_columns(table, found),
-            rows=table.to_dict("records"),
-            figures=_figures(found, similarity, activation_map, side_effects),
-            families=[_family_part(part, activation_map) for part in families],
+            seen=[as_seen(model, text, as_chat(found, chat)) for text in texts],
+            **_facts.library_facts(found, baselines),
+            **_facts.groups_told(groups),
+            figures=_parts.library_figures(found, data, effects, side_effects),
+            families=[_parts.family_part(part, activation_map) for part in families],
         )
         temporary.write_text(page, encoding="utf-8", newline="\n")
+    return _table(found, completions, data, measured)
+
+
+def _prompts(
+    found: SteeringVectors,
+    completions: pd.DataFrame | None,
+    prompts: str | Sequence[str] | None,
+) -> list[str]:
+    if completions is not None:
+        prompts = completions["prompt"].tolist()
+    chosen = found.story.get("prompts") if prompts is None else prompts
+    return list(dict.fromkeys(checks.as_texts(chosen or [])))
+
+
+def _kl(
+    model: Model, found: SteeringVectors, prompts: Sequence[str], options: Mapping[str, Any]
+) -> dict[tuple[str, int], list[float]]:
+    """The divergence from unsteered of each vector and of its negative, by prompt and sign."""
+    return {
+        (prompt, sign): kl_divergence(model, prompt, library, **options).tolist()
+        for prompt in prompts
+        for sign, library in ((1, found), (-1, -found))
+    }
+
+
+def _grouped(
+    model: Model,
+    completions: pd.DataFrame,
+    found: SteeringVectors,
+    chat: bool | None,
+    batch_size: int,
+) -> Behaviours | None:
+    """Behaviours of vectors and negatives; None where nothing was written at scales 1 and -1."""
+    at_one = (completions["vector"] < 0) | (completions["scale"].abs() == 1)
+    some = pd.DataFrame(completions[at_one])
+    if some.empty:
+        return None
+    # Its logits are of whole texts: 8 at once take as much memory as many rows of others.
+    return behaviours(model, some, chat=as_chat(found, chat), batch_size=min(batch_size, 8))
+
+
+def _table(
+    found: SteeringVectors,
+    completions: pd.DataFrame,
+    data: Mapping[str, Any],
+    measured: Measured,
+) -> pd.DataFrame:
+    """One row a prompt and vector, as `write` returns it."""
+    names = {card["key"]: card["name"] for card in data["behaviours"]}
+    rows = {(row["prompt"], row["vector"]): row for row in data["rows"] if row["sign"] > 0}
+    if "sample" in completions:
+        completions = completions.sort_values("sample", kind="stable")
+    named = ["prompt", "vector", "scale"]
+    first = completions.drop_duplicates(named).set_index(named)
+    texts = first["completion"].to_dict()
+    prompts = list(dict.fromkeys(prompt for prompt, _ in measured.kl))
+    places = [(prompt, vector) for prompt in range(len(prompts)) for vector in range(len(found))]
+    vectors = [vector for _, vector in places]
+    table = Table({"index": found.columns["index"][vectors].tolist()})
+    table["prompt"] = [prompts[prompt] for prompt, _ in places]
+    if measure := _facts.measure_shown(found):
+        table[measure["column"]] = found.columns[measure["column"]][vectors].tolist()
+    table["kl"] = [measured.kl[prompts[prompt], 1][vector] for prompt, vector in places]
+    if measured.side_effects is not None:
+        costs = [column.name for column in _data.COSTS]
+        table[costs] = measured.side_effects[costs].astype(float).to_numpy()[vectors]
+    behaviour = []
+    for row in map(rows.__getitem__, places):
+        aside = f"filtered out: {row['filtered']}" if row["filtered"] else None
+        behaviour.append(names.get(row["behaviour"], aside))
+    table["behaviour"] = behaviour
+    for name, scale in (("completion", 1.0), ("negated_completion", -1.0)):
+        table[name] = [texts.get((prompts[prompt], vector, scale)) for prompt, vector in places]
     return table
 
 
 def _check_frames(
-    completions: pd.DataFrame | None, side_effects: pd.DataFrame | None, found: SteeringVectors
+    found: SteeringVectors,
+    completions: pd.DataFrame | None,
+    side_effects: pd.DataFrame | None,
+    baselines: pd.DataFrame | None,
+    adapter_texts: pd.DataFrame | None,
 ) -> None:
     last = len(found) - 1
     if completions is not None:
@@ -118,6 +219,13 @@ def _check_frames(
                 f"completions: has texts of vectors {unknown[:10]}, but found holds 0 to {last}; "
                 "pass the completions of these vectors"
             )
+    if baselines is not None:
+        checks.columns(baselines, ("kl",), "baselines", "pass the kl of each", numbers=True)
+        known = [name for name in ("objective",) if name in baselines]
+        checks.columns(baselines, known, "baselines", "pass the objective of each", numbers=True)
+    if adapter_texts is not None:
+        advice = "pass what Run.adapter_texts returns"
+        checks.columns(adapter_texts, ("vector", "prompt", "completion"), "adapter_texts", advice)
     if side_effects is not None:
         advice = "pass what analysis.side_effects returns"
         checks.columns(side_effects, COLUMNS, "side_effects", advice, numbers=True)
@@ -126,69 +234,3 @@ def _check_frames(
                 f"side_effects: {len(side_effects)} rows that are not those of vectors 0 to "
                 f"{last}, in order; measure the vectors of found"
             )
-
-
-def _figures(
-    found: SteeringVectors,
-    similarity: Tensor,
-    activation_map: ActivationMap | None,
-    side_effects: pd.DataFrame | None,
-) -> dict[str, Any]:
-    numbers = found.columns["index"].tolist()
-    labels = None if numbers == list(range(len(found))) else numbers
-    figures: dict[str, Any] = {"specificity": None, "history": None}
-    # Of rows without a finite number nothing can be drawn.
-    if side_effects is not None and any(side_effects["specificity"].notna()):
-        figures["specificity"] = plots.specificity_points(side_effects.assign(vector=numbers), "")
-    if found.history is not None and found.history.numel():
-        figures["history"] = plots.objective_history(found, "")
-    figures["vectors"] = plots.cosine_heatmap(similarity, "", labels=labels)
-    positions = _render.positions_of(found)
-    figures["effects"] = _render.effects_heatmap(found, activation_map, positions, labels)
-    return _render.figures_json(figures)
-
-
-def _family_part(part: Family, activation_map: ActivationMap | None) -> dict[str, Any]:
-    """What the page's template shows of a family."""
-    vectors, numbers = part.vectors, part.vectors.columns["index"].tolist()
-    rows = {kind: frame.to_dict("records") for kind, frame in part.table.groupby("kind")}
-    (unsteered,), (reference,) = rows["unsteered"], rows["reference"]
-    window = min(50, max(1, len(vectors) // 4))
-    both = SteeringVectors(torch.cat([part.reference.vectors, vectors.vectors]))
-    similarity = cosine_similarity(both)
-    labels = ["θ₀", *numbers]
-    figures = {
-        "kl": plots.kl_curve(part.table, window=window, title=""),
-        "norm": plots.norm_curve(vectors, window, ""),
-        "distance": plots.distance_curve(vectors, float(unsteered["distance"]), window, ""),
-        "vectors": plots.cosine_heatmap(similarity, "", labels=labels),
-        "effects": _render.effects_heatmap(both, activation_map, _AFTER_THE_FIRST, labels),
-        "composition": plots.composition_curves(part.composition, title=""),
-    }
-    composed = part.composition.assign(
-        members=[" ".join(map(str, members)) for members in part.composition["members"]],
-        what=part.composition["combination"] + part.composition["scaling"].replace(_SCALINGS),
-    )
-    chosen = vectors.story.get("hyperparameters", {})
-    facts = {
-        "Vectors": len(vectors),
-        "Norms": f"{vectors.norms.min():.4g} to {vectors.norms.max():.4g}",
-        "Norm of theta0": f"{reference['norm']:.4g}",
-        "Optimiser": chosen.get("optimiser"),
-        "Norm penalty": chosen.get("norm_penalty") or None,
-        "Largest |cosine|": f"{float(similarity.fill_diagonal_(0.0).abs().max()):.1e}",
-    }
-    return {
-        "number": part.number,
-        "n_vectors": len(vectors),
-        "window": window,
-        "facts": facts,
-        "settings": _render.settings(vectors.story),
-        "reference": reference["completion"],
-        "unsteered_kl": float(unsteered["kl_to_reference"]),
-        "figures": _render.figures_json(figures),
-        "columns": _render.FAMILY,
-        "rows": rows["family"],
-        "composition_columns": _render.COMPOSITION,
-        "composition_rows": composed.to_dict("records"),
-    }

@@ -85,6 +85,14 @@ def load_adapters(path: Path) -> Adapter | None:
         raise Damaged(f"{error}; {advice}", path) from error
 
 
+def adapters_kept(folder: Path) -> dict[str, Any]:
+    """What a folder holds of adapters, as `report.write` takes it: they, and texts under them."""
+    found, path = load_adapters(folder / ADAPTERS), folder / TEXTS
+    known = found is not None and path.is_file()
+    texts = _files.load_table(path, ("vector", "prompt", "completion")) if known else None
+    return {"adapters": found, "adapter_texts": texts}
+
+
 def _check_same(path: Path, found: Adapter | None, story: Any) -> None:
     if found is None:
         return

@@ -19,7 +19,7 @@ from tl_melbo.text import defused, undefused
 from tl_melbo.vectors import SteeringVectors
 
 VECTORS, REFERENCE, LOCK = "vectors.safetensors", "theta0.safetensors", ".lock"
-SETTINGS, REPORT = "settings.json", "report.html"
+SETTINGS, REPORT, NOTES = "settings.json", "report.html", "notes.json"
 COMPLETIONS, SIDE_EFFECTS = "completions.csv", "side_effects.csv"
 TABLE, COMPOSITION = "family.csv", "composition.csv"
 

@@ -15,7 +15,7 @@ from tl_melbo.discovery import EffectMap, Method, join, melbo, melbo_ortho
 from tl_melbo.errors import DifferentSearch
 from tl_melbo.files import writable_folder
 from tl_melbo.run import _files
-from tl_melbo.run._adapters import keep_adapters, write_adapter_texts
+from tl_melbo.run._adapters import adapters_kept, keep_adapters, write_adapter_texts
 from tl_melbo.run._files import COMPLETIONS, REFERENCE, SIDE_EFFECTS, VECTORS, family_folder
 from tl_melbo.run._texts import OnCount, write_texts
 from tl_melbo.shapes import shape_checked
@@ -300,16 +300,32 @@ class Run:
                 families.append(Family(reference, vectors, table, composed))
         return families
 
-    def page(self, model: "Model", f: "ActivationMap", **options: Any) -> "pd.DataFrame":
+    def page(
+        self,
+        model: "Model",
+        f: "ActivationMap",
+        *,
+        notes: "str | Path | Mapping[str, Any] | None" = None,
+        **options: Any,
+    ) -> "pd.DataFrame":
         """Write `report.html` about all that the folder holds, and return the page's table.
 
-        Completions that lack are written first; the options are those of `texts`.
+        Completions that lack are written first; the options are those of `texts`. `notes` are as
+        `report.write` takes them; None takes `notes.json` of the folder, if it is there.
         """
         from tl_melbo import report
 
         with self.writing():
+            if notes is None and (self.folder / _files.NOTES).is_file():
+                notes = report.read_notes(self.folder / _files.NOTES)
             texts, found = self.texts(model, **options), self.found
-            parts = {"families": self.families(), "side_effects": self._table(SIDE_EFFECTS, found)}
+            parts = {
+                "families": self.families(),
+                "side_effects": self._table(SIDE_EFFECTS, found),
+                **adapters_kept(self.folder),
+                "notes": notes,
+                "run_folder": self.folder.name,
+            }
             path = self.folder / _files.REPORT
             return report.write(path, model, found, completions=texts, activation_map=f, **parts)
 

@@ -1,0 +1,265 @@
+"""The page's data: what its script needs to build rows, cards and comparisons."""
+
+import hashlib
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from tl_melbo.analysis import Behaviours
+from tl_melbo.report import _facts
+from tl_melbo.report._text import TextPool, number, shown
+from tl_melbo.vectors import SteeringVectors
+
+TAGS = ("stance", "form", "speaker")
+_COSTS = ("specificity", "loss_increase")
+_MOST_POINTS = 40
+
+
+class Column(NamedTuple):
+    """One column; its kind is "number", "word" or "text"."""
+
+    name: str
+    label: str
+    kind: str
+    hint: str
+
+
+KL = Column("kl", "KL", "number", "Divergence of the next token from unsteered, in nats")
+COSTS = (
+    Column("specificity", "Specificity", "number", "1: acts on the prompt alone; 0.5: anywhere"),
+    Column("loss_increase", "Loss", "number", "What it costs on prose, in nats a token"),
+)
+
+
+class Measured(NamedTuple):
+    """What was measured of the vectors and their negatives, by prompt."""
+
+    kl: Mapping[tuple[str, int], list[float]]
+    baselines: pd.DataFrame | None
+    side_effects: pd.DataFrame | None
+
+
+def numbers_of(found: SteeringVectors) -> list[int]:
+    """What the page calls the vectors: their numbers, or their places where numbers repeat."""
+    numbers = found.columns["index"].tolist()
+    return numbers if len({*numbers}) == len(numbers) else [*range(len(numbers))]
+
+
+def row_key(vector_number: int, sign: int, prompt: int) -> str:
+    """What the page calls a row: "4", "4-" for the negative, "4p2" for the second prompt."""
+    return f"{vector_number}{'-' if sign < 0 else ''}{f'p{prompt + 1}' if prompt else ''}"
+
+
+def rows_data(
+    found: SteeringVectors,
+    prompts: list[str],
+    completions: pd.DataFrame,
+    groups: Behaviours | None,
+    measured: Measured,
+) -> dict[str, Any]:
+    """Texts, rows and behaviours of the page."""
+    pool = TextPool()
+    written = _written(completions, pool)
+    rows = [
+        row
+        for prompt in range(len(prompts))
+        for vector in range(len(found))
+        for sign in (1, -1)
+        if (row := _row(found, prompts, (vector, sign, prompt), written, measured))
+    ]
+    cards = [] if groups is None else _grouped(groups, rows, prompts, pool)
+    scales = sorted({float(scale) for row in rows for scale in row["texts"]})
+    return {
+        "prompts": [shown(prompt) for prompt in prompts],
+        "unsteered": [written.get((prompt, -1, 0), {}).get("0", []) for prompt in prompts],
+        "scales": [f"{scale:g}" for scale in scales],
+        "rows": rows,
+        "behaviours": cards,
+        "columns": [column._asdict() for column in columns_of(found, measured)],
+        "history": _history(found),
+        "texts": pool.texts(),
+    }
+
+
+def columns_of(found: SteeringVectors, measured: Measured) -> list[Column]:
+    """The columns of numbers that hold something."""
+    measure = _facts.measure_shown(found)
+    costs = () if measured.side_effects is None else COSTS
+    if measure is None:
+        return [KL, *costs]
+    label = measure["label"][:1].upper() + measure["label"][1:]
+    hint = f"What the search measured of it, in {measure['unit']}"
+    return [KL, Column(measure["column"], shown(label), "number", shown(hint)), *costs]
+
+
+Place = tuple[int, int, int]
+Written = dict[tuple[str, int, int], dict[str, list[int | None]]]
+
+
+def _written(completions: pd.DataFrame, pool: TextPool) -> Written:
+    """Numbers of texts by prompt, vector and sign, then by size of scale; samples in order."""
+    frame = completions
+    if "sample" in frame:
+        frame = frame.sort_values("sample", kind="stable")
+    written: Written = {}
+    for row in frame.to_dict("records"):
+        scale = float(row["scale"])
+        is_unsteered = row["vector"] < 0
+        signs = (0,) if is_unsteered else (1, -1) if scale == 0 else (1 if scale > 0 else -1,)
+        text = pool.add(row["completion"])
+        for sign in signs:
+            place = written.setdefault((row["prompt"], int(row["vector"]), sign), {})
+            place.setdefault("0" if is_unsteered else f"{abs(scale):g}", []).append(text)
+    return written
+
+
+def _row(
+    found: SteeringVectors,
+    prompts: list[str],
+    place: Place,
+    written: Written,
+    measured: Measured,
+) -> dict[str, Any] | None:
+    """One vector or its negative on one prompt; a negative without texts has no row."""
+    vector, sign, prompt = place
+    texts = written.get((prompts[prompt], vector, sign), {})
+    if sign < 0 and not texts:
+        return None
+    measure, values = _facts.measure_shown(found), {}
+    values["kl"] = number(measured.kl[prompts[prompt], sign][vector])
+    row: dict[str, Any] = {"times": None}
+    if measure is not None:
+        reached = float(found.columns[measure["column"]][vector])
+        # The search measured the vector, not its negative.
+        values[measure["column"]] = number(reached) if sign > 0 else None
+        random = _facts.random_median(measured.baselines, measure["column"])
+        if sign > 0 and random:
+            row["times"] = number(float(f"{reached / random:.2g}"))
+    if measured.side_effects is not None and sign > 0:
+        for name in _COSTS:
+            values[name] = number(float(measured.side_effects[name].iloc[vector]))
+    own = numbers_of(found)[vector]
+    return row | {
+        "key": row_key(own, sign, prompt),
+        "vector": vector,
+        "number": own,
+        "sign": sign,
+        "prompt": prompt,
+        "values": values,
+        "texts": texts,
+        "behaviour": None,
+        "filtered": "",
+        "tags": {},
+        "baseline": False,
+    }
+
+
+def _grouped(
+    groups: Behaviours, rows: list[dict[str, Any]], prompts: list[str], pool: TextPool
+) -> list[dict[str, Any]]:
+    """The cards, of which the baseline's are last; each row is told its own."""
+    place = {(prompts[row["prompt"]], row["vector"], row["sign"]): row for row in rows}
+    texts = groups.texts
+    if "sample" in texts:
+        texts = pd.DataFrame(texts[texts["sample"] == texts["sample"].min()])
+    for told in texts.to_dict("records"):
+        sign = 1 if told["scale"] > 0 else -1
+        row = place.get((told["prompt"], told["vector"], sign))
+        if row is not None:
+            row["behaviour"] = _card_key(int(told["behaviour"]), prompts.index(told["prompt"]))
+            row["filtered"] = shown(told["filtered_out"]) if told["filtered_out"] else ""
+            row["tags"] = _tags(told)
+            row["baseline"] = bool(told.get("baseline", False))
+    cards = [_card(each, rows, prompts, pool) for each in groups.groups.to_dict("records")]
+    rates = getattr(groups, "of_vectors", None)
+    if rates is not None and not rates.empty:
+        _add_rates(cards, rates, prompts, place)
+    return [card for card in cards if card["rows"]]
+
+
+def _card_key(behaviour: int, prompt: int) -> str | None:
+    """The baseline's group has one number for all prompts; what was filtered out has no card."""
+    if behaviour < 0:
+        return None
+    return f"b{behaviour}" + (f"p{prompt + 1}" if behaviour == 0 and prompt else "")
+
+
+def _tags(told: Mapping[Any, Any]) -> dict[str, str]:
+    known = {name: told.get(name) for name in TAGS}
+    return {name: shown(tag) for name, tag in known.items() if _is_tag(tag)}
+
+
+def _is_tag(tag: Any) -> bool:
+    """Whether a tag says something; "none" is that of a text that nobody speaks."""
+    return isinstance(tag, str) and tag not in ("", "none")
+
+
+def _card(
+    group: Mapping[Any, Any],
+    rows: Sequence[Mapping[str, Any]],
+    prompts: list[str],
+    pool: TextPool,
+) -> dict[str, Any]:
+    prompt = prompts.index(group["prompt"])
+    key = _card_key(int(group["behaviour"]), prompt)
+    return {
+        "key": key,
+        "prompt": prompt,
+        "name": shown(group["name"]),
+        "baseline": int(group["behaviour"]) == 0,
+        "tags": _tags(group),
+        "rows": [row["key"] for row in rows if row["behaviour"] == key],
+        "example": pool.add(group.get("example")),
+        "rates": [],
+        "unsteered": None,
+    }
+
+
+def _add_rates(
+    cards: Sequence[dict[str, Any]],
+    rates: pd.DataFrame,
+    prompts: list[str],
+    place: Mapping[tuple[str, int, int], Mapping[str, Any]],
+) -> None:
+    """In how many samples under a vector its behaviour shows, with the interval."""
+    known = {card["key"]: card for card in cards}
+    for told in rates.to_dict("records"):
+        if told["behaviour"] < 0 or told["prompt"] not in prompts or int(told["n_samples"]) < 2:
+            continue
+        card = known.get(_card_key(int(told["behaviour"]), prompts.index(told["prompt"])))
+        counts = {name: int(told[name]) for name in ("n", "n_samples")}
+        counts |= {name: number(float(told[name])) for name in ("rate", "low", "high")}
+        row = place.get((told["prompt"], told["vector"], 1 if told["scale"] > 0 else -1))
+        if card is None or not counts["n"]:
+            continue
+        if told["vector"] < 0:
+            card["unsteered"] = counts
+        elif row is not None:
+            card["rates"].append({"key": row["key"], **counts})
+
+
+def _history(found: SteeringVectors) -> list[list[float | int | str | None]]:
+    """The search of each vector, thinned out for a line of a finger's width."""
+    if found.history is None or not found.history.numel():
+        return []
+    n_steps = found.history.shape[1]
+    picked = np.unique(np.linspace(0, n_steps - 1, min(n_steps, _MOST_POINTS)).round().astype(int))
+    return [[number(value) for value in line] for line in found.history[:, picked].tolist()]
+
+
+def cosines_data(cosines: Tensor | None) -> str | None:
+    """A matrix of cosines in hundredths, a byte each."""
+    if cosines is None:
+        return None
+    hundredths = (100 * cosines.clamp(-1, 1)).round().to(torch.int8).cpu().numpy()
+    return b64encode(hundredths.tobytes()).decode()
+
+
+def library_id(found: SteeringVectors) -> str:
+    """What the browser keeps a reader's notes under."""
+    return hashlib.sha256(found.vectors.contiguous().numpy().tobytes()).hexdigest()[:16]

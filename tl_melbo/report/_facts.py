@@ -1,0 +1,136 @@
+"""What the page tells of a library before its table: how it was found, and what is random."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from tl_melbo import story
+from tl_melbo.analysis import Behaviours
+from tl_melbo.analysis._effect_plane import largest_cosine
+from tl_melbo.vectors import SteeringVectors
+
+# A search that was cut short is worth so many times its steps.
+_MORE_STEPS = 3
+
+
+def library_facts(found: SteeringVectors, baselines: pd.DataFrame | None) -> dict[str, Any]:
+    """What the page's template tells of a library."""
+    about = found.story
+    source, target = about.get("source_layer"), about.get("target_layer")
+    low, high = float(found.norms.min()), float(found.norms.max())
+    radius = f"{high:.4g}" if high - low <= 1e-3 * high else f"{low:.4g} to {high:.4g}"
+    told = {
+        "Model": story.model_of(about),
+        "Method": story.method_of(about),
+        "Layers": source if target is None else f"{source} → {target}",
+        "Vectors": len(found),
+        "Norm": f"{radius} (calibrated)" if "calibration" in about else radius,
+        "Largest |cosine|": f"{largest_cosine(found.vectors):.1g}" if len(found) > 1 else None,
+        **random_facts(found, baselines),
+        "Seed": about.get("seed"),
+        "Date": str(about.get("date", ""))[:10] or None,
+    }
+    return {
+        "facts": told,
+        "settings": settings(about),
+        "about": story.about_of(about),
+        "layer": source,
+        "positions": story.slice_text(positions_of(found)),
+        "n_vectors": len(found),
+        "measure": measure_shown(found),
+        "not_converged": not_converged(found),
+        "more_steps": more_steps(found),
+        "random_kl": random_median(baselines, "kl"),
+    }
+
+
+def random_facts(found: SteeringVectors, baselines: pd.DataFrame | None) -> dict[str, str]:
+    """The library's medians beside those of random vectors of its norm."""
+    if baselines is None:
+        return {}
+    told, objective = {}, found.objective
+    random = random_median(baselines, "objective")
+    if random and objective is not None:
+        own = float(objective.double().nanmedian())
+        told["Effect (median)"] = f"{own:.3g}, {own / random:.2g} × random"
+    if (random := random_median(baselines, "kl")) is not None:
+        told["KL of random vectors"] = f"{random:.2g} nats"
+    return told
+
+
+def groups_told(groups: Behaviours | None) -> dict[str, Any]:
+    """What the template says of the behaviours in words."""
+    if groups is None:
+        return {"n_distinct": None, "n_incoherent": 0, "grouped_by_words": False}
+    return {
+        "n_distinct": groups.n_distinct,
+        "n_incoherent": [*groups.texts["coherent"]].count(False),
+        "grouped_by_words": groups.embedder == "words",
+    }
+
+
+def random_median(baselines: pd.DataFrame | None, column: str) -> float | None:
+    """The median of a column over the random vectors; None where it is not known."""
+    if baselines is None or column not in baselines:
+        return None
+    is_random = baselines["kind"] == "random" if "kind" in baselines else slice(None)
+    values = baselines.loc[is_random, column].astype(float).to_numpy()
+    known = values[np.isfinite(values)]
+    return float(np.median(known)) if len(known) else None
+
+
+def positions_of(found: SteeringVectors) -> slice:
+    """Where the effects of a library's vectors were measured."""
+    return story.slice_from_json(found.story.get("hyperparameters", {}).get("positions"))
+
+
+def settings(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Every fact of the metadata as name and text, nested ones flattened."""
+    pairs: list[tuple[str, str]] = []
+    for name, value in facts.items():
+        if isinstance(value, Mapping):
+            inner = "" if name == "hyperparameters" else f"{name}: "
+            pairs += settings(value, prefix + inner)
+            continue
+        if name == "positions":
+            value = story.slice_text(story.slice_from_json(value))
+        elif name in ("prompts", "other") and isinstance(value, list):
+            value = "\n".join(map(str, value))
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        pairs.append((prefix + name, text))
+    return pairs
+
+
+def measure_shown(found: SteeringVectors) -> dict[str, Any] | None:
+    """What the method measured of each vector, if the library holds it."""
+    measure = story.measure_of(found.story) or story.measure("objective", "objective")
+    return measure if measure["column"] in found.columns else None
+
+
+def not_converged(found: SteeringVectors) -> str:
+    """How many vectors still gained when their search ended; "" where none did, or none is told."""
+    count, known = _converged(found)
+    if not count:
+        return ""
+    told = f"{count} of {known} still gained more than 1% in their last step"
+    unknown = len(found) - known
+    return f"{told}; of {unknown} more it is not known" if unknown else told
+
+
+def more_steps(found: SteeringVectors) -> str:
+    """What to do about vectors that have not converged; "" where there are none."""
+    count, known = _converged(found)
+    steps = found.story.get("hyperparameters", {}).get("steps")
+    if not count or not isinstance(steps, int):
+        return ""
+    return f"{count} of {known} not converged; run with --steps {_MORE_STEPS * steps}"
+
+
+def _converged(found: SteeringVectors) -> tuple[int, int]:
+    """Of how many vectors it is told that they have not converged, and of how many it is known."""
+    table = found.table()
+    known = [*table["converged"].dropna()] if "converged" in table else []
+    return known.count("no"), len(known)

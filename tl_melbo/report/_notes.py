@@ -1,0 +1,116 @@
+"""What a reader noted on a page: stars, names, remarks. A file of theirs is checked before use."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tl_melbo.errors import Damaged
+from tl_melbo.shapes import shape_checked
+
+VERSION = 1
+_LARGEST_FILE = 5_000_000
+_MOST = 10_000
+_LONGEST = {"name": 200, "note": 10_000}
+_ADVICE = "pass the notes.json that a page exported"
+# A vector, or with a minus its negative; of several prompts, a row of the second is "4p2".
+_VECTOR = re.compile(r"\d{1,9}-?")
+_ROW = re.compile(r"\d{1,9}-?(p\d{1,4})?")
+
+Notes = Mapping[str, Any]
+
+
+@shape_checked
+def read_notes(path: str | Path) -> dict[str, Any]:
+    """Read the `notes.json` that a page exported.
+
+    Returns:
+        version; vectors, by number ("4", or "4-" for its negative); behaviours, a list. Each may
+        have star, name and note. A behaviour has members, the rows it was made of, and merged, the
+        members of groups that were put into it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        Damaged: not such a file, or larger than 5 MB.
+    """
+    path = Path(path).expanduser()
+    try:
+        size = path.stat().st_size
+        if size > _LARGEST_FILE:
+            raise ValueError(f"{size:,} bytes, at most {_LARGEST_FILE:,}")
+        return checked_notes(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, RecursionError) as error:
+        raise Damaged(
+            f"{path}: not a page's notes, or damaged ({error}); {_ADVICE}", path
+        ) from error
+
+
+def notes_given(notes: str | Path | Notes | None) -> dict[str, Any]:
+    """Notes from a path or as `read_notes` gives them; without any, empty ones."""
+    if isinstance(notes, str | Path):
+        return read_notes(notes)
+    return checked_notes({"version": VERSION} if notes is None else notes)
+
+
+def checked_notes(notes: Any) -> dict[str, Any]:
+    """A copy with nothing in it but notes. Raises ValueError."""
+    found = _mapping(notes, "notes", ("version", "vectors", "behaviours"))
+    if found.get("version") != VERSION:
+        raise ValueError(f"notes: version {found.get('version')!r}, expected {VERSION}; {_ADVICE}")
+    vectors = found.get("vectors", {})
+    _mapping(vectors, "notes['vectors']", None)
+    for key in vectors:
+        if not _VECTOR.fullmatch(key):
+            raise ValueError(f"notes: {key[:40]!r} is no vector's number; {_ADVICE}")
+    behaviours = _list(found.get("behaviours", []), "notes['behaviours']")
+    return {
+        "version": VERSION,
+        "vectors": {key: _entry(entry, f"vector {key}") for key, entry in vectors.items()},
+        "behaviours": [_behaviour(entry, place) for place, entry in enumerate(behaviours)],
+    }
+
+
+def _behaviour(entry: Any, place: int) -> dict[str, Any]:
+    where = f"behaviour {place}"
+    made = _entry(entry, where, ("members", "merged"))
+    made["members"] = _members(entry.get("members"), where)
+    made["merged"] = [_members(some, where) for some in _list(entry.get("merged", []), where)]
+    return made
+
+
+def _entry(entry: Any, where: str, more: tuple[str, ...] = ()) -> dict[str, Any]:
+    found = _mapping(entry, f"notes of {where}", ("star", *_LONGEST, *more))
+    star = found.get("star", False)
+    if not isinstance(star, bool):
+        raise ValueError(f"notes of {where}: star={star!r}, expected true or false; {_ADVICE}")
+    made: dict[str, Any] = {"star": star}
+    for name, longest in _LONGEST.items():
+        text = found.get(name, "")
+        if not isinstance(text, str) or len(text) > longest:
+            allowed = f"a text of at most {longest:,} characters"
+            raise ValueError(f"notes of {where}: {name} is not {allowed}; {_ADVICE}")
+        made[name] = text
+    return made
+
+
+def _mapping(value: Any, where: str, allowed: tuple[str, ...] | None) -> dict[str, Any]:
+    if not isinstance(value, Mapping) or len(value) > _MOST:
+        raise ValueError(f"{where}: not a mapping of at most {_MOST:,} entries; {_ADVICE}")
+    known = {key for key in value if isinstance(key, str) and (allowed is None or key in allowed)}
+    if unknown := sorted({*map(str, value)} - known):
+        raise ValueError(f"{where}: unknown entries {unknown[:5]}; {_ADVICE}")
+    return dict(value)
+
+
+def _list(value: Any, where: str) -> list[Any]:
+    if not isinstance(value, list) or len(value) > _MOST:
+        raise ValueError(f"{where}: not a list of at most {_MOST:,} entries; {_ADVICE}")
+    return value
+
+
+def _members(value: Any, where: str) -> list[str]:
+    members = _list(value, f"notes of {where}: members")
+    if not all(isinstance(key, str) and _ROW.fullmatch(key) for key in members):
+        raise ValueError(f"notes of {where}: members are not vectors' numbers; {_ADVICE}")
+    return members

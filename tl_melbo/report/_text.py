@@ -1,0 +1,60 @@
+"""Texts and numbers as the page holds them: printable, cut, and each text only once."""
+
+import json
+import math
+from numbers import Integral, Real
+from typing import Any
+
+from markupsafe import Markup
+
+from tl_melbo.text import printable
+
+# More of one text makes browsers slow, and nobody reads on.
+_LONGEST_SHOWN = 20_000
+
+
+class TextPool:
+    """Texts by number: many vectors, negated, write what the unsteered model writes."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}
+
+    def add(self, text: Any) -> int | None:
+        """The number of a text; None where there is none."""
+        if not isinstance(text, str):
+            return None
+        return self._numbers.setdefault(shown(text), len(self._numbers))
+
+    def texts(self) -> list[str]:
+        """All texts, by number."""
+        return [*self._numbers]
+
+
+def shown(value: Any) -> str:
+    """Text for the page: printable, and cut where a browser would choke on it."""
+    if value is None or value != value:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:#.4g}"
+    text = str(value)
+    if len(text) > _LONGEST_SHOWN:
+        text = f"{text[:_LONGEST_SHOWN]}… [cut: {len(text):,} characters in all]"
+    return printable(text)
+
+
+def number(value: Any) -> float | int | str | None:
+    """A number as JSON has it: five digits, None for NaN, a sign for infinity."""
+    if not isinstance(value, Real) or math.isnan(real := float(value)):
+        return None
+    if isinstance(value, Integral):
+        return int(value)
+    if math.isinf(real):
+        return "∞" if real > 0 else "-∞"
+    return float(f"{real:.5g}")
+
+
+def as_json(value: Any) -> Markup:
+    """JSON that cannot end the script element which holds it."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    # Line separators would end a line of a script, and no browser needs them.
+    return Markup(text.replace("<", "\\u003c"))

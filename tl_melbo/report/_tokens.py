@@ -1,0 +1,96 @@
+"""What tokens tell of the rows: those that a vector promotes, and where its text diverges."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from tl_melbo import analysis, checks
+from tl_melbo.model.bridge import Model
+from tl_melbo.report._text import number, shown
+from tl_melbo.vectors import SteeringVectors
+
+_TOP = ("vector", "direction", "token", "log_prob_change")
+_DIVERGENCE = ("vector", "scale", "prompt", "position", "token", "kl")
+_MOST_TOKENS, _MOST_TOP = 8, 3
+Keys = Mapping[tuple[str, int, int], str]
+
+
+def check_tokens(top_tokens: pd.DataFrame | None, divergence: pd.DataFrame | None) -> None:
+    """Refuse frames of others: ValueError."""
+    for frame, columns, name in (
+        (top_tokens, _TOP, "top_tokens"),
+        (divergence, _DIVERGENCE, "token_divergence"),
+    ):
+        if frame is not None:
+            checks.columns(frame, columns, name, f"pass what analysis.{name} returns")
+
+
+def measured_top_tokens(
+    model: Model, found: SteeringVectors, prompts: Sequence[str], options: Mapping[str, Any]
+) -> pd.DataFrame | None:
+    """The top tokens of vectors and negatives after each prompt."""
+    measure = getattr(analysis, "top_tokens", None)
+    if measure is None:
+        return None
+    frames = [
+        measure(model, prompt, library, _MOST_TOKENS, **options).assign(prompt=prompt, scale=scale)
+        for prompt in prompts
+        for scale, library in ((1.0, found), (-1.0, -found))
+    ]
+    return pd.concat(frames, ignore_index=True)
+
+
+def keys_of(rows: Iterable[Mapping[str, Any]], prompts: list[str]) -> Keys:
+    """The rows of the page by prompt, vector and sign."""
+    return {(prompts[r["prompt"]], r["vector"], r["sign"]): r["key"] for r in rows}
+
+
+def top_tokens_data(
+    frame: pd.DataFrame | None, keys: Keys, prompts: Sequence[str]
+) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """By row, the tokens promoted and suppressed; without a prompt or a scale, the first and 1."""
+    if frame is None:
+        return {}
+    if "layer" in frame:
+        frame = pd.DataFrame(frame[frame["layer"] == frame["layer"].max()])
+    told: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for row in frame.to_dict("records"):
+        sign = 1 if row.get("scale", 1.0) > 0 else -1
+        key = keys.get((row.get("prompt", prompts[0]), int(row["vector"]), sign))
+        if key is None or row["direction"] not in ("promoted", "suppressed"):
+            continue
+        some = told.setdefault(key, {"promoted": [], "suppressed": []})[row["direction"]]
+        if len(some) < _MOST_TOKENS:
+            change = number(float(row["log_prob_change"]))
+            some.append({"token": shown(row["token"]), "change": change})
+    return told
+
+
+def divergence_data(frame: pd.DataFrame | None, keys: Keys) -> dict[str, list[dict[str, Any]]]:
+    """By row, the tokens of its greedy completion with their KL from unsteered, and what else."""
+    if frame is None:
+        return {}
+    shown_here = frame["scale"].abs() == 1
+    if "sample" in frame:
+        shown_here &= frame["sample"] == 0
+    frame = pd.DataFrame(frame[shown_here])
+    told: dict[str, list[dict[str, Any]]] = {}
+    for row in frame.sort_values("position", kind="stable").to_dict("records"):
+        key = keys.get((row["prompt"], int(row["vector"]), 1 if row["scale"] > 0 else -1))
+        if key is not None:
+            parts = [_likeliest(name, row.get(column)) for name, column in _LIKELIEST]
+            words = "; ".join([f"KL {row['kl']:.2g} nats", *filter(None, parts)])
+            told.setdefault(key, []).append(
+                {"token": shown(row["token"]), "value": number(float(row["kl"])), "told": words}
+            )
+    return told
+
+
+_LIKELIEST = (("steered", "top"), ("unsteered", "unsteered_top"))
+
+
+def _likeliest(name: str, pairs: Any) -> str:
+    if not isinstance(pairs, list | tuple) or not pairs:
+        return ""
+    return f"{name}: " + ", ".join(f"“{shown(token)}” {p:.0%}" for token, p in pairs[:_MOST_TOP])

@@ -1,0 +1,178 @@
+// Tables that sort and search, and build only the rows that somebody scrolls to.
+import { $, $$, button, clamped, el, number, plural } from "./dom.js";
+
+const AT_ONCE = 50;
+const everything = [];
+
+// Rows of `items` as they come into view; all of them for the printer.
+export function lazily(body, items, make) {
+  let done = 0;
+  const upTo = (count) => {
+    const some = items.slice(done, Math.max(done, count));
+    done += some.length;
+    const rows = some.flatMap(make);
+    if (sentinel.isConnected) sentinel.before(...rows);
+    else body.append(...rows);
+    if (done >= items.length) {
+      watcher.disconnect();
+      sentinel.remove();
+    }
+  };
+  const sentinel = el("tr", { class: "sentinel" }, el("td"));
+  const watcher = new IntersectionObserver(
+    (seen) => seen.some((each) => each.isIntersecting) && upTo(done + AT_ONCE),
+    { rootMargin: "800px" },
+  );
+  body.replaceChildren(sentinel);
+  upTo(AT_ONCE);
+  if (sentinel.isConnected) watcher.observe(sentinel);
+  return {
+    upTo,
+    all: () => body.isConnected && upTo(items.length),
+    stop: () => watcher.disconnect(),
+  };
+}
+
+export function forPrinting(act) {
+  everything.push(act);
+}
+
+export function buildEverything() {
+  for (const act of everything) act();
+}
+
+// The head of a table whose columns sort; `chosen` tells the column, with "-" for downwards.
+export function sortHeads(columns, act) {
+  return columns.map((column) => {
+    if (column.sorts === false)
+      return el(
+        "th",
+        { class: `${column.kind} ${column.name}`, scope: "col" },
+        column.hidden ? el("span", { class: "away", text: column.label }) : column.label,
+      );
+    const head = el("th", {
+      class: `${column.kind} ${column.name}`,
+      scope: "col",
+      "data-column": column.name,
+      title: column.hint,
+    });
+    head.append(button(column.label, () => act(column.name), { class: "sort" }));
+    return head;
+  });
+}
+
+export function markSorted(head, sort) {
+  for (const each of $$("th[data-column]", head)) {
+    const name = each.dataset.column;
+    const order = sort === name ? "ascending" : sort === `-${name}` ? "descending" : null;
+    if (order) each.setAttribute("aria-sort", order);
+    else each.removeAttribute("aria-sort");
+  }
+}
+
+export function nextSort(sort, name) {
+  return sort === name ? `-${name}` : sort === `-${name}` ? "" : name;
+}
+
+export function inOrder(items, sort, value) {
+  if (!sort) return items;
+  const [name, sign] = sort.startsWith("-") ? [sort.slice(1), -1] : [sort, 1];
+  const keyed = items.map((item) => [comparable(value(item, name)), item]);
+  // What is not known comes last, whichever way.
+  keyed.sort(([a], [b]) => (a === null) - (b === null) || sign * ((a > b) - (a < b)));
+  return keyed.map(([, item]) => item);
+}
+
+function comparable(value) {
+  if (value === null || value === undefined || value === "–") return null;
+  if (typeof value === "number") return value;
+  return { "∞": Infinity, "-∞": -Infinity }[value] ?? value.toLowerCase();
+}
+
+// A whole table from columns and rows, each row a list of values.
+function dataTable(holder, { columns, rows }) {
+  const [chosen, places] = [
+    { sort: "", q: "" },
+    Object.fromEntries(columns.map((column, i) => [column.name, i])),
+  ];
+  const body = el("tbody");
+  const info = el("span", { class: "info", role: "status" });
+  let list = null;
+  const show = () => {
+    const asked = chosen.q.toLowerCase();
+    const some = rows.filter(
+      (row) => !asked || row.some((value) => String(value).toLowerCase().includes(asked)),
+    );
+    list?.stop();
+    list = lazily(
+      body,
+      inOrder(some, chosen.sort, (row, name) => row[places[name]]),
+      (row) => dataRow(columns, row),
+    );
+    info.textContent =
+      some.length === rows.length
+        ? plural(rows.length, "row")
+        : `${some.length} of ${plural(rows.length, "row")}`;
+    markSorted(head, chosen.sort);
+  };
+  const head = el(
+    "thead",
+    {},
+    el(
+      "tr",
+      {},
+      ...sortHeads(columns, (name) => {
+        chosen.sort = nextSort(chosen.sort, name);
+        show();
+      }),
+    ),
+  );
+  const search = el("input", {
+    type: "search",
+    placeholder: "any word",
+    on: {
+      input: () => {
+        chosen.q = search.value;
+        show();
+      },
+    },
+  });
+  const tools = el("div", { class: "tools" }, el("label", {}, "Search ", search), info);
+  holder.append(tools, el("table", { class: "data", id: holder.dataset.table }, head, body));
+  forPrinting(() => list.all());
+  show();
+}
+
+function dataRow(columns, row) {
+  const cells = columns.map((column, place) => {
+    const options = { class: `${column.kind} ${column.name}`, "data-label": column.label };
+    if (column.kind === "text") return el("td", options, clamped(row[place]));
+    const shown =
+      column.kind === "number"
+        ? number(row[place], column.name.startsWith("kl") ? 2 : 4)
+        : row[place];
+    return el("td", { ...options, text: shown });
+  });
+  return el("tr", {}, ...cells);
+}
+
+export function buildTables(tables) {
+  for (const holder of $$("[data-table]")) {
+    const table = tables[holder.dataset.table];
+    const near = holder.closest("details");
+    // Most families are never opened: their tables are built when they come near.
+    const watcher = new IntersectionObserver(
+      (seen) => {
+        if (seen.some((each) => each.isIntersecting)) build();
+      },
+      { rootMargin: "1000px" },
+    );
+    const build = () => {
+      watcher.disconnect();
+      if (!$("table", holder)) dataTable(holder, table);
+    };
+    watcher.observe(holder);
+    near?.addEventListener("toggle", build, { once: true });
+    forPrinting(build);
+  }
+}

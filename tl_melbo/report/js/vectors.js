@@ -1,0 +1,274 @@
+// The one table: vectors and their negatives as rows of equal right.
+import { $, $$, clamped, el, number, plural } from "./dom.js";
+import { data, isBaseline, manyPrompts, nameOf, noteKey, rowOf, textAt } from "./data.js";
+import { change, follow, state, toggled } from "./state.js";
+import { cardName, homeOf, noteOf, onNotes } from "./notes.js";
+import { forPrinting, inOrder, lazily, markSorted, nextSort, sortHeads } from "./tables.js";
+import { behaviourWords, cardLink, sparkline, starButton, tagList, vectorLink } from "./marks.js";
+import { detailsOf, scaleOf } from "./details.js";
+
+const columns = [
+  { name: "pick", label: "Compare", kind: "pick", sorts: false, hidden: true },
+  { name: "vector", label: "Vector", kind: "word", hint: "Its number; − is its negative" },
+  ...(manyPrompts
+    ? [{ name: "prompt", label: "Prompt", kind: "word", hint: "What the model was asked" }]
+    : []),
+  ...(data.behaviours.length
+    ? [{ name: "behaviour", label: "Behaviour", kind: "word", hint: "The group of its completion" }]
+    : []),
+  ...data.columns,
+  ...(data.history.length
+    ? [{ name: "search", label: "Search", kind: "spark", sorts: false }]
+    : []),
+  { name: "completion", label: "Completion", kind: "text", hint: "What the model writes" },
+];
+
+let list = null;
+let shown = [];
+let signature = "";
+let body;
+
+function valueOf(row, name) {
+  if (name === "vector") return row.number + (row.sign < 0 ? 0.5 : 0);
+  if (name === "prompt") return row.prompt;
+  if (name === "behaviour") return behaviourWords(row);
+  if (name === "completion") return textAt(row, scaleOf(row));
+  return row.values[name];
+}
+
+// Of every row but those of other kinds of aside: whether the reader's choice takes it.
+function passes(row) {
+  const s = state;
+  const kl = row.values.kl;
+  const near =
+    row.baseline || isBaseline(row, scaleOf(row)) || /^b0(p|$)/.test(row.behaviour ?? "");
+  if (s.hide.has("near") && near) return false;
+  if (s.hide.has("filtered") && row.filtered) return false;
+  if (s.hide.has("plus") && row.sign > 0) return false;
+  if (s.hide.has("minus") && row.sign < 0) return false;
+  if (s.prompt !== "" && row.prompt !== Number(s.prompt)) return false;
+  if (s.star && !noteOf("vectors", noteKey(row)).star) return false;
+  if (s.b.size && !s.b.has(homeOf(row.behaviour))) return false;
+  if (s.tag.size && !Object.entries(row.tags).some(([kind, tag]) => s.tag.has(`${kind}:${tag}`)))
+    return false;
+  if (s.low !== "" && !(kl === "∞" || kl >= Number(s.low))) return false;
+  if (s.high !== "" && !(typeof kl === "number" && kl <= Number(s.high))) return false;
+  return !s.q || searched(row).includes(s.q.toLowerCase());
+}
+
+function searched(row) {
+  const texts = row.texts[scaleOf(row)] ?? [];
+  const note = noteOf("vectors", noteKey(row));
+  return [
+    ...texts.map((place) => data.texts[place] ?? ""),
+    nameOf(row),
+    behaviourWords(row),
+    note.name,
+    note.note,
+    ...Object.values(row.tags),
+  ]
+    .join("\n")
+    .toLowerCase();
+}
+
+function numberCell(row, column) {
+  const value = row.values[column.name];
+  const cell = el(
+    "td",
+    { class: `number ${column.name}`, "data-label": column.label },
+    number(value, column.name === "kl" ? 2 : 3),
+  );
+  if (row.times !== null && value !== null && column === data.columns[1])
+    cell.append(el("span", { class: "soft times", text: ` ${number(row.times, 2)} × random` }));
+  return cell;
+}
+
+function behaviourCell(row) {
+  const cell = el("td", { class: "word behaviour", "data-label": "Behaviour" });
+  if (row.behaviour) cell.append(cardLink(row.behaviour));
+  else if (row.filtered)
+    cell.append(el("span", { class: "soft", text: `filtered out: ${row.filtered}` }));
+  const tags = tagList(row.tags);
+  if (tags) cell.append(" ", tags);
+  return cell;
+}
+
+function vectorCell(row) {
+  const what = `vector ${nameOf(row)}`;
+  const open = el("button", {
+    type: "button",
+    class: "open",
+    "aria-expanded": "false",
+    "aria-label": `Details of ${what}`,
+    text: "▸",
+    on: { click: () => change(toggled("open", `v${row.key}`)) },
+  });
+  const given = el("span", { class: "given", text: noteOf("vectors", noteKey(row)).name });
+  return el(
+    "td",
+    { class: "word vector" },
+    open,
+    vectorLink(row.key),
+    starButton("vectors", noteKey(row), what),
+    given,
+  );
+}
+
+function cellOf(row, column) {
+  if (column.name === "pick") {
+    const box = el("input", {
+      type: "checkbox",
+      "aria-label": `Compare vector ${nameOf(row)}`,
+      on: { change: () => change(toggled("sel", row.key)) },
+    });
+    return el("td", { class: "pick" }, box);
+  }
+  if (column.name === "vector") return vectorCell(row);
+  if (column.name === "behaviour") return behaviourCell(row);
+  if (column.name === "prompt")
+    return el("td", {
+      class: "word prompt",
+      "data-label": "Prompt",
+      text: data.prompts[row.prompt],
+    });
+  if (column.name === "search")
+    return el(
+      "td",
+      { class: "spark", "data-label": "Search" },
+      row.sign > 0 ? (sparkline(row.vector) ?? "") : "",
+    );
+  if (column.name === "completion")
+    return el("td", { class: "text completion", "data-label": "Completion" });
+  return numberCell(row, column);
+}
+
+function makeRow(row) {
+  const made = el(
+    "tr",
+    { id: `v${row.key}`, class: `row ${row.sign < 0 ? "minus" : "plus"}`, "data-key": row.key },
+    ...columns.map((column) => cellOf(row, column)),
+  );
+  made.addEventListener("click", (event) => {
+    if (event.target.closest("a, button, input, textarea, label") || !getSelection().isCollapsed)
+      return;
+    change(toggled("open", `v${row.key}`));
+  });
+  showText(made, row);
+  showOpen(made, row);
+  $("td.pick input", made).checked = state.sel.has(row.key);
+  const details = made.details;
+  return details ? [made, details] : [made];
+}
+
+function showText(made, row) {
+  const scale = scaleOf(row);
+  const token = `${scale}`;
+  if (made.dataset.scale === token) return;
+  made.dataset.scale = token;
+  const cell = $("td.completion", made);
+  const text = textAt(row, scale);
+  if (text === null) cell.replaceChildren(el("span", { class: "soft", text: "–" }));
+  else if (isBaseline(row, scale))
+    cell.replaceChildren(el("span", { class: "soft same", text: "= baseline" }));
+  else cell.replaceChildren(clamped(text));
+  made.details?.firstChild.firstChild.refresh();
+  made.details?.firstChild.firstChild.follow?.();
+}
+
+function showOpen(made, row) {
+  const open = state.open.has(`v${row.key}`);
+  made.classList.toggle("opened", open);
+  const opener = $("button.open", made);
+  opener.setAttribute("aria-expanded", String(open));
+  opener.textContent = open ? "▾" : "▸";
+  if (open && !made.details) {
+    made.details = el(
+      "tr",
+      { class: "details" },
+      el("td", { colspan: columns.length }, detailsOf(row)),
+    );
+    if (made.isConnected) made.after(made.details);
+  }
+  if (made.details) made.details.hidden = !open;
+}
+
+function refill() {
+  shown = inOrder(data.rows.filter(passes), state.sort, valueOf);
+  list?.stop();
+  list = lazily(body, shown, makeRow);
+  $("#count").textContent =
+    shown.length === data.rows.length
+      ? plural(shown.length, "row")
+      : `${shown.length} of ${plural(data.rows.length, "row")}`;
+  $("#none").hidden = shown.length > 0;
+  markSorted($("#vectors thead"), state.sort);
+}
+
+// What decides which rows there are, and their order.
+function wanted() {
+  const { q, sort, low, high, star, prompt, b, tag, hide } = state;
+  const byText = q || hide.size || sort.endsWith("completion");
+  return JSON.stringify([
+    q,
+    sort,
+    low,
+    high,
+    star,
+    prompt,
+    [...b],
+    [...tag],
+    [...hide],
+    byText ? [state.scale, ...state.own] : 0,
+  ]);
+}
+
+function show() {
+  const now = wanted();
+  if (now !== signature) {
+    signature = now;
+    refill();
+    return;
+  }
+  for (const made of $$("tr.row", body)) {
+    const row = rowOf.get(made.dataset.key);
+    showText(made, row);
+    showOpen(made, row);
+    $("td.pick input", made).checked = state.sel.has(row.key);
+  }
+}
+
+// The row of a link, brought in and in sight; filters that hide it give way.
+export function goToRow(key) {
+  const row = rowOf.get(key);
+  if (!row) return null;
+  if (!shown.includes(row)) {
+    const { hide, b, tag } = { hide: new Set(), b: new Set(), tag: new Set() };
+    change({ hide, b, tag, q: "", low: "", high: "", star: false, prompt: "" }, true);
+  }
+  list.upTo(shown.indexOf(row) + 1);
+  return document.getElementById(`v${key}`);
+}
+
+export function beginVectors() {
+  const table = $("#vectors");
+  const heads = sortHeads(columns, (name) => change({ sort: nextSort(state.sort, name) }));
+  body = el("tbody");
+  table.append(el("thead", {}, el("tr", {}, ...heads)), body);
+  follow(show);
+  onNotes(() => {
+    for (const made of $$("tr.row", body)) {
+      const row = rowOf.get(made.dataset.key);
+      const note = noteOf("vectors", noteKey(row));
+      $(".given", made).textContent = note.name;
+      const star = $(".star", made);
+      star.textContent = note.star ? "★" : "☆";
+      star.setAttribute("aria-pressed", String(note.star));
+      const link = $("a.behaviour", made);
+      if (link && row.behaviour) {
+        link.textContent = cardName(homeOf(row.behaviour));
+        link.href = `#${homeOf(row.behaviour)}`;
+      }
+    }
+  });
+  forPrinting(() => list.all());
+}
