@@ -501,6 +501,10 @@ def test_texts_with_samples_and_scales_are_written_once(tiny_llama, f, tmp_path)
     more = run.texts(tiny_llama, n_samples=3)
     assert len(more) == 4 + 2 * (2 * 4 + 1)
     assert len(run.page(tiny_llama, f)) == 2
+    page = run.folder / "report.html"
+    assert "nats; steered" not in page.read_text()
+    run.page(tiny_llama, f, token_divergence=True)
+    assert "nats; steered" in page.read_text()
 
 
 def test_texts_of_replaced_vectors_are_nobodys(f, tmp_path):

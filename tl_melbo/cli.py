@@ -210,13 +210,15 @@ def page(
     samples: Annotated[int | None, option("Sampled completions of each.", "as it was")] = None,
     temperature: Annotated[float | None, option("Of the samples.", "as it was, or 0.7")] = None,
     scales: Scales = False,
+    divergence: Annotated[bool, option("Show where along its text each vector acts.")] = False,
     device: Device = None,
     overwrite: Annotated[bool, option("Write the completions anew, too.")] = False,
 ) -> None:
     """Make the page anew, about all that a folder holds; completions that lack are written."""
     texts = _texts_asked(max_new_tokens, samples, temperature, scales)
     with _opened(folder, model, device) as (run, loaded, f, stages):
-        _show_page(run, loaded, f, stages, **texts, overwrite=overwrite)
+        options = {**texts, "overwrite": overwrite, "divergence": divergence}
+        _show_page(run, loaded, f, stages, **options)
 
 
 app.command(cls=terminal.Command)(cli_adapters.adapters)
@@ -248,15 +250,16 @@ def _session(run: tm.Run, place: Path) -> Iterator[terminal.Stages]:
 
 
 def _show_page(
-    run: tm.Run, model: Any, f: Any, stages: terminal.Stages, family: Any = None, **options: Any
-) -> None:
+    run: tm.Run, model: Any, f: Any, stages: terminal.Stages, family: Any = None,
+    divergence: bool = False, **options: Any,
+) -> None:  # fmt: skip
     """Make the page, and show its table, or that of a family; the last line is its path."""
     from tl_melbo.report import measure_shown, not_converged  # plotly takes long to import
 
     stages.begin("Writing under each vector")
     run.texts(model, on_batch=stages.count, **options)
     stages.begin("Making the page")
-    table = run.page(model, f)
+    table = run.page(model, f, token_divergence=divergence)
     stages.end()
     stages.stop()
     if family is not None:

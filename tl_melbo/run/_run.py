@@ -306,14 +306,16 @@ class Run:
         f: "ActivationMap",
         *,
         notes: "str | Path | Mapping[str, Any] | None" = None,
+        token_divergence: bool = False,
         **options: Any,
     ) -> "pd.DataFrame":
         """Write `report.html` about all that the folder holds, and return the page's table.
 
         Completions that lack are written first; the options are those of `texts`. `notes` are as
-        `report.write` takes them; None takes `notes.json` of the folder, if it is there.
+        `report.write` takes them; None takes `notes.json` of the folder, if it is there. With
+        `token_divergence` the page shows where along its text each vector parts from the model.
         """
-        from tl_melbo import report
+        from tl_melbo import analysis, report
 
         with self.writing():
             if notes is None and (self.folder / _files.NOTES).is_file():
@@ -324,8 +326,12 @@ class Run:
                 "side_effects": self._table(SIDE_EFFECTS, found),
                 **adapters_kept(self.folder),
                 "notes": notes,
-                "run_folder": self.folder.name,
+                # A page may be passed on: it tells no absolute path.
+                "run_folder": self.folder.name if self.folder.is_absolute() else str(self.folder),
             }
+            if token_divergence:
+                greedy = texts[(texts["scale"].abs() == 1) & (texts.get("sample", 0) == 0)]
+                parts["token_divergence"] = analysis.token_divergence(model, greedy, found)
             path = self.folder / _files.REPORT
             return report.write(path, model, found, completions=texts, activation_map=f, **parts)
 
