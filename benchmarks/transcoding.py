@@ -89,9 +89,9 @@ def fill_cell(name: str, load: Any, prompt: str, seed: int, methods: tuple[str, 
         cpu_seconds = round(time.process_time() - began, 1)
         place = {"model": name, "prompt": prompt, "seed": seed, "method": method}
         texts = tm.generate(case.model, prompt, found, **options)
-        keep_texts(KEPT, place, pd.concat([unsteered, texts]))
         facts = {**place, "vectors": len(found), "radius": radius, "cpu_seconds": cpu_seconds}
         row = facts | of_vectors(f, case, method, found, radius) | of_texts(case, unsteered, texts)
+        keep_texts(KEPT, place, pd.concat([unsteered, texts]))
         pd.DataFrame([row]).to_csv(KEPT, mode="a", header=not KEPT.is_file(), index=False)
         print(row, flush=True)
 

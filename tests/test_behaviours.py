@@ -433,3 +433,33 @@ def test_a_sweep_of_radii_around_auto_is_counted_on_a_random_model(tiny_llama):
         assert every.groups["n_texts"].sum() == 7
         changed.append(sum(numbers > 0))
     assert changed[0] == 0 < changed[2]
+
+
+def test_a_rare_unsteered_behaviour_is_not_the_baseline(tiny_llama):
+    """The refusal that one unsteered sample has, too, is what a vector brings out."""
+    refusal = "I'm sorry, but I can't help with that."
+    unsteered = [COOKING[0], COOKING[1], COOKING[0], refusal]
+    texts = [*unsteered, *[refusal] * 3]
+    completions = frame(texts).assign(vector=[-1] * 4 + [0] * 3, sample=[0, 1, 2, 3, 0, 1, 2])
+    found = tm.analysis.behaviours(
+        tiny_llama, completions, chat=False, largest_perplexity=float("inf")
+    )
+    assert found.texts["behaviour"].tolist() == [0, 0, 0, 1, 1, 1, 1]
+    assert found.n_distinct == 1
+    shares = found.of_vectors.set_index(["vector", "behaviour"])["rate"]
+    assert shares[-1, 1] == pytest.approx(1 / 3)
+    assert shares[0, 1] == 1
+
+
+def test_an_incoherent_unsteered_sample_is_in_no_group(tiny_llama):
+    loop = "over and over and over and over and over and over"
+    completions = frame([COOKING[0], loop, loop]).assign(vector=[-1, -1, 0], sample=[0, 1, 0])
+    found = tm.analysis.behaviours(
+        tiny_llama, completions, chat=False, largest_perplexity=float("inf")
+    )
+    assert found.texts["behaviour"].tolist() == [0, -1, -1]
+
+
+def test_fewer_groups_than_stances_are_refused(tiny_llama):
+    with pytest.raises(ValueError, match=r"n_behaviours=1: .* 2 combinations of stance and form"):
+        grouped(tiny_llama, [COOKING[0], "I'm sorry, but I can't do that."], n_behaviours=1)

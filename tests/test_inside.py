@@ -1,5 +1,7 @@
 """What a vector does inside: against TransformerLens's own hooks, one run for each number."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -126,6 +128,23 @@ def test_samples_are_told_apart(tiny_llama, found):
     written = tm.generate(tiny_llama, PROMPT, found[0], max_new_tokens=3, n_samples=2)
     frame = token_divergence(tiny_llama, written, found[0])
     assert frame["sample"].nunique() == 3
+
+
+def test_texts_that_were_read_back_as_missing_are_left_out(tiny_llama, found):
+    written = tm.generate(tiny_llama, PROMPT, found[:2], max_new_tokens=3)
+    written.loc[0, "completion"] = float("nan")
+    assert {*token_divergence(tiny_llama, written, found[:2])["vector"]} == {1}
+
+
+def test_formats_of_prompts_that_disagree_are_refused(tiny_llama, found):
+    chat, raw = (replace(found, story={**found.story, "chat": chat}) for chat in (True, False))
+    some = {"own": torch.ones(32), "found": chat}
+    ours = effect_by_layer(tiny_llama, PROMPT, some, layer=1)
+    theirs = effect_by_layer(tiny_llama, PROMPT, dict(reversed(some.items())), layer=1)
+    sums = [frame.groupby("vectors")["effect"].sum().to_dict() for frame in (ours, theirs)]
+    assert sums[0] == pytest.approx(sums[1], rel=1e-5)
+    with pytest.raises(ValueError, match="some of the vectors were found with chat prompts"):
+        effect_by_layer(tiny_llama, PROMPT, {"a": chat, "b": raw})
 
 
 @pytest.mark.parametrize(

@@ -106,3 +106,16 @@ def test_each_value_has_bars_of_its_own():
     drawn = tm.plots.behaviour_rates(table)
     assert {bars.name for bars in drawn.data} == {"assistant", "person"}
     assert drawn.layout.showlegend
+
+
+def test_what_would_be_lost_or_unlike_is_refused():
+    greedy = frame((-1, 0.0, 0, AI), (0, 1.0, 0, AI)).drop(columns="sample")
+    with pytest.raises(ValueError, match="some rows have a sample and some have none"):
+        tm.analysis.rates(pd.concat([greedy, COMPLETIONS]), is_human)
+    with pytest.raises(ValueError, match="random: one of completions and random is of samples"):
+        tm.analysis.rates(COMPLETIONS, is_human, random=greedy)
+    with pytest.raises(ValueError, match=r"random: completions has no texts of vectors \[7\]"):
+        tm.analysis.rates(COMPLETIONS, is_human, random=[0, 7])
+    lacking = COMPLETIONS.assign(count=[float("nan"), *[1.0] * (len(COMPLETIONS) - 1)])
+    with pytest.raises(ValueError, match="count is missing in some rows"):
+        tm.analysis.rates(lacking.iloc[::-1].assign(sample=1), "count")

@@ -161,3 +161,7 @@ def test_hostile_texts_get_tags(text):
 def test_what_is_no_text_is_named():
     with pytest.raises(TypeError, match=r"texts\[1\] is None"):
         tm.analysis.tags(HOW, ["a", None])
+
+
+def test_a_short_prompt_is_not_cut_out_of_words():
+    assert of("I am a doctor from Italy.", "I")[2] == "person"

@@ -60,8 +60,8 @@ class Behaviours:
     Attributes:
         texts: the completions, with perplexity, repetition, coherent, filtered_out (why not, or
             ""); stance, form and speaker, see `tags`; baseline, whether the text is an unsteered
-            one's verbatim; and behaviour, the number of the group: 0 for the baseline's, -1 if not
-            coherent.
+            one's verbatim; and behaviour, the number of the group: 0 for that of the greedy
+            unsteered completion, -1 if not coherent.
         groups: behaviour, name, prompt, n_texts, vectors, negatives (the vectors whose negated
             texts are in it), example, stance, form; for each prompt the baseline's first, then the
             largest. Names are unique within a prompt.
@@ -169,13 +169,14 @@ def behaviours(
     texts["baseline"] = _is_baseline(texts)
     texts["behaviour"] = _INCOHERENT
     groups: list[tuple[Any, ...]] = []
-    inside = pd.DataFrame(texts.assign(said=said)[texts["coherent"] | _is_unsteered(texts)])
+    is_first = _is_first(texts)
+    inside = pd.DataFrame(texts.assign(said=said, is_first=is_first)[texts["coherent"] | is_first])
     for (prompt,), rows in groups_of(inside, ["prompt"]).items():
         first = 1 + max([_UNSTEERED, *(group[0] for group in groups)])
         cosines = _cosines(str(prompt), rows["said"].tolist(), chosen)
         clusters = _clusters(str(prompt), rows, cosines, n_behaviours, distance)
         # The unsteered completion's cluster is 0; of the others, the largest comes first.
-        own = {*itertools.compress(clusters, _is_unsteered(rows))}
+        own = {*itertools.compress(clusters, rows["is_first"])}
         others = [each for each, _ in Counter(clusters).most_common() if each not in own]
         number_of = dict.fromkeys(own, _UNSTEERED) | dict(zip(others, itertools.count(first)))
         numbers = [number_of[cluster] for cluster in clusters]
@@ -208,6 +209,16 @@ def _with_scale(completions: pd.DataFrame) -> Table:
 def _is_unsteered(texts: pd.DataFrame) -> np.ndarray:
     """A vector times zero is none."""
     return (texts["vector"].to_numpy() < 0) | (texts["scale"].to_numpy() == 0)
+
+
+def _is_first(texts: pd.DataFrame) -> np.ndarray:
+    """The unsteered completions whose behaviour is the baseline: the greedy ones, or else all."""
+    unsteered = _is_unsteered(texts)
+    if "sample" not in texts:
+        return unsteered
+    greedy = unsteered & (texts["sample"].to_numpy() == 0)
+    has_greedy = texts["prompt"].isin({*texts["prompt"][greedy]}).to_numpy()
+    return np.where(has_greedy, greedy, unsteered)
 
 
 def _is_baseline(texts: pd.DataFrame) -> list[bool]:
@@ -259,6 +270,11 @@ def _clusters(
     if len(rows) == 1:
         return [0]
     tags = list(zip(rows["stance"], rows["form"], strict=True))
+    if n_behaviours is not None and n_behaviours < len({*tags}):
+        raise ValueError(
+            f"n_behaviours={n_behaviours}: the completions of {quoted(printable(prompt))} have "
+            f"{len({*tags})} combinations of stance and form, which stay apart; ask for as many"
+        )
     tells = torch.tensor([stance in _TELLING or form != "prose" for stance, form in tags])
     apart = (1 - cosines).clamp_min(0)
     apart = torch.where(

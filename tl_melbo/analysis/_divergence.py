@@ -64,7 +64,9 @@ def token_divergence(
     checks.batch_size(batch_size)
     noted = completions.attrs.get("chat")
     chat = as_chat(vectors, noted if chat is None else chat)
-    rows = completions.to_dict("records")
+    # An empty text may have been read back from a file as a missing number.
+    is_text = completions["completion"].map(lambda text: isinstance(text, str))
+    rows = completions[is_text].to_dict("records")
     rows = [row for row in rows if row["vector"] >= 0 and tokens_of(model, row["completion"])]
     if not rows:
         raise ValueError("completions: no text of a vector; pass what generate wrote under vectors")

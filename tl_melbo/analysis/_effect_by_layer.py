@@ -35,7 +35,7 @@ def effect_by_layer(
     Args:
         vectors: one library, or several by name, to compare what was found with random ones.
         positions: which tokens of the prompt count.
-        chat: None takes the format that the vectors were found with, of the first that knows one.
+        chat: None takes the format that the vectors were found with, where any know theirs.
 
     Returns:
         A row for each vector and layer: vectors, the name ("vectors" of one library); vector, its
@@ -51,8 +51,14 @@ def effect_by_layer(
     named = dict(vectors) if isinstance(vectors, Mapping) else {"vectors": vectors}
     if not named:
         raise ValueError('vectors: none given; pass a library, or {"MELBO": found}')
-    known = [as_chat(some, chat) for some in named.values() if getattr(some, "story", None)]
-    tokens = to_tokens(model, prompt, known[0] if known else bool(chat))
+    know = [some for some in named.values() if "chat" in getattr(some, "story", {})]
+    ways = {as_chat(some, chat) for some in know} or {bool(chat)}
+    if len(ways) > 1:
+        raise ValueError(
+            "chat: some of the vectors were found with chat prompts and some with raw ones; pass "
+            "chat=True or chat=False"
+        )
+    tokens = to_tokens(model, prompt, ways.pop())
     n_tokens, own = tokens.shape[1], checked_slice(positions)
     if not len(range(n_tokens)[own]):
         raise ValueError(f"positions={positions}: none of the prompt's {n_tokens} tokens")

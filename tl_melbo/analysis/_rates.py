@@ -36,7 +36,8 @@ def rates(
     Args:
         completions: as `generate` returns them, or the texts of a `Behaviours`.
         of: a column, each of whose values gets a rate: "behaviour", "stance", "form", "speaker",
-            "baseline"; tags are found by rule where they are missing. Or a function of a text: what
+            "baseline"; tags are found by rule where they are missing (by `tags`, without a system
+            prompt, so that no leak of it is known). Or a function of a text: what
             it gives counts as a yes if it is true, or a count above 0.
         by: columns whose values are told apart, such as "vector", "scale", "prompt".
         random: completions under `tm.random_vectors` of the same norm; or, where they are among
@@ -56,8 +57,15 @@ def rates(
     frame = _counted(completions, of, by, "completions").assign(steering="vector")
     if isinstance(random, pd.DataFrame):
         other = _counted(random, of, by, "random").assign(steering="random")
+        if ("sample" in random) != ("sample" in completions):
+            raise ValueError(
+                "random: one of completions and random is of samples, the other greedy; write both "
+                "with n_samples, or neither"
+            )
         frame = pd.concat([frame, other[other["vector"] >= 0]], ignore_index=True)
     elif random is not None:
+        if unknown := {*random} - {*frame["vector"]}:
+            raise ValueError(f"random: completions has no texts of vectors {sorted(unknown)[:10]}")
         frame.loc[frame["vector"].isin([*random]), "steering"] = "random"
     frame.loc[(frame["vector"] < 0) | (frame["scale"] == 0), "steering"] = "unsteered"
     values, shown = [True], getattr(of, "__name__", "function")
@@ -82,7 +90,14 @@ def rates(
 
 def sampled(completions: pd.DataFrame) -> pd.DataFrame:
     """The samples, where there are any: the greedy completion is none of them."""
-    if "sample" not in completions or max(completions["sample"], default=0) <= 0:
+    if "sample" not in completions:
+        return completions
+    if completions["sample"].isna().any():
+        raise ValueError(
+            "completions: some rows have a sample and some have none; write all of them with "
+            "n_samples, or none"
+        )
+    if max(completions["sample"], default=0) <= 0:
         return completions
     return pd.DataFrame(completions[completions["sample"] > 0])
 
@@ -99,6 +114,8 @@ def _counted(
     checks.columns(frame, ("vector", *by, column), argument, _ADVICE)
     frame = sampled(frame)
     if isinstance(of, str):
+        if of != "completion" and frame[of].isna().any():
+            raise ValueError(f"{argument}: {of} is missing in some rows; leave these out")
         return frame.assign(value=frame[of])
     texts = frame["completion"].fillna("").astype(str)
     return frame.assign(value=[bool(of(text)) for text in texts])

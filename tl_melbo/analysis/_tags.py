@@ -228,7 +228,8 @@ def _speaker(text: str, prompt: str) -> str:
     # Who is quoted does not speak, nor does who asked.
     text = _QUOTED.sub(" ", text)
     for line in _asked(prompt).splitlines():
-        text = text.replace(line, " ")
+        # A short one may be part of a word.
+        text = text.replace(line, " ") if len(words(line)) >= _FEWEST_ECHOED else text
     if IS_AI.search(text):
         return "assistant"
     if IS_HUMAN.search(text):

@@ -3,7 +3,6 @@
 Source of the curves: Jacob G-W 2024, "I found >800 orthogonal 'write code' steering vectors".
 """
 
-import html
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 
@@ -17,7 +16,17 @@ from torch import Tensor
 from tl_melbo import checks, story
 from tl_melbo.analysis._similarity import cosine_similarity
 from tl_melbo.plots import _style
-from tl_melbo.plots._style import BLUE, HOVER, OTHERS, axis, colour_bar, figure, line, points
+from tl_melbo.plots._style import (
+    BLUE,
+    HOVER,
+    OTHERS,
+    axis,
+    colour_bar,
+    escaped,
+    figure,
+    line,
+    points,
+)
 from tl_melbo.shapes import Float, shape_checked
 from tl_melbo.vectors import SteeringVectors
 
@@ -268,7 +277,7 @@ def _curve(
     for (name, level), colour in zip(levels.items(), cycle(OTHERS), strict=False):
         if level is not None:
             heights = np.maximum(np.atleast_1d(level), least)
-            traces += _baseline(labels, heights, window, html.escape(name), colour)
+            traces += _baseline(labels, heights, window, escaped(name), colour)
     up = axis(y_title, rangemode="tozero")
     across = axis("vector", **_style.whole_numbers(len(labels)))
     known = [(name, level) for name, level in levels.items() if level is not None]

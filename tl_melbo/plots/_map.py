@@ -1,13 +1,22 @@
 """A library's effects as a map."""
 
-import html
 from collections.abc import Sequence
 from itertools import cycle
 
 import plotly.graph_objects as go
 from torch import Tensor
 
-from tl_melbo.plots._style import BLUE, GREY, HOVER, OTHERS, PALE_BLUE, axis, figure, points
+from tl_melbo.plots._style import (
+    BLUE,
+    GREY,
+    HOVER,
+    OTHERS,
+    PALE_BLUE,
+    axis,
+    escaped,
+    figure,
+    points,
+)
 from tl_melbo.shapes import Float, shape_checked
 from tl_melbo.text import printable
 
@@ -59,14 +68,15 @@ def effect_map(
         at = [place for place, other in enumerate(named) if other == name]
         texts = [str(labels[place]) for place in at]
         hollow = [f"{symbol}-open" if text.endswith("-") else symbol for text in texts]
-        shown = html.escape(printable(str(name or "not grouped"))[:_LONGEST_NAME])
+        whole = printable(str(name or "not grouped"))
+        shown = escaped(whole if len(whole) <= _LONGEST_NAME else f"{whole[: _LONGEST_NAME - 1]}…")
         look = {"size": 10, "color": colour, "symbol": hollow, "opacity": 0.85}
         dots = points([xy[i][0] for i in at], [xy[i][1] for i in at], look, name=shown)
-        told = [f"vector {html.escape(text)}<br>{shown}" for text in texts]
+        told = [f"vector {escaped(text)}<br>{shown}" for text in texts]
         if len(labels) <= _MOST_NAMED:
             signed = [f"−{text[:-1]}" if text.endswith("-") else text for text in texts]
             shape = {"textposition": "top center", "textfont": {"size": 9, "color": GREY}}
-            dots.update(mode="markers+text", text=[*map(html.escape, signed)], **shape)
+            dots.update(mode="markers+text", text=[*map(escaped, signed)], **shape)
         traces.append(dots.update(customdata=told, meta=texts, hovertemplate=HOVER))
     titles = ["first component", "second component"]
     if shares is not None:

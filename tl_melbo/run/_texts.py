@@ -38,7 +38,7 @@ def write_texts(
     asked = {
         "max_new_tokens": max_new_tokens,
         "n_samples": n_samples,
-        "temperature": temperature,
+        "temperature": 0.7 if n_samples and temperature is None else temperature,
         "scales": scales and sorted({*map(float, scales), 1.0, -1.0}),
     }
     with self.writing():
