@@ -84,6 +84,7 @@ def test_practice_lowers_the_loss():
     assert losses[-1] < losses[0] - 0.5
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_adapter(planted_tiny):
     again = plant_tiny(layers=(1, 2))
     adapter = planted_tiny.adapter

@@ -498,6 +498,13 @@ def test_texts_with_samples_and_scales_are_written_once(tiny_llama, f, tmp_path)
         again = tm.Run(run.folder).texts(tiny_llama, on_batch=lambda *c: told.append(c), **some)
         assert again.equals(texts)
     assert len(told) == written
+    other = tm.Run(tmp_path / "other")
+    other.melbo(f, 2, **SETTINGS)
+    drawn = other.texts(tiny_llama, max_new_tokens=2, n_samples=1)
+    assert other.texts(tiny_llama, temperature=0.7, on_batch=lambda *c: told.append(c)).equals(
+        drawn
+    )
+    assert len(told) == written
     more = run.texts(tiny_llama, n_samples=3)
     assert len(more) == 4 + 2 * (2 * 4 + 1)
     assert len(run.page(tiny_llama, f)) == 2

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # Of samples, where nothing else is asked for.
-_TEMPERATURE = 0.7
+DEFAULT_TEMPERATURE = 0.7
 OnBatch = Callable[[int, int], None]
 
 
@@ -131,7 +131,7 @@ def written(model: Model, tokens: Tokens, max_new_tokens: int) -> str:
 def _sampling(n_samples: int | None, temperature: float | None) -> tuple[float, list[int]]:
     """The temperature, and the numbers of the completions of each row: 0 is greedy."""
     if temperature is None:
-        temperature = _TEMPERATURE if n_samples else 0.0
+        temperature = DEFAULT_TEMPERATURE if n_samples else 0.0
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature={temperature}: 0 for greedy, or a positive finite number")
     if n_samples and temperature == 0:

@@ -217,7 +217,7 @@ def _is_first(texts: pd.DataFrame) -> np.ndarray:
     if "sample" not in texts:
         return unsteered
     greedy = unsteered & (texts["sample"].to_numpy() == 0)
-    has_greedy = texts["prompt"].isin({*texts["prompt"][greedy]}).to_numpy()
+    has_greedy = texts["prompt"].isin([*texts["prompt"][greedy]]).to_numpy()
     return np.where(has_greedy, greedy, unsteered)
 
 

@@ -66,7 +66,7 @@ def token_divergence(
     chat = as_chat(vectors, noted if chat is None else chat)
     # An empty text may have been read back from a file as a missing number.
     is_text = completions["completion"].map(lambda text: isinstance(text, str))
-    rows = completions[is_text].to_dict("records")
+    rows = pd.DataFrame(completions[is_text]).to_dict("records")
     rows = [row for row in rows if row["vector"] >= 0 and tokens_of(model, row["completion"])]
     if not rows:
         raise ValueError("completions: no text of a vector; pass what generate wrote under vectors")

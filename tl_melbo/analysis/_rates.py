@@ -92,7 +92,7 @@ def sampled(completions: pd.DataFrame) -> pd.DataFrame:
     """The samples, where there are any: the greedy completion is none of them."""
     if "sample" not in completions:
         return completions
-    if completions["sample"].isna().any():
+    if any(completions["sample"].isna()):
         raise ValueError(
             "completions: some rows have a sample and some have none; write all of them with "
             "n_samples, or none"
@@ -114,7 +114,7 @@ def _counted(
     checks.columns(frame, ("vector", *by, column), argument, _ADVICE)
     frame = sampled(frame)
     if isinstance(of, str):
-        if of != "completion" and frame[of].isna().any():
+        if of != "completion" and any(frame[of].isna()):
             raise ValueError(f"{argument}: {of} is missing in some rows; leave these out")
         return frame.assign(value=frame[of])
     texts = frame["completion"].fillna("").astype(str)

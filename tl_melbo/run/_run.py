@@ -315,6 +315,8 @@ class Run:
         `report.write` takes them; None takes `notes.json` of the folder, if it is there. With
         `token_divergence` the page shows where along its text each vector parts from the model.
         """
+        import pandas as pd
+
         from tl_melbo import analysis, report
 
         with self.writing():
@@ -330,8 +332,11 @@ class Run:
                 "run_folder": self.folder.name if self.folder.is_absolute() else str(self.folder),
             }
             if token_divergence:
-                greedy = texts[(texts["scale"].abs() == 1) & (texts.get("sample", 0) == 0)]
-                parts["token_divergence"] = analysis.token_divergence(model, greedy, found)
+                greedy = texts["scale"].isin([-1, 1])
+                if "sample" in texts:
+                    greedy &= texts["sample"] == 0
+                some = pd.DataFrame(texts[greedy])
+                parts["token_divergence"] = analysis.token_divergence(model, some, found)
             path = self.folder / _files.REPORT
             return report.write(path, model, found, completions=texts, activation_map=f, **parts)
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tl_melbo import checks
+from tl_melbo.generation import DEFAULT_TEMPERATURE
 from tl_melbo.run._files import COMPLETIONS
 from tl_melbo.shapes import shape_checked
 
@@ -38,7 +39,7 @@ def write_texts(
     asked = {
         "max_new_tokens": max_new_tokens,
         "n_samples": n_samples,
-        "temperature": 0.7 if n_samples and temperature is None else temperature,
+        "temperature": temperature,
         "scales": scales and sorted({*map(float, scales), 1.0, -1.0}),
     }
     with self.writing():
@@ -49,6 +50,8 @@ def write_texts(
         if asked["scales"] and {*asked["scales"]} <= {*(known.get("scales") or (-1.0, 1.0))}:
             asked["scales"] = None
         chosen = {name: known.get(name) if v is None else v for name, v in asked.items()}
+        if chosen["n_samples"] and chosen["temperature"] is None:
+            chosen["temperature"] = DEFAULT_TEMPERATURE
         same = not overwrite and all(known.get(name) == v for name, v in chosen.items())
         texts = self._table(COMPLETIONS, found) if same else None
         if texts is None:
