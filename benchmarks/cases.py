@@ -65,6 +65,8 @@ def keep_texts(path: Path, facts: dict[str, Any], texts: pd.DataFrame) -> None:
 
 def counted_anew(path: Path, column: str, cases: Mapping[str, Callable[[], Case]]) -> pd.DataFrame:
     """The lines of a file, with the numbers that `of_texts` gives the kept texts today."""
+    if not _beside(path).is_file():
+        raise SystemExit(f"{_beside(path).name}: not there; searches that run from now on write it")
     names = [*CELL, column]
     texts = {
         key: some.assign(scale=1.0)

@@ -60,7 +60,7 @@ def top_tokens(
     Source of the lens: nostalgebraist 2020, "interpreting GPT: the logit lens".
     """
     check_model(model)
-    checks.between(1, int(model.cfg.d_vocab), "the vocabulary", n=n)
+    checks.between(1, int(model.cfg.d_vocab), "a number of tokens", n=n)
     checks.between(0, 1, "a probability", least_probability=least_probability)
     checks.batch_size(batch_size)
     rows, chat = steering_rows(model, vectors, layer, [1.0]), as_chat(vectors, chat)
