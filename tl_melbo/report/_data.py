@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from tl_melbo.analysis import Behaviours
+from tl_melbo.analysis._tags import TAGS
 from tl_melbo.report import _facts
 from tl_melbo.report._text import TextPool, number, shown
 from tl_melbo.vectors import SteeringVectors
 
-TAGS = ("stance", "form", "speaker")
 _COSTS = ("specificity", "loss_increase")
 _MOST_POINTS = 40
 
@@ -174,11 +174,9 @@ def _grouped(
             row["behaviour"] = _card_key(int(told["behaviour"]), prompts.index(told["prompt"]))
             row["filtered"] = shown(told["filtered_out"]) if told["filtered_out"] else ""
             row["tags"] = _tags(told)
-            row["baseline"] = bool(told.get("baseline", False))
+            row["baseline"] = bool(told["baseline"])
     cards = [_card(each, rows, prompts, pool) for each in groups.groups.to_dict("records")]
-    rates = getattr(groups, "of_vectors", None)
-    if rates is not None and not rates.empty:
-        _add_rates(cards, rates, prompts, place)
+    _add_rates(cards, groups.of_vectors, prompts, place)
     return [card for card in cards if card["rows"]]
 
 

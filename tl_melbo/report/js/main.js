@@ -1,6 +1,5 @@
 // The page begins: parts in their order, links, keys, paper.
-import { $, $$ } from "./dom.js";
-import { el, fill } from "./dom.js";
+import { $, $$, el, fill } from "./dom.js";
 import { data, manyPrompts } from "./data.js";
 import { begin, change, follow } from "./state.js";
 import { beginNotes } from "./notes.js";
