@@ -30,6 +30,9 @@ export function nSamples(row, scale) {
   return row.texts[scale]?.length ?? 0;
 }
 
+// The rows of a behaviour; "4s2", the second sample of row 4, where it shows in samples alone.
+export const membersOf = (card) => (card.rows.length ? card.rows : card.samples);
+
 // "4", "−4", and where there are several prompts, of which.
 export function nameOf(row) {
   const prompt = row.prompt ? ` (prompt ${row.prompt + 1})` : "";

@@ -51,14 +51,10 @@ function hideChips() {
 
 function behaviourChips() {
   const cards = data.behaviours.filter((card) => homeOf(card.key) === card.key);
-  return cards.map((card) =>
-    setChip(
-      cardName(card.key),
-      "b",
-      card.key,
-      counted((row) => row.behaviour && homeOf(row.behaviour) === card.key),
-    ),
-  );
+  return cards
+    .map((card) => [card, counted((row) => row.behaviour && homeOf(row.behaviour) === card.key)])
+    .filter(([, count]) => count)
+    .map(([card, count]) => setChip(cardName(card.key), "b", card.key, count));
 }
 
 function tagChips() {

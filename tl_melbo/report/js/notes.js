@@ -1,6 +1,6 @@
 // Stars, names, remarks and merged behaviours of whoever reads: kept by the browser, if it may.
 import { $, button, el } from "./dom.js";
-import { cardOf, data } from "./data.js";
+import { cardOf, data, membersOf } from "./data.js";
 
 const PLACE = `tl_melbo:${data.library}`;
 const SAME = 0.5;
@@ -42,7 +42,7 @@ function likeness(one, other) {
 function nearestCard(members) {
   const cards = [...cardOf.values()];
   const best = cards
-    .map((card) => [likeness(members, card.rows), card.key])
+    .map((card) => [likeness(members, membersOf(card)), card.key])
     .sort((a, b) => b[0] - a[0])[0];
   return best && best[0] >= SAME ? best[1] : null;
 }
@@ -98,8 +98,8 @@ export function mergeInto(key, other) {
 function exported() {
   const behaviours = [...own.cards].map(([key, { merged, ...note }]) => ({
     ...note,
-    members: cardOf.get(key).rows,
-    merged: (merged ?? []).map((other) => cardOf.get(other).rows),
+    members: membersOf(cardOf.get(key)),
+    merged: (merged ?? []).map((other) => membersOf(cardOf.get(other))),
   }));
   return {
     version: 1,
