@@ -8,6 +8,7 @@ from typing import Any
 
 from tl_melbo.errors import Damaged
 from tl_melbo.shapes import shape_checked
+from tl_melbo.text import printable
 
 VERSION = 1
 _LARGEST_FILE = 5_000_000
@@ -91,7 +92,8 @@ def _entry(entry: Any, where: str, more: tuple[str, ...] = ()) -> dict[str, Any]
         if not isinstance(text, str) or len(text) > longest:
             allowed = f"a text of at most {longest:,} characters"
             raise ValueError(f"notes of {where}: {name} is not {allowed}; {_ADVICE}")
-        made[name] = text
+        # What is made visible takes more characters.
+        made[name] = printable(text)[:longest]
     return made
 
 

@@ -9,7 +9,7 @@ import { noteFields, starButton, tagList, vectorLink } from "./marks.js";
 const made = new Map();
 
 function merged(card) {
-  return [card, ...(noteOf("cards", card.key).merged ?? []).map((key) => cardOf.get(key))];
+  return [card, ...noteOf("cards", card.key).merged.map((key) => cardOf.get(key))];
 }
 
 const rowKey = (member) => member.replace(/s\d+$/, "");
@@ -60,16 +60,16 @@ function insideOf(card) {
   );
   choice.addEventListener("change", () => choice.value && mergeInto(card.key, choice.value));
   const tools = el("div", { class: "next" }, el("label", {}, "Merge into ", choice));
-  if (noteOf("cards", card.key).merged?.length)
-    tools.append(
-      button("Take apart", () => setNote("cards", card.key, { merged: [] }), { class: "chip" }),
-    );
+  if (noteOf("cards", card.key).merged.length) {
+    const apart = () => setNote("cards", card.key, { merged: [], lost: [] });
+    tools.append(button("Take apart", apart, { class: "chip" }));
+  }
   // The table has the greedy completions.
   if (merged(card).some((each) => each.rows.length))
     tools.append(
       button(
         "Only these in the table",
-        () => change({ b: new Set([card.key]), anchor: "all-vectors" }),
+        () => goTo("all-vectors", { b: new Set([card.key]) }),
         { class: "chip" },
       ),
     );
@@ -130,6 +130,8 @@ function cardPart(card) {
 }
 
 let printing = false;
+let goTo;
+let filtered = [];
 
 function isAside(card) {
   return card.baseline;
@@ -145,7 +147,7 @@ function build() {
   );
   aside.replaceChildren(
     ...some.filter(isAside).map((card) => made.get(card.key).part),
-    ...filteredPart(),
+    ...filtered,
   );
   const count = data.rows.filter(
     (row) => row.filtered || cardOf.get(homeOf(row.behaviour))?.baseline,
@@ -169,9 +171,7 @@ function filteredPart() {
         );
     };
     inside.addEventListener("toggle", fillIn);
-    forPrinting(() => {
-      fillIn();
-    });
+    forPrinting(fillIn);
     return el("article", { class: "card" }, el("h3", { text: `Filtered out: ${reason}` }), inside);
   });
 }
@@ -191,8 +191,11 @@ export function goToCard(key) {
   return document.getElementById(home);
 }
 
-export function beginCards() {
+// `go` brings a part of the page in sight, with changes to the state.
+export function beginCards(go) {
   if (!data.behaviours.length && !data.rows.some((row) => row.filtered)) return;
+  goTo = go;
+  filtered = filteredPart();
   build();
   follow(show);
   let before = shape();

@@ -26,6 +26,11 @@ export function isBaseline(row, scale) {
   return own !== undefined && own !== null && own === data.unsteered[row.prompt]?.[0];
 }
 
+// Whether a row's completion is the baseline's, or was grouped with it.
+export function isNear(row, scale) {
+  return row.baseline || isBaseline(row, scale) || !!cardOf.get(row.behaviour)?.baseline;
+}
+
 export function nSamples(row, scale) {
   return row.texts[scale]?.length ?? 0;
 }
