@@ -351,7 +351,10 @@ def test_a_store_of_others_leaves_the_page_whole(laptop: Any, page: Path) -> Non
 
 def test_merged_in_circles_and_chains_no_card_is_lost(laptop: Any, page: Path) -> None:
     cards = [card for card in data_on(laptop)["behaviours"] if not card["baseline"]]
-    keys, (one, two, three) = [c["key"] for c in cards[:3]], [c["rows"] for c in cards[:3]]
+    keys, (one, two, three) = (
+        [c["key"] for c in cards[:3]],
+        [c["rows"] or c["samples"] for c in cards[:3]],
+    )
     shown = "return [...document.querySelectorAll('#cards .card')].map(c => c.id)"
     rest = [card["key"] for card in cards[3:]]
     for behaviours in (

@@ -182,7 +182,8 @@ def _grouped(
     for card in cards:
         card["samples"] = [] if card["rows"] else samples.get(card["key"], [])
     _add_rates(cards, groups.of_vectors, prompts, place)
-    return [card for card in cards if card["rows"] or card["samples"]]
+    of_rows = [card for card in cards if card["rows"]]
+    return of_rows + [card for card in cards if card["samples"]]
 
 
 def _told_with_samples(texts: pd.DataFrame) -> Iterator[tuple[dict[Any, Any], int]]:
