@@ -23,6 +23,18 @@ def test_notes_are_read_back(tmp_path: Path) -> None:
     assert read["behaviours"] == [behaviour]
 
 
+def test_half_a_character_is_made_visible(tmp_path: Path) -> None:
+    path = tmp_path / "notes.json"
+    path.write_text(r'{"version": 1, "vectors": {"4": {"name": "\ud83d", "note": "\u202e"}}}')
+    read = report.read_notes(path)
+    assert read["vectors"]["4"] == {"star": False, "name": "\ufffd", "note": "[U+202E]"}
+    # However long it is then, it can be read again.
+    long = {"version": 1, "vectors": {"4": {"name": "\u202e" * 200}}}
+    path.write_text(json.dumps(long))
+    path.write_text(json.dumps(report.read_notes(path), ensure_ascii=False), encoding="utf-8")
+    assert report.read_notes(path)["vectors"]["4"]["name"] == ("[U+202E]" * 25)
+
+
 @pytest.mark.parametrize(
     ("notes", "message"),
     [

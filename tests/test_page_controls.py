@@ -1,5 +1,6 @@
 """The page's controls by real clicks and keys, on a laptop and on a phone."""
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -315,3 +316,116 @@ def test_the_tables_of_a_family_work_too(opened: Any) -> None:
     # One pair and three more, mean and sum: of the rescaled ones, the sum is the mean.
     assert len(table.find_elements("css selector", "tbody tr")) == 16
     assert "unsteered" in texts(opened, "#adapter-texts td")
+
+
+def data_on(driver: Any) -> dict[str, Any]:
+    return json.loads(texts(driver, "#data")[0])
+
+
+def keep(driver: Any, page: Path, notes: Any) -> None:
+    """Open the page with these notes in the browser's store."""
+    place = f"tl_melbo:{data_on(driver)['library']}"
+    driver.execute_script("localStorage.setItem(...arguments)", place, json.dumps(notes))
+    go(driver, page)
+
+
+def kept(driver: Any) -> dict[str, Any]:
+    return json.loads(driver.execute_script("return Object.values(localStorage)[0]"))
+
+
+def test_a_store_of_others_leaves_the_page_whole(laptop: Any, page: Path) -> None:
+    emoji = "\N{GRINNING FACE}"
+    good = {"star": True, "name": "a" * 199 + 2 * emoji}
+    for notes in (
+        None,
+        3,
+        {"vectors": None, "behaviours": []},
+        {"vectors": {"1": None, "x": good, "2": good}, "behaviours": [None, {"members": 3}, 4]},
+        {"vectors": {"2": good}, "behaviours": [{"members": [], "merged": [None]}]},
+    ):
+        keep(laptop, page, notes)
+        assert rows_shown(laptop) == ALL_KEYS
+    assert texts(laptop, "#v2 .given") == ["a" * 199 + emoji]
+    assert laptop.get_log("browser") == []
+
+
+def test_merged_in_circles_and_chains_no_card_is_lost(laptop: Any, page: Path) -> None:
+    cards = [card for card in data_on(laptop)["behaviours"] if not card["baseline"]]
+    keys, (one, two, three) = (
+        [c["key"] for c in cards[:3]],
+        [c["rows"] or c["samples"] for c in cards[:3]],
+    )
+    shown = "return [...document.querySelectorAll('#cards .card')].map(c => c.id)"
+    rest = [card["key"] for card in cards[3:]]
+    for behaviours in (
+        [{"members": one, "merged": [two]}, {"members": two, "merged": [one, three]}],
+        [{"members": two, "merged": [three]}, {"members": one, "merged": [two, ["99"]]}],
+    ):
+        keep(laptop, page, {"vectors": {}, "behaviours": behaviours})
+        assert laptop.execute_script(shown) == [keys[0], *rest]
+        click(laptop, f"#{keys[0]} summary")
+        wait_for(laptop, f"return document.querySelector('#{keys[0]} .members') !== null")
+        members = len(texts(laptop, f"#{keys[0]} .members li"))
+        assert members == len([*one, *two, *three])
+    # A group that is not on this page is told of, and kept for the next.
+    assert texts(laptop, "#lost-notes li")[0].endswith(": 99")
+    click(laptop, "#v1 .star")
+    merged = [each["merged"] for each in kept(laptop)["behaviours"] if each["members"] == one]
+    assert merged == [[two, three, ["99"]]]
+
+
+def test_the_table_follows_stars_and_merged_behaviours(laptop: Any, page: Path) -> None:
+    from selenium.webdriver.support.ui import Select
+
+    one, two = [card for card in data_on(laptop)["behaviours"] if not card["baseline"]][:2]
+    click(laptop, f"#{one['key']} summary")
+    laptop.find_element(
+        "xpath", f"//*[@id='{one['key']}']//button[.='Only these in the table']"
+    ).click()
+    assert rows_shown(laptop) == one["rows"]
+    top = "return document.querySelector('#all-vectors').getBoundingClientRect().top"
+    assert -1 <= laptop.execute_script(top) < 400
+    click(laptop, f"#{two['key']} summary")
+    choice = laptop.find_element("css selector", f"#{two['key']} select")
+    Select(choice).select_by_value(one["key"])
+    both = sorted([*one["rows"], *two["rows"]])
+    assert sorted(rows_shown(laptop)) == both
+    # The address of a behaviour that was merged away leads to its new place.
+    go(laptop, page, f"#b={two['key']}")
+    assert sorted(rows_shown(laptop)) == both
+    pressed = "#chips [aria-label=Behaviour] [aria-pressed=true]"
+    click(laptop, pressed)
+    assert rows_shown(laptop) == ALL_KEYS
+    assert texts(laptop, pressed) == []
+    go(laptop, page, "#star=1")
+    assert rows_shown(laptop) == ["3"]
+    click(laptop, "#v3 .star")
+    assert rows_shown(laptop) == []
+
+
+def test_as_many_are_near_the_baseline_as_are_hidden(laptop: Any, page: Path) -> None:
+    for scale in pages.SCALES:
+        go(laptop, page, f"#scale={scale:g}")
+        chip = click(laptop, "#chips .chip")
+        assert int(chip.text.split()[-1]) == len(ALL_KEYS) - len(rows_shown(laptop)) > 0
+    # That nobody speaks is no tag.
+    assert "none" not in {*texts(laptop, ".tag"), *(t.split()[0] for t in texts(laptop, ".chip"))}
+
+
+def test_what_is_not_known_or_not_compared(laptop: Any, page: Path) -> None:
+    """A row without a KL, and a long text that differs in its first word."""
+    pattern = r'(<script type="application/json" id="data">)(.*?)(</script>)'
+    data = data_on(laptop)
+    rows = {row["key"]: row for row in data["rows"]}
+    rows["1"]["values"]["kl"] = None
+    data["texts"][data["unsteered"][0][0]] = "one " + "word " * 1_300
+    data["texts"][rows["5"]["texts"]["1"][0]] = "two " + "word " * 1_300
+    made = json.dumps(data).replace("<", "\\u003c")
+    other = page.with_name("other.html")
+    text = page.read_text(encoding="utf-8")
+    other.write_text(re.sub(pattern, lambda part: part[1] + made + part[3], text), encoding="utf-8")
+    go(laptop, other, "#low=0&open=v5")
+    assert rows_shown(laptop) == [key for key in ALL_KEYS if key != "1"]
+    click(laptop, "#v5 + .details .chip")
+    assert texts(laptop, "#v5 + .details mark") == ["two "]
+    assert "the first 1200 words" in texts(laptop, "#v5 + .details .words")[0]

@@ -16,7 +16,8 @@ import tl_melbo as tm
 from tests.conftest import PROMPT
 from tests.test_report import HOSTILE, PROMPTS, data_of
 from tl_melbo import report
-from tl_melbo.report import _data
+from tl_melbo.analysis import Behaviours
+from tl_melbo.report import _data, _facts
 from tl_melbo.report._render import PLOTLY
 from tl_melbo.text import printable
 
@@ -205,3 +206,25 @@ def test_cards_tell_tags_and_rates() -> None:
     assert by_key["1-"]["filtered"] == "repeats itself"
     assert by_key["1"]["tags"] == {"stance": "refuses"}
     assert by_key["1"]["values"]["kl"] == "∞"
+
+
+def test_a_behaviour_of_samples_alone_has_a_card_and_is_counted() -> None:
+    found = tm.SteeringVectors.from_tensor(torch.eye(1, 8), source_layer=1)
+    rows = [(-1, 0.0, 0, "a", 0), (0, 1.0, 2, "c", 2), (0, 1.0, 0, "b", 1), (0, 1.0, 1, "x", -1)]
+    texts = pd.DataFrame(
+        rows, columns=["vector", "scale", "sample", "completion", "behaviour"]
+    ).assign(prompt="p", baseline=False, coherent=[True, True, True, False], stance="")
+    texts["filtered_out"] = ["", "", "", "repeats itself"]
+    groups = pd.DataFrame({"behaviour": [0, 1, 2], "name": ["a", "b", "c"], "prompt": "p"})
+    grouped = Behaviours(texts, groups.assign(example="a", stance=""), "words")
+    kl = {("p", sign): [0.5] for sign in (1, -1)}
+    data = _data.rows_data(found, ["p"], texts, grouped, _data.Measured(kl, None, None))
+    assert [(card["key"], card["rows"], card["samples"]) for card in data["behaviours"]] == [
+        ("b1", ["0"], []),
+        ("b2", [], ["0s2"]),
+    ]
+    assert data["texts"][data["rows"][0]["texts"]["1"][2]] == "c"
+    assert data["behaviours"][1]["rates"][0]["n"] == 1
+    told = _facts.groups_told(grouped, data)
+    # The row's own completion is coherent: what was filtered out is a sample.
+    assert (told["n_distinct"], told["n_incoherent"]) == (2, 0)

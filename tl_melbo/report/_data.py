@@ -2,7 +2,7 @@
 
 import hashlib
 from base64 import b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from tl_melbo.analysis import Behaviours
+from tl_melbo.analysis._tags import TAGS
 from tl_melbo.report import _facts
 from tl_melbo.report._text import TextPool, number, shown
 from tl_melbo.vectors import SteeringVectors
 
-TAGS = ("stance", "form", "speaker")
 _COSTS = ("specificity", "loss_increase")
 _MOST_POINTS = 40
 
@@ -164,22 +164,34 @@ def _grouped(
 ) -> list[dict[str, Any]]:
     """The cards, of which the baseline's are last; each row is told its own."""
     place = {(prompts[row["prompt"]], row["vector"], row["sign"]): row for row in rows}
-    texts = groups.texts
-    if "sample" in texts:
-        texts = pd.DataFrame(texts[texts["sample"] == texts["sample"].min()])
-    for told in texts.to_dict("records"):
+    samples: dict[str | None, list[str]] = {}
+    for told, sample in _told_with_samples(groups.texts):
         sign = 1 if told["scale"] > 0 else -1
         row = place.get((told["prompt"], told["vector"], sign))
-        if row is not None:
-            row["behaviour"] = _card_key(int(told["behaviour"]), prompts.index(told["prompt"]))
+        if row is None:
+            continue
+        key = _card_key(int(told["behaviour"]), prompts.index(told["prompt"]))
+        if sample:
+            samples.setdefault(key, []).append(f"{row['key']}s{sample}")
+        else:
+            row["behaviour"] = key
             row["filtered"] = shown(told["filtered_out"]) if told["filtered_out"] else ""
             row["tags"] = _tags(told)
-            row["baseline"] = bool(told.get("baseline", False))
+            row["baseline"] = bool(told["baseline"])
     cards = [_card(each, rows, prompts, pool) for each in groups.groups.to_dict("records")]
-    rates = getattr(groups, "of_vectors", None)
-    if rates is not None and not rates.empty:
-        _add_rates(cards, rates, prompts, place)
-    return [card for card in cards if card["rows"]]
+    for card in cards:
+        card["samples"] = [] if card["rows"] else samples.get(card["key"], [])
+    _add_rates(cards, groups.of_vectors, prompts, place)
+    of_rows = [card for card in cards if card["rows"]]
+    return of_rows + [card for card in cards if card["samples"]]
+
+
+def _told_with_samples(texts: pd.DataFrame) -> Iterator[tuple[dict[Any, Any], int]]:
+    """Each text with its place among those of its vector, scale and prompt; 0 is the greedy one."""
+    if "sample" in texts:
+        texts = texts.sort_values("sample", kind="stable")
+    places = texts.groupby(["vector", "scale", "prompt"]).cumcount()
+    return zip(texts.to_dict("records"), places, strict=True)
 
 
 def _card_key(behaviour: int, prompt: int) -> str | None:

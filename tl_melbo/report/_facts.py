@@ -61,13 +61,13 @@ def random_facts(found: SteeringVectors, baselines: pd.DataFrame | None) -> dict
     return told
 
 
-def groups_told(groups: Behaviours | None) -> dict[str, Any]:
-    """What the template says of the behaviours in words."""
+def groups_told(groups: Behaviours | None, data: Mapping[str, Any]) -> dict[str, Any]:
+    """What the template says of the behaviours in words; it counts what the page shows."""
     if groups is None:
         return {"n_distinct": None, "n_incoherent": 0, "grouped_by_words": False}
     return {
-        "n_distinct": groups.n_distinct,
-        "n_incoherent": [*groups.texts["coherent"]].count(False),
+        "n_distinct": sum(not card["baseline"] for card in data["behaviours"]),
+        "n_incoherent": sum(bool(row["filtered"]) for row in data["rows"]),
         "grouped_by_words": groups.embedder == "words",
     }
 

@@ -8,15 +8,17 @@ from typing import Any
 
 from tl_melbo.errors import Damaged
 from tl_melbo.shapes import shape_checked
+from tl_melbo.text import printable
 
 VERSION = 1
 _LARGEST_FILE = 5_000_000
 _MOST = 10_000
 _LONGEST = {"name": 200, "note": 10_000}
 _ADVICE = "pass the notes.json that a page exported"
-# A vector, or with a minus its negative; of several prompts, a row of the second is "4p2".
+# A vector, or with a minus its negative; of several prompts, a row of the second is "4p2"; its
+# third sample is "4p2s3".
 _VECTOR = re.compile(r"\d{1,9}-?")
-_ROW = re.compile(r"\d{1,9}-?(p\d{1,4})?")
+_ROW = re.compile(r"\d{1,9}-?(p\d{1,4})?(s\d{1,4})?")
 
 Notes = Mapping[str, Any]
 
@@ -27,8 +29,8 @@ def read_notes(path: str | Path) -> dict[str, Any]:
 
     Returns:
         version; vectors, by number ("4", or "4-" for its negative); behaviours, a list. Each may
-        have star, name and note. A behaviour has members, the rows it was made of, and merged, the
-        members of groups that were put into it.
+        have star, name and note. A behaviour has members, the rows it was made of (or the samples,
+        where no greedy completion is in it), and merged, the members of groups put into it.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -90,7 +92,8 @@ def _entry(entry: Any, where: str, more: tuple[str, ...] = ()) -> dict[str, Any]
         if not isinstance(text, str) or len(text) > longest:
             allowed = f"a text of at most {longest:,} characters"
             raise ValueError(f"notes of {where}: {name} is not {allowed}; {_ADVICE}")
-        made[name] = text
+        # What is made visible takes more characters.
+        made[name] = printable(text)[:longest]
     return made
 
 

@@ -56,5 +56,4 @@ def number(value: Any) -> float | int | str | None:
 def as_json(value: Any) -> Markup:
     """JSON that cannot end the script element which holds it."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    # Line separators would end a line of a script, and no browser needs them.
     return Markup(text.replace("<", "\\u003c"))

@@ -5,7 +5,8 @@ from typing import Any
 
 import pandas as pd
 
-from tl_melbo import analysis, checks
+from tl_melbo import checks
+from tl_melbo.analysis import top_tokens
 from tl_melbo.model.bridge import Model
 from tl_melbo.report._text import number, shown
 from tl_melbo.vectors import SteeringVectors
@@ -28,13 +29,12 @@ def check_tokens(top_tokens: pd.DataFrame | None, divergence: pd.DataFrame | Non
 
 def measured_top_tokens(
     model: Model, found: SteeringVectors, prompts: Sequence[str], options: Mapping[str, Any]
-) -> pd.DataFrame | None:
+) -> pd.DataFrame:
     """The top tokens of vectors and negatives after each prompt."""
-    measure = getattr(analysis, "top_tokens", None)
-    if measure is None:
-        return None
     frames = [
-        measure(model, prompt, library, _MOST_TOKENS, **options).assign(prompt=prompt, scale=scale)
+        top_tokens(model, prompt, library, _MOST_TOKENS, **options).assign(
+            prompt=prompt, scale=scale
+        )
         for prompt in prompts
         for scale, library in ((1.0, found), (-1.0, -found))
     ]
@@ -47,11 +47,9 @@ def keys_of(rows: Iterable[Mapping[str, Any]], prompts: list[str]) -> Keys:
 
 
 def top_tokens_data(
-    frame: pd.DataFrame | None, keys: Keys, prompts: Sequence[str]
+    frame: pd.DataFrame, keys: Keys, prompts: Sequence[str]
 ) -> dict[str, dict[str, list[dict[str, Any]]]]:
     """By row, the tokens promoted and suppressed; without a prompt or a scale, the first and 1."""
-    if frame is None:
-        return {}
     if "layer" in frame:
         frame = pd.DataFrame(frame[frame["layer"] == frame["layer"].max()])
     told: dict[str, dict[str, list[dict[str, Any]]]] = {}

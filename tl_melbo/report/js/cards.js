@@ -1,6 +1,6 @@
 // Behaviours as cards that open to their vectors.
 import { $, button, clamped, el, percent, plural } from "./dom.js";
-import { cardOf, data, manyPrompts, normal, rowOf, textAt, isBaseline } from "./data.js";
+import { cardOf, data, isBaseline, manyPrompts, membersOf, normal, rowOf, textAt } from "./data.js";
 import { change, follow, state, toggled } from "./state.js";
 import { cardName, homeOf, mergeInto, noteOf, onNotes, setNote } from "./notes.js";
 import { forPrinting } from "./tables.js";
@@ -9,10 +9,11 @@ import { noteFields, starButton, tagList, vectorLink } from "./marks.js";
 const made = new Map();
 
 function merged(card) {
-  return [card, ...(noteOf("cards", card.key).merged ?? []).map((key) => cardOf.get(key))];
+  return [card, ...noteOf("cards", card.key).merged.map((key) => cardOf.get(key))];
 }
 
-const keysOf = (card) => merged(card).flatMap((each) => each.rows);
+const rowKey = (member) => member.replace(/s\d+$/, "");
+const keysOf = (card) => [...new Set(merged(card).flatMap(membersOf).map(rowKey))];
 
 function counted({ n, n_samples, low, high }) {
   return `${n} of ${n_samples} (${percent(low)}–${percent(high)})`;
@@ -27,11 +28,13 @@ function ratesOf(card) {
   return el("p", { class: "rate soft" }, ...parts);
 }
 
-function memberRow(key, card) {
+function memberRow(member, card) {
+  const key = rowKey(member);
   const row = rowOf.get(key);
-  const text = textAt(row, normal);
+  const sample = Number(member.slice(key.length + 1));
+  const text = textAt(row, normal, sample);
   const rate = card.rates.find((each) => each.key === key);
-  const shown = isBaseline(row, normal)
+  const shown = !sample && isBaseline(row, normal)
     ? el("span", { class: "soft", text: "= baseline" })
     : clamped(text ?? "–");
   const told = rate ? el("span", { class: "soft rate", text: counted(rate) }) : null;
@@ -42,7 +45,7 @@ function insideOf(card) {
   const members = el(
     "ul",
     { class: "members" },
-    ...merged(card).flatMap((each) => each.rows.map((key) => memberRow(key, each))),
+    ...merged(card).flatMap((each) => membersOf(each).map((member) => memberRow(member, each))),
   );
   const others = data.behaviours.filter(
     (each) => each !== card && homeOf(each.key) === each.key && each.prompt === card.prompt,
@@ -57,17 +60,19 @@ function insideOf(card) {
   );
   choice.addEventListener("change", () => choice.value && mergeInto(card.key, choice.value));
   const tools = el("div", { class: "next" }, el("label", {}, "Merge into ", choice));
-  if (noteOf("cards", card.key).merged?.length)
+  if (noteOf("cards", card.key).merged.length) {
+    const apart = () => setNote("cards", card.key, { merged: [], lost: [] });
+    tools.append(button("Take apart", apart, { class: "chip" }));
+  }
+  // The table has the greedy completions.
+  if (merged(card).some((each) => each.rows.length))
     tools.append(
-      button("Take apart", () => setNote("cards", card.key, { merged: [] }), { class: "chip" }),
+      button(
+        "Only these in the table",
+        () => goTo("all-vectors", { b: new Set([card.key]) }),
+        { class: "chip" },
+      ),
     );
-  tools.append(
-    button(
-      "Only these in the table",
-      () => change({ b: new Set([card.key]), anchor: "all-vectors" }),
-      { class: "chip" },
-    ),
-  );
   return el(
     "div",
     { class: "inside" },
@@ -84,7 +89,8 @@ function summaryWords(card) {
     [keys.length - minus, "vector"],
     [minus, "negative"],
   ].filter(([count]) => count);
-  return parts.map(([count, word]) => plural(count, word)).join(", ");
+  const words = parts.map(([count, word]) => plural(count, word)).join(", ");
+  return merged(card).some((each) => each.rows.length) ? words : `${words}, in samples only`;
 }
 
 function cardPart(card) {
@@ -124,6 +130,8 @@ function cardPart(card) {
 }
 
 let printing = false;
+let goTo;
+let filtered = [];
 
 function isAside(card) {
   return card.baseline;
@@ -139,7 +147,7 @@ function build() {
   );
   aside.replaceChildren(
     ...some.filter(isAside).map((card) => made.get(card.key).part),
-    ...filteredPart(),
+    ...filtered,
   );
   const count = data.rows.filter(
     (row) => row.filtered || cardOf.get(homeOf(row.behaviour))?.baseline,
@@ -163,9 +171,7 @@ function filteredPart() {
         );
     };
     inside.addEventListener("toggle", fillIn);
-    forPrinting(() => {
-      fillIn();
-    });
+    forPrinting(fillIn);
     return el("article", { class: "card" }, el("h3", { text: `Filtered out: ${reason}` }), inside);
   });
 }
@@ -185,8 +191,11 @@ export function goToCard(key) {
   return document.getElementById(home);
 }
 
-export function beginCards() {
+// `go` brings a part of the page in sight, with changes to the state.
+export function beginCards(go) {
   if (!data.behaviours.length && !data.rows.some((row) => row.filtered)) return;
+  goTo = go;
+  filtered = filteredPart();
   build();
   follow(show);
   let before = shape();

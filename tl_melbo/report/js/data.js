@@ -26,9 +26,17 @@ export function isBaseline(row, scale) {
   return own !== undefined && own !== null && own === data.unsteered[row.prompt]?.[0];
 }
 
+// Whether a row's completion is the baseline's, or was grouped with it.
+export function isNear(row, scale) {
+  return row.baseline || isBaseline(row, scale) || !!cardOf.get(row.behaviour)?.baseline;
+}
+
 export function nSamples(row, scale) {
   return row.texts[scale]?.length ?? 0;
 }
+
+// The rows of a behaviour; "4s2", the second sample of row 4, where it shows in samples alone.
+export const membersOf = (card) => (card.rows.length ? card.rows : card.samples);
 
 // "4", "−4", and where there are several prompts, of which.
 export function nameOf(row) {

@@ -21,7 +21,8 @@ function common(a, b) {
         one[i] === other[j] ? lengths[(i + 1) * wide + j + 1] + 1 : Math.max(down, right);
     }
   }
-  const [inA, inB] = [a.map(() => false), b.map(() => false)];
+  // What lies beyond is not compared, and so not marked.
+  const [inA, inB] = [a, b].map((some) => some.map((_, place) => place >= MOST));
   for (let i = 0, j = 0; i < one.length && j < other.length;) {
     if (one[i] === other[j]) {
       inA[i++] = inB[j++] = true;
@@ -50,5 +51,7 @@ export function marked(text, other) {
     run += word;
   });
   close();
+  if (own.length > MOST)
+    holder.append(el("span", { class: "soft", text: ` [compared: the first ${MOST} words]` }));
   return holder;
 }

@@ -1,9 +1,9 @@
 // Chips, search and range above the table; the slider that moves every text.
 import { $, $$, button, el } from "./dom.js";
-import { cardOf, data, isBaseline, normal } from "./data.js";
+import { data, isNear } from "./data.js";
 import { change, follow, state, toggled } from "./state.js";
 import { cardName, homeOf, onNotes } from "./notes.js";
-import { scaleSlider } from "./details.js";
+import { scaleOf, scaleSlider } from "./details.js";
 
 function chip(label, pressed, act, count) {
   const made = button(label, act, { class: "chip", "aria-pressed": "false" });
@@ -34,31 +34,34 @@ const counted = (test) => data.rows.filter(test).length;
 
 function hideChips() {
   const kinds = [
-    [
-      "near baseline",
-      "near",
-      (row) => row.baseline || isBaseline(row, normal) || cardOf.get(row.behaviour)?.baseline,
-    ],
+    ["near baseline", "near", (row) => isNear(row, scaleOf(row))],
     ["filtered out", "filtered", (row) => row.filtered],
     ["v", "plus", (row) => row.sign > 0],
     ["−v", "minus", (row) => row.sign < 0],
   ];
   const some = kinds
     .map(([label, key, test]) => [label, key, counted(test)])
-    .filter(([, key, count]) => count && count < data.rows.length);
+    .filter(([, key, count]) => state.hide.has(key) || (count && count < data.rows.length));
   return some.map(([label, key, count]) => setChip(label, "hide", key, count));
+}
+
+// An address may name a behaviour that was merged into this one.
+function behaviourChip(key, count) {
+  const chosen = () => [...state.b].filter((each) => homeOf(each) === key);
+  const act = () => {
+    const gone = chosen();
+    const others = [...state.b].filter((each) => !gone.includes(each));
+    change({ b: new Set(gone.length ? others : [...others, key]) });
+  };
+  return chip(cardName(key), () => chosen().length > 0, act, count);
 }
 
 function behaviourChips() {
   const cards = data.behaviours.filter((card) => homeOf(card.key) === card.key);
-  return cards.map((card) =>
-    setChip(
-      cardName(card.key),
-      "b",
-      card.key,
-      counted((row) => row.behaviour && homeOf(row.behaviour) === card.key),
-    ),
-  );
+  return cards
+    .map((card) => [card, counted((row) => row.behaviour && homeOf(row.behaviour) === card.key)])
+    .filter(([, count]) => count)
+    .map(([card, count]) => behaviourChip(card.key, count));
 }
 
 function tagChips() {
@@ -163,7 +166,12 @@ export function beginFilters() {
     build();
     press();
   });
+  let before = "";
   follow(() => {
+    // How many are near the baseline hangs on the scale.
+    const now = JSON.stringify([state.scale, ...state.own]);
+    if (now !== before) build();
+    before = now;
     press();
     if (search.value !== state.q) search.value = state.q;
     for (const field of fields) field.follow();

@@ -1,6 +1,5 @@
 // The page begins: parts in their order, links, keys, paper.
-import { $, $$ } from "./dom.js";
-import { el, fill } from "./dom.js";
+import { $, $$, el, fill } from "./dom.js";
 import { data, manyPrompts } from "./data.js";
 import { begin, change, follow } from "./state.js";
 import { beginNotes } from "./notes.js";
@@ -53,18 +52,21 @@ function goTo(anchor) {
   target.scrollIntoView({ block: "start" });
 }
 
+function jump(anchor, changes = {}) {
+  change({ ...changes, anchor, cmp: false });
+  goTo(anchor);
+  // The keyboard goes on from there.
+  const target = document.getElementById(anchor);
+  const first = target && ($("a, button", target) ?? target);
+  first?.focus({ preventScroll: true });
+}
+
 function followLinks() {
   document.addEventListener("click", (event) => {
     const link = event.target.closest?.('a[href^="#"]');
     if (!link || event.ctrlKey || event.metaKey || event.shiftKey) return;
     event.preventDefault();
-    const anchor = link.getAttribute("href").slice(1);
-    change({ anchor, cmp: false });
-    goTo(anchor);
-    // The keyboard goes on from there.
-    const target = document.getElementById(anchor);
-    const first = target && ($("a, button", target) ?? target);
-    first?.focus({ preventScroll: true });
+    jump(link.getAttribute("href").slice(1));
   });
   // Back and forth: only where the place changed, so that nothing jumps.
   let before = null;
@@ -101,7 +103,7 @@ beginNotes();
 beginFilters();
 beginScale();
 beginVectors();
-beginCards();
+beginCards(jump);
 beginCompare();
 buildTables(data.tables);
 beginFigures();

@@ -1,6 +1,6 @@
 // Stars, names, remarks and merged behaviours of whoever reads: kept by the browser, if it may.
 import { $, button, el } from "./dom.js";
-import { cardOf, data } from "./data.js";
+import { cardOf, data, membersOf } from "./data.js";
 
 const PLACE = `tl_melbo:${data.library}`;
 const SAME = 0.5;
@@ -13,10 +13,7 @@ export function onNotes(act) {
 // The browser may forbid it; then notes last as long as the page is open.
 function stored() {
   try {
-    const notes = JSON.parse(localStorage.getItem(PLACE));
-    return notes && typeof notes.vectors === "object" && Array.isArray(notes.behaviours)
-      ? notes
-      : null;
+    return JSON.parse(localStorage.getItem(PLACE));
   } catch {
     return null;
   }
@@ -42,35 +39,72 @@ function likeness(one, other) {
 function nearestCard(members) {
   const cards = [...cardOf.values()];
   const best = cards
-    .map((card) => [likeness(members, card.rows), card.key])
+    .map((card) => [likeness(members, membersOf(card)), card.key])
     .sort((a, b) => b[0] - a[0])[0];
   return best && best[0] >= SAME ? best[1] : null;
 }
 
+// Whole characters: half an emoji is none.
+const cut = (text, longest) => [...String(text ?? "")].slice(0, longest).join("");
+const keysIn = (list) => list.map(String).filter((key) => /^\d{1,9}-?(p\d{1,4})?(s\d{1,4})?$/.test(key));
+
 function cleaned({ star, name, note }) {
-  return {
-    star: star === true,
-    name: String(name ?? "").slice(0, 200),
-    note: String(note ?? "").slice(0, 10000),
-  };
+  return { star: star === true, name: cut(name, 200), note: cut(note, 10000) };
 }
 
-function take(notes) {
-  for (const [key, entry] of Object.entries(notes.vectors)) own.vectors.set(key, cleaned(entry));
-  for (const entry of notes.behaviours) {
-    const key = nearestCard(entry.members ?? []);
-    if (key !== null) {
-      const merged = (entry.merged ?? [])
-        .map(nearestCard)
-        .filter((other) => other && other !== key);
-      own.cards.set(key, { ...cleaned(entry), merged });
-    } else if (!own.lost.some((other) => JSON.stringify(other) === JSON.stringify(entry)))
-      own.lost.push(entry);
+// What the browser kept may be anything: an entry that is no note is left out.
+function takeEach(entries, act) {
+  for (const entry of entries) {
+    try {
+      act(entry);
+    } catch {
+      continue;
+    }
   }
 }
 
+function take(notes) {
+  takeEach(Object.entries(notes?.vectors ?? {}), ([key, entry]) => {
+    if (/^\d{1,9}-?$/.test(key)) own.vectors.set(key, cleaned(entry));
+  });
+  takeEach(Array.isArray(notes?.behaviours) ? notes.behaviours : [], takeBehaviour);
+}
+
+function takeBehaviour(entry) {
+  const [members, merged] = [keysIn(entry.members ?? []), (entry.merged ?? []).map(keysIn)];
+  const key = nearestCard(members);
+  if (key === null) {
+    const lost = { ...cleaned(entry), members, merged };
+    if (!own.lost.some((other) => JSON.stringify(other) === JSON.stringify(lost)))
+      own.lost.push(lost);
+    return;
+  }
+  const known = merged.map(nearestCard);
+  own.cards.set(key, {
+    ...cleaned(entry),
+    merged: [],
+    lost: merged.filter((_, place) => known[place] === null),
+  });
+  for (const other of known) if (other !== null) join(other, key);
+}
+
+// Each behaviour is in one place, and takes along what was merged into it; none is in itself.
+function join(key, other) {
+  const home = homeOf(other);
+  if (homeOf(key) === home) return;
+  for (const note of own.cards.values()) note.merged = note.merged.filter((each) => each !== key);
+  const [from, to] = [noteOf("cards", key), noteOf("cards", home)];
+  if (own.cards.has(key)) own.cards.set(key, { ...from, merged: [], lost: [] });
+  own.cards.set(home, {
+    ...to,
+    merged: [...to.merged, key, ...from.merged],
+    lost: [...to.lost, ...from.lost],
+  });
+}
+
 export function noteOf(kind, key) {
-  return own[kind].get(key) ?? { star: false, name: "", note: "", merged: [] };
+  const none = { star: false, name: "", note: "" };
+  return own[kind].get(key) ?? (kind === "cards" ? { ...none, merged: [], lost: [] } : none);
 }
 
 export function setNote(kind, key, changes) {
@@ -81,7 +115,7 @@ export function setNote(kind, key, changes) {
 
 // Where a behaviour went: itself, or the one that it was merged into.
 export function homeOf(key) {
-  for (const [other, note] of own.cards) if (note.merged?.includes(key)) return other;
+  for (const [other, note] of own.cards) if (note.merged.includes(key)) return other;
   return key;
 }
 
@@ -90,16 +124,15 @@ export function cardName(key) {
 }
 
 export function mergeInto(key, other) {
-  const gone = [key, ...(noteOf("cards", key).merged ?? [])];
-  if (own.cards.has(key)) own.cards.set(key, { ...noteOf("cards", key), merged: [] });
-  setNote("cards", other, { merged: [...(noteOf("cards", other).merged ?? []), ...gone] });
+  join(key, other);
+  setNote("cards", homeOf(other), {});
 }
 
 function exported() {
-  const behaviours = [...own.cards].map(([key, { merged, ...note }]) => ({
+  const behaviours = [...own.cards].map(([key, { merged, lost, ...note }]) => ({
     ...note,
-    members: cardOf.get(key).rows,
-    merged: (merged ?? []).map((other) => cardOf.get(other).rows),
+    members: membersOf(cardOf.get(key)),
+    merged: [...merged.map((other) => membersOf(cardOf.get(other))), ...lost],
   }));
   return {
     version: 1,
@@ -119,16 +152,14 @@ function download() {
 export function beginNotes() {
   const kept = stored();
   take(data.notes);
-  if (kept) take(kept);
+  take(kept);
   const list = $("#lost-notes");
-  for (const entry of own.lost) {
-    list.append(
-      el("li", {
-        text: [entry.star ? "★" : "", entry.name, entry.note].filter(Boolean).join(" – "),
-      }),
-    );
-  }
-  list.parentElement.hidden = !own.lost.length;
+  for (const { star, name, note } of own.lost)
+    list.append(el("li", { text: [star ? "★" : "", name, note].filter(Boolean).join(" – ") }));
+  for (const [key, { lost }] of own.cards)
+    for (const members of lost)
+      list.append(el("li", { text: `Merged into ${cardName(key)}: ${members.join(", ")}` }));
+  list.parentElement.hidden = !list.children.length;
   $("#export").append(button("Export notes.json", download, { class: "export" }));
   onNotes((saved) => {
     $("#not-kept").hidden = saved;

@@ -1,6 +1,6 @@
 // The one table: vectors and their negatives as rows of equal right.
 import { $, $$, clamped, el, number, plural } from "./dom.js";
-import { data, isBaseline, manyPrompts, nameOf, noteKey, rowOf, textAt } from "./data.js";
+import { data, isBaseline, isNear, manyPrompts, nameOf, noteKey, rowOf, textAt } from "./data.js";
 import { change, follow, state, toggled } from "./state.js";
 import { cardName, homeOf, noteOf, onNotes } from "./notes.js";
 import { forPrinting, inOrder, lazily, markSorted, nextSort, sortHeads } from "./tables.js";
@@ -40,18 +40,16 @@ function valueOf(row, name) {
 function passes(row) {
   const s = state;
   const kl = row.values.kl;
-  const near =
-    row.baseline || isBaseline(row, scaleOf(row)) || /^b0(p|$)/.test(row.behaviour ?? "");
-  if (s.hide.has("near") && near) return false;
+  if (s.hide.has("near") && isNear(row, scaleOf(row))) return false;
   if (s.hide.has("filtered") && row.filtered) return false;
   if (s.hide.has("plus") && row.sign > 0) return false;
   if (s.hide.has("minus") && row.sign < 0) return false;
   if (s.prompt !== "" && row.prompt !== Number(s.prompt)) return false;
   if (s.star && !noteOf("vectors", noteKey(row)).star) return false;
-  if (s.b.size && !s.b.has(homeOf(row.behaviour))) return false;
+  if (s.b.size && ![...s.b].some((key) => homeOf(key) === homeOf(row.behaviour))) return false;
   if (s.tag.size && !Object.entries(row.tags).some(([kind, tag]) => s.tag.has(`${kind}:${tag}`)))
     return false;
-  if (s.low !== "" && !(kl === "∞" || kl >= Number(s.low))) return false;
+  if (s.low !== "" && !(kl === "∞" || (typeof kl === "number" && kl >= Number(s.low)))) return false;
   if (s.high !== "" && !(typeof kl === "number" && kl <= Number(s.high))) return false;
   return !s.q || searched(row).includes(s.q.toLowerCase());
 }
@@ -192,8 +190,10 @@ function showOpen(made, row) {
   if (made.details) made.details.hidden = !open;
 }
 
+const chosen = () => inOrder(data.rows.filter(passes), state.sort, valueOf);
+
 function refill() {
-  shown = inOrder(data.rows.filter(passes), state.sort, valueOf);
+  shown = chosen();
   list?.stop();
   list = lazily(body, shown, makeRow);
   $("#count").textContent =
@@ -256,6 +256,9 @@ export function beginVectors() {
   table.append(el("thead", {}, el("tr", {}, ...heads)), body);
   follow(show);
   onNotes(() => {
+    // Stars, names and merged behaviours may decide which rows there are.
+    const now = chosen();
+    if (now.length !== shown.length || now.some((row, place) => row !== shown[place])) refill();
     for (const made of $$("tr.row", body)) {
       const row = rowOf.get(made.dataset.key);
       const note = noteOf("vectors", noteKey(row));
