@@ -106,6 +106,7 @@ def test_the_slider_moves_all_texts_or_one(opened: Any) -> None:
     assert "At 2.0." in texts(opened, first)[0]
     assert "At 2.0." in texts(opened, "#v3- td.completion")[0]
     wait_for(opened, "return location.hash.includes('scale=2')")
+    assert "those at scale 1" in opened.find_element("css selector", "#scale").text
     click(opened, "#v3- .open")
     own = click(opened, "#v3- + .details input[type=range]")
     own.send_keys("\ue011")  # Home: the smallest

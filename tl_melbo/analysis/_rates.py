@@ -15,7 +15,8 @@ from tl_melbo.tables import Table, groups
 STEERINGS = ("unsteered", "random", "vector")
 _COUNTS = ["value", "hits", "n", "rate", "low", "high"]
 _ADVICE = (
-    "pass what generate returns, or the texts of behaviours; to count what texts say, pass a function"
+    "pass what generate returns, or the texts of behaviours; to count what texts say, pass a "
+    "function"
 )
 
 

@@ -184,7 +184,8 @@ export function beginScale() {
   const { part, show } = scaleSlider("Scale ", "Scale of all vectors", state.scale, (scale) =>
     change({ scale }, true),
   );
-  $("#scale").append(part);
+  const hint = "Texts alone change. Behaviours, tags, numbers and filters are those at scale 1.";
+  $("#scale").append(part, el("small", { text: hint }));
   $("#scale").hidden = false;
   follow(() => show(state.scale));
 }
