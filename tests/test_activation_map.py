@@ -483,6 +483,7 @@ def test_paths_agree_in_values_and_gradients(every_tiny, positions, n_vectors):
     assert (f.delta(torch.zeros_like(theta)) == 0).all()
 
 
+@pytest.mark.slow
 def test_the_embedded_model_takes_the_fast_path(f):
     assert f.path == "fast"
     generator = torch.Generator().manual_seed(6)
