@@ -94,7 +94,6 @@ lint: $(INSTALLED) ## Style, formatting, types, and which module may import whic
 
 test-quick: browser $(INSTALLED) ## The quick tests, on transformer-lens 4.x (PYTEST_ARGS="-k page" for some of them)
 	$(PY) -m pytest $(TWO_WORKERS) $(PYTEST_ARGS) $(NONE_IS_FINE)
-	$(PY) -m pytest benchmarks --benchmark-disable -q
 
 test-avx2: $(INSTALLED) ## Part of the numerical tests, as on a processor without AVX-512
 	$(AVX2) TL_MELBO_TEST_THREADS=2 $(PY) -m pytest $(NUMERICAL) -q --durations=5 $(IN_A_MINUTE) $(PYTEST_ARGS) $(NONE_IS_FINE)
@@ -102,8 +101,9 @@ test-avx2: $(INSTALLED) ## Part of the numerical tests, as on a processor withou
 test-tl3: $(INSTALLED_TL3) ## The tests of what transformer-lens can change, on 3.9
 	$(PY_TL3) -m pytest $(TWO_WORKERS) -m 'boundary and not slow' $(PYTEST_ARGS) $(NONE_IS_FINE)
 
-test-slow: browser $(INSTALLED) ## The long tests: the bundled model, more random examples, whole notebooks
+test-slow: browser $(INSTALLED) ## The long tests: the bundled model, more random examples, whole notebooks, each benchmark once
 	HYPOTHESIS_PROFILE=nightly $(PY) -m pytest $(TWO_WORKERS) -m slow $(PYTEST_ARGS) $(NONE_IS_FINE)
+	$(PY) -m pytest benchmarks --benchmark-disable -q
 
 # Every library by itself, then all three; each with one thread and with two.
 test-everywhere: $(INSTALLED) ## The numerical tests under six instruction sets, with one thread and two
