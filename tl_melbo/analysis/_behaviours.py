@@ -131,7 +131,8 @@ def behaviours(
 
     Args:
         completions: as `generate` returns them, at any scales, with samples or without; the first
-            2,000 characters of each count. Without a column "scale", all are of scale 1.
+            2,000 characters of each count. Without a column "scale", all are of scale 1. Without
+            unsteered rows there is no baseline, and what it does counts as a behaviour, too.
         chat: None takes what `generate` noted in the frame, or else raw prompts.
         n_behaviours: groups for each prompt, the baseline's included; None goes by `distance`.
         distance: one minus the mean cosine, beyond which two groups stay apart; None takes 0.83 for

@@ -93,8 +93,8 @@ def objective_history(
     """
     if found.history is None or not found.history.numel():
         raise ValueError(
-            "found: has no history of its search; scaling a library drops it, and vectors made "
-            "elsewhere never had one. Pass what melbo returned, or slices of it"
+            "found: has no history of its search. A method without steps, such as jacobian, writes "
+            "none, and scaling a library drops it; pass what melbo or dct returned, or slices of it"
         )
     measure = story.measure_of(found.story) or story.measure("objective", "objective")
     history = found.history.double().numpy()
