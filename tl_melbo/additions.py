@@ -104,3 +104,23 @@ class VectorAdditions:
     def after(self, layer: int, read: Tensor) -> Tensor:
         """The vectors of a block, at every position."""
         return self.theta[:, [self.layers.index(layer)]].to(read.device, read.dtype)
+
+
+@dataclass(frozen=True)
+class LowRankRows:
+    """Rows of products A B and their sizes, [row]: what adapters and gated factors share."""
+
+    A: Tensor
+    B: Tensor
+    size: Tensor
+    layers: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.A)
+
+    def __getitem__(self, rows: slice | Tensor) -> Self:
+        return replace(self, A=self.A[rows], B=self.B[rows], size=self.size[rows])
+
+    def to(self, device: torch.device) -> Self:
+        """The same on another device."""
+        return replace(self, A=self.A.to(device), B=self.B.to(device), size=self.size.to(device))

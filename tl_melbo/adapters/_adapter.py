@@ -1,15 +1,15 @@
 """An adapter: a low-rank map of the residual stream whose addition has a constant length."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, Self
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from tl_melbo import checks, vectors_file
 from tl_melbo.adapters import _extraction
-from tl_melbo.additions import Place
+from tl_melbo.additions import LowRankRows, Place
 from tl_melbo.errors import DifferentSearch
 from tl_melbo.layered import LayeredVectors
 from tl_melbo.model.bridge import Model
@@ -32,28 +32,14 @@ _COLUMNS = (
 
 
 @dataclass(frozen=True)
-class AdapterAdditions:
+class AdapterAdditions(LowRankRows):
     """What adapters add: `size * h A B / |h A B|` to the residual stream h, row by row.
 
     A is [row, pair, d_model, rank], B [row, pair, rank, d_model]: one pair for all blocks, or one
     for each. `size` is [row]. Gradients flow into A and B.
     """
 
-    A: Tensor
-    B: Tensor
-    size: Tensor
-    layers: Sequence[int]
     place: Place = "block"
-
-    def __len__(self) -> int:
-        return len(self.A)
-
-    def __getitem__(self, rows: slice | Tensor) -> Self:
-        return replace(self, A=self.A[rows], B=self.B[rows], size=self.size[rows])
-
-    def to(self, device: torch.device) -> Self:
-        """The same on another device."""
-        return replace(self, A=self.A.to(device), B=self.B.to(device), size=self.size.to(device))
 
     def sizes(self, dtype: torch.dtype) -> Float[Tensor, "row"]:
         """The length of what is added: 0 where B is."""

@@ -1,14 +1,14 @@
 """Gated factors: rank-one additions to attention's output projections of several blocks."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Self
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from tl_melbo import checks, vectors_file
-from tl_melbo.additions import Place
+from tl_melbo.additions import LowRankRows, Place
 from tl_melbo.layered import LayeredVectors
 from tl_melbo.shapes import Float, shape_checked
 from tl_melbo.stored import Stored
@@ -23,27 +23,13 @@ _ABOUT = "Each vector is what a gated factor writes in a block, at its mean gate
 
 
 @dataclass(frozen=True)
-class GatedAdditions:
+class GatedAdditions(LowRankRows):
     """What gated factors add: `size (z . a) b` to what attention's output projection makes of z.
 
     A is [row, layer, d_z], B [row, layer, d_model], `size` is [row]. Gradients flow into A and B.
     """
 
-    A: Tensor
-    B: Tensor
-    size: Tensor
-    layers: Sequence[int]
     place: Place = "attention"
-
-    def __len__(self) -> int:
-        return len(self.A)
-
-    def __getitem__(self, rows: slice | Tensor) -> Self:
-        return replace(self, A=self.A[rows], B=self.B[rows], size=self.size[rows])
-
-    def to(self, device: torch.device) -> Self:
-        """The same on another device."""
-        return replace(self, A=self.A.to(device), B=self.B.to(device), size=self.size.to(device))
 
     def sizes(self, dtype: torch.dtype) -> Float[Tensor, "row"]:
         """The scale of what is added: 0 where A or B is."""
