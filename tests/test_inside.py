@@ -11,6 +11,7 @@ import tl_melbo as tm
 from tests.conftest import PROMPT
 from tests.reference import inside as slow
 from tl_melbo.analysis import effect_by_layer, mechanism, token_divergence, top_tokens
+from tl_melbo.analysis._top_tokens import top_tokens_and_kl
 
 SOURCE, TARGET = 1, 4
 
@@ -67,6 +68,13 @@ def test_the_lens_is_the_final_norm_and_unembedding_of_each_layer(tiny, found, u
     whole = top_tokens(tiny, PROMPT, found, 3, least_probability=0)
     assert last["token_id"].tolist() == whole["token_id"].tolist()
     np.testing.assert_allclose(last["log_prob_change"], whole["log_prob_change"], atol=1e-4)
+
+
+def test_one_pass_gives_top_tokens_and_divergence(tiny_llama, found):
+    options = {"layer": None, "chat": None, "batch_size": 2}
+    frame, kl = top_tokens_and_kl(tiny_llama, PROMPT, found, 5, **options)
+    pd.testing.assert_frame_equal(frame, top_tokens(tiny_llama, PROMPT, found, 5, batch_size=2))
+    torch.testing.assert_close(kl, tm.analysis.kl_divergence(tiny_llama, PROMPT, found))
 
 
 def test_rare_tokens_are_left_out_and_no_vector_changes_none(tiny_llama, found):

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tl_melbo import checks
 from tl_melbo.additions import Additions, VectorAdditions
+from tl_melbo.analysis._similarity import kl_to
 from tl_melbo.analysis._tokens import shown_tokens
 from tl_melbo.errors import warn_of_rows
 from tl_melbo.model.bridge import Model, check_model, model_name
@@ -17,6 +18,7 @@ from tl_melbo.shapes import Float, shape_checked
 from tl_melbo.steering import Steerable, as_chat, steering_rows
 from tl_melbo.tables import Table
 
+DEFAULT_PROBABILITY = 0.01
 # How far the lens after the last layer may be from the model's own log-probabilities, in nats.
 _LENS_TOLERANCE = 0.1
 
@@ -28,7 +30,7 @@ def top_tokens(
     vectors: Steerable,
     n: int = 10,
     *,
-    least_probability: float = 0.01,
+    least_probability: float = DEFAULT_PROBABILITY,
     by_layer: bool = False,
     layer: int | None = None,
     chat: bool | None = None,
@@ -85,17 +87,39 @@ def top_tokens(
 
         found = at_last(rows, measure)
     else:
-        layers, options = [int(model.cfg.n_layers) - 1], {"chat": chat, "batch_size": batch_size}
+        layers = [int(model.cfg.n_layers) - 1]
 
         def of_last(log_probs: LogProbs) -> Tensor:
             return _ends(log_probs, unsteered[0], n, least_probability)
 
+        options = {"chat": chat, "batch_size": batch_size}
         found = map_next_token(model, prompt, rows, of_last, **options)[:, None]
-    what = f"what {model_name(model)} makes of the prompt"
-    bad = (found[:, :, 0, 0, 0].isnan()).any(-1).tolist()
-    warn_of_rows(bad, what, "they are left out")
-    frame = _frame(model, found, layers, [i for i, is_bad in enumerate(bad) if not is_bad])
+    frame = _frame(model, found, layers)
     return frame if by_layer else Table(frame.drop(columns="layer"))
+
+
+def top_tokens_and_kl(
+    model: Model,
+    prompt: str,
+    vectors: Steerable,
+    n: int,
+    *,
+    layer: int | None,
+    chat: bool | None,
+    batch_size: int,
+) -> tuple[Table, Float[Tensor, "vector"]]:
+    """What `top_tokens` and `kl_divergence` give, from one pass through the model."""
+    rows, chat = steering_rows(model, vectors, layer, [1.0]), as_chat(vectors, chat)
+    unsteered = next_token_log_probs(model, prompt, chat=chat)
+    kl_of = kl_to(unsteered)
+
+    def measure(log_probs: LogProbs) -> Tensor:
+        ends = _ends(log_probs, unsteered[0], n, DEFAULT_PROBABILITY)
+        return torch.cat([kl_of(log_probs).double(), ends.flatten(1)], 1)
+
+    found = map_next_token(model, prompt, rows, measure, chat=chat, batch_size=batch_size)
+    kl, ends = found[:, 0].float(), found[:, 1:].unflatten(1, (1, 2, n, -1))
+    return Table(_frame(model, ends, [0]).drop(columns="layer")), kl
 
 
 def _ends(
@@ -121,11 +145,13 @@ def _ends(
     return torch.stack(kinds, 1)
 
 
-def _frame(model: Model, found: Tensor, layers: list[int], vectors: list[int]) -> Table:
+def _frame(model: Model, found: Tensor, layers: list[int]) -> Table:
+    bad = found[:, :, 0, 0, 0].isnan().any(-1).tolist()
+    warn_of_rows(bad, f"what {model_name(model)} makes of the prompt", "they are left out")
     rows = []
     numbers = found[..., 0].nan_to_num(-1).long()
     text = shown_tokens(model, numbers[numbers >= 0].tolist())
-    for vector in vectors:
+    for vector in (i for i, is_bad in enumerate(bad) if not is_bad):
         for place, layer in enumerate(layers):
             for kind, direction in enumerate(("promoted", "suppressed")):
                 some = found[vector, place, kind].tolist()

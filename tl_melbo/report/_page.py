@@ -9,7 +9,7 @@ import pandas as pd
 from tl_melbo import checks
 from tl_melbo.activation_map import ActivationMap
 from tl_melbo.adapters import Adapter
-from tl_melbo.analysis import Behaviours, behaviours, cosine_similarity, kl_divergence
+from tl_melbo.analysis import Behaviours, behaviours, cosine_similarity
 from tl_melbo.analysis._completions import COMPLETION_COLUMNS, collect_completions
 from tl_melbo.analysis._family import Family
 from tl_melbo.analysis._random_baseline import random_baseline
@@ -97,10 +97,11 @@ def write(
             )
         if baselines is None and activation_map is not None:
             baselines = random_baseline(model, activation_map, found, texts, **options)
-        if top_tokens is None:
-            top_tokens = _tokens.measured_top_tokens(model, found, texts, options)
+        # One pass gives both, so that tokens passed by the caller save nothing.
+        own_tokens, kl = _tokens.measured_after(model, found, texts, options)
+        top_tokens = own_tokens if top_tokens is None else top_tokens
         groups = _grouped(model, completions, found, chat, batch_size)
-        measured = Measured(_kl(model, found, texts, options), baselines, side_effects)
+        measured = Measured(kl, baselines, side_effects)
         data = _data.rows_data(found, texts, completions, groups, measured)
         keys = _tokens.keys_of(data["rows"], texts)
         effects = _parts.effects_of(found, activation_map)
@@ -139,17 +140,6 @@ def _prompts(
         prompts = completions["prompt"].tolist()
     chosen = found.story.get("prompts") if prompts is None else prompts
     return list(dict.fromkeys(checks.as_texts(chosen or [])))
-
-
-def _kl(
-    model: Model, found: SteeringVectors, prompts: Sequence[str], options: Mapping[str, Any]
-) -> dict[tuple[str, int], list[float]]:
-    """The divergence from unsteered of each vector and of its negative, by prompt and sign."""
-    return {
-        (prompt, sign): kl_divergence(model, prompt, library, **options).tolist()
-        for prompt in prompts
-        for sign, library in ((1, found), (-1, -found))
-    }
 
 
 def _grouped(

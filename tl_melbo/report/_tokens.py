@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 
 from tl_melbo import checks
-from tl_melbo.analysis import top_tokens
+from tl_melbo.analysis._top_tokens import top_tokens_and_kl
 from tl_melbo.model.bridge import Model
 from tl_melbo.report._text import number, shown
 from tl_melbo.vectors import SteeringVectors
@@ -15,6 +15,8 @@ _TOP = ("vector", "direction", "token", "log_prob_change")
 _DIVERGENCE = ("vector", "scale", "prompt", "position", "token", "kl")
 _MOST_TOKENS, _MOST_TOP = 8, 3
 Keys = Mapping[tuple[str, int, int], str]
+# By prompt and sign, one a vector.
+Divergences = dict[tuple[str, int], list[float]]
 
 
 def check_tokens(top_tokens: pd.DataFrame | None, divergence: pd.DataFrame | None) -> None:
@@ -27,18 +29,17 @@ def check_tokens(top_tokens: pd.DataFrame | None, divergence: pd.DataFrame | Non
             checks.columns(frame, columns, name, f"pass what analysis.{name} returns")
 
 
-def measured_top_tokens(
+def measured_after(
     model: Model, found: SteeringVectors, prompts: Sequence[str], options: Mapping[str, Any]
-) -> pd.DataFrame:
-    """The top tokens of vectors and negatives after each prompt."""
-    frames = [
-        top_tokens(model, prompt, library, _MOST_TOKENS, **options).assign(
-            prompt=prompt, scale=scale
-        )
-        for prompt in prompts
-        for scale, library in ((1.0, found), (-1.0, -found))
-    ]
-    return pd.concat(frames, ignore_index=True)
+) -> tuple[pd.DataFrame, Divergences]:
+    """After each prompt, of vectors and negatives: the top tokens, and the KL from unsteered."""
+    frames, kl = [], {}
+    for prompt in prompts:
+        for sign, library in ((1, found), (-1, -found)):
+            frame, far = top_tokens_and_kl(model, prompt, library, _MOST_TOKENS, **options)
+            frames.append(frame.assign(prompt=prompt, scale=float(sign)))
+            kl[prompt, sign] = far.tolist()
+    return pd.concat(frames, ignore_index=True), kl
 
 
 def keys_of(rows: Iterable[Mapping[str, Any]], prompts: list[str]) -> Keys:
