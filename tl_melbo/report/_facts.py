@@ -126,7 +126,8 @@ def more_steps(found: SteeringVectors) -> str:
     steps = found.story.get("hyperparameters", {}).get("steps")
     if not count or not isinstance(steps, int):
         return ""
-    return f"{count} of {known} not converged; run with --steps {_MORE_STEPS * steps}"
+    advice = f"--steps {_MORE_STEPS * steps} raises their numbers, which need not find more"
+    return f"{count} of {known} not converged; {advice}"
 
 
 def _converged(found: SteeringVectors) -> tuple[int, int]:
