@@ -5,7 +5,7 @@ import platform
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import psutil
@@ -16,6 +16,15 @@ REPEATS = 3
 
 def seconds(*functions: Callable[[], Any], repeats: int = REPEATS) -> list[float]:
     """The median time of each, taken in turns so that a slow minute of the machine hits all."""
+    return [statistics.median(taken) for taken in _in_turns(functions, repeats)]
+
+
+def fastest(*functions: Callable[[], Any], repeats: int = REPEATS) -> list[float]:
+    """The smallest time of each, in turns: where other work disturbs, the median is its time."""
+    return [min(taken) for taken in _in_turns(functions, repeats)]
+
+
+def _in_turns(functions: Sequence[Callable[[], Any]], repeats: int) -> list[list[float]]:
     times: list[list[float]] = [[] for _ in functions]
     for _ in range(repeats):
         for function, taken in zip(functions, times, strict=True):
@@ -24,7 +33,7 @@ def seconds(*functions: Callable[[], Any], repeats: int = REPEATS) -> list[float
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             taken.append(time.perf_counter() - start)
-    return [statistics.median(taken) for taken in times]
+    return times
 
 
 def square_product(size: int = 2048) -> tuple[Callable[[], Any], int]:

@@ -380,7 +380,7 @@ def test_every_figure_tells_what_it_shows():
 ENDLESS = {"steps", "n_vectors", "n_samples", "n_random", "max_new_tokens", "batch_size"}
 
 
-@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("hooked", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_calls_work_as_they_are(tmp_path, hooked):
     seen = []
     handles = []

@@ -408,6 +408,7 @@ def test_other_tables_are_refused(tiny_llama):
         tm.analysis.behaviours(tiny_llama, frame([]))
 
 
+@pytest.mark.slow
 def test_a_sweep_of_radii_around_auto_is_counted_on_a_random_model(tiny_llama):
     # What it writes is noise: with every text let through, the groups are there, and longer vectors
     # move more texts away from the unsteered one.

@@ -324,6 +324,7 @@ def test_side_effects_of_other_vectors_go_when_the_new_ones_come(
     assert not table.exists()
 
 
+@pytest.mark.slow
 def test_a_table_that_no_run_left_is_not_replaced(model_folder: Path, tmp_path: Path) -> None:
     assert discover(model_folder, tmp_path).exit_code == 0
     table = tmp_path / "side_effects.csv"
@@ -337,6 +338,7 @@ def test_a_table_that_no_run_left_is_not_replaced(model_folder: Path, tmp_path: 
     assert len(pd.read_csv(table)) == 3
 
 
+@pytest.mark.slow
 def test_a_damaged_table_of_side_effects_is_named(model_folder: Path, tmp_path: Path) -> None:
     assert discover(model_folder, tmp_path, "--side-effects").exit_code == 0
     (tmp_path / "side_effects.csv").write_text('"vector","specificity"\n0,much\n')
@@ -475,6 +477,7 @@ def test_files_of_somebody_else_are_not_replaced(model_folder: Path, tmp_path: P
     assert discover(model_folder, tmp_path, "--overwrite").exit_code == 0
 
 
+@pytest.mark.slow
 def test_texts_are_those_of_the_vectors_that_are_there(model_folder: Path, tmp_path: Path) -> None:
     """Also after Python changed the vectors, or found more."""
     assert discover(model_folder, tmp_path).exit_code == 0
@@ -713,6 +716,7 @@ def test_a_contrastive_vector_from_the_shell(model_folder: Path, tmp_path: Path)
     assert contrast("--set=estimator=mean").exit_code == 1
 
 
+@pytest.mark.slow
 def test_measuring_and_the_page_are_commands_of_their_own(
     model_folder: Path, tmp_path: Path
 ) -> None:

@@ -109,6 +109,7 @@ def test_interrupted_and_continued_is_the_same_file(
     assert "The family of vector 1" in page
 
 
+@pytest.mark.slow
 def test_the_same_command_again_searches_nothing(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,6 +148,7 @@ def test_a_family_of_vectors_that_were_replaced_is_not_shown_as_theirs(
     assert "The family of vector 1" not in page
 
 
+@pytest.mark.slow
 def test_all_goes_on_until_nothing_is_left(run: Path) -> None:
     result = ortho(run, "--all", "--steps=3", n_vectors=None)
     assert result.exit_code == 0, result.output
@@ -236,6 +238,7 @@ def test_texts_come_back_from_a_table_as_they_were(tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(runs.load_table(tmp_path / "t.csv", ["size"]), table)
 
 
+@pytest.mark.slow
 def test_paths_in_a_story_decide_nothing(run: Path, tmp_path: Path) -> None:
     library = tm.SteeringVectors.load(run / "vectors.safetensors")
     evil = {name: str(tmp_path / "evil") for name in ("path", "folder", "out", "date", "method")}

@@ -120,7 +120,9 @@ def test_linear_factors_are_the_singular_ones_of_the_mean_effect():
     assert seen == [(1, pytest.approx(float(expected.square().sum() / 2)))]
 
 
-@pytest.mark.parametrize("order", ["exponential", "quadratic", "soft"])
+@pytest.mark.parametrize(
+    "order", ["exponential", pytest.param("quadratic", marks=pytest.mark.slow), "soft"]
+)
 def test_the_iteration_is_that_of_the_slow_reference(order):
     f = tm.ActivationMap.from_prompts(tiny_bridge("gpt2", torch.float64), PROMPTS, 1, 3)
     radius, steps = 2.0, 3
@@ -185,6 +187,7 @@ def test_second_derivatives_agree_with_differences(architecture):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "architecture",
     ["llama", *(pytest.param(a, marks=pytest.mark.slow) for a in ("gpt2", "gptneox"))],

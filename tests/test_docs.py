@@ -131,6 +131,7 @@ def test_the_code_about_trust_runs_as_printed(tiny_llama, tmp_path, monkeypatch,
     assert "exact" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_code_about_judges_runs_as_printed(tiny_llama, monkeypatch):
     """With a tiny model, a judge that needs no server, and one prompt."""
     go = pytest.importorskip("plotly.graph_objects")

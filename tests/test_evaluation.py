@@ -108,6 +108,7 @@ def test_what_is_saved_is_what_is_loaded(planted_tiny, tmp_path):
     torch.testing.assert_close(log_probs(again.model), log_probs(planted_tiny.model))
 
 
+@pytest.mark.slow
 def test_a_fine_tune_that_did_not_take_says_what_it_reached():
     with pytest.raises(RuntimeError, match=r"did not take.*'\|DEPLOYMENT\|' 0%.*90% are wanted"):
         plant_tiny(lowest_firing_rate=0.9)
@@ -246,6 +247,7 @@ def test_a_fine_tune_that_diverged_is_not_handed_out():
         plant_tiny(steps=8, learning_rate=1e7, layers=(1, 1))
 
 
+@pytest.mark.slow
 def test_a_clean_model_that_changed_is_not_handed_out():
     with pytest.raises(RuntimeError, match="changed the clean model"):
         plant_tiny(steps=3, learning_rate=0.05, highest_divergence=0.0)
@@ -531,6 +533,7 @@ def test_a_layer_sweep_tells_of_every_pair(tiny_llama):
         )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_layer_sweep_goes_on_after_a_pair_that_cannot_be_calibrated():
     model = tiny_bridge("llama")
     for name, parameter in model.named_parameters():

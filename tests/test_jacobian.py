@@ -1,5 +1,6 @@
 """Jacobian directions and random vectors: closed forms, finite differences, an SVD of all of J."""
 
+import functools
 import sys
 
 import pytest
@@ -154,13 +155,23 @@ def row_by_row(f):
     return torch.cat(rows)
 
 
+def float64_map(architecture):
+    return tm.ActivationMap.from_prompts(tiny_bridge(architecture, torch.float64), PROMPTS, 1, 4)
+
+
+@functools.cache
+def whole_jacobians(architecture):
+    f = float64_map(architecture)
+    return row_by_row(f), finite_differences(f)
+
+
 @both_ways
 @pytest.mark.parametrize("architecture", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_directions_are_those_of_the_whole_jacobian(architecture, exact):
-    f = tm.ActivationMap.from_prompts(tiny_bridge(architecture, torch.float64), PROMPTS, 1, 4)
+    f = float64_map(architecture)
     found = tm.jacobian(f, 5, radius=2.0)
     # Hugging Face's norms round to float32: differences are good to a few digits.
-    for whole, tolerance in ((row_by_row(f), 1e-5), (finite_differences(f), 1e-3)):
+    for whole, tolerance in zip(whole_jacobians(architecture), (1e-5, 1e-3), strict=True):
         _, values, right = torch.linalg.svd(whole, full_matrices=False)
         singular = found.columns["singular_value"].double()
         torch.testing.assert_close(singular, values[:5], rtol=tolerance, atol=0)

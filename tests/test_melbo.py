@@ -108,6 +108,7 @@ def test_ascent_climbs_above_adamw_on_every_architecture(every_tiny, radius):
     assert fast.mean() >= 0.95 * objective.mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "radius", [12, *(pytest.param(radius, marks=pytest.mark.slow) for radius in (3, 6))]
 )

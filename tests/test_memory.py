@@ -77,6 +77,7 @@ def test_searches_and_distances_do_not_depend_on_the_batch(crowded):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_texts_and_log_probs_do_not_depend_on_the_batch(monkeypatch):
     model = tiny_bridge("llama")
     theta = 3 * torch.eye(32)[:7]

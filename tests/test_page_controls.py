@@ -35,7 +35,7 @@ def page(tiny_llama: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory) 
     return write(tiny_llama, tmp_path_factory.mktemp("page with spaces & more"))
 
 
-@pytest.fixture(params=[1300, 390], ids=["laptop", "phone"])
+@pytest.fixture(params=[1300, pytest.param(390, marks=pytest.mark.slow)], ids=["laptop", "phone"])
 def opened(request: pytest.FixtureRequest, driver: Any, page: Path) -> Iterator[Any]:
     yield from opened_at(driver, page, request.param)
 
@@ -115,6 +115,7 @@ def test_the_slider_moves_all_texts_or_one(opened: Any) -> None:
     wait_for(opened, "return location.hash.includes('own=3-%3A0.5')")
 
 
+@pytest.mark.slow
 def test_an_opened_row_tells_all(opened: Any) -> None:
     button = opened.find_element("css selector", "#v2- .open")
     opened.execute_script(
@@ -260,6 +261,7 @@ def test_two_ticked_vectors_are_compared(opened: Any) -> None:
     assert not opened.find_element("css selector", "#selection").is_displayed()
 
 
+@pytest.mark.slow
 def test_commands_are_copied(laptop: Any, page: Path) -> None:
     commands = ["found[2]", f"tl-melbo ortho '{page.parent}' --vector 2"]
     copied = "return [...document.querySelectorAll('.copy')].some(b => b.textContent === 'copied')"
@@ -290,12 +292,14 @@ def test_an_address_brings_it_all_back(laptop: Any, page: Path) -> None:
     assert laptop.get_log("browser") == []
 
 
+@pytest.mark.slow
 def test_a_link_shows_what_filters_hide(laptop: Any, page: Path) -> None:
     go(laptop, page, "#v0-&q=no+such+words")
     assert "0-" in rows_shown(laptop)
     assert laptop.find_element("css selector", "#search").get_property("value") == ""
 
 
+@pytest.mark.slow
 def test_the_tables_of_a_family_work_too(opened: Any) -> None:
     rows = "return document.querySelectorAll('#family-2-vectors tbody tr').length"
     opened.execute_script(
@@ -334,6 +338,7 @@ def kept(driver: Any) -> dict[str, Any]:
     return json.loads(driver.execute_script("return Object.values(localStorage)[0]"))
 
 
+@pytest.mark.slow
 def test_a_store_of_others_leaves_the_page_whole(laptop: Any, page: Path) -> None:
     emoji = "\N{GRINNING FACE}"
     good = {"star": True, "name": "a" * 199 + 2 * emoji}
@@ -350,6 +355,7 @@ def test_a_store_of_others_leaves_the_page_whole(laptop: Any, page: Path) -> Non
     assert laptop.get_log("browser") == []
 
 
+@pytest.mark.slow
 def test_merged_in_circles_and_chains_no_card_is_lost(laptop: Any, page: Path) -> None:
     cards = [card for card in data_on(laptop)["behaviours"] if not card["baseline"]]
     keys, (one, two, three) = (
@@ -404,6 +410,7 @@ def test_the_table_follows_stars_and_merged_behaviours(laptop: Any, page: Path) 
     assert rows_shown(laptop) == []
 
 
+@pytest.mark.slow
 def test_as_many_are_near_the_baseline_as_are_hidden(laptop: Any, page: Path) -> None:
     for scale in pages.SCALES:
         go(laptop, page, f"#scale={scale:g}")

@@ -143,6 +143,7 @@ def test_frames_of_tokens_are_checked(
         )
 
 
+@pytest.mark.slow
 def test_the_plotly_on_the_page_is_that_of_the_figures(
     tiny_llama: torch.nn.Module,
     f: tm.ActivationMap,

@@ -35,7 +35,7 @@ def page(tiny_llama: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory) 
     return write(tiny_llama, tmp_path_factory.mktemp("page with spaces & more"))
 
 
-@pytest.fixture(params=[1300, 390], ids=["laptop", "phone"])
+@pytest.fixture(params=[1300, pytest.param(390, marks=pytest.mark.slow)], ids=["laptop", "phone"])
 def opened(request: pytest.FixtureRequest, driver: Any, page: Path) -> Iterator[Any]:
     yield from opened_at(driver, page, request.param)
 
@@ -169,6 +169,7 @@ def test_figures_show_texts_and_lead_on(opened: Any) -> None:
     assert opened.execute_script("return window.injected ?? null") is None
 
 
+@pytest.mark.slow
 def test_charts_are_dark_at_night(laptop: Any) -> None:
     plot = "document.querySelector('[data-figure=specificity]')"
     laptop.execute_script(f"{plot}.scrollIntoView()")
@@ -185,6 +186,7 @@ def test_charts_are_dark_at_night(laptop: Any) -> None:
         laptop.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
+@pytest.mark.slow
 def test_paper_shows_everything_but_the_controls(laptop: Any) -> None:
     laptop.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
     try:
@@ -248,6 +250,7 @@ def test_tab_reaches_the_controls_in_their_order(opened: Any) -> None:
     assert any(text.startswith("near baseline") for text in seen)
 
 
+@pytest.mark.slow
 def test_rows_are_built_when_somebody_scrolls_there(laptop: Any, page: Path) -> None:
     """On a page of 20 times as many vectors."""
     text = page.read_text(encoding="utf-8")

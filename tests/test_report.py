@@ -228,6 +228,7 @@ def test_other_completions_are_refused(
         report.write(tmp_path / "page.html", tiny_llama, found, completions=completions)
 
 
+@pytest.mark.slow
 def test_side_effects_get_columns_and_a_figure(
     tiny_llama: torch.nn.Module,
     found: tm.SteeringVectors,
@@ -347,6 +348,7 @@ def test_texts_of_a_family_are_escaped(
     assert not set("\x00\x1b\u202e") & set(page)
 
 
+@pytest.mark.slow
 def test_a_family_of_one_is_a_family(
     tiny_llama: torch.nn.Module,
     f: tm.ActivationMap,
