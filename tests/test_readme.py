@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import tl_melbo as tm
+from benchmarks import quoted
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -25,10 +26,17 @@ def test_the_code_runs_as_printed(size, request, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tm, "load_model", lambda: model)
     exec(compile(code, str(README), "exec"), {})
-    assert len(tm.SteeringVectors.load(tmp_path / "me.safetensors")) == 8
+    assert len(tm.SteeringVectors.load(tmp_path / "me.safetensors")) == 6
     assert len(tm.SteeringVectors.load(tmp_path / "runs" / "mine" / "vectors.safetensors")) == 3
     assert "The family of vector 4" in (tmp_path / "me.html").read_text(encoding="utf-8")
     assert "Once upon a time" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("file", "name"), quoted.QUOTED)
+def test_what_is_quoted_is_what_was_measured(file, name):
+    text = (ROOT / file).read_text(encoding="utf-8")
+    told = "python -m benchmarks.quoted writes it anew"
+    assert quoted.with_quotes(text, name, quoted.QUOTED[file, name]()) == text, told
 
 
 def test_it_is_short():
