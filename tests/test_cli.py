@@ -494,13 +494,15 @@ def test_texts_are_those_of_the_vectors_that_are_there(model_folder: Path, tmp_p
 
 
 def test_samples_and_scales_are_asked_for_by_name(model_folder: Path, tmp_path: Path) -> None:
-    options = ("--samples=2", "--temperature=1.5", "--scales")
+    options = ("--samples=2", "--temperature=1.5", "--scales=nine")
     assert discover(model_folder, tmp_path, *options).exit_code == 0
     rows = pd.read_csv(tmp_path / "completions.csv")
     assert sorted(rows["scale"].unique()) == [-2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2]
     assert rows.groupby("sample").size().tolist()[1:] == 2 * [1 + 2 * rows["vector"].max() + 2]
     result = discover(model_folder, tmp_path / "other", "--temperature=1.5")
     assert "temperature=1.5: of samples; pass --samples, too" in one_line(result.stderr)
+    result = discover(model_folder, tmp_path / "other", "--scales=1;2")
+    assert "--scales='1;2': expected numbers with commas" in one_line(result.stderr)
 
 
 def test_a_search_that_fails_leaves_the_run_that_was_there(

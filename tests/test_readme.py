@@ -16,7 +16,7 @@ FOR_CONTRIBUTORS = ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "CODE_OF_C
 @pytest.mark.parametrize("size", ["tiny", pytest.param("bundled", marks=pytest.mark.slow)])
 def test_the_code_runs_as_printed(size, request, tmp_path, monkeypatch, capsys):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 2
     code = "\n".join(blocks)
     if size == "tiny":
         layers = "source_layer=8, target_layer=16"

@@ -80,7 +80,7 @@ def discover(
     max_new_tokens: MaxNewTokens = 50,
     samples: Samples = None,
     temperature: Temperature = None,
-    scales: Scales = False,
+    scales: Scales = None,
     device: Device = None,
     dtype: Dtype = "float32",
     side_effects: Annotated[bool, option("Measure effects on other prompts and prose.")] = False,
@@ -209,7 +209,7 @@ def page(
     max_new_tokens: Annotated[int | None, option("Of each completion.", "as it was")] = None,
     samples: Annotated[int | None, option("Sampled completions of each.", "as it was")] = None,
     temperature: Annotated[float | None, option("Of the samples.", "as it was, or 0.7")] = None,
-    scales: Scales = False,
+    scales: Scales = None,
     divergence: Annotated[bool, option("Show where along its text each vector acts.")] = False,
     device: Device = None,
     overwrite: Annotated[bool, option("Write the completions anew, too.")] = False,
@@ -272,18 +272,16 @@ def _show_page(
 
 
 def _texts_asked(
-    max_new_tokens: int | None, samples: int | None, temperature: float | None, scales: bool
+    max_new_tokens: int | None, samples: int | None, temperature: float | None, scales: str | None
 ) -> dict[str, Any]:
     """What `Run.texts` is asked for, checked before the model is loaded."""
-    from tl_melbo.analysis._completions import DEFAULT_SCALES  # pandas takes long to import
-
     checks.at_least(1, max_new_tokens=max_new_tokens, samples=samples)
     if temperature is not None:
         checks.positive(temperature=temperature)
         if samples is None:
             raise ValueError(f"temperature={temperature}: of samples; pass --samples, too")
     chosen = {"max_new_tokens": max_new_tokens, "n_samples": samples, "temperature": temperature}
-    return chosen | {"scales": DEFAULT_SCALES if scales else None}
+    return chosen | {"scales": options.scales_asked(scales)}
 
 
 def _numbered(run: tm.Run, vector: int) -> tm.SteeringVectors:

@@ -1,6 +1,7 @@
 """What a shell asks for: a method by its name, and settings from words."""
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from types import NoneType, UnionType
@@ -35,6 +36,20 @@ def read(text: str, kind: Any, option: str) -> Any:
         return _read(text, _choices(kind))
     except ValueError as error:
         raise ValueError(f"--{option}={text!r}: {error}") from None
+
+
+def scales_asked(text: str | None) -> list[float] | None:
+    """The scales that `--scales` stands for."""
+    if text == "nine":
+        return [half / 2 for half in range(-4, 5)]
+    try:
+        scales = text and [float(part) for part in text.split(",")]
+    except ValueError:
+        scales = [math.nan]
+    if scales and not all(map(math.isfinite, scales)):
+        told = "expected numbers with commas between them, such as 0.5,1,2, or nine"
+        raise ValueError(f"--scales={text!r}: {told}")
+    return scales or None
 
 
 def method_named(name: str) -> Method:

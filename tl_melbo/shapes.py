@@ -24,6 +24,9 @@ Delta = Float[Tensor, "vector prompt pos d_model"]
 PositionMask = Bool[Tensor, "prompt pos"]
 Tokens = Int[Tensor, "1 pos"]
 
+# What Python passes itself.
+_OWN = ("self", "cls")
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 # With the numeric tower an int is accepted where a float is declared: radius=12 is not a mistake.
@@ -47,7 +50,7 @@ def shape_checked(function: Function) -> Function:
         except TypeError as error:
             unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
             near = did_you_mean(unknown[1], kinds) if unknown else ""
-            hint = near or f"allowed are {', '.join(kinds)}"
+            hint = near or f"allowed are {', '.join(n for n in kinds if n not in _OWN)}"
             raise TypeError(f"{name}(): {error}; {hint}") from None
         for argument, value in given.items():
             mistake = _mistake(argument, value, kinds[argument])

@@ -41,7 +41,9 @@ Dtype = Annotated[Literal["float32", "float64", "bfloat16", "float16"], option("
 MaxNewTokens = Annotated[int, option("Length of each completion.")]
 Samples = Annotated[int | None, option("Sampled completions of each, beside the greedy.", "none")]
 Temperature = Annotated[float | None, option("Of the samples.", "0.7")]
-Scales = Annotated[bool, option("Write at nine scales, -2 to 2: the page gets a slider.")]
+Scales = Annotated[
+    str | None, option("Such as 0.5,1,2, or nine, from -2 to 2: the page gets a slider.", "1, -1")
+]
 Out = Annotated[Path, option("Folder for the results; made if need be.")]
 Prompts = Annotated[list[str], typer.Argument(help="What the model is asked; one or several.")]
 
