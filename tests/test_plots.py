@@ -1,6 +1,7 @@
 """What a figure holds: its numbers, its scales, what it says on its axes."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -81,3 +82,17 @@ def test_history_of_a_slice_keeps_the_names_of_its_vectors() -> None:
 def test_without_a_history_there_is_nothing_to_draw() -> None:
     with pytest.raises(ValueError, match="has no history"):
         objective_history(2.0 * library(3, 4))
+
+
+def test_one_large_sum_does_not_flatten_the_others():
+    kl = [1.0, 2.0, 3.0, 400.0]
+    rows = {
+        "size": [1, 2, 3, 4], "members": [(0,)] * 4, "subset": "first", "combination": "sum",
+        "scaling": "raw", "norm": 1.0, "completion": "", "kl_to_reference": kl,
+        "kl_to_unsteered": [1.0, 2.0, 3.0, 4.0], "distance": kl,
+    }  # fmt: skip
+    kinds = [
+        tm.plots.composition_curves(pd.DataFrame(rows), measure).layout.yaxis.type
+        for measure in ("kl_to_reference", "kl_to_unsteered")
+    ]
+    assert kinds == ["log", None]

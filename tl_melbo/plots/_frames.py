@@ -46,6 +46,8 @@ _MEASURES = {
     "distance": "Distance of means and sums from the reference",
 }
 _PRESENCE = ("mean_projection", "mean_projection_control", "p_value", "p_adjusted")
+# Times the median: above that an axis is logarithmic.
+_WIDE = 5
 _SIGNS, _MOST_TEXTS = {"along": 1, "against": -1}, 4
 # Combination, scaling, and what to call them.
 _KINDS = (
@@ -98,7 +100,10 @@ def composition_curves(
         if (rows := groups.get((combination, scaling, "first"))) is not None
     ]
     alt = f"{named} against how many vectors are added up. {'; '.join(told)}."
-    up = axis(_AXIS_TITLES[measure], rangemode="tozero")
+    values = composed[measure].dropna()
+    # One sum far above all else would leave the others on one line.
+    wide = values.min() > 0 and values.max() > _WIDE * values.median()
+    up = axis(_AXIS_TITLES[measure], **({"type": "log"} if wide else {"rangemode": "tozero"}))
     return figure(traces, named if title is None else title, alt, across, up)
 
 
