@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from benchmarks import scale
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 _SHOWN = 76
@@ -88,6 +90,8 @@ QUOTED: dict[tuple[str, str], Callable[[], str]] = {
     ("README.md", "output"): output,
     ("README.md", "comparison"): comparison,
     ("docs/theory.md", "parting"): parting,
+    ("docs/scale.md", "check"): scale.check,
+    ("docs/scale.md", "scale"): scale.table,
 }
 
 
