@@ -2,48 +2,28 @@
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from tests import page_in_browser as pages
 from tests.conftest import wait_for
-from tests.page_in_browser import (
+from tests.page import browser as pages
+from tests.page.browser import (
     ALL_KEYS,
     HOSTILE,
     click,
     fragment,
     go,
-    opened_at,
     press,
     rows_shown,
     texts,
-    write,
 )  # fmt: skip
 from tl_melbo import report
 
 pytestmark = pytest.mark.browser
 
 OPEN_ALL = "document.querySelectorAll('details').forEach(d => d.open = true)"
-
-
-@pytest.fixture(scope="module")
-def page(tiny_llama: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(tiny_llama, tmp_path_factory.mktemp("page with spaces & more"))
-
-
-@pytest.fixture(params=[1300, pytest.param(390, marks=pytest.mark.slow)], ids=["laptop", "phone"])
-def opened(request: pytest.FixtureRequest, driver: Any, page: Path) -> Iterator[Any]:
-    yield from opened_at(driver, page, request.param)
-
-
-@pytest.fixture
-def laptop(driver: Any, page: Path) -> Iterator[Any]:
-    """For what hangs on no width."""
-    yield from opened_at(driver, page, 1300)
 
 
 def test_filters_search_and_back(opened: Any) -> None:

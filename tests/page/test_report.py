@@ -12,28 +12,13 @@ import torch
 
 import tl_melbo as tm
 from tests.conftest import PROMPT
+from tests.page.conftest import PROMPTS
 from tl_melbo import report
 from tl_melbo.text import printable
 
 pytestmark = pytest.mark.usefixtures("by_words")
 
-PROMPTS = ["Tell me about yourself.", "Name a colour."]
 HOSTILE = "<script>alert(1)</script>\x1b[31m\u202etxt</td></table>&amp;\x00"
-
-
-@pytest.fixture(scope="module")
-def f(tiny_llama: torch.nn.Module) -> tm.ActivationMap:
-    return tm.ActivationMap.from_prompts(tiny_llama, PROMPTS, 1, 4, chat=True)
-
-
-@pytest.fixture(scope="module")
-def found(f: tm.ActivationMap) -> tm.SteeringVectors:
-    return tm.melbo(f, n_vectors=5, radius=4.0, steps=3)
-
-
-@pytest.fixture(scope="module")
-def completions(tiny_llama: torch.nn.Module, found: tm.SteeringVectors) -> pd.DataFrame:
-    return report.collect_completions(tiny_llama, PROMPTS, found, max_new_tokens=3)
 
 
 def data_of(path: Path) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from plotly.offline import get_plotlyjs_version
 
 import tl_melbo as tm
 from tests.conftest import PROMPT
-from tests.test_report import HOSTILE, PROMPTS, data_of
+from tests.page.conftest import PROMPTS
+from tests.page.test_report import HOSTILE, data_of
 from tl_melbo import report
 from tl_melbo.analysis import Behaviours
 from tl_melbo.report import _data, _facts
@@ -22,21 +23,6 @@ from tl_melbo.report._render import PLOTLY
 from tl_melbo.text import printable
 
 pytestmark = pytest.mark.usefixtures("by_words")
-
-
-@pytest.fixture(scope="module")
-def f(tiny_llama: torch.nn.Module) -> tm.ActivationMap:
-    return tm.ActivationMap.from_prompts(tiny_llama, PROMPTS, 1, 4, chat=True)
-
-
-@pytest.fixture(scope="module")
-def found(f: tm.ActivationMap) -> tm.SteeringVectors:
-    return tm.melbo(f, n_vectors=5, radius=4.0, steps=3)
-
-
-@pytest.fixture(scope="module")
-def completions(tiny_llama: torch.nn.Module, found: tm.SteeringVectors) -> pd.DataFrame:
-    return report.collect_completions(tiny_llama, PROMPTS, found, max_new_tokens=3)
 
 
 def test_negatives_samples_and_scales_are_rows_and_texts(
