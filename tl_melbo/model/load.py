@@ -134,11 +134,28 @@ def _from_gguf(path: Path, dtype: torch.dtype, name: str) -> tuple[Any, Any]:
 
 def _read_gguf(path: Path, dtype: torch.dtype, name: str) -> tuple[Any, Any]:
     """Let transformers read a GGUF file, as a model that was never quantised."""
+    _check_no_vector(path, name)
     hf_model, tokenizer = _from_hugging_face(path.parent, dtype, name, gguf_file=path.name)
     vars(hf_model.config).pop("quantization_config", None)
     for attribute in ("hf_quantizer", "quantization_method", "is_quantized"):
         vars(hf_model).pop(attribute, None)
     return hf_model, tokenizer
+
+
+def _check_no_vector(path: Path, name: str) -> None:
+    """Refuse a file with a vector baked in, whose bias transformers would silently leave out."""
+    import gguf
+
+    try:
+        tensors = {tensor.name for tensor in gguf.GGUFReader(path).tensors}
+    except (ValueError, KeyError, IndexError):  # no GGUF file, as transformers will say
+        return
+    biases = sorted(tensor for tensor in tensors if tensor.endswith("ffn_down.bias"))
+    if biases and "blk.0.ffn_up.bias" not in tensors:
+        raise ValueError(
+            f"name={name!r}: holds {biases[0]}, a vector that was baked in, which transformers "
+            "would leave out; load the file it was made from, or bake into a folder"
+        )
 
 
 def _save(hf_model: Any, tokenizer: Any, folder: Path) -> None:
@@ -195,7 +212,7 @@ def boot(label: str, hf_model: Any, tokenizer: Any) -> Model:
     weight = next(hf_model.parameters())
     settings = {"device": str(weight.device), "dtype": weight.dtype}
     try:
-        return TransformerBridge.boot_transformers(
+        model = TransformerBridge.boot_transformers(
             label, hf_model=hf_model, tokenizer=tokenizer, **settings
         )
     except (ValueError, NotImplementedError, KeyError) as error:
@@ -203,6 +220,8 @@ def boot(label: str, hf_model: Any, tokenizer: Any) -> Model:
             f"name={label!r}: TransformerLens has no adapter for "
             f"{type(hf_model).__name__} ({error}); choose one of its supported architectures"
         ) from error
+    model.checkpoint_tokenizer = tokenizer
+    return model
 
 
 @contextmanager
