@@ -16,7 +16,14 @@ from torch import Tensor
 
 from tl_melbo.additions import VectorAdditions
 from tl_melbo.files import replacing
-from tl_melbo.model.bridge import Model, check_model, model_name, model_type, without_bridge
+from tl_melbo.model.bridge import (
+    Model,
+    check_model,
+    is_dispatched,
+    model_name,
+    model_type,
+    without_bridge,
+)
 from tl_melbo.model.load import BUNDLED_NAME, bundled_model_path, quiet_transformers
 from tl_melbo.shapes import shape_checked
 from tl_melbo.steering import Steerable, steering_rows
@@ -81,6 +88,11 @@ def _baked(model: Model, added: Mapping[int, Tensor]) -> Any:
         raise ValueError(
             f"model: the weights of {model_name(model)} are not those of a checkpoint any more; "
             "load it as a TransformerBridge with tm.load_model(), without compatibility mode"
+        )
+    if is_dispatched(model.original_model):
+        raise ValueError(
+            f"model: {model_name(model)} is spread over several devices; load it without "
+            "device_map, on a machine with room for it, then bake"
         )
     plain: Any = without_bridge(model.original_model)
     weights = plain.state_dict()
