@@ -83,7 +83,9 @@ def load_hugging_face(
         )
     else:
         found, label = _from_hugging_face(given, dtype, given, spread), given
-    hf_model = found[0] if spread else found[0].to(device)
+    # Where they were put: what is quantised may not be moved.
+    stays = spread or getattr(found[0], "is_quantized", False)
+    hf_model = found[0] if stays else found[0].to(device)
     return hf_model.eval(), found[1], label
 
 
