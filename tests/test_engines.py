@@ -4,6 +4,7 @@ import base64
 import json
 import pickle
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ class VLLM:
 
     def __init__(self, model, plugin=True, shift=0.0, salted=True):
         self.model, self.plugin, self.shift, self.salted = model, plugin, shift, salted
-        self.cache = {}
+        self.cache, self.lock = {}, threading.Lock()
 
     def vector(self, body):
         told = body.get("vllm_xargs", {}).get("apply_steering_vectors")
@@ -56,6 +57,10 @@ class VLLM:
             return self.model(torch.tensor([tokens]))[0, -1]
 
     def __call__(self, handler):
+        with self.lock:  # one vector in the model at a time
+            self.answer(handler)
+
+    def answer(self, handler):
         body, vector = handler.body, self.vector(handler.body)
         tokens, new = [*body["prompt"]], []
         key = (body["cache_salt"] if self.salted else "", *tokens)
@@ -126,8 +131,8 @@ def test_several_layers_samples_and_who_takes_an_engine(server, model, found):
     assert samples["sample"].tolist() == [0, 1, 2, 3]
     frame = tm.report.collect_completions(model, "Hi", found, **options)
     assert frame.equals(tm.report.collect_completions(model, "Hi", found, max_new_tokens=4))
-    frame = tm.analysis.transfer(model, "Hi", found, **options)
-    assert frame.equals(tm.analysis.transfer(model, "Hi", found, max_new_tokens=4))
+    frame = tm.analysis.transfer(model, found, "Hi", **options)
+    assert frame.equals(tm.analysis.transfer(model, found, "Hi", max_new_tokens=4))
     judge = tm.judges.local(model, 4, engine=engine)
     assert judge("Hi") == tm.judges.local(model, 4)("Hi")
 
