@@ -27,7 +27,7 @@ PROMPTS = (
     # Longer than a block of vLLM's cache, so that there is a prefix to be read again.
     "Summarise this. " + "The river runs past the old mill, where children watch the ducks. " * 20,
 )
-SETTINGS = {"dtype": "float32", "max_model_len": 1024}
+SETTINGS = {"dtype": "float32", "max_model_len": 1024, "enforce_eager": True}
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def serving(folder, **environment):
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
-    command += ["--max-model-len", "1024"]
+    command += ["--max-model-len", "1024", "--enforce-eager"]
     log = folder.parent / f"{port}.log"
     with log.open("w") as out:
         process = subprocess.Popen(

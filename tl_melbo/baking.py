@@ -100,7 +100,8 @@ def _baked(model: Model, added: Mapping[int, Tensor]) -> Any:
         raise ValueError(f"model: {model_name(model)} is quantised; load it unquantised, then bake")
     kind, config = plain.config.model_type, plain.config.to_dict()
     if kind in _BIASED:
-        kind_of, name = type(plain), _BIASED[kind]
+        name = _BIASED[kind]
+        kind_of: Any = type(plain)
     elif kind in _AS_LLAMA and not config.get("use_sliding_window"):
         has_bias = kind == "qwen2" or config["attention_bias"]
         config |= {"mlp_bias": True, "attention_bias": has_bias, "model_type": "llama"}

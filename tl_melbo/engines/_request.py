@@ -117,7 +117,7 @@ def _check_agreement(engine: Engine, model: Model, request: Request) -> None:
     if key in engine.agreed:
         return
     plain = replace(request, theta=None)
-    theta = request.theta if steers else torch.zeros(1, int(model.cfg.d_model))
+    theta = torch.zeros(1, int(model.cfg.d_model)) if request.theta is None else request.theta
     # As long as it takes: a vector that does nothing here would not show that it is left out.
     scales = torch.tensor([0.0, *(_LONGER if steers else ())])
     rows = VectorAdditions(scales[:, None, None] * theta, request.layers if steers else (0,))

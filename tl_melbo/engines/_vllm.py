@@ -5,6 +5,7 @@ the vector keeps its keys and values from being read under another one.
 """
 
 import base64
+import importlib
 import json
 import math
 from collections.abc import Sequence
@@ -72,15 +73,14 @@ def vllm(
     if model is not None or api_key_env is not None:
         raise ValueError("model, api_key_env: of a server; leave them out for a checkpoint")
     try:
-        import vllm as engine
-        import vllm_lens
+        engine, plugin = map(importlib.import_module, ("vllm", "vllm_lens"))
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"engines.vllm: needs {error.name} in this environment, which docs/engines.md says how "
             "to install; or pass the address of a server"
         ) from error
     options = {"max_logprobs": _TOP, "disable_log_stats": True, **options}
-    return _LocalVLLM(engine, vllm_lens, str(place), options, tolerance)
+    return _LocalVLLM(engine, plugin, str(place), options, tolerance)
 
 
 class _LocalVLLM:
@@ -115,15 +115,16 @@ class _LocalVLLM:
                 temperature=request.temperature,
                 seed=request.seed,
                 detokenize=False,
-                extra_args=None if request.theta is None else self._steering(request),
+                extra_args=self._steering(request),
                 **options,
             )
             for request in requests
         ]
         return self._llm.generate(prompts, params, use_tqdm=False)
 
-    def _steering(self, request: Request) -> dict[str, Any]:
-        assert request.theta is not None
+    def _steering(self, request: Request) -> dict[str, Any] | None:
+        if request.theta is None:
+            return None
         vector = self._plugin.SteeringVector(
             activations=request.theta.clone(),
             layer_indices=[*request.layers],
