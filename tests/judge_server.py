@@ -37,7 +37,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.question = body["messages"][-1]["content"]
+        self.body, self.question = body, body.get("messages", [{"content": ""}])[-1]["content"]
         self.server.asked.append(body)
         self.server.headers_seen.append(self.headers)
         if self.server.behave is not None:

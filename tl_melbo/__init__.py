@@ -33,7 +33,7 @@ from tl_melbo.steering import steered
 from tl_melbo.vectors import SteeringVectors
 
 if TYPE_CHECKING:
-    from tl_melbo import adapters, analysis, evaluation, judges, plots, report
+    from tl_melbo import adapters, analysis, engines, evaluation, judges, plots, report
 
 __version__ = "0.2.0"
 
@@ -53,6 +53,7 @@ __all__ = [
     "contrastive",
     "dct",
     "divergence_adapter",
+    "engines",
     "evaluation",
     "gated_factors",
     "generate",
@@ -77,7 +78,7 @@ __all__ = [
 # These pull in plotly, pandas and the like; they load when first used, so that importing the
 # package stays quick.
 # models: the old path of model
-_LAZY = ("analysis", "evaluation", "judges", "models", "plots", "report")
+_LAZY = ("analysis", "engines", "evaluation", "judges", "models", "plots", "report")
 
 
 def __getattr__(name: str) -> Any:

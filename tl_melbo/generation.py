@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from tl_melbo import checks
 from tl_melbo.additions import Additions, VectorAdditions
+from tl_melbo.engines import Engine
+from tl_melbo.engines._request import texts_by
 from tl_melbo.errors import warn_of_rows
 from tl_melbo.memory import map_batches
 from tl_melbo.model.bridge import Model, model_name, plain_model
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 # Of samples, where nothing else is asked for.
 DEFAULT_TEMPERATURE = 0.7
 OnBatch = Callable[[int, int], None]
+_Write = Callable[[Tokens, "_Rows"], tuple[list[str], list[bool]]]
 
 
 @shape_checked
@@ -47,6 +50,7 @@ def generate(
     seed: int = 0,
     chat: bool | None = None,
     batch_size: int = 32,
+    engine: Engine | None = None,
     on_batch: OnBatch | None = None,
 ) -> "pd.DataFrame":
     """Let the model write under each vector, at each scale, after each prompt.
@@ -62,6 +66,8 @@ def generate(
         seed: for sampling. Each row draws from a generator of its own, by the seed, the numbers of
             prompt, vector and sample, and the scale: the batch size changes nothing but rounding.
         chat: None takes the format that the vectors were found with.
+        engine: what writes instead of the model, such as `tm.engines.vllm(folder)`; it must have
+            the model's log-probabilities. Its samples are drawn from other numbers than ours.
         on_batch: called with the texts written, and those in all, after each batch.
 
     Returns:
@@ -73,8 +79,6 @@ def generate(
         NotFinite: the logits after a prompt are not finite under any of the vectors; a warning if
             only under some, whose completions end there.
     """
-    import pandas as pd
-
     from tl_melbo.tables import Table
 
     factors = [scales] if isinstance(scales, int | float) else list(scales)
@@ -91,37 +95,60 @@ def generate(
     places = [(i, float(factor)) for factor in factors for i in numbers]
     places = [(-1, 0.0)] if vectors is None else places
     labels = [(*place, sample) for sample in samples for place in places]
-    write = _writer(model, max_new_tokens, temperature)
-    frames, not_finite = [], []
-    for number, (text, tokens) in enumerate(zip(texts, prompt_tokens, strict=True)):
-        drawn = [_draws(max_new_tokens, each[-1] > 0, seed, number, *each) for each in labels]
-        steered = _Rows(rows, torch.stack(drawn))
-        tell = None
-        if on_batch is not None:
-            tell = partial(_tell, on_batch, number, len(texts), len(labels))
-        written, batch_size = map_batches(partial(write, tokens), steered, batch_size, tell)
-        completions = [each for some, _ in written for each in some]
-        not_finite += [is_bad for _, some in written for is_bad in some]
-        frame = pd.DataFrame(labels, columns=["vector", "scale", "sample"])
-        frames.append(frame.assign(prompt=text, completion=completions))
-    frame = Table(pd.concat(frames, ignore_index=True))
+    if engine is not None:
+        drawn = (temperature, seed, max_new_tokens, on_batch)
+        completions, bad = texts_by(engine, model, prompt_tokens, rows, labels, *drawn), []
+    else:
+        write = _writer(model, max_new_tokens, temperature)
+        drawn = (max_new_tokens, seed, batch_size, on_batch)
+        completions, bad = _by_model(write, prompt_tokens, rows, labels, *drawn)
+    frame = Table(labels * len(texts), columns=["vector", "scale", "sample"])
+    frame["prompt"] = [text for text in texts for _ in labels]
+    frame["completion"] = completions
     frame = frame if n_samples else frame.drop(columns="sample")
     frame.attrs["chat"] = chat
     labels = zip(frame["vector"], frame["scale"], frame["prompt"], strict=True)
     names = [f"{vector} at scale {scale:g} after {quoted(text)}" for vector, scale, text in labels]
     what = f"what {model_name(model)} writes, steered {place_told(rows)},"
-    warn_of_rows(not_finite, what, "their completions end where it began", names)
+    warn_of_rows(bad, what, "their completions end where it began", names)
     return frame
+
+
+def _by_model(
+    write: _Write,
+    prompts: Sequence[Tokens],
+    rows: Additions,
+    labels: Sequence[tuple[int, float, int]],
+    max_new_tokens: int,
+    seed: int,
+    batch_size: int,
+    on_batch: OnBatch | None,
+) -> tuple[list[str], list[bool]]:
+    """One text a prompt and label, and whether its logits were not finite."""
+    texts, not_finite = [], []
+    for number, tokens in enumerate(prompts):
+        drawn = [_draws(max_new_tokens, each[-1] > 0, seed, number, *each) for each in labels]
+        tell = None
+        if on_batch is not None:
+            tell = partial(_tell, on_batch, number, len(prompts), len(labels))
+        steered = _Rows(rows, torch.stack(drawn))
+        parts, batch_size = map_batches(partial(write, tokens), steered, batch_size, tell)
+        texts += [each for some, _ in parts for each in some]
+        not_finite += [is_bad for _, some in parts for is_bad in some]
+    return texts, not_finite
 
 
 def _tell(on_batch: OnBatch, prompt: int, prompts: int, rows: int, share: float) -> None:
     on_batch(round((prompt + share) * rows), prompts * rows)
 
 
-def written(model: Model, tokens: Tokens, max_new_tokens: int) -> str:
+def written(model: Model, tokens: Tokens, max_new_tokens: int, engine: Engine | None = None) -> str:
     """The greedy completion of the unsteered model after these tokens."""
     check_room(model, [tokens], max_new_tokens)
     nothing = VectorAdditions.of(torch.zeros(1, int(model.cfg.d_model)), 0)
+    if engine is not None:
+        label = [(-1, 0.0, 0)]
+        return texts_by(engine, model, [tokens], nothing, label, 0.0, 0, max_new_tokens, None)[0]
     unsteered = _Rows(nothing, _draws(max_new_tokens, False)[None])
     texts, not_finite = _writer(model, max_new_tokens, 0.0)(tokens, unsteered)
     warn_of_rows(not_finite, f"what {model_name(model)} writes", "")
@@ -174,9 +201,7 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def _writer(
-    model: Model, max_new_tokens: int, temperature: float
-) -> Callable[[Tokens, _Rows], tuple[list[str], list[bool]]]:
+def _writer(model: Model, max_new_tokens: int, temperature: float) -> _Write:
     """A function that writes one text a row, and tells whether its logits were not finite."""
     from transformers import GenerationConfig, LogitsProcessorList
 

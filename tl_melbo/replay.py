@@ -58,6 +58,7 @@ def push(
         wanted, into = picked.places[group.length]
         rows = x if group.prompts is None else x[:, group.prompts, -group.length :]
         found = run(rows.flatten(0, 1), group, wanted, recompute).unflatten(0, rows.shape[:2])
+        found = found.to(x.device)  # the last block may be on another one
         if group.prompts is None and wanted is None:
             return found
         y = torch.zeros_like(x) if y is None else y
@@ -129,7 +130,7 @@ def _capture(
         for block in model.blocks[source_layer + 1 : target_layer + 1]:
             hooks.enter_context(block.register_forward_pre_hook(keep, with_kwargs=True))
         residuals = residual_streams(model, tokens, (source_layer, target_layer))
-    return torch.stack(residuals), calls
+    return torch.stack([stream.to(residuals[0].device) for stream in residuals]), calls
 
 
 def _without_cache(argument: Any) -> Any:

@@ -13,7 +13,13 @@ from torch.autograd import forward_ad
 
 from tl_melbo.fast_blocks import FastBlocks
 from tl_melbo.memory import free_memory, is_out_of_memory
-from tl_melbo.model.bridge import frozen, hook_tables, user_hooks, without_bridge
+from tl_melbo.model.bridge import (
+    frozen,
+    hook_tables,
+    is_dispatched,
+    user_hooks,
+    without_bridge,
+)
 from tl_melbo.replay import Group, Picked, Run, each_layer, push, run_layers
 
 Path = Literal["fast", "unhooked", "hooked"]
@@ -97,7 +103,7 @@ def find(
     blocks: Sequence[nn.Module], groups: Sequence[Group], x: Tensor, mask: Tensor
 ) -> Shortcut | None:
     """The fastest way without hooks that does what the model's own modules do."""
-    if not all(hasattr(block, "_original_component") for block in blocks):
+    if not all(hasattr(block, "_original_component") for block in blocks) or is_dispatched(*blocks):
         return None
     every = Picked.of(slice(None), mask)
     # One at a time: x, and x with noise a tenth as long as tokens.

@@ -1,6 +1,7 @@
 """Steering vectors and where they came from: slicing, arithmetic, saving, loading."""
 
 import html
+import importlib
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -8,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from numbers import Real
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 import torch
@@ -225,6 +226,38 @@ class SteeringVectors:
             ValueError: more or fewer than one vector, or no layer known.
         """
         return exchange.as_steering_vector(exchange.direction(self, layer, "to_steering_vectors"))
+
+    @shape_checked
+    def bake(
+        self,
+        model: Any,
+        path: str | Path,
+        *,
+        layer: int | None = None,
+        format: Literal["safetensors", "gguf"] | None = None,
+        source: str | Path | None = None,
+    ) -> Path:
+        """Write the model with one vector in it, for programs that know no vectors; gives the path.
+
+        The vector becomes a bias on the MLP output projection of its block: an ordinary checkpoint
+        with its tokenizer (Llama, GPT-2, GPT-NeoX; Qwen2 is written as Llama), or a `.gguf` file.
+
+        Args:
+            model: as `load_model` gives it.
+            path: a new folder; or a file, for a GGUF file.
+            layer: the block after which the vector is added; None takes its source layer.
+            format: None takes "gguf" for a path that ends so.
+            source: the GGUF file to copy, llama models only; None takes the one that `model` was
+                loaded from.
+
+        Raises:
+            ValueError: more or fewer than one vector, or no layer known; a model whose blocks
+                cannot hold it, such as Gemma's, which normalise what the MLP writes.
+            FileExistsError: something is in the folder.
+        """
+        # By its name, since it knows models, which nothing that this module imports may do.
+        baking = importlib.import_module("tl_melbo.baking")
+        return baking.bake(model, self, path, layer, form=format, source=source)
 
     @shape_checked
     def push_to_hub(

@@ -12,6 +12,7 @@ from tl_melbo import checks, steering
 from tl_melbo.additions import VectorAdditions
 from tl_melbo.analysis._coherence import repetition, tokens_of
 from tl_melbo.analysis._similarity import kl_divergence, kl_to
+from tl_melbo.engines import Engine
 from tl_melbo.generation import OnBatch, generate
 from tl_melbo.model.bridge import Model
 from tl_melbo.probability import LogProbs
@@ -38,6 +39,7 @@ def collect_completions(
     layer: int | None = None,
     chat: bool | None = None,
     batch_size: int = 32,
+    engine: Engine | None = None,
     on_batch: OnBatch | None = None,
 ) -> pd.DataFrame:
     """Let the model write without a vector, under each vector, and under its negative.
@@ -47,6 +49,7 @@ def collect_completions(
             anyway.
         n_samples: so many sampled completions more, unsteered and at the scales 1 and -1.
         temperature: of the samples; None takes 0.7.
+        engine: what writes instead of the model, as in `generate`.
         on_batch: called with the texts written, and those in all.
 
     Returns:
@@ -59,7 +62,8 @@ def collect_completions(
         raise ValueError(f"temperature={temperature}: of samples; pass n_samples, too")
     texts = [prompts] if isinstance(prompts, str) else list(dict.fromkeys(prompts))
     chat = steering.as_chat(found, chat)
-    options = {"max_new_tokens": max_new_tokens, "chat": chat, "batch_size": batch_size}
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "chat": chat}
+    options |= {"batch_size": batch_size, "engine": engine}
     drawn = {"n_samples": n_samples, "temperature": temperature}
     others = sorted({float(scale) for scale in scales} - {-1.0, 0.0, 1.0})
     parts: list[dict[str, Any]] = [drawn, {"vectors": found, "scales": [1.0, -1.0], **drawn}]
@@ -91,6 +95,7 @@ def transfer(
     max_new_tokens: int = 50,
     layer: int | None = None,
     chat: bool | None = None,
+    engine: Engine | None = None,
 ) -> pd.DataFrame:
     """Steer prompts that the vectors were not found on; errors are those of `generate`.
 
@@ -101,7 +106,7 @@ def transfer(
     Source: Jacob G-W 2024, "I found >800 orthogonal 'write code' steering vectors".
     """
     library, texts = steering.as_library(vectors), checks.as_texts(prompts)
-    options = {"max_new_tokens": max_new_tokens, "chat": chat}
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "chat": chat, "engine": engine}
     frame = generate(model, texts, library, layer, **options)
     # Scaled by zero, a vector is the unsteered model, and brings its layer and chat format along.
     unsteered = generate(model, texts, library[0], layer, scales=0.0, **options)["completion"]

@@ -14,7 +14,7 @@ from tl_melbo.analysis._coherence import tokens_of
 from tl_melbo.analysis._tokens import shown_tokens
 from tl_melbo.errors import warn_of_rows
 from tl_melbo.memory import map_batches
-from tl_melbo.model.bridge import Model, check_model, model_name, plain_model
+from tl_melbo.model.bridge import Model, check_model, model_device, model_name, plain_model
 from tl_melbo.model.tokens import context_length, to_tokens
 from tl_melbo.probability import kl_from_log_probs
 from tl_melbo.reading import adding, rows_at_once
@@ -128,7 +128,7 @@ class _Texts:
     def read(self, numbers: list[int]) -> list[dict[str, Tensor]]:
         """What is measured at every token of these completions."""
         some = [self.pairs[number] for number in numbers]
-        device = next(self.model.parameters()).device
+        device = model_device(self.model)
         whole = [torch.tensor([*before, *text]) for before, text in some]
         # No token looks ahead: what stands after a text's end changes nothing in it.
         tokens = torch.nn.utils.rnn.pad_sequence(whole, True).to(device)

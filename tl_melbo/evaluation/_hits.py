@@ -17,6 +17,7 @@ from tl_melbo.analysis._embedding import Embedder, default_embedder, embeddings
 from tl_melbo.discovery import melbo
 from tl_melbo.discovery._calibration import Radius
 from tl_melbo.discovery._search import Method
+from tl_melbo.engines import Engine
 from tl_melbo.evaluation._planted import Backdoor
 from tl_melbo.generation import generate
 from tl_melbo.model.bridge import Model, check_layer, check_model
@@ -47,6 +48,7 @@ def hit_rate(
     confidence: float = DEFAULT_CONFIDENCE,
     embedder: Embedder | None = None,
     batch_size: int = 32,
+    engine: Engine | None = None,
 ) -> pd.DataFrame:
     """Let the model write under each vector, and count the planted behaviours in the completions.
 
@@ -55,6 +57,7 @@ def hit_rate(
         max_new_tokens: enough for the longest behaviour.
         similarity: the least cosine of some sentence's embedding with the behaviour's.
         confidence: of the intervals.
+        engine: what writes instead of the model, as in `generate`.
 
     Returns:
         A row for each behaviour and match, "exact" (but for case and spaces) or "similar" (that, or
@@ -71,7 +74,8 @@ def hit_rate(
     library, texts = as_library(vectors), checks.as_texts(prompts)
     _check(backdoors, similarity, confidence)
     check_clean(model, backdoors, texts, max_new_tokens)
-    options = {"max_new_tokens": max_new_tokens, "chat": chat, "batch_size": batch_size}
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "chat": chat}
+    options |= {"batch_size": batch_size, "engine": engine}
     frame = generate(model, texts, library, layer, **options)
     counting = {"similarity": similarity, "confidence": confidence, "embedder": embedder}
     return count_hits(frame, backdoors, **counting)

@@ -40,7 +40,7 @@ def check_model(model: Model) -> None:
             "tl_melbo.load_model('name'), or wrap a Hugging Face model with "
             "TransformerBridge.boot_transformers('name', hf_model=..., tokenizer=...)"
         )
-    if any(parameter.is_meta for parameter in model.parameters()):
+    if any(parameter.is_meta for parameter in model.parameters()) and not is_dispatched(model):
         raise ValueError(
             "model: has parameters on the meta device, which holds no values; load the model with "
             "its weights, for example tl_melbo.load_model('name')"
@@ -61,7 +61,25 @@ def check_layer(model: Model, layer: int, argument: str = "layer") -> None:
 
 def model_device(model: Model) -> torch.device:
     """The device of the model's embedding, where tokens go."""
-    return next(model.parameters()).device
+    return execution_device(getattr(model, "original_model", model))
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """Where a module's first weight is when it is used: not where accelerate keeps it."""
+    device = next(module.parameters()).device
+    if device.type != "meta":
+        return device
+    hooks = (getattr(each, "_hf_hook", None) for each in module.modules())
+    used = (getattr(hook, "execution_device", None) for hook in hooks)
+    return torch.device(next((place for place in used if place is not None), device))
+
+
+def is_dispatched(*roots: nn.Module) -> bool:
+    """Whether hooks of accelerate bring weights or activations to a device at each call.
+
+    They are on the modules themselves: a copy without hooks would run none, or the original.
+    """
+    return any(hasattr(module, "_hf_hook") for root in roots for module in root.modules())
 
 
 def model_name(model: Model) -> str:
@@ -77,11 +95,15 @@ def model_type(model: Model) -> str | None:
 
 def weights_digest(model: Model) -> str:
     """Sixteen letters that tell models of one name apart, from some values of every weight."""
+    from accelerate.utils import align_module_device
+
     digests = set()
-    for parameter in model.parameters():
-        flat = parameter.detach().reshape(-1)
-        some = flat[:: max(1, len(flat) // _SAMPLED)].cpu().contiguous()
-        digests.add(hashlib.sha256(some.view(torch.uint8).numpy().tobytes()).digest())
+    for module in model.modules():
+        with align_module_device(module):  # in memory, one after the other
+            for parameter in module.parameters(recurse=False):
+                flat = parameter.detach().reshape(-1)
+                some = flat[:: max(1, len(flat) // _SAMPLED)].cpu().contiguous()
+                digests.add(hashlib.sha256(some.view(torch.uint8).numpy().tobytes()).digest())
     return hashlib.sha256(b"".join(sorted(digests))).hexdigest()[:16]
 
 
@@ -208,13 +230,14 @@ def without_bridge(module: nn.Module, attention: Literal["sdpa", "eager"] = "sdp
 def plain_model(model: Model) -> Any:
     """The Hugging Face model below a bridge, which computes the same in less time.
 
-    None with user hooks, in compatibility mode, quantised, and for a HookedTransformer.
+    None with user hooks, in compatibility mode, quantised, spread over devices, and for a
+    HookedTransformer.
     """
     if not hasattr(model, "original_model") or getattr(model, "compatibility_mode", False):
         return None
     quantised = not all(p.is_floating_point() for p in model.original_model.parameters())
     modules = (module for root in whole_model(model) for module in root.modules())
-    if quantised or user_hooks(hook_tables(modules)):
+    if quantised or is_dispatched(*whole_model(model)) or user_hooks(hook_tables(modules)):
         return None
     return without_bridge(model.original_model)
 

