@@ -144,9 +144,18 @@ def objective(measure: Callable[[Tensor], Any], f: ActivationMap) -> Note:
 
 
 def climbed(
-    answer: Any, f: ActivationMap, radius: float, reference: SteeringVectors, n_gradients: int
+    answer: Any,
+    f: ActivationMap,
+    radius: float,
+    reference: SteeringVectors,
+    n_gradients: int,
+    enough: float = 0.9,
 ) -> Note:
-    """Exercises 4 and 5: a vector on the sphere, and the objective on the way to it."""
+    """Exercises 4 and 5: a vector on the sphere, and the objective on the way to it.
+
+    Args:
+        enough: the share of the objective of tm.melbo's first vector that it is to reach.
+    """
     if note := unfinished(answer):
         return note
     try:
@@ -159,7 +168,7 @@ def climbed(
     if len(history) > n_gradients + 1:
         raise Wrong(f"{len(history)} objectives: at most {n_gradients} gradients are allowed.")
     share = _size(f, theta) / _size(f, reference.vectors[0])
-    if share < _ENOUGH:
+    if share < enough:
         begun = _size(f, _drawn(f, radius)) / _size(f, reference.vectors[0])
         advice = (
             "That is no more than a random vector has: does the step go uphill?"

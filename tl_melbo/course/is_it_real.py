@@ -120,8 +120,8 @@ def share(answer: Callable[[Tensor, Tensor], Any], d_model: int) -> Note:
     }
     if abs(told - expected) < 1e-4:
         return Note(
-            f"Right. A random vector has on average {len(rows)}/{d_model} of its square in the span "
-            f"of {len(rows)} others: hold every share against that."
+            f"Right. A random vector has on average {len(rows)}/{d_model} of its square in the "
+            f"span of {len(rows)} others: hold every share against that."
         )
     for message, value in mistakes.items():
         if abs(told - value) < 1e-4 * max(1.0, abs(value)):
