@@ -71,6 +71,7 @@ f
 # `[batch, pos, d_model]`. Write a function that gives the model's logits for `tokens` while `theta` is added after
 # block `SOURCE_LAYER`, at every position.
 
+
 # %% tags=["answer"]
 def steered_logits(theta):
     """Logits [batch, pos, d_vocab] of `tokens`, with theta [d_model] added after SOURCE_LAYER."""
@@ -110,6 +111,7 @@ check.hook(steered_logits, f)
 # $$\Delta(\theta) = f(x + \theta) - f(x) .$$
 #
 # Compute it from two runs of the whole model, one of them steered.
+
 
 # %% tags=["answer"]
 def delta(theta):
@@ -159,7 +161,9 @@ check.effect(delta, f)
 # %%
 found = tm.melbo(f, 2, RADIUS)
 random = tm.random_vectors(f, 3, RADIUS, seed=1)
-texts = tm.generate(model, PROMPT, tm.concatenate([found[1], random]), max_new_tokens=MAX_NEW_TOKENS)
+texts = tm.generate(
+    model, PROMPT, tm.concatenate([found[1], random]), max_new_tokens=MAX_NEW_TOKENS
+)
 texts = [*texts["completion"]]
 check.quiz(texts)
 
@@ -193,6 +197,7 @@ check.guess(guess, texts)
 #
 # (The published objective has two exponents, p and q; this is p = q = 2.) First the number itself, with a gradient:
 
+
 # %% tags=["answer"]
 def objective(theta):
     """The size of the effect of theta [d_model] at the last three tokens: one number."""
@@ -205,6 +210,7 @@ check.objective(objective, f)
 # %% [markdown]
 # Now climb. Take a step along the gradient; the step leaves the sphere, so go back onto it. The part of the
 # gradient along `theta` only changes the norm: take it away first. Steps of 0.1 to 0.3 times `RADIUS` work well.
+
 
 # %% tags=["answer"]
 def climb(theta, n_steps):
@@ -265,6 +271,7 @@ check.climbed(climbed, f, RADIUS, reference=found, n_gradients=N_STEPS)
 # The boldest step forgets where it was: $\theta \leftarrow R \, \nabla / \|\nabla\|$. Write it, with at most 10
 # gradients, and return the best vector on the way. For a short vector $\Delta(\theta) \approx J\theta$. What
 # is the gradient of $\tfrac12\|J\theta\|^2$? Why is this called *power iteration*?
+
 
 # %% tags=["answer"]
 def power_iteration(theta, n_steps):
@@ -332,6 +339,7 @@ read.assign(objective=found.objective.tolist())[["vector", "objective", "complet
 # vector** of $J$. Find it without ever writing $J$ down: from a random $v$, apply $J$ and then $J^\top$, normalise,
 # repeat. Return the unit vector, and by how much $J$ stretches it.
 
+
 # %% tags=["answer"]
 def top_direction():
     """The top right singular vector of J at the last three tokens, of norm 1; and its singular value."""
@@ -395,7 +403,7 @@ units = torch.cat([J_top[None], tm.random_vectors(f, 8, 1.0, seed=2).vectors])
 per_unit = torch.stack([size(radius * units) / radius for radius in radii])
 lines(
     {
-        "MELBO's vector": (radii, [float(m.objective[0]) / r for m, r in zip(melbo_at, radii)]),
+        "MELBO's vector": (radii, [float(m.objective[0] / m.norms[0]) for m in melbo_at]),
         "J's top direction": (radii, per_unit[:, 0].tolist()),
         "random, median of 8": (radii, per_unit[:, 1:].median(1).values.tolist()),
     },
