@@ -315,7 +315,7 @@ PEOPLE = [
 ]  # fmt: skip
 MACHINES = [
     "an AI assistant", "a chatbot", "a language model", "a virtual assistant",
-    "a computer program", "an AI made by a company", "a digital assistant", "a neural network",
+    "a computer program", "an AI made by a company", "a neural network",
 ]  # fmt: skip
 
 

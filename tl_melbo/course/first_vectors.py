@@ -99,25 +99,21 @@ def correlation(answer: Any, effects: Tensor, texts: Tensor) -> Note:
     one, other = (matrix.detach().double().cpu().numpy() for matrix in (effects, texts))
     pairs = np.triu_indices(len(one), 1)
 
-    def compare(how: Callable[[Any, Any], float], with_diagonal: bool) -> float:
-        places = np.ones_like(one, bool) if with_diagonal else np.zeros_like(one, bool)
-        places[pairs] = True
-        return how(one[places], other[places])
+    def near(how: Callable[[Any, Any], float], places: Any = pairs) -> bool:
+        return abs(answer - how(one[places], other[places])) < 0.005
 
-    expected = compare(_spearman, False)
-    if abs(answer - expected) < 0.005:
+    if near(_spearman):
         return Note(
-            f"Right: {expected:.2f}. With {len(pairs[0])} pairs of {len(one)} vectors it is a "
-            "rough number: pairs that share a vector are not independent."
+            f"Right: {answer:.2f}. With {len(pairs[0])} pairs of {len(one)} vectors it is a rough "
+            "number: pairs that share a vector are not independent."
         )
-    if abs(answer - compare(_spearman, True)) < 0.005:
-        raise Wrong(
-            "The diagonal is in it: each vector is compared with itself, which fits always."
-        )
-    if abs(answer - compare(_pearson, False)) < 0.005:
+    for places in (np.triu_indices(len(one)), tuple(np.indices(one.shape).reshape(2, -1))):
+        if near(_spearman, places) or near(_pearson, places):
+            raise Wrong(
+                "The diagonal is in it: each vector compared with itself, which always fits."
+            )
+    if near(_pearson):
         raise Wrong("That is the correlation of the values, not of their ranks.")
-    if abs(answer - compare(_pearson, True)) < 0.005:
-        raise Wrong("That is of the values, not of their ranks, and with the diagonal.")
     raise Wrong(
         f"{answer:.3f} is another number. Do both lists have the same pairs in the same order?"
     )
@@ -127,7 +123,10 @@ def chosen(number: Any, completions: pd.DataFrame) -> Note:
     """Exercise 5: a vector whose greedy completion is coherent and not the baseline's behaviour."""
     if note := unfinished(number):
         return note
-    own = completions[(completions["vector"] == number) & (completions["scale"] == 1)]
+    steered = completions[(completions["vector"] >= 0) & (completions["scale"] == 1)]
+    if not any(steered["coherent"].astype(bool) & (steered["behaviour"] > 0)):
+        return Note("No coherent completion here differs from unsteered: try another radius.")
+    own = steered[steered["vector"] == number]
     if not len(own):
         count = int(completions["vector"].max())
         raise Wrong(f"There is no vector {number!r}; they are numbered from 0 to {count}.")
