@@ -418,9 +418,11 @@ lines(
 # finite radius.
 #
 # `tm.calibrate_radius(f)`, which `radius="auto"` takes, is the radius at which **random** vectors deviate by 40%
-# from their linearisation. MELBO's vectors part from J earlier, because they seek the directions that deviate most.
+# from their linearisation. (Their line is nearly flat: the effect of a random vector turns rather than grows.) MELBO's
+# vectors part from J earlier, because they seek the directions that deviate most.
 #
-# Orthogonality tells the same story. To first order, singular vectors have orthogonal effects. At `RADIUS`?
+# Orthogonality tells the same story. To first order, singular vectors have orthogonal effects. Are they still
+# orthogonal at `RADIUS`?
 
 # %%
 for radius in (radii[0], RADIUS):

@@ -1,5 +1,6 @@
 """Curves of a notebook in one figure."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,5 +41,8 @@ def lines(
     drawn = figure(traces, title, f"{up}. {'; '.join(told)}.", *axes, height=420)
     drawn.update_layout(showlegend=len(traces) > 1)
     for name, place in (mark or {}).items():
-        drawn.add_vline(place, line=_style.DOTTED, annotation_text=name)
+        drawn.add_vline(place, line=_style.DOTTED)
+        # Unlike a line, an annotation is placed by the logarithm on a logarithmic axis.
+        x = math.log10(place) if "x" in log else place
+        drawn.add_annotation(x=x, y=1, yref="paper", yanchor="bottom", text=name, showarrow=False)
     return drawn
