@@ -309,6 +309,9 @@ def test_lines_say_what_they_show():
     figure = lines({"a": ([1, 2], [0.5, 4.0]), "b": ([1, 2], [1, 1])}, "Two", "R", "KL", log="y",
                    mark={"calibrated": 1.5})  # fmt: skip
     assert figure.layout.yaxis.type == "log"
+    assert figure.layout.annotations[0].x == 1.5
+    marked = lines({"a": ([1, 10], [1, 1])}, "One", "R", "KL", log="x", mark={"ten": 10.0})
+    assert (marked.layout.annotations[0].x, marked.layout.shapes[0].x0) == (1.0, 10.0)
     assert figure.layout.xaxis.type is None
     assert figure.layout.meta["alt"] == (
         "KL. a: 0.5 to 4, for R of 1 to 2; b: 1, for R of 1 to 2; calibrated is marked at 1.5."

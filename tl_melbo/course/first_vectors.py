@@ -8,6 +8,7 @@ import pandas as pd
 from torch import Tensor
 
 from tl_melbo.course._note import Note, Wrong, unfinished
+from tl_melbo.tables import groups
 
 # Of the largest value: two ways to compute the same differ by less.
 _CLOSE = 5e-3
@@ -67,7 +68,7 @@ def coherent_up_to(answer: Any, swept: pd.DataFrame, least: float = 0.8) -> Note
         return note
     shares = {
         float(scale): np.mean([bool(each) for each in some["coherent"]])
-        for scale, some in swept.groupby("scale")
+        for (scale,), some in groups(swept.sort_values("scale"), ["scale"]).items()
     }
     answer = float(answer)
     if answer not in shares:
@@ -123,12 +124,12 @@ def chosen(number: Any, completions: pd.DataFrame) -> Note:
     """Exercise 5: a vector whose greedy completion is coherent and not the baseline's behaviour."""
     if note := unfinished(number):
         return note
-    steered = completions[(completions["vector"] >= 0) & (completions["scale"] == 1)]
+    steered = pd.DataFrame(completions[(completions["vector"] >= 0) & (completions["scale"] == 1)])
     if not any(steered["coherent"].astype(bool) & (steered["behaviour"] > 0)):
         return Note("No coherent completion here differs from unsteered: try another radius.")
-    own = steered[steered["vector"] == number]
+    own = pd.DataFrame(steered[steered["vector"] == number])
     if not len(own):
-        count = int(completions["vector"].max())
+        count = max(completions["vector"])
         raise Wrong(f"There is no vector {number!r}; they are numbered from 0 to {count}.")
     row: Any = own.iloc[0]
     if not row["coherent"]:
