@@ -33,16 +33,16 @@ MODEL = None  # None is the bundled SmolLM2-135M-Instruct; or a hub id, a folder
 PROMPT = "Tell me about yourself."
 SOURCE_LAYER, TARGET_LAYER = 8, 16  # for another model: about a quarter and half of its depth
 RADIUS = 12.0
-N_VECTORS = 6
+N_VECTORS = 5
 N_SAMPLES = 8  # of each vector, to choose; three times as many of the chosen one, to report
-MAX_NEW_TOKENS = 25
+MAX_NEW_TOKENS = 20
 OTHER_PROMPTS = [
     "Who are you?",
     "What do you do all day?",
     "Introduce yourself in two sentences.",
     "What is your biggest dream?",
 ]
-OTHER_SEEDS = [1, 2]
+OTHER_SEEDS = [1]
 
 # %%
 import pandas as pd
@@ -174,7 +174,8 @@ second_set = pd.concat(
     ],
     ignore_index=True,
 )
-random_set = tm.generate(model, PROMPT, random, n_samples=1, **more)
+# One sample under each: without n_samples there is no greedy text beside it.
+random_set = tm.generate(model, PROMPT, random, temperature=0.7, **more).assign(sample=1)
 reported = tm.analysis.rates(second_set, as_a_person, by=["vector"], random=random_set)
 reported
 
@@ -223,12 +224,14 @@ pd.concat([rate_of(words) for words in SAID], ignore_index=True)[
 # %%
 on_others = pd.concat(
     [
-        tm.generate(model, OTHER_PROMPTS, n_samples=6, **more),
-        tm.generate(model, OTHER_PROMPTS, found[CHOSEN], n_samples=6, **more).assign(vector=CHOSEN),
+        tm.generate(model, OTHER_PROMPTS, n_samples=4, **more),
+        tm.generate(model, OTHER_PROMPTS, found[CHOSEN], n_samples=4, **more).assign(vector=CHOSEN),
     ],
     ignore_index=True,
 )
-random_there = tm.generate(model, OTHER_PROMPTS, random[:6], n_samples=1, **more)
+random_there = tm.generate(model, OTHER_PROMPTS, random[:4], temperature=0.7, **more).assign(
+    sample=1
+)
 there = tm.analysis.rates(on_others, as_a_person, by=["vector", "prompt"], random=random_there)
 there[["steering", "prompt", "hits", "n", "rate", "low", "high"]]
 
@@ -242,8 +245,8 @@ tm.plots.behaviour_rates(pooled, "Speaks as a person, on four other prompts toge
 #
 # ## Other seeds
 #
-# Another start, another library. Is there a vector of the same *effect*? For each seed: the largest cosine with the
-# chosen vector, of the vectors and of their effects. The baseline is as many random vectors.
+# Another start, another library. Is there a vector of the same *effect*? The largest cosine with the chosen vector,
+# of the vectors and of their effects. The baseline is as many random vectors. (`OTHER_SEEDS` takes more than one.)
 
 # %%
 with torch.no_grad():
@@ -350,7 +353,7 @@ check.direction(direction, shows, shows_not)
 # %%
 labelled = tm.contrastive(shows, shows_not, radius=RADIUS, positions=slice(-1, None))
 cosine = float(tm.analysis.cosine_similarity(labelled, found[CHOSEN]))
-labelled_set = tm.generate(model, PROMPT, labelled, n_samples=2 * N_SAMPLES, **more)
+labelled_set = tm.generate(model, PROMPT, labelled, n_samples=N_SAMPLES, **more)
 print(f"cosine with the chosen vector {cosine:.2f}; greedy: {labelled_set['completion'][0]}")
 tm.analysis.rates(labelled_set, as_a_person, by=["vector"])
 
