@@ -32,7 +32,7 @@ SOURCE_LAYER, TARGET_LAYER = 8, 16  # for another model: about a quarter and hal
 RADIUS = 12.0  # the norm of the vectors; "How long should a vector be?" below
 N_VECTORS = 16
 N_RANDOM = 24
-SCALES = [0.5, 1.0, 1.5, 2.0, 3.0]
+SCALES = [0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 6.0]
 CHOSEN = 4  # the vector that the last section looks at: put your own choice here
 MAX_NEW_TOKENS = 25
 
@@ -94,8 +94,8 @@ random_texts[["vector", "completion"]]
 # %% [markdown]
 # ## Random directions do little
 #
-# Most of these texts differ from the unsteered one, and nearly all of them are about the same. A text is a poor ruler: one
-# token tips, and the rest follows. The distribution of the *next* token has degrees. The divergence of the steered
+# Most of these texts differ from the unsteered one, and most are about the same. A few tell of something else. A text
+# is a poor ruler: one token tips, and the rest follows. The distribution of the *next* token has degrees. The divergence of the steered
 # distribution $P$ from the unsteered one $Q$ is, in nats,
 #
 # $$\mathrm{KL}(P \,\|\, Q) = \sum_{\text{tokens}} P \, (\log P - \log Q) .$$
@@ -163,6 +163,9 @@ print(f"MELBO ÷ random: objective {compared['median objective'][0] / compared['
 compared
 
 # %%
+print(
+    f"the weakest of MELBO's: {float(kl['MELBO'].min()):.2f} nats; the strongest random: {float(kl['random'].max()):.2f}"
+)
 ranked = {name: values.sort(descending=True).values.tolist() for name, values in kl.items()}
 lines(
     {name: (range(1, len(values) + 1), values) for name, values in ranked.items()},
@@ -171,7 +174,7 @@ lines(
 
 # %% [markdown]
 # **That is the finding**: at the same norm, the vectors that were found move the next token by much more than random
-# ones. Even the weakest of them should be compared with the strongest random one, at the left of its curve.
+# ones. Compare the weakest that was found, at the right of its curve, with the strongest random one, at the left of the other.
 #
 # ## Read them all
 
@@ -202,12 +205,12 @@ medians.loc[[SOURCE_LAYER, TARGET_LAYER, max(medians.index)]].round(1)
 #
 # ## How long should a vector be?
 #
-# Too short and nothing happens, too long and the text falls apart. For six vectors at several multiples of `RADIUS`:
+# Too short and nothing happens, too long and the text falls apart. For eight vectors at several multiples of `RADIUS`:
 # is the completion coherent (it does not repeat itself, and the unsteered model does not find it too unlikely), and
 # does it belong to another group than the unsteered one?
 
 # %%
-some = tm.generate(model, PROMPT, found[:6], scales=SCALES, max_new_tokens=MAX_NEW_TOKENS)
+some = tm.generate(model, PROMPT, found[:8], scales=SCALES, max_new_tokens=MAX_NEW_TOKENS)
 graded = tm.analysis.behaviours(model, pd.concat([unsteered, some], ignore_index=True), chat=True)
 swept = graded.texts[graded.texts["vector"] >= 0]
 swept = swept.assign(different=swept["coherent"].astype(bool) & (swept["behaviour"] > 0))
@@ -217,15 +220,17 @@ lines(
         "coherent": (shares.index, shares["coherent"]),
         "coherent and different from unsteered": (shares.index, shares["different"]),
     },
-    "Too short, useful, too long: six vectors by scale", "scale (× RADIUS)", "share of completions",
+    "Too short, useful, too long: eight vectors by scale", "scale (× RADIUS)",
+    "share of completions", log="x",
 )  # fmt: skip
 
 # %%
-swept[swept["vector"] == min(CHOSEN, 5)][["scale", "coherent", "filtered_out", "completion"]]
+swept[swept["vector"] == min(CHOSEN, 7)][["scale", "coherent", "filtered_out", "completion"]]
 
 # %% [markdown]
-# The second curve is the useful one: it starts low where vectors change too little, and cannot be above the first
-# one, which falls where the text falls apart. Coherence is judged by rules: read the texts where you doubt one.
+# The second curve is the useful one. At its left end vectors change too little, at its right end the text falls apart;
+# it is never above the first. Coherence is judged by rules, on short texts: they miss some nonsense, as the table
+# shows. Eight vectors give a rough curve. Read the texts where you doubt it.
 #
 # ## Exercise 3: the end of the window
 #
@@ -358,9 +363,19 @@ lines(
 )  # fmt: skip
 
 # %% [markdown]
-# A high cosine means a similar change at one layer and three tokens. What is written afterwards may still differ:
-# look for dots at the right bottom of the figure, and read the two texts.
-#
+# A high cosine means a similar change at one layer and three tokens. What is written afterwards may still differ. The
+# pairs at the right of the figure, with both texts:
+
+# %%
+nearest = effects[rows, columns].topk(3).indices
+said = positive.set_index("vector")["completion"]
+both = [(int(rows[each]), int(columns[each])) for each in nearest]
+type(texts)(
+    [(f"{i} and {j}", float(effects[i, j]), said[i], said[j]) for i, j in both],
+    columns=["pair", "cosine", "one text", "the other"],
+)
+
+# %% [markdown]
 # ## Exercise 5: choose one
 #
 # **Difficulty** 🔴⚪⚪⚪⚪ · **Importance** 🔵🔵🔵🔵🔵 · up to 10 minutes
