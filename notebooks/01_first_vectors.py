@@ -44,6 +44,7 @@ import tl_melbo as tm
 from tl_melbo.course import first_vectors as check
 from tl_melbo.course import lines
 from tl_melbo.model.tokens import as_seen
+from tl_melbo.tables import Table  # a frame that a notebook shows whole
 
 model = tm.load_model(MODEL)
 f = tm.ActivationMap.from_prompts(model, PROMPT, SOURCE_LAYER, TARGET_LAYER, chat=True)
@@ -370,7 +371,7 @@ lines(
 nearest = effects[rows, columns].topk(3).indices
 said = positive.set_index("vector")["completion"]
 both = [(int(rows[each]), int(columns[each])) for each in nearest]
-type(texts)(
+Table(
     [(f"{i} and {j}", float(effects[i, j]), said[i], said[j]) for i, j in both],
     columns=["pair", "cosine", "one text", "the other"],
 )
