@@ -10,7 +10,17 @@ from mkdocs.structure.files import File
 from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = ("", "adapters", "analysis", "evaluation", "judges", "plots", "report")
+MODULES = (
+    "",
+    "adapters",
+    "analysis",
+    "course",
+    "engines",
+    "evaluation",
+    "judges",
+    "plots",
+    "report",
+)
 _OPTIONS = {
     "Run": "      inherited_members: true\n",
     # Its fields are not arguments: `from_prompts` makes it.
@@ -36,7 +46,9 @@ def on_files(files: Any, config: Any) -> Any:
             options = f"    options:\n{_OPTIONS[name]}" if name in _OPTIONS else ""
             text = f"::: {title}.{name}\n{options}{_BESIDE.get(name, '')}"
             _add(files, config, f"reference/{folder}/{name}.md", text)
-        rows = [f"| [`{name}`]({folder}/{name}.md) | {_first_line(title, name)} |" for name in names]
+        rows = [
+            f"| [`{name}`]({folder}/{name}.md) | {_first_line(title, name)} |" for name in names
+        ]
         head = f"# {title}\n\n| name | |\n|---|---|\n"
         _add(files, config, f"reference/{folder}.md", head + "\n".join(rows) + "\n")
     for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")):

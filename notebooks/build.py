@@ -20,7 +20,10 @@ import nbformat
 from nbclient import NotebookClient
 
 HERE = Path(__file__).parent
-NAMES = ("01_first_vectors", "02_orthogonal_family", "03_quick_hypothesis_test", "04_exercises")
+NAMES = (
+    "00_melbo_from_scratch", "01_first_vectors", "02_is_it_real",
+    "02_orthogonal_family", "03_quick_hypothesis_test",
+)
 _SECONDS_A_CELL = 600
 # Interactive where scripts run, a picture where they do not.
 _RENDERERS = "plotly_mimetype+png"
