@@ -20,7 +20,13 @@ import nbformat
 from nbclient import NotebookClient
 
 HERE = Path(__file__).parent
-NAMES = ("01_first_vectors", "02_orthogonal_family", "03_quick_hypothesis_test", "04_exercises")
+NAMES = (
+    "03_how_does_it_do_it",
+    "04_orthogonal_families",
+    "05_other_ways",
+    "06_audit_game",
+    "07_your_question",
+)
 _SECONDS_A_CELL = 600
 # Interactive where scripts run, a picture where they do not.
 _RENDERERS = "plotly_mimetype+png"
