@@ -49,9 +49,9 @@ both = tm.SteeringVectors(torch.cat([chosen.vectors, random.vectors]), dict(rand
 
 texts = tm.generate(model, PROMPT, both, max_new_tokens=MAX_NEW_TOKENS)
 unsteered = tm.generate(model, PROMPT, chat=True, max_new_tokens=MAX_NEW_TOKENS)
-pd.concat([unsteered, texts[:3]]).assign(
-    what=["unsteered", "found", "random", "random"]
-)[["what", "completion"]].style.hide(axis="index")
+pd.concat([unsteered, texts[:3]]).assign(what=["unsteered", "found", "random", "random"])[
+    ["what", "completion"]
+].style.hide(axis="index")
 
 # %% [markdown]
 # ## Predict
@@ -155,7 +155,9 @@ lens_lines = px.line(
     labels={"value": "largest change (nats)", "layer": "after layer", "variable": ""},
     title="Largest change of a next token's log-probability, by the logit lens",
 )  # fmt: skip
-lens_lines.update_layout(meta={"alt": "Lines of the found vector and of the random median by layer."})
+lens_lines.update_layout(
+    meta={"alt": "Lines of the found vector and of the random median by layer."}
+)
 
 # %% [markdown]
 # And without any lens, as the size of the change in the residual stream:

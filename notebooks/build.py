@@ -21,7 +21,9 @@ from nbclient import NotebookClient
 
 HERE = Path(__file__).parent
 NAMES = (
+    "01_first_vectors",
     "03_how_does_it_do_it",
+    "04_exercises",
     "04_orthogonal_families",
     "05_other_ways",
     "06_audit_game",

@@ -28,7 +28,7 @@ def lens(answer: Any, model: Any, prompt: str, chat: bool = True) -> Note:
     wanted = logits[0, -1].float().log_softmax(-1)
     if abs(float(found.exp().sum()) - 1) > _CLOSE:
         if torch.allclose(found.log_softmax(-1), wanted, atol=0.02):
-            raise Wrong("The order of the tokens is right. But their probabilities do not sum to 1.")
+            raise Wrong("The order of the tokens is right; their probabilities do not sum to 1.")
         raise Wrong("The probabilities of all tokens, exp of what you return, do not sum to 1.")
     if not torch.allclose(found, wanted, atol=0.02):
         off = float((found - wanted).abs().max())
