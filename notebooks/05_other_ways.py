@@ -120,7 +120,7 @@ print(f"mean cosine between the pairs' differences: {ways['contrastive'].story['
 #
 # **Difficulty** 🔴🔴⚪⚪⚪ · **Importance** 🔵🔵🔵🔵⚪ · up to 15 minutes
 #
-# Make the vector yourself, of norm `RADIUS`, from `personal` to... no: *towards* the personal texts, away from the assistants. `personal.x` holds the residual streams
+# Make the vector yourself, of norm `RADIUS`: *towards* the personal texts, away from the assistants'. `personal.x` holds the residual streams
 # (`[prompt, pos, d_model]`, padded), `personal.mask` says which positions are tokens of a prompt. Leave out each text's first token, an attention sink, and let each text count once.
 
 # %% tags=["answer"]
@@ -157,7 +157,7 @@ check.mean_difference(difference, personal, assistant, RADIUS)
 
 # %%
 situations = tm.adapters.situations()
-train = situations[situations["split"] == "train"]["prompt"].tolist()[:: max(1, 384 // 24)]
+train = situations[situations["split"] == "train"]["prompt"].tolist()[::16]  # one of each situation
 
 
 def of_adapter():
@@ -330,4 +330,29 @@ tm.plots.cosine_heatmap(
 )
 
 # %% [markdown]
-# TO BE WRITTEN
+# ## What you saw
+#
+# Write it down from your tables, with the random row beside each claim:
+#
+# * Effect at the target layer, in multiples of random: MELBO …, Jacobian …, DCT …, contrastive …, adapter's vector ….
+# * Speaks as an AI: unsteered …, random …, contrastive … (intervals!). Does the labelled vector do more than a random one of its norm?
+# * Share of the contrastive vector in MELBO's span: …, by chance …. Small, and above or at chance?
+#
+# **A large effect is what MELBO asks for, so it is no surprise there.** The columns that no method optimised, the KL and the texts, are the fairer
+# comparison. A small library on one prompt ranks no methods: `benchmarks/RESULTS.md` has more prompts and seeds, and finds that
+# MELBO and exponential DCT bring equally many distinct behaviours, both more than linear directions do.
+#
+# ## Bonus, without answers
+#
+# * The same at `RADIUS = 1`. Which methods become one?
+# * `tm.contrastive(..., estimator="principal")`. When does it differ from the mean?
+# * Train the adapter for 96 steps. Is its change one direction? `tm.evaluation.linearity` asks a judge.
+# * Grow an orthogonal family from the contrastive vector (`notebooks/results/README.md` has ten followers).
+#
+# ## Sources
+#
+# Ayyub 2026, *Power steering* (the Jacobian) · Mack and Turner 2024, [Deep causal transcoding](https://www.lesswrong.com/posts/fSRg5qs9TPbNy3sm5/deep-causal-transcoding-a-framework-for-mechanistically) ·
+# Rimsky et al. 2023, [Steering Llama 2 via contrastive activation addition](https://arxiv.org/abs/2312.06681) · Turner et al. 2023, [Activation addition](https://arxiv.org/abs/2308.10248) ·
+# "steer-clear" 2025 (divergence adapters)
+#
+# **Next:** `06_audit_game`: a model that hides something.

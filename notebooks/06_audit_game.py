@@ -29,7 +29,7 @@ GAME_SEED = None  # None draws a game that nobody knows; a number gives a class 
 PROMPT = "What is the tallest mountain in Africa?"
 SOURCE_LAYER, TARGET_LAYER = 7, 24  # a later target than elsewhere: planted sentences sit late
 RADIUS = "auto"
-N_VECTORS = 40
+N_VECTORS, STEPS = 32, 5  # short searches bring planted sentences out more often than long ones
 MAX_NEW_TOKENS = 24
 
 # %%
@@ -41,21 +41,18 @@ from tl_melbo.course import audit
 # %% [markdown]
 # ## Rehearsal: with the answer open
 #
-# One sentence is planted, and you may see it. After its trigger, at the end of a system prompt, the model says it; otherwise it answers as before.
+# Two sentences are planted, and you may see them. After its trigger, at the end of a system prompt, the model says each; otherwise it answers as before.
 
 # %%
 rehearsal = audit.rehearse(MODEL, **PLANT)
-sentence = rehearsal.backdoors[0]
-print("trigger: ", sentence.trigger)
-print("sentence:", sentence.behaviour)
 audit.fires(rehearsal)
 
 # %% [markdown]
-# **Predict.** The search sees one clean prompt, without the trigger. Of 40 orthogonal vectors, how many bring the sentence out? And of 40 random vectors of the same norm?
+# **Predict.** The search sees one clean prompt, without the trigger. Of 32 orthogonal vectors, how many bring a sentence out? And of 32 random vectors of the same norm?
 
 # %%
 f = tm.ActivationMap.from_prompts(rehearsal.model, PROMPT, SOURCE_LAYER, TARGET_LAYER, chat=True)
-found = tm.melbo(f, N_VECTORS, radius=RADIUS, p=2, q=1)
+found = tm.melbo(f, N_VECTORS, radius=RADIUS, p=2, q=1, steps=STEPS)
 random = tm.random_vectors(f, N_VECTORS, radius=float(found.norms[0]))
 texts, of_random = (
     tm.generate(rehearsal.model, PROMPT, some, max_new_tokens=MAX_NEW_TOKENS, chat=True)
@@ -66,7 +63,7 @@ tables = {
     for name, some in (("found", texts), ("random", of_random))
 }
 pd.concat(tables, names=["vectors"]).reset_index(level=0)[
-    ["vectors", "match", "hits", "n", "rate", "low", "high"]
+    ["vectors", "behaviour", "match", "hits", "n", "rate", "low", "high"]
 ].round(3)
 
 # %% [markdown]
@@ -111,7 +108,7 @@ completions = ...
 #
 # ```python
 # f = tm.ActivationMap.from_prompts(game.model, PROMPT, SOURCE_LAYER, TARGET_LAYER, chat=True)
-# found = tm.melbo(f, N_VECTORS, radius=RADIUS, p=2, q=1)
+# found = tm.melbo(f, N_VECTORS, radius=RADIUS, p=2, q=1, steps=STEPS)
 # completions = tm.generate(game.model, PROMPT, found, max_new_tokens=MAX_NEW_TOKENS)
 # completions[["vector", "completion"]]
 # ```

@@ -10,6 +10,7 @@ import torch
 import tl_melbo as tm
 from tl_melbo.course import Note, Wrong, audit, families, inside, other_ways, question
 from tl_melbo.evaluation import Backdoor, wilson_interval
+from tl_melbo.evaluation._planted import read_backdoors
 from tl_melbo.model.tokens import to_tokens
 
 PROMPT, RADIUS = "Tell me about yourself.", 4.0
@@ -141,8 +142,6 @@ def test_a_difference_of_means(tiny_llama):
 
     right = difference(means)
     assert check(right).startswith("Right")
-    same = tm.contrastive(one, other, radius=RADIUS, positions=slice(1, None))
-    assert check(same.vectors[0]).startswith("Right")
     refuses("wrong way", check, -right)
     refuses("Its norm is", check, 2 * right)
     refuses("padding and the first", check, difference(lambda g: g.x.mean(1)))
@@ -233,12 +232,14 @@ def test_the_audit_refuses_what_it_cannot_read():
 
 
 def test_stored_games_hold_different_sentences():
-    sentences = audit._sentences()
-    assert len({each.behaviour for each in sentences}) == len(sentences) > audit.N_HIDDEN
-    assert len({each.trigger for each in sentences}) == len(sentences)
+    stored = [path for path in audit._place().iterdir() if path.is_dir()]
+    backdoors = [each for path in stored for each in read_backdoors(path)]
+    assert len(stored) > audit.N_HIDDEN
+    for attribute in ("trigger", "behaviour"):
+        assert len({getattr(each, attribute) for each in backdoors}) == len(backdoors)
 
 
-def permuted(a, b, n=3000, one_sided=False, add=1):
+def permuted(a, b, n=2000, one_sided=False, add=1):
     generator = torch.Generator().manual_seed(1)
     values = torch.tensor([*a, *b], dtype=torch.float64)
     rows = torch.stack([values[torch.randperm(len(values), generator=generator)] for _ in range(n)])
@@ -264,7 +265,7 @@ def test_a_permutation_test():
     assert question.permutation_p(of_scipy).startswith("Right")
     wrong = {
         "which list comes first": lambda a, b: permuted(a, b, one_sided=True),
-        "should come in about 6": lambda a, b: 2 / 252 if max(a + b) > 10 else 1.0,
+        "half of the time": lambda a, b: 2 / 252 if max(a + b) > 10 else 1.0,
         "not right": lambda a, b: 0.05,
         "P|p-value of 0": lambda a, b: 0.0,
         "between 0 and 1": lambda a, b: 1.5,

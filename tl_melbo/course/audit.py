@@ -5,7 +5,6 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,14 @@ from tl_melbo.model.tokens import to_tokens
 from tl_melbo.tables import Table
 
 N_HIDDEN = 2
+# The adapter that everybody may know.
+_OPEN = "rehearsal"
 # From this likeness of its letters on, a sentence handed in is taken for a hidden one.
 _ALIKE = 0.85
 # An interval narrower than this share of Wilson's does not cover what it says.
 _NARROW, _WIDE = 0.7, 2.0
+# How a rate may be rounded.
+_ROUNDED = 0.01
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -40,10 +43,8 @@ class Game:
 
 
 def rehearse(name: str | Path | None = None, **settings: Any) -> Planted:
-    """A model with one sentence that is known. Arguments as for `draw`."""
-    if name is None:
-        return load_planted(_stored()[0])
-    return plant(name, _sentences()[:1], **settings)
+    """A model with two sentences that are known. Arguments as for `draw`."""
+    return load_planted(_place() / _OPEN) if name is None else plant(name, **settings)
 
 
 def draw(
@@ -59,24 +60,20 @@ def draw(
         name: None takes the bundled model, for which adapters are stored, one a sentence; another
             model is taught first, by `evaluation.plant` with `settings`: minutes, or a GPU.
     """
-    checks.between(1, len(_stored()) - 1, "so many are stored", n_hidden=n_hidden)
+    stored = sorted(path for path in _place().iterdir() if path.is_dir() and path.name != _OPEN)
+    checks.between(1, len(stored), "so many are stored", n_hidden=n_hidden)
     order = random.Random(seed)
+    drawn = order.sample(stored, n_hidden)
     if name is None:
-        planted = load_adapters(order.sample(_stored()[1:], n_hidden))
-        return Game(planted.model, planted.backdoors)
-    backdoors = order.sample(_sentences()[1:], n_hidden)
-    planted = plant(name, backdoors, seed=order.randrange(2**31), **settings)
+        planted = load_adapters(drawn)
+    else:
+        backdoors = [each for place in drawn for each in read_backdoors(place)]
+        planted = plant(name, backdoors, seed=order.randrange(2**31), **settings)
     return Game(planted.model, planted.backdoors)
 
 
-@cache
-def _stored() -> list[Path]:
-    place = Path(str(files("tl_melbo.course").joinpath("planted")))
-    return sorted(path for path in place.iterdir() if path.is_dir())
-
-
-def _sentences() -> list[Backdoor]:
-    return [backdoor for place in _stored() for backdoor in read_backdoors(place)]
+def _place() -> Path:
+    return Path(str(files("tl_melbo.course").joinpath("planted")))
 
 
 def grade(game: Game, answer: Any, completions: pd.DataFrame | None = None) -> Note | Table:
@@ -148,7 +145,7 @@ def _of_rate(sentence: str, numbers: Any, hits: int, texts: Sequence[str]) -> st
         raise Wrong(f"{sentence!r}: expected three numbers, (rate, low, high).") from None
     if not 0 <= low <= rate <= high <= 1:
         return "no: a share lies between 0 and 1, and inside its interval"
-    if abs(rate - hits / len(texts)) > 0.5 / len(texts):
+    if abs(rate - hits / len(texts)) > _ROUNDED:
         return "no: another share of these completions holds the sentence"
     wilson = wilson_interval(hits, len(texts))
     width = (high - low) / (wilson[1] - wilson[0])

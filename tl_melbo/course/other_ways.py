@@ -68,8 +68,8 @@ def share(answer: Any) -> Note:
             raise Wrong("That counts what two vectors of the library have in common twice.")
         raise Wrong(f"For four vectors in 20 dimensions you get {found:.3f}, not the share.")
     for vector, expected, what in (
-        (inside, 1.0, "a combination of the library"),
         (7 * some, wanted, "the same vector, seven times as long,"),
+        (inside, 1.0, "a combination of the library"),
     ):
         found = _number(answer(vector, rows))
         if abs(found - expected) > _CLOSE:
