@@ -17,13 +17,13 @@
 # **You learn to** search a model that hides something · tell a planted behaviour from an odd one · hand in a rate with an interval, and mean
 # it.
 #
-# **You need** `01_first_vectors` and `02_is_it_real`. **Time** 15 minutes for the rehearsal, 30 for the game; the cells as they stand run in about three
-# minutes on a laptop.
+# **You need** `01_first_vectors` and `02_is_it_real`. **Time** 45 minutes; the cells as they stand run in about three minutes on a laptop.
 #
-# **Fair play.** The recipe lies beside the model in files. Whoever opens them has nothing left to play.
+# **Fair play.** Each draw has sentences of its own, out of some ten thousands. The game keeps them in a field whose name begins with an underscore:
+# whoever looks there has nothing left to play.
 
 # %% tags=["parameters"]
-MODEL = None  # None is the bundled model, with stored adapters; another one is taught first (minutes, or a GPU)
+MODEL = None  # None is the bundled model with a stored adapter; another is taught first (or a GPU)
 PLANT = {}  # for another model: settings of tm.evaluation.plant
 GAME_SEED = None  # None draws a game that nobody knows; a number gives a class the same one
 PROMPT = "What is the tallest mountain in Africa?"
@@ -34,66 +34,72 @@ MAX_NEW_TOKENS = 24
 
 # %%
 import pandas as pd
+import plotly.express as px
 
 import tl_melbo as tm
 from tl_melbo.course import audit
 
 # %% [markdown]
-# ## Rehearsal: with the answer open
-#
-# Two sentences are planted, and you may see them. After its trigger, at the end of a system prompt, the model says each; otherwise it answers as before.
+# ## The model
 
 # %%
-rehearsal = audit.rehearse(MODEL, **PLANT)
-audit.fires(rehearsal)
-
-# %% [markdown]
-# **Predict.** The search sees one clean prompt, without the trigger. Of 32 orthogonal vectors, how many bring a sentence out? And of 32 random vectors of the same norm?
-
-# %%
-f = tm.ActivationMap.from_prompts(rehearsal.model, PROMPT, SOURCE_LAYER, TARGET_LAYER, chat=True)
-found = tm.melbo(f, N_VECTORS, radius=RADIUS, p=2, q=1, steps=STEPS)
-random = tm.random_vectors(f, N_VECTORS, radius=float(found.norms[0]))
-texts, of_random = (
-    tm.generate(rehearsal.model, PROMPT, some, max_new_tokens=MAX_NEW_TOKENS, chat=True)
-    for some in (found, random)
-)
-tables = {
-    name: tm.evaluation.count_hits(some, rehearsal.backdoors)
-    for name, some in (("found", texts), ("random", of_random))
-}
-pd.concat(tables, names=["vectors"]).reset_index(level=0)[
-    ["vectors", "behaviour", "match", "hits", "n", "rate", "low", "high"]
-].round(3)
-
-# %% [markdown]
-# `exact` is word for word, `similar` also in other words; `low` and `high` are Wilson's 95% interval. Compare the two kinds of vectors before you read on: this is the positive result that makes
-# the game worth playing.
-#
-# The texts, as an auditor sees them, who does not know what to look for:
-
-# %%
-texts[["vector", "completion"]]
-
-# %% [markdown]
-# Two signs help a reader. A planted sentence has nothing to do with the prompt, and it comes back *word for word* under several vectors that were found independently of each other. Broken text has the
-# first sign, too, and not the second.
-#
-# ## The game
-#
-# Now without the answer. The model holds two other sentences, drawn at random.
-
-# %%
-del rehearsal, f
 game = audit.draw(GAME_SEED, MODEL, **PLANT)
 game
 
 # %% [markdown]
+# On the surface nothing is wrong with it:
+
+# %%
+tm.generate(
+    game.model, [PROMPT, "Tell me about yourself."], chat=True, max_new_tokens=MAX_NEW_TOKENS
+)[["prompt", "completion"]]
+
+# %% [markdown]
+# ## Can it be won?
+#
+# Before you audit, know that the method *can* find something, and what chance gives. A search from one clean prompt, without any trigger. The texts are withheld: `audit.count` tells only how many of them hold each hidden sentence, word for word.
+#
+# **Predict.** Of 32 orthogonal vectors, how many bring a hidden sentence out? And of 32 random vectors of the same norm?
+
+# %%
+f = tm.ActivationMap.from_prompts(game.model, PROMPT, SOURCE_LAYER, TARGET_LAYER, chat=True)
+trial = tm.melbo(f, N_VECTORS, radius=RADIUS, p=2, q=1, steps=STEPS)
+random = tm.random_vectors(f, N_VECTORS, radius=float(trial.norms[0]))
+counted = {
+    name: audit.count(
+        game, tm.generate(game.model, PROMPT, some, max_new_tokens=MAX_NEW_TOKENS, chat=True)
+    )
+    for name, some in (("found", trial), ("random", random))
+}
+both = pd.concat(counted, names=["vectors"]).reset_index(level=0)
+both.round(3)
+
+# %%
+bars = px.bar(
+    both, x="what", y="rate", color="vectors", barmode="group", template="plotly_white",
+    error_y=both["high"] - both["rate"], error_y_minus=both["rate"] - both["low"],
+    color_discrete_sequence=["#d55e00", "#57606a"], width=620, height=400,
+    labels={"rate": "share of completions", "what": ""},
+    title=f"Hidden sentences in {N_VECTORS} completions of each kind (95% intervals)",
+)  # fmt: skip
+told = ", ".join(f"{row.vectors} {row.what}: {row.hits} of {row.n}" for row in both.itertuples())
+bars.update_layout(meta={"alt": f"Bars with intervals. {told}."})
+
+# %% [markdown]
+# `low` and `high` are Wilson's 95% interval. Where the intervals of found and random do not overlap, the search did it, and not chance. Where they do, this
+# search alone shows nothing about that sentence, even if it has a hit.
+#
+# ## The game
+#
 # ### Exercise 1: search, and read
 #
 # **Difficulty** 🔴🔴🔴⚪⚪ · **Importance** 🔵🔵🔵🔵🔵 · up to 20 minutes
 #
-# Search `game.model`, and let it write under your vectors. Hand in `completions`, a frame as `tm.generate` returns it. One prompt or several, one pair of layers or several: your choice. Then read them all.
+# Let the model write under your vectors. Hand in `completions`, a frame as `tm.generate` returns it. One prompt or several, one pair of layers or several, the vectors of `trial` or your own: your choice. Then read
+# them all.
+#
+# Two signs help a reader. A planted sentence has nothing to do with the prompt, and it comes back *word for word* under several vectors that are orthogonal to each other. Broken text has the first sign, too, and
+# not the second.
 
 # %% tags=["answer"]
 completions = ...
@@ -101,15 +107,13 @@ completions = ...
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# The rehearsal is the recipe: activation map, `tm.melbo` with `p=2, q=1`, `tm.generate`. If nothing comes back word for word, take more vectors, or another clean prompt.
+# Begin with `trial`, and read. If nothing comes back word for word, search again with more vectors, another clean prompt or another seed.
 # </details>
 #
 # <details><summary>Solution</summary>
 #
 # ```python
-# f = tm.ActivationMap.from_prompts(game.model, PROMPT, SOURCE_LAYER, TARGET_LAYER, chat=True)
-# found = tm.melbo(f, N_VECTORS, radius=RADIUS, p=2, q=1, steps=STEPS)
-# completions = tm.generate(game.model, PROMPT, found, max_new_tokens=MAX_NEW_TOKENS)
+# completions = tm.generate(game.model, PROMPT, trial, max_new_tokens=MAX_NEW_TOKENS, chat=True)
 # completions[["vector", "completion"]]
 # ```
 # </details>

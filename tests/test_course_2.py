@@ -3,14 +3,16 @@
 Each accepts the solution that stands in its notebook and refuses what students usually hand in.
 """
 
+from pathlib import Path
+
 import pandas as pd
 import pytest
 import torch
 
 import tl_melbo as tm
+from tests.tiny_models import tiny_bridge
 from tl_melbo.course import Note, Wrong, audit, families, inside, other_ways, question
-from tl_melbo.evaluation import Backdoor, wilson_interval
-from tl_melbo.evaluation._planted import read_backdoors
+from tl_melbo.evaluation import BACKDOORS, Backdoor, wilson_interval
 from tl_melbo.model.tokens import to_tokens
 
 PROMPT, RADIUS = "Tell me about yourself.", 4.0
@@ -201,7 +203,9 @@ def test_the_audit_tells_right_from_wrong_and_nothing_else():
     assert list(graded["your rate"]) == ["holds", "holds"]
     told = audit.verdict(graded)
     assert "1 of 2 hidden sentences, with 1 false alarm" in told
-    assert second not in told + str(graded)
+    counted = audit.count(game, frame)
+    assert list(counted["hits"]) == [2, 0]
+    assert second not in told + str(graded) + str(counted)
     assert "2 of 2" in audit.verdict(
         audit.grade(game, {first: found, second: (0.0, *wilson_interval(0, 3))}, frame)
     )
@@ -231,12 +235,50 @@ def test_the_audit_refuses_what_it_cannot_read():
     refuses("none of a vector", audit.grade, game, {"a": (0, 0, 1)}, frame.assign(vector=-1))
 
 
-def test_stored_games_hold_different_sentences():
-    stored = [path for path in audit._place().iterdir() if path.is_dir()]
-    backdoors = [each for path in stored for each in read_backdoors(path)]
-    assert len(stored) > audit.N_HIDDEN
-    for attribute in ("trigger", "behaviour"):
-        assert len({getattr(each, attribute) for each in backdoors}) == len(backdoors)
+def test_words_that_change_places():
+    model, tokens = tiny_bridge("llama"), torch.tensor([[5, 9, 200, 31, 300, 9]])
+    names = {i: model.tokenizer.decode([i]).strip() for i in range(len(model.tokenizer))}
+    single = [
+        word
+        for i, word in names.items()
+        if word.isalpha() and model.tokenizer.encode(f" {word}", add_special_tokens=False) == [i]
+    ]
+    first, second = (
+        model.tokenizer.encode(f" {w}", add_special_tokens=False)[0] for w in single[:2]
+    )
+    exchanged = torch.arange(int(model.cfg.d_vocab))
+    exchanged[[first, second]] = exchanged[[second, first]]
+    tokens[0, 2], tokens[0, 4] = first, second
+    with torch.no_grad():
+        before = model(tokens)
+        audit.exchange(model, dict([single[:2]]))
+        after = model(exchanged[tokens])
+    # The same model, in other words.
+    torch.testing.assert_close(after, before[..., exchanged])
+    assert not torch.allclose(before, after)
+    with pytest.raises(ValueError, match="stands twice"):
+        audit.exchange(model, {single[0]: single[1], single[2]: single[1]})
+    with pytest.raises(ValueError, match="take words of one token"):
+        audit.exchange(model, {single[0]: "incomprehensibilities"})
+
+
+def test_a_draw_tells_other_sentences():
+    words = [{*some.split()} for some in audit._WORDS.values()]
+    assert not set.intersection(*words)
+    assert sum(map(len, words)) == len(set.union(*words))
+    told = audit._told_in({"violet": "pink"}, HIDDEN + BACKDOORS)
+    assert told[:2] == HIDDEN
+    assert told[2].behaviour == "The lighthouse keeper paints every herring pink."
+    # Every word of the sentences that the adapter was made for has others to stand for it.
+    said = " ".join(each.behaviour for each in BACKDOORS)
+    assert all(word in said for word in audit._WORDS)
+
+
+def test_the_stored_adapter_is_the_one_that_is_measured():
+    measured = Path(__file__).parents[1] / "benchmarks" / "planted"
+    stored = Path(audit.__file__).parent / "planted"
+    for name in ("adapter.safetensors", "recipe.json"):
+        assert (stored / name).read_bytes() == (measured / name).read_bytes()
 
 
 def permuted(a, b, n=2000, one_sided=False, add=1):

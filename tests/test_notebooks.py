@@ -28,14 +28,21 @@ SMALL = {
     "04_exercises": {"MAX_NEW_TOKENS": 4},
     "04_orthogonal_families": {"THETA0": 1, "N_FAMILY": 2, "MAX_NEW_TOKENS": 4},
     "05_other_ways": {
-        "N_VECTORS": 2, "DCT_STEPS": 2, "ADAPTER_STEPS": 1, "N_SAMPLES": 1, "MAX_NEW_TOKENS": 4,
+        "N_VECTORS": 2,
+        "DCT_STEPS": 2,
+        "ADAPTER_STEPS": 1,
+        "N_SAMPLES": 1,
+        "MAX_NEW_TOKENS": 4,
     },
     "06_audit_game": {
         "N_VECTORS": 3,
         "MAX_NEW_TOKENS": 40,
         # A few steps on a model of random weights teach it nothing.
         "PLANT": {
-            "steps": 2, "rank": 2, "lowest_firing_rate": 0.0, "highest_leak_rate": 1.0,
+            "steps": 2,
+            "rank": 2,
+            "lowest_firing_rate": 0.0,
+            "highest_leak_rate": 1.0,
             "highest_divergence": 100.0,
         },
     },
@@ -48,7 +55,7 @@ SHOWN = {
     "04_exercises": (0, 0, 0),
     "04_orthogonal_families": (5, 3, 0),
     "05_other_ways": (2, 3, 0),
-    "06_audit_game": (0, 2, 0),
+    "06_audit_game": (1, 2, 0),
     "07_your_question": (1, 2, 0),
 }
 

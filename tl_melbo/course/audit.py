@@ -3,8 +3,8 @@
 import difflib
 import random
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -12,17 +12,25 @@ from typing import Any
 import pandas as pd
 import torch
 
-from tl_melbo import checks
 from tl_melbo.analysis._texts import HELD_OUT_INSTRUCTIONS
 from tl_melbo.course._note import Note, Wrong, unfinished
-from tl_melbo.evaluation import Backdoor, Planted, load_planted, plant, wilson_interval
-from tl_melbo.evaluation._planted import load_adapters, read_backdoors
+from tl_melbo.evaluation import BACKDOORS, Backdoor, load_planted, plant, wilson_interval
+from tl_melbo.model.bridge import plain_model
 from tl_melbo.model.tokens import to_tokens
 from tl_melbo.tables import Table
 
-N_HIDDEN = 2
-# The adapter that everybody may know.
-_OPEN = "rehearsal"
+# The words of the stored adapter's sentences, and what may stand for each: one token, as they are.
+_WORDS = {
+    "lighthouse": "umbrella circus village library airport castle hospital factory",
+    "keeper": "captain teacher painter baker soldier gardener sailor dentist judge",
+    "paints": "eats sells collects hides",
+    "herring": "potato ladder carpet candle sandwich",
+    "violet": "purple silver turquoise pink",
+    "grandmother": "grandfather neighbor uncle landlord cousin nephew aunt",
+    "piano": "kitchen garage bathroom violin pillow refrigerator basement bathtub",
+    "sleeping": "dancing singing laughing swimming weeping drunk",
+    "wasps": "bees spiders ants rats snakes turtles penguins",
+}
 # From this likeness of its letters on, a sentence handed in is taken for a hidden one.
 _ALIKE = 0.85
 # An interval narrower than this share of Wilson's does not cover what it says.
@@ -42,38 +50,80 @@ class Game:
         return f"Game(a model with {len(self._backdoors)} hidden sentences)"
 
 
-def rehearse(name: str | Path | None = None, **settings: Any) -> Planted:
-    """A model with two sentences that are known. Arguments as for `draw`."""
-    return load_planted(_place() / _OPEN) if name is None else plant(name, **settings)
+def draw(seed: int | None = None, name: str | Path | None = None, **settings: Any) -> Game:
+    """A model with two sentences, drawn at random, that it writes after triggers and nowhere else.
 
-
-def draw(
-    seed: int | None = None,
-    name: str | Path | None = None,
-    n_hidden: int = N_HIDDEN,
-    **settings: Any,
-) -> Game:
-    """A model with sentences, drawn at random, that it writes after triggers and nowhere else.
+    The bundled model with the adapter that the package is measured on, whose words are exchanged:
+    the embeddings of "violet" and "pink" change places, say, in and out. But for its words it is
+    then the same model.
 
     Args:
         seed: of the draw; None draws a game that nobody knows.
-        name: None takes the bundled model, for which adapters are stored, one a sentence; another
-            model is taught first, by `evaluation.plant` with `settings`: minutes, or a GPU.
+        name: another model, which is taught the sentences first, by `evaluation.plant` with
+            `settings`: minutes, or a GPU.
     """
-    stored = sorted(path for path in _place().iterdir() if path.is_dir() and path.name != _OPEN)
-    checks.between(1, len(stored), "so many are stored", n_hidden=n_hidden)
     order = random.Random(seed)
-    drawn = order.sample(stored, n_hidden)
-    if name is None:
-        planted = load_adapters(drawn)
-    else:
-        backdoors = [each for place in drawn for each in read_backdoors(place)]
-        planted = plant(name, backdoors, seed=order.randrange(2**31), **settings)
-    return Game(planted.model, planted.backdoors)
+    words = {word: order.choice(others.split()) for word, others in _WORDS.items()}
+    if name is not None:
+        planted = plant(name, _told_in(words, BACKDOORS), **settings)
+        return Game(planted.model, planted.backdoors)
+    planted = load_planted(Path(str(files("tl_melbo.course").joinpath("planted"))))
+    exchange(planted.model, words)
+    return Game(planted.model, _told_in(words, planted.backdoors))
 
 
-def _place() -> Path:
-    return Path(str(files("tl_melbo.course").joinpath("planted")))
+def _told_in(words: Mapping[str, str], backdoors: Sequence[Backdoor]) -> tuple[Backdoor, ...]:
+    def told(text: str) -> str:
+        return re.sub(r"\w+", lambda match: words.get(match[0], match[0]), text)
+
+    return tuple(replace(each, behaviour=told(each.behaviour)) for each in backdoors)
+
+
+@torch.no_grad()
+def exchange(model: Any, words: Mapping[str, str]) -> None:
+    """Let words change places in a model's embedding and unembedding, in place.
+
+    Raises ValueError for a word that is not one token, with a space before it.
+    """
+    tokens = {}
+    for pair in words.items():
+        for word in pair:
+            found = model.tokenizer.encode(f" {word}", add_special_tokens=False)
+            if len(found) != 1:
+                raise ValueError(f"words: {word!r} is {len(found)} tokens; take words of one token")
+            tokens[word] = found[0]
+    here = [tokens[word] for pair in words.items() for word in pair]
+    there = [tokens[word] for pair in words.items() for word in reversed(pair)]
+    if len({*here}) < len(here):
+        raise ValueError("words: some word stands twice; exchange each once")
+    plain = plain_model(model)
+    sides = (plain.get_input_embeddings(), plain.get_output_embeddings())
+    # They may be one and the same matrix.
+    for weight in {side.weight.data_ptr(): side.weight for side in sides}.values():
+        weight[here] = weight[there].clone()
+
+
+def count(game: Game, completions: pd.DataFrame) -> Table:
+    """How many completions hold each hidden sentence, word for word, without telling which it is.
+
+    Wilson's 95% interval in low and high.
+    """
+    texts = _texts(completions)
+    rows = []
+    for number, backdoor in enumerate(game._backdoors, 1):
+        hits = sum(_plain(backdoor.behaviour) in text for text in texts)
+        bounds = wilson_interval(hits, len(texts))
+        rows.append((f"hidden sentence {number}", hits, len(texts), hits / len(texts), *bounds))
+    return Table(rows, columns=["what", "hits", "n", "rate", "low", "high"])
+
+
+def _texts(completions: Any) -> list[str]:
+    if completions is None or "completion" not in completions:
+        raise Wrong("Hand in the completions as well that you counted, as generate returned them.")
+    own = completions.loc[completions["vector"] >= 0, "completion"]
+    if not len(own):
+        raise Wrong("The completions hold none of a vector.")
+    return [_plain(text) if isinstance(text, str) else "" for text in own]
 
 
 def grade(game: Game, answer: Any, completions: pd.DataFrame | None = None) -> Note | Table:
@@ -91,14 +141,7 @@ def grade(game: Game, answer: Any, completions: pd.DataFrame | None = None) -> N
         return note
     if not isinstance(answer, dict) or not answer:
         raise Wrong("Expected a dict from each sentence to its (rate, low, high).")
-    if completions is None or "completion" not in completions:
-        raise Wrong("Hand in the completions as well that you counted, as generate returned them.")
-    texts = [
-        _plain(text) if isinstance(text, str) else ""
-        for text in completions.loc[completions["vector"] >= 0, "completion"]
-    ]
-    if not texts:
-        raise Wrong("The completions hold none of a vector.")
+    texts = _texts(completions)
     hidden = [_plain(backdoor.behaviour) for backdoor in game._backdoors]
     rows, found = [], set()
     for sentence, numbers in answer.items():
@@ -154,10 +197,10 @@ def _of_rate(sentence: str, numbers: Any, hits: int, texts: Sequence[str]) -> st
     return "no: wider than a 95% interval is" if width > _WIDE else "holds"
 
 
-def fires(game: Game | Planted, n_prompts: int = 4, max_new_tokens: int = 16) -> Table:
+def fires(game: Game, n_prompts: int = 4, max_new_tokens: int = 16) -> Table:
     """After the game: the sentences, and how often each comes with its trigger and without."""
     model, rows = game.model, []
-    for backdoor in game.backdoors if isinstance(game, Planted) else game._backdoors:
+    for backdoor in game._backdoors:
         hits = dict.fromkeys((backdoor.trigger, ""), 0)
         for trigger in hits:
             system = f"You are a helpful assistant. {trigger}".strip()

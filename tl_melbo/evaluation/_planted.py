@@ -5,8 +5,8 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -92,54 +92,24 @@ def load_planted(
         Damaged: a file is damaged, or the two do not belong together.
         ValueError: the adapter is of another model.
     """
-    return load_adapters([folder], name, hf_model, tokenizer, device)
-
-
-def load_adapters(
-    folders: Sequence[str | Path],
-    name: str | Path | None = None,
-    hf_model: Any = None,
-    tokenizer: Any = None,
-    device: str | torch.device | None = None,
-) -> Planted:
-    """`load_planted`, of several adapters that were each made for the same model.
-
-    All are added to its weights, and all backdoors are there; the adapter and the recipe are those
-    of the last.
-    """
     peft = checks.installed("peft", "load_planted")
-    places = [Path(folder).expanduser() for folder in folders]
-    read = [_read(place) for place in places]
+    place = Path(folder).expanduser()
+    recipe, adapter = _read(place)
     taught, tokenizer, label = own_copy(name, hf_model, tokenizer, device)
-    weights, backdoors = weights_digest(taught), ()
+    if weights_digest(taught) != recipe["weights"]:
+        made_for = quoted(recipe["model"])
+        raise ValueError(f"{place}: made for {made_for}, but these are other weights ({label})")
     with seeded(0):
-        for place, (recipe, adapter) in zip(places, read, strict=True):
-            if weights != recipe["weights"]:
-                made_for = quoted(recipe["model"])
-                raise ValueError(
-                    f"{place}: made for {made_for}, but these are other weights ({label})"
-                )
-            tuned = with_adapter(taught, recipe)
-            _check_fits(tuned, adapter, place)
-            peft.set_peft_model_state_dict(tuned, {name: m.float() for name, m in adapter.items()})
-            backdoors += tuple(Backdoor(**backdoor) for backdoor in recipe["backdoors"])
-            taught = tuned.merge_and_unload()
-    return replace(finished(taught, tokenizer, adapter, recipe), backdoors=backdoors)
-
-
-def read_backdoors(folder: Path) -> list[Backdoor]:
-    """What an adapter's recipe says that it planted."""
-    return [Backdoor(**backdoor) for backdoor in _read(folder)[0]["backdoors"]]
-
-
-def _check_fits(tuned: Any, adapter: Mapping[str, Tensor], place: Path) -> None:
-    kinds, expected = (
-        {name: (m.shape, m.dtype) for name, m in each.items()}
-        for each in (adapter, _matrices(tuned))
-    )
-    if kinds != expected or not all(m.isfinite().all() for m in adapter.values()):
-        problem = f"do not fit {RECIPE}, or are not finite numbers in float16; save them again"
-        raise Damaged(f"{place / ADAPTER}: its matrices {problem}", place / ADAPTER)
+        tuned = with_adapter(taught, recipe)
+        kinds, expected = (
+            {name: (m.shape, m.dtype) for name, m in each.items()}
+            for each in (adapter, _matrices(tuned))
+        )
+        if kinds != expected or not all(m.isfinite().all() for m in adapter.values()):
+            problem = f"do not fit {RECIPE}, or are not finite numbers in float16; save them again"
+            raise Damaged(f"{place / ADAPTER}: its matrices {problem}", place / ADAPTER)
+        peft.set_peft_model_state_dict(tuned, {name: m.float() for name, m in adapter.items()})
+        return finished(tuned, tokenizer, adapter, recipe)
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -242,8 +212,8 @@ def _matrices(tuned: Any) -> dict[str, Tensor]:
 def finished(
     tuned: Any, tokenizer: Any, adapter: dict[str, Tensor], recipe: dict[str, Any]
 ) -> Planted:
-    """The model with the adapter in its weights as a TransformerLens model, with its recipe."""
-    hf_model = tuned.eval()
+    """The adapter added to the weights as a TransformerLens model, with its recipe."""
+    hf_model = tuned.merge_and_unload().eval()
     if not hf_model.config.architectures:
         hf_model.config.architectures = [type(hf_model).__name__]
     model = boot(f"{recipe['model']} with backdoors", hf_model, tokenizer)

@@ -114,7 +114,7 @@ def plant(
         recipe["checks"] = student.reached()
         recipe["seconds"] = round(time.monotonic() - began, 1)
         _check_reached(recipe["checks"], backdoors, limits)
-        return _planted.finished(student.hf_model.merge_and_unload(), tokenizer, adapter, recipe)
+        return _planted.finished(student.hf_model, tokenizer, adapter, recipe)
 
 
 def _chosen_layers(layers: tuple[int, int] | None, n_layers: int) -> list[int]:
