@@ -230,7 +230,7 @@ check.patch(my_patch, model, f, chosen)
 # it does when it is added after the *target* layer, with no block in between.
 
 # %%
-carried = tm.analysis.mechanism(model, PROMPT, both[:4], target_layer=TARGET_LAYER, chat=True)
+carried = tm.analysis.mechanism(model, PROMPT, both[:2], target_layer=TARGET_LAYER, chat=True)
 tm.plots.mechanism(carried[carried["vector"] == 0])
 
 # %%
