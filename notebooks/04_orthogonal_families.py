@@ -40,6 +40,7 @@ import torch
 
 import tl_melbo as tm
 from tl_melbo.course import families as check
+from tl_melbo.tables import Table
 
 model = tm.load_model(MODEL)
 f = tm.ActivationMap.from_prompts(model, PROMPT, SOURCE_LAYER, TARGET_LAYER, chat=True)
@@ -143,9 +144,7 @@ written = {
     "random at the family's norm": long_random,
 }
 texts = {
-    name: list(
-        tm.generate(model, PROMPT, some, chat=True, max_new_tokens=MAX_NEW_TOKENS)["completion"]
-    )
+    name: tm.generate(model, PROMPT, some, chat=True, max_new_tokens=MAX_NEW_TOKENS)
     for name, some in written.items()
 }
 kinds = measured.set_index("kind")["completion"]
@@ -162,13 +161,16 @@ def share_like(texts, like, unlike):
 
 pd.DataFrame(
     [
-        {"vectors": name, **share_like(some, kinds["reference"], kinds["unsteered"])}
+        {
+            "vectors": name,
+            **share_like([*some["completion"]], kinds["reference"], kinds["unsteered"]),
+        }
         for name, some in texts.items()
     ]
 ).round(2)
 
 # %%
-pd.DataFrame({"random at the family's norm": texts["random at the family's norm"]})
+texts["random at the family's norm"][["vector", "completion"]]
 
 # %% [markdown]
 # A handful of vectors makes wide intervals: look at `low` and `high` before you believe a difference. The whole family, below, is what
@@ -221,8 +223,8 @@ def by_block(frame, column, size=50):
 by_block(whole[20], "distance")
 
 # %% [markdown]
-# Rescaled to θ₀'s norm, the members keep little of the way: compare `rescaled` with `unsteered`. And the texts? By the
-# rule from above, fixed before looking:
+# Rescaled to θ₀'s norm, the members keep little of the way: compare `rescaled` with `unsteered`. (In the last blocks the members are so short that rescaling makes
+# them *longer*: no comparison.) Random vectors of the family's norms go farther away than no vector does. And the texts? By the rule from above, fixed before looking:
 
 
 # %%
@@ -272,7 +274,7 @@ kinds_of_text(whole[4])
 # The mean of the first 2, 3, 10 or 20 of the philosopher's family, at the members' mean norm. By KL and by distance:
 
 # %%
-composed = {number: pd.read_csv(f"results/composition_{number}.csv") for number in (20, 4)}
+composed = {number: Table(pd.read_csv(f"results/composition_{number}.csv")) for number in (20, 4)}
 
 
 def at_mean_norm(number):
@@ -331,10 +333,10 @@ points = px.scatter(
 points.update_layout(meta={"alt": "KL to theta0 against norm, first members and random subsets."})
 
 # %% [markdown]
-# * **Philosopher:** much of "random subsets do worse" is their norm: in the picture KL falls with the norm for both. At nearly the same norm the first two or
-#   three still do better.
-# * **Person:** KL does not move (it is blind here), and distance grows with each member that is added. Two or three keep a
-#   person; ten or twenty do not.
+# * **Philosopher:** much of "random subsets do worse" is their norm: in the picture the KL of random subsets falls with the norm. The first two and three have a random subset of nearly their
+#   norm beside them, and do better by both measures. For ten and twenty no random subset is as long, so nothing can be said.
+# * **Person:** no mean has a KL clearly below that of no vector (half a nat): this measure is blind here. Distance grows with each member that is added.
+#   Two or three keep a person in the text; ten or twenty do not.
 #
 # With three random subsets of each size this is a sketch, not a test.
 #
@@ -383,9 +385,9 @@ tm.plots.presence_points(scanned)
 scanned[["kind", "index", "auroc", "p_value", "p_adjusted"]].round(3)
 
 # %% [markdown]
-# Row 0 is θ₀, the others its family, the last one the control. If the control is found (a small p) and the vectors are not, the directions that *make* a philosopher
-# are not the ones along which the model *reads* philosophy: a finding, since the same test on the same texts could have shown it. If
-# a vector is found, too, say so.
+# Row 0 is θ₀, the others its family, the last one the control. Look at the control first. If it is found (a small p), the test has power, and a null result counts: the directions that
+# *make* a philosopher are then not the ones along which the model *reads* philosophy. Look at θ₀ next, before and after the correction (`p_adjusted`): a p that misses the border
+# is not a proof of absence, and a few more texts would be worth their while.
 #
 # ## What you saw
 #
