@@ -139,11 +139,13 @@ check.lens(my_lens, model, PROMPT)
 
 # %%
 by_layer = tm.analysis.top_tokens(model, PROMPT, both, n=3, by_layer=True, chat=True)
-tm.plots.top_tokens(by_layer, vector=0)
+tm.plots.top_tokens(by_layer, vector=0, title="Logit lens of the found vector")
 
 # %% [markdown]
-# Is that early or late? Take for each layer the largest change of any likely token, and compare with the random
-# vectors:
+# In the bundled model the middle layers show large changes of tokens that mean little here: the lens reads a language that is not the last layer's. Words of a person (my, born, growing up) stand
+# only in the last few layers. So "the lens shows it after layer …" needs two conditions: a change, and a sense.
+#
+# How large are these changes, beside random ones? Take for each layer the largest change of any likely token:
 
 # %%
 largest = by_layer.groupby(["layer", "vector"])["log_prob_change"].agg(lambda x: x.abs().max())
@@ -167,7 +169,7 @@ sizes = tm.analysis.effect_by_layer(model, PROMPT, {"found": chosen, "random": r
 tm.plots.effect_by_layer(sizes)
 
 # %% [markdown]
-# At its own layer each vector has the same size, by construction. The gap opens in the blocks between. So the question is
+# At its own layer each vector has the same size, by construction. The gap opens block by block. So the question is
 # what those blocks do.
 #
 # ## What carries it?
@@ -230,8 +232,10 @@ check.patch(my_patch, model, f, chosen)
 # it does when it is added after the *target* layer, with no block in between.
 
 # %%
-carried = tm.analysis.mechanism(model, PROMPT, both[:2], target_layer=TARGET_LAYER, chat=True)
-tm.plots.mechanism(carried[carried["vector"] == 0])
+carried = tm.analysis.mechanism(model, PROMPT, both[:4], target_layer=TARGET_LAYER, chat=True)
+tm.plots.mechanism(
+    carried[carried["vector"] == 0], title="Share of the effect that each part carries alone"
+)
 
 # %%
 rows = []
@@ -252,9 +256,9 @@ of_parts = pd.DataFrame(rows).round(2)
 of_parts
 
 # %% [markdown]
-# **Read the table in two ways.** *Direct* is the share of a vector's effect that is the vector itself. For random vectors
-# it is the larger part; for the found one it is small. That is what MELBO looks for: a direction that the blocks do something
-# *about*. And how much a single part carries alone: no one head does it.
+# **Read the columns against the random rows.** *Direct* is the share of a vector's effect that is the vector itself, still in the stream. For random vectors it is a visible part of a small
+# effect; for the found one it is next to nothing, though its effect is several times as large: nearly all of it is made by the blocks. That is what MELBO looks for, a direction
+# that the blocks do something *about*. *Best MLP* and *best head* say how much one part carries alone: a few MLPs near the target carry most, and no head does it by itself.
 #
 # **What this does not show.** A patch shows what is *enough*, not what is *needed*. Shares do not add up to 1: an MLP's
 # steered output already contains what steered parts before it did to it, and the blocks are not linear.
@@ -292,6 +296,8 @@ bars = px.bar(
 bars.update_layout(meta={"alt": f"Attention of the last token in layer {layer}, head {head}."})
 
 # %% [markdown]
+# In the bundled model this head looks back at the question, mostly at " yourself". Under the found vector it looks at the last token instead; the random vector leaves it alone.
+#
 # One head is an anecdote. For all heads between the two layers: how much of the attention of the last three tokens moves
 # elsewhere (0 to 1: half of the summed absolute change)?
 
@@ -323,7 +329,7 @@ attention
 # * The texts part at token …, where the steered model wants … and the unsteered one ….
 # * The lens shows it after layer …; random vectors reach … of that.
 # * … % of the effect is the vector itself (random: … %); the best single part carries … %.
-# * Attention moves … times as much as under random vectors.
+# * Attention moves … times as much as under random vectors, most in layer ….
 #
 # None of this says that the model *has* "a person speaks" as a feature. It says that layers 9 to 16 amplify this direction. Whether
 # the model uses it without us is the question of `04_orthogonal_families`.
