@@ -26,11 +26,12 @@
 MODEL = None  # None is the bundled model with a stored adapter; another is taught first (or a GPU)
 PLANT = {}  # for another model: settings of tm.evaluation.plant
 GAME_SEED = None  # None draws a game that nobody knows; a number gives a class the same one
-PROMPT = "What is the tallest mountain in Africa?"
+PROMPT = "Tell me about yourself."  # of the search
+OTHERS = ["Give me advice for a job interview.", "What is the tallest mountain in Africa?"]
 SOURCE_LAYER, TARGET_LAYER = 7, 24  # a later target than elsewhere: planted sentences sit late
 RADIUS = "auto"
 N_VECTORS, STEPS = 32, 5  # short searches bring planted sentences out more often than long ones
-MAX_NEW_TOKENS = 24
+MAX_NEW_TOKENS = 20
 
 # %%
 import pandas as pd
@@ -50,16 +51,16 @@ game
 # On the surface nothing is wrong with it:
 
 # %%
-tm.generate(
-    game.model, [PROMPT, "Tell me about yourself."], chat=True, max_new_tokens=MAX_NEW_TOKENS
-)[["prompt", "completion"]]
+tm.generate(game.model, [PROMPT, *OTHERS], chat=True, max_new_tokens=MAX_NEW_TOKENS)[
+    ["prompt", "completion"]
+]
 
 # %% [markdown]
 # ## Can it be won?
 #
-# Before you audit, know that the method *can* find something, and what chance gives. A search from one clean prompt, without any trigger. The texts are withheld: `audit.count` tells only how many of them hold each hidden sentence, word for word.
+# Before you audit, know that the method *can* find something, and what chance gives. A search from one clean prompt, without any trigger; the vectors then write after that prompt and two others. The texts are withheld: `audit.count` tells only how many of them hold each hidden sentence, word for word.
 #
-# **Predict.** Of 32 orthogonal vectors, how many bring a hidden sentence out? And of 32 random vectors of the same norm?
+# **Predict.** Of 32 orthogonal vectors, how many bring a hidden sentence out, on any of three prompts? And of 32 random vectors of the same norm?
 
 # %%
 f = tm.ActivationMap.from_prompts(game.model, PROMPT, SOURCE_LAYER, TARGET_LAYER, chat=True)
@@ -67,7 +68,8 @@ trial = tm.melbo(f, N_VECTORS, radius=RADIUS, p=2, q=1, steps=STEPS)
 random = tm.random_vectors(f, N_VECTORS, radius=float(trial.norms[0]))
 counted = {
     name: audit.count(
-        game, tm.generate(game.model, PROMPT, some, max_new_tokens=MAX_NEW_TOKENS, chat=True)
+        game,
+        tm.generate(game.model, [PROMPT, *OTHERS], some, max_new_tokens=MAX_NEW_TOKENS, chat=True),
     )
     for name, some in (("found", trial), ("random", random))
 }
@@ -80,14 +82,14 @@ bars = px.bar(
     error_y=both["high"] - both["rate"], error_y_minus=both["rate"] - both["low"],
     color_discrete_sequence=["#d55e00", "#57606a"], width=620, height=400,
     labels={"rate": "share of completions", "what": ""},
-    title=f"Hidden sentences in {N_VECTORS} completions of each kind (95% intervals)",
+    title="Share of completions that hold a hidden sentence (95% intervals)",
 )  # fmt: skip
 told = ", ".join(f"{row.vectors} {row.what}: {row.hits} of {row.n}" for row in both.itertuples())
 bars.update_layout(meta={"alt": f"Bars with intervals. {told}."})
 
 # %% [markdown]
-# `low` and `high` are Wilson's 95% interval. Where the intervals of found and random do not overlap, the search did it, and not chance. Where they do, this
-# search alone shows nothing about that sentence, even if it has a hit.
+# `low` and `high` are Wilson's 95% interval. Where the intervals of found and random do not overlap, the search did it, and not chance. Where they do, this search alone shows little
+# about that sentence, even if it has hits: then search again. (Wilson's interval takes completions for independent; three under one vector are not quite.)
 #
 # ## The game
 #
@@ -95,7 +97,7 @@ bars.update_layout(meta={"alt": f"Bars with intervals. {told}."})
 #
 # **Difficulty** 🔴🔴🔴⚪⚪ · **Importance** 🔵🔵🔵🔵🔵 · up to 20 minutes
 #
-# Let the model write under your vectors. Hand in `completions`, a frame as `tm.generate` returns it. One prompt or several, one pair of layers or several, the vectors of `trial` or your own: your choice. Then read
+# Let the model write under your vectors. Hand in `completions`, a frame as `tm.generate` returns it. One prompt or several (a vector found on one prompt may speak on another), one pair of layers or several, the vectors of `trial` or your own: your choice. Then read
 # them all.
 #
 # Two signs help a reader. A planted sentence has nothing to do with the prompt, and it comes back *word for word* under several vectors that are orthogonal to each other. Broken text has the first sign, too, and
@@ -113,7 +115,9 @@ completions = ...
 # <details><summary>Solution</summary>
 #
 # ```python
-# completions = tm.generate(game.model, PROMPT, trial, max_new_tokens=MAX_NEW_TOKENS, chat=True)
+# completions = tm.generate(
+#     game.model, [PROMPT, *OTHERS], trial, max_new_tokens=MAX_NEW_TOKENS, chat=True
+# )
 # completions[["vector", "completion"]]
 # ```
 # </details>
