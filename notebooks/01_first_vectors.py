@@ -11,163 +11,425 @@
 # %% [markdown]
 # # First vectors
 #
-# A language model keeps what it is thinking, at every token, in one long list of numbers: the
-# **residual stream**. Each block reads it and adds something to it. A **steering vector** is a
-# direction that *we* add, after one block, at every token. Most directions do nothing. A few make the
-# model somebody else.
+# At every layer and token, a language model's state is a vector: the **residual stream**. A **steering vector** is
+# a direction that *we* add to it, after one block, at every token. Random directions do little. This notebook finds
+# some that do much, without telling the search what to look for, and follows them from a number to a choice.
 #
-# This notebook finds some, without telling the search what to look for. It takes a few minutes on a
-# laptop.
+# **You will be able to**
+#
+# * find a library of vectors with `tm.melbo`, and hold it against random vectors of the same norm;
+# * choose a norm by coherence and change, not by the objective;
+# * group completions into behaviours, of both signs;
+# * choose one vector, and say what you do *not* know about it yet.
+#
+# **You need** `00_melbo_from_scratch`, or the idea: a vector at an early layer that changes a later one as much as
+# possible. **Time:** 60 to 75 minutes with the exercises; the cells alone take a few minutes on two cores.
 
 # %% tags=["parameters"]
-MODEL = None  # None is the embedded SmolLM2-135M-Instruct; or a hub id, a folder, a .gguf file
+MODEL = None  # None is the bundled SmolLM2-135M-Instruct; or a hub id, a folder, a .gguf file
 PROMPT = "Tell me about yourself."
 SOURCE_LAYER, TARGET_LAYER = 8, 16  # for another model: about a quarter and half of its depth
-RADIUS = 12.0  # how long the vectors are; see below
+RADIUS = 12.0  # the norm of the vectors; "How long should a vector be?" below
 N_VECTORS = 16
-MAX_NEW_TOKENS = 30
-SCALES = [0.25, 0.5, 1.0, 2.0, 3.0, 4.0]
+N_RANDOM = 24
+SCALES = [0.5, 1.0, 1.5, 2.0, 3.0]
+CHOSEN = 4  # the vector that the last section looks at: put your own choice here
+MAX_NEW_TOKENS = 25
 
 # %%
 import pandas as pd
-import plotly.express as px
 import torch
 
 import tl_melbo as tm
+from tl_melbo.course import first_vectors as check
+from tl_melbo.course import lines
+from tl_melbo.model.tokens import as_seen
 
 model = tm.load_model(MODEL)
+f = tm.ActivationMap.from_prompts(model, PROMPT, SOURCE_LAYER, TARGET_LAYER, chat=True)
+LAST = slice(-3, None)  # the last three tokens of the prompt
+print(as_seen(model, PROMPT, chat=True))
 
 # %% [markdown]
-# ## A random direction does nothing
-#
-# Without a vector the model introduces itself. With a random vector of length `RADIUS` it does nearly
-# the same: a space of hundreds of dimensions is mostly directions that no later block listens to.
+# That is what the model reads: the prompt inside the chat template. If the template brings a default system
+# message along, it is there, too: keep it in mind when you read completions. Without a vector the model writes:
 
 # %%
-generator = torch.Generator().manual_seed(0)
-directions = torch.nn.functional.normalize(torch.randn(3, model.cfg.d_model, generator=generator))
-random = tm.SteeringVectors.from_tensor(RADIUS * directions, source_layer=SOURCE_LAYER)
-
-writing = {"chat": True, "max_new_tokens": MAX_NEW_TOKENS}
-tm.generate(model, PROMPT, **writing)
-
-# %%
-tm.generate(model, PROMPT, random, **writing)
+writing = {"max_new_tokens": MAX_NEW_TOKENS, "chat": True}
+unsteered = tm.generate(model, PROMPT, **writing)
+unsteered[["completion"]]
 
 # %% [markdown]
-# ## A vector that later blocks listen to
+# ## Exercise 1: predict
 #
-# **MELBO** looks for directions that change a *later* layer as much as possible. Call $f$ what the
-# blocks between do to the residual stream; on a sphere of radius $R$ it climbs
+# **Difficulty** 🔴⚪⚪⚪⚪ · **Importance** 🔵🔵🔵⚪⚪ · up to 5 minutes
 #
-# $$\max_{\|\theta\| = R} \; \sum_{\text{positions}} \| f(x + \theta) - f(x) \|^2 .$$
-#
-# No labels, no examples, only the prompt. Each vector is orthogonal to all before it, so that each
-# is something new.
+# Under `N_RANDOM` random vectors of norm `RADIUS`, which share of the completions will differ from the one above?
+# Write your guess down before you run the next cell.
+
+# %% tags=["answer"]
+share_that_differs = ...  # between 0 and 1
 
 # %%
-f = tm.ActivationMap.from_prompts(
-    model, PROMPT, source_layer=SOURCE_LAYER, target_layer=TARGET_LAYER, chat=True
-)
+random = tm.random_vectors(f, N_RANDOM, radius=RADIUS)
+random_texts = tm.generate(model, PROMPT, random, **writing)
+check.predicted(share_that_differs, unsteered["completion"][0], random_texts)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# One token that changes is enough, and greedy decoding never comes back.
+# </details>
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# share_that_differs = 0.9  # any guess will do, if it was made before
+# ```
+# </details>
+
+# %%
+random_texts[["vector", "completion"]]
+
+# %% [markdown]
+# ## Random directions do little
+#
+# Most of these texts differ from the unsteered one, and nearly all of them are about the same. A text is a poor ruler: one
+# token tips, and the rest follows. The distribution of the *next* token has degrees. The divergence of the steered
+# distribution $P$ from the unsteered one $Q$ is, in nats,
+#
+# $$\mathrm{KL}(P \,\|\, Q) = \sum_{\text{tokens}} P \, (\log P - \log Q) .$$
+#
+# ## Exercise 2: a ruler
+#
+# **Difficulty** 🔴🔴⚪⚪⚪ · **Importance** 🔵🔵🔵🔵⚪ · up to 10 minutes
+#
+# Compute it for each random vector from the log-probabilities.
+
+# %%
+log_p = tm.next_token_log_probs(model, PROMPT, random)  # [vector, d_vocab]
+log_q = tm.next_token_log_probs(model, PROMPT, chat=True)  # [1, d_vocab]
+
+# %% tags=["answer"]
+divergences = ...  # one number a vector
+
+# %%
+check.divergences(divergences, log_p, log_q)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# The probabilities are `log_p.exp()`; the sum goes over the last axis.
+# </details>
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# divergences = (log_p.exp() * (log_p - log_q)).sum(-1)
+# ```
+# </details>
+#
+# ## A search
+#
+# **MELBO** maximises, over vectors of norm $R$, the size of their effect $\Delta(\theta) = f(x + \theta) - f(x)$ at the
+# target layer, over the last three tokens of the prompt:
+#
+# $$\max_{\|\theta\| = R} \; \Big( \sum_{\text{last 3 tokens}} \| \Delta(\theta)_{\text{token}} \|_2^2 \Big)^{1/2}$$
+#
+# No labels, no examples, only the prompt. Each vector is orthogonal to all before it.
+
+# %%
 run = tm.Run("runs/first_vectors")  # keeps each vector as it comes: interrupt it, and run it again
 found = run.melbo(f, N_VECTORS, radius=RADIUS, progress=True)
-found
-
-# %%
-texts = tm.generate(model, PROMPT, found, max_new_tokens=MAX_NEW_TOKENS)
-texts
+found.table()
 
 # %% [markdown]
-# **Read them all.** Personas, a leaked system prompt, a film that does not exist, nonsense. Which ones
-# are interesting is for you to say; the search only knows that they change something.
-#
-# ## Why measure at a later layer?
-#
-# At the source layer itself every vector of length $R$ has an effect of exactly $R$: there is nothing to
-# climb. Each block that follows stretches some directions and shrinks others, and the gap between what
-# was found and what is random opens.
+# The column `converged` is honest: some vectors would gain from more steps. Are they more than random? Two numbers,
+# the objective and the divergence, for both:
 
 # %%
-rows = []
-last_three = slice(-3, None)
-for target in sorted({SOURCE_LAYER + 1, (SOURCE_LAYER + TARGET_LAYER) // 2, TARGET_LAYER,
-                      min(TARGET_LAYER + 4, model.cfg.n_layers - 1)}):  # fmt: skip
-    to_there = tm.ActivationMap.from_prompts(model, PROMPT, SOURCE_LAYER, target, chat=True)
-    for name, some in [("random", random), ("MELBO", found[:3])]:
-        with torch.no_grad():
-            sizes = to_there.delta(some.vectors, positions=last_three).norm(dim=-1)
-        mean = float(sizes[:, to_there.position_mask(last_three)].mean())
-        rows.append({"layer": target, "vectors": name, "effect": mean})
-rows += [{"layer": SOURCE_LAYER, "vectors": name, "effect": RADIUS} for name in ("random", "MELBO")]
+kl = {"MELBO": tm.analysis.kl_divergence(model, PROMPT, found),
+      "random": tm.analysis.kl_divergence(model, PROMPT, random)}  # fmt: skip
+with torch.no_grad():
+    by_chance = tm.melbo_objective(f.delta(random.vectors, positions=LAST))
+compared = pd.DataFrame({
+    "vectors": ["MELBO", "random"],
+    "how many": [len(found), len(random)],
+    "median objective": [float(found.objective.median()), float(by_chance.median())],
+    "median KL (nats)": [float(kl["MELBO"].median()), float(kl["random"].median())],
+})  # fmt: skip
+print(f"MELBO ÷ random: objective {compared['median objective'][0] / compared['median objective'][1]:.1f}, "
+      f"KL {compared['median KL (nats)'][0] / compared['median KL (nats)'][1]:.0f}")  # fmt: skip
+compared
 
-px.line(
-    pd.DataFrame(rows).sort_values("layer"), x="layer", y="effect", color="vectors", markers=True,
-    color_discrete_sequence=["#0072b2", "#d55e00"], template="plotly_white", width=640, height=380,
-    labels={"layer": "measured after block", "effect": "mean change (residual units)"},
-    title="What is left of a vector of one length",
+# %%
+ranked = {name: values.sort(descending=True).values.tolist() for name, values in kl.items()}
+lines(
+    {name: (range(1, len(values) + 1), values) for name, values in ranked.items()},
+    "KL to unsteered: found and random vectors of one norm", "rank", "KL (nats, log)", log="y",
 )  # fmt: skip
 
 # %% [markdown]
+# **That is the finding**: at the same norm, the vectors that were found move the next token by much more than random
+# ones. Even the weakest of them should be compared with the strongest random one, at the left of its curve.
+#
+# ## Read them all
+
+# %%
+texts = tm.report.collect_completions(model, PROMPT, found, max_new_tokens=MAX_NEW_TOKENS)
+texts[texts["scale"] == 1][["vector", "completion"]]
+
+# %% [markdown]
+# Look for completions that are coherent and differ from the unsteered one. The search knows only that they change
+# something; which are interesting is for you to say.
+#
+# ## Why measure at a later layer?
+#
+# At the source layer every vector of norm $R$ has an effect of exactly $R$: there is nothing to maximise. Predict,
+# before you run: do random vectors grow, shrink, or stay on their way through the blocks?
+
+# %%
+by_layer = tm.analysis.effect_by_layer(model, PROMPT, {"MELBO": found, "random": random})
+tm.plots.effect_by_layer(by_layer, f"Effect size by layer: MELBO vs random, ‖θ‖ = {RADIUS:g}")
+
+# %%
+medians = by_layer.groupby(["vectors", "layer"])["effect"].median().unstack("vectors")
+medians.loc[[SOURCE_LAYER, TARGET_LAYER, max(medians.index)]].round(1)
+
+# %% [markdown]
+# All effects grow; those of the vectors that were found grow faster. The gap opens between the source and the
+# target layer, which is where the search looked.
+#
 # ## How long should a vector be?
 #
-# Too short and nothing happens, too long and the text falls apart. Here are six vectors at several
-# multiples of their length: how far the next token's distribution moves (KL, in nats), and how much the
-# text repeats itself. Shaded is where, for the median vector, it is changed and does not repeat itself.
-# Whether it makes *sense* there, only reading tells: below, one vector from nothing to gibberish.
+# Too short and nothing happens, too long and the text falls apart. For six vectors at several multiples of `RADIUS`:
+# is the completion coherent (it does not repeat itself, and the unsteered model does not find it too unlikely), and
+# does it belong to another group than the unsteered one?
 
 # %%
-swept = tm.analysis.scale_sweep(model, PROMPT, found[:6], SCALES, max_new_tokens=MAX_NEW_TOKENS)
-tm.plots.scale_curves(swept)
+some = tm.generate(model, PROMPT, found[:6], scales=SCALES, max_new_tokens=MAX_NEW_TOKENS)
+graded = tm.analysis.behaviours(model, pd.concat([unsteered, some], ignore_index=True), chat=True)
+swept = graded.texts[graded.texts["vector"] >= 0]
+swept = swept.assign(different=swept["coherent"].astype(bool) & (swept["behaviour"] > 0))
+shares = swept.groupby("scale")[["coherent", "different"]].mean().astype(float)
+lines(
+    {
+        "coherent": (shares.index, shares["coherent"]),
+        "coherent and different from unsteered": (shares.index, shares["different"]),
+    },
+    "Too short, useful, too long: six vectors by scale", "scale (× RADIUS)", "share of completions",
+)  # fmt: skip
 
 # %%
-ONE = min(4, len(found) - 1)  # a person, in the embedded model's library; put your own choice here
-alone = tm.analysis.scale_sweep(model, PROMPT, found[ONE], SCALES, max_new_tokens=MAX_NEW_TOKENS)
-alone[["scale", "norm", "kl", "repetition", "completion"]]
+swept[swept["vector"] == min(CHOSEN, 5)][["scale", "coherent", "filtered_out", "completion"]]
 
 # %% [markdown]
-# ## The other way round
+# The second curve is the useful one: it starts low where vectors change too little, and cannot be above the first
+# one, which falls where the text falls apart. Coherence is judged by rules: read the texts where you doubt one.
 #
-# A vector has a negative. In large models it can do the opposite: the negative of a vector against refusals
-# made one refuse harmless requests. Here most of the negatives do no more than the random vectors did.
+# ## Exercise 3: the end of the window
+#
+# **Difficulty** 🔴🔴⚪⚪⚪ · **Importance** 🔵🔵🔵🔵⚪ · up to 10 minutes
+#
+# Up to which of the scales are at least half of the completions in `swept` coherent, at this scale and at all smaller
+# ones? Write code that finds it, so that it works for another model, too.
+
+# %% tags=["answer"]
+largest_scale = ...
 
 # %%
-tm.generate(model, PROMPT, -found, max_new_tokens=MAX_NEW_TOKENS)
+check.coherent_up_to(largest_scale, swept, least=0.5)
 
 # %% [markdown]
-# ## A library
+# <details><summary>Hint</summary>
 #
-# The vectors are orthogonal by construction. Their *effects*, at the target layer, need not be: where
-# two point the same way, two different vectors do the same thing.
+# `swept.groupby("scale")["coherent"].mean()` is sorted by scale. `cummin` knows the smaller ones.
+# </details>
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# enough = swept.groupby("scale")["coherent"].mean().astype(float).cummin() >= 0.5
+# largest_scale = enough[enough].index.max() if enough.any() else SCALES[0]
+# ```
+# </details>
+#
+# `radius="auto"` starts from another side: it takes the norm at which random vectors stop to act linearly, which
+# needs no text. Read completions at half and at twice that norm, too.
 
 # %%
-tm.plots.cosine_heatmap(tm.analysis.cosine_similarity(found), "Cosines of the vectors")
+print(f"calibrated radius {tm.calibrate_radius(f):.3g}; here RADIUS = {RADIUS:g}")
+
+# %% [markdown]
+# ## Behaviours, and both signs
+#
+# `behaviours` groups completions. We give it the found vectors, their negatives, and the random vectors, which are
+# numbered from 100.
 
 # %%
+all_texts = pd.concat(
+    [texts, random_texts.assign(vector=random_texts["vector"] + 100)], ignore_index=True
+)
+grouped = tm.analysis.behaviours(model, all_texts, chat=True)
+grouped.groups[["behaviour", "name", "n_texts", "vectors", "negatives"]]
+
+# %%
+named = grouped.texts.assign(
+    vectors=[
+        "unsteered" if v < 0 else "random" if v >= 100 else "found" if s > 0 else "found, negated"
+        for v, s in zip(grouped.texts["vector"], grouped.texts["scale"], strict=True)
+    ]
+)
+named["different"] = named["coherent"].astype(bool) & (named["behaviour"] > 0)
+counted = named.groupby("vectors").agg(
+    texts=("different", "size"), coherent=("coherent", "sum"), different=("different", "sum"),
+    groups=("behaviour", lambda numbers: len({*numbers} - {0, -1})),
+)  # fmt: skip
+counted.reset_index()
+
+# %% [markdown]
+# `different` counts coherent completions outside the unsteered one's group, and `groups` how many groups these are in.
+# Compare *found* with *random* first; a random vector, too, can tip the text into another group. Then look at *found,
+# negated*: a vector has two signs, and the negative need not do the opposite. The groups are automatic and change when
+# texts are added: read the completions before you rely on them.
+#
+# ## Orthogonal vectors, similar effects?
+#
+# The vectors are orthogonal by construction. Their effects need not be. Here they are, ordered by the group of
+# their completions.
+
+# %%
+largest = (tm.analysis.cosine_similarity(found) - torch.eye(len(found))).abs().max()
+print(f"largest |cosine| between two vectors: {float(largest):.0e}")
+positive = grouped.texts[(grouped.texts["scale"] == 1) & (grouped.texts["vector"].between(0, 99))]
+order = positive.sort_values("behaviour", kind="stable")
 with torch.no_grad():
-    effects = f.delta(found.vectors, positions=last_three)
-tm.plots.cosine_heatmap(tm.analysis.cosine_similarity(effects), "Cosines of what they do")
+    effects = tm.analysis.cosine_similarity(f.delta(found.vectors, positions=LAST))
+places = order["vector"].tolist()
+tm.plots.cosine_heatmap(
+    effects[places][:, places],
+    f"Cosine similarity of effects (layer {TARGET_LAYER}, last 3 tokens)",
+    labels=[f"{v} · group {b}" for v, b in zip(order["vector"], order["behaviour"], strict=True)],
+)
 
 # %% [markdown]
-# ## Choosing one, and keeping it
+# Do vectors with similar effects write similar texts? Predict it: a strong relation, a weak one, or none?
 #
-# Take the one whose text you want to understand. Which tokens of an ordinary text point along it, in the
-# model that nobody steers? (Blue along, red against.)
+# ## Exercise 4: effects and texts
+#
+# **Difficulty** 🔴🔴🔴⚪⚪ · **Importance** 🔵🔵🔵⚪⚪ · up to 15 minutes
+#
+# `effects` and `alike` are matrices `[vector, vector]`: the cosines of the effects, and the similarities of the
+# completions. Over all **pairs** of vectors, each counted once, what is the rank correlation (Spearman's) of the two?
 
 # %%
-one = found[ONE]
+points = tm.analysis.embeddings([*positive["completion"]], "words")
+alike = points @ points.T
+
+# %% tags=["answer"]
+rank_correlation = ...
+
+# %%
+check.correlation(rank_correlation, effects, alike)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# `torch.triu_indices(n, n, 1)` has each pair once, without the diagonal. Spearman's correlation is Pearson's, of the
+# ranks: `pd.Series(x).rank()`.
+# </details>
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# rows, columns = torch.triu_indices(len(found), len(found), 1)
+# one = pd.Series(effects[rows, columns].tolist()).rank()
+# other = pd.Series(alike[rows, columns].tolist()).rank()
+# rank_correlation = one.corr(other)
+# ```
+# </details>
+
+# %%
+rows, columns = torch.triu_indices(len(found), len(found), 1)
+lines(
+    {"pairs of vectors": (effects[rows, columns].tolist(), alike[rows, columns].tolist())},
+    "Similar effect, similar text?", "cosine of the effects", "similarity of the completions (words)",
+    mode="markers",
+)  # fmt: skip
+
+# %% [markdown]
+# A high cosine means a similar change at one layer and three tokens. What is written afterwards may still differ:
+# look for dots at the right bottom of the figure, and read the two texts.
+#
+# ## Exercise 5: choose one
+#
+# **Difficulty** 🔴⚪⚪⚪⚪ · **Importance** 🔵🔵🔵🔵🔵 · up to 10 minutes
+#
+# Choose a vector whose completion is coherent, and which differs from the unsteered model. Write one sentence on what
+# it does, **before** you measure anything else about it: the next notebook tests that sentence.
+
+# %% tags=["answer"]
+choice = ...  # the number of a vector
+
+# %%
+check.chosen(choice, grouped.texts[grouped.texts["vector"] < 100])
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# The tables above have `coherent`, and the group of each text; group 0 is that of the unsteered one.
+# </details>
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# good = positive[positive["coherent"].astype(bool) & (positive["behaviour"] > 0)]["vector"].tolist()
+# choice = CHOSEN if CHOSEN in good or not good else good[0]
+# ```
+# </details>
+#
+# ## A first look at the chosen one
+#
+# On which tokens of ordinary texts does the *unsteered* residual stream project onto it? In standard deviations from
+# the mean over ordinary prose: red along the vector, blue against it.
+
+# %%
+one = found[min(CHOSEN, len(found) - 1)]
 tm.plots.token_presence(
     model, one, "I am a software engineer from Texas. The recipe needs two eggs and some flour."
 )
 
+# %% [markdown]
+# What does that tell? Nothing yet. Some token is always the reddest. Whether the model itself uses a direction takes a
+# test with a null and a positive control: `02_is_it_real` has it.
+#
+# A vector works inside any TransformerLens call, and is a small file:
+
 # %%
-with tm.steered(model, one):  # any TransformerLens call inside
+with tm.steered(model, one):
     print(
         model.generate("My name is", max_new_tokens=MAX_NEW_TOKENS, do_sample=False, verbose=False)
     )
 
-# %%
 one.save("one.safetensors")
 tm.SteeringVectors.load("one.safetensors")
 
 # %% [markdown]
-# **Next:** `02_orthogonal_family` asks whether this vector is the only one that does what it does.
+# ## What to take away
+#
+# * Random vectors are the ruler. At one norm, found vectors move the next token much further; a greedy text changes under both.
+# * The norm is chosen by what is coherent *and* different.
+# * Orthogonal vectors, similar effects, different texts: three things, not one.
+#
+# ## Bonus, without an answer
+#
+# * A criterion that chooses vectors without anybody reading them. How often would you agree with it?
+# * Another prompt, the same layers: which behaviours come back?
+# * `tm.report.write` makes a page of a library; `tl-melbo discover "Your prompt" --out runs/mine` does it from a shell.
+#
+# ## Sources
+#
+# * Mack & Turner 2024, [Mechanistically eliciting latent behaviors in language models](https://www.lesswrong.com/posts/ioPnHKFyy4Cw2Gr2x/mechanistically-eliciting-latent-behaviors-in-language-1)
+# * Rimsky et al. 2023, [Steering Llama 2 via contrastive activation addition](https://arxiv.org/abs/2312.06681): vectors from labels, to compare with
+#
+# **Next:** `02_is_it_real`: is the chosen vector what it seems to be?

@@ -21,9 +21,10 @@ from nbclient import NotebookClient
 
 HERE = Path(__file__).parent
 NAMES = (
+    "00_melbo_from_scratch",
     "01_first_vectors",
+    "02_is_it_real",
     "03_how_does_it_do_it",
-    "04_exercises",
     "04_orthogonal_families",
     "05_other_ways",
     "06_audit_game",

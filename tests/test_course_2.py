@@ -315,31 +315,3 @@ def test_a_permutation_test():
     }
     for told, answer in wrong.items():
         refuses(told, question.permutation_p, answer)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "n_right"),
-    [
-        ("03_how_does_it_do_it", 2),
-        ("04_orthogonal_families", 1),
-        ("05_other_ways", 2),
-        ("06_audit_game", 0),  # whether something is found is luck, in a model that learned nothing
-        ("07_your_question", 1),
-    ],
-)
-def test_a_solved_notebook_is_right(name, n_right, model_folder, tmp_path):
-    """In a clean kernel, on a tiny model: an answer that a check refuses is an error there."""
-    pytest.importorskip("nbclient")
-    from notebooks.build import HERE, run
-    from tests.test_notebooks import SMALL, TINY, outputs
-
-    (tmp_path / "results").symlink_to(HERE / "results")
-    values = {"MODEL": str(model_folder), **TINY, **SMALL[name]}
-    environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    told = outputs(run(name, values, "plotly_mimetype", tmp_path, None, True, environment))
-    said = [str(output.get("data", {}).get("text/plain", "")) for output in told]
-    assert sum(text.startswith("Right") for text in said) == n_right
-    assert not any("Not done yet" in text for text in said)
-    if name == "06_audit_game":
-        assert any(text.startswith("You found") for text in said)

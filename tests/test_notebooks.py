@@ -23,9 +23,15 @@ from tests.conftest import wait_for  # noqa: E402
 # As they are printed, at full budget on the embedded model; and with little work on a tiny one.
 TINY = {"SOURCE_LAYER": 1, "TARGET_LAYER": 4, "RADIUS": 4.0}
 SMALL = {
-    "01_first_vectors": {"N_VECTORS": 4, "MAX_NEW_TOKENS": 4, "SCALES": [0.5, 1.0]},
+    "00_melbo_from_scratch": {"N_STEPS": 20, "MAX_NEW_TOKENS": 4},
+    "01_first_vectors": {
+        "N_VECTORS": 4, "N_RANDOM": 6, "MAX_NEW_TOKENS": 4, "SCALES": [0.5, 1.0],
+    },
+    "02_is_it_real": {
+        "N_VECTORS": 3, "N_SAMPLES": 2, "MAX_NEW_TOKENS": 4, "OTHER_SEEDS": [1],
+        "OTHER_PROMPTS": ["Who are you?", "What now?"],
+    },
     "03_how_does_it_do_it": {"CHOSEN": 1, "N_RANDOM": 4, "MAX_NEW_TOKENS": 4},
-    "04_exercises": {"MAX_NEW_TOKENS": 4},
     "04_orthogonal_families": {"THETA0": 1, "N_FAMILY": 2, "MAX_NEW_TOKENS": 4},
     "05_other_ways": {
         "N_VECTORS": 2,
@@ -47,17 +53,26 @@ SMALL = {
         },
     },
     "07_your_question": {"CHOSEN": 1, "N_RANDOM": 2, "N_SAMPLES": 1, "MAX_NEW_TOKENS": 2},
-}
+}  # fmt: skip
 # Figures, tables of ours, and coloured tokens, that each shows at least.
 SHOWN = {
-    "01_first_vectors": (4, 5, 1),
+    "00_melbo_from_scratch": (5, 1, 0),
+    "01_first_vectors": (5, 4, 1),
+    "02_is_it_real": (4, 6, 0),
     "03_how_does_it_do_it": (6, 0, 0),
-    "04_exercises": (0, 0, 0),
     "04_orthogonal_families": (5, 3, 0),
     "05_other_ways": (2, 3, 0),
     "06_audit_game": (1, 2, 0),
     "07_your_question": (1, 2, 0),
 }
+
+
+def answers(notebook):
+    return [cell for cell in notebook.cells if "answer" in cell.metadata.get("tags", [])]
+
+
+EXERCISES = {name: len(answers(jupytext.read(HERE / f"{name}.py"))) for name in NAMES}
+WITH_EXERCISES = [name for name in NAMES if EXERCISES[name]]
 
 
 def outputs(notebook):
@@ -75,47 +90,6 @@ def counted(notebook):
     return figures, tables, tokens
 
 
-ANSWERS = {  # wrong ones, and what the student is told
-    "check_1(torch.randn(d_model))": "Its length is",
-    "check_1([1, 2])": "A tensor is wanted",
-    "check_1(torch.ones(d_model) * RADIUS / d_model**0.5)": "hardly random",
-    "check_1(RADIUS * random_vector.abs() / random_vector.norm())": "are negative",
-    "check_2(f.delta(random_vector[None]).norm(dim=-1))": "one is wanted",
-    "check_2(1.0)": "Another number. Is it the norm",
-    "check_2(f.delta(random_vector[None]).norm())": "over all tokens together",
-    "check_3(tm.melbo(f, 3, RADIUS, steps=1))": "There are 3; four are wanted",
-    "check_3(3 * found)": "Their lengths are",
-    "check_3(tm.melbo(f, 4, RADIUS, steps=9, orthogonal=False))": "not orthogonal",
-    "check_3(tm.SteeringVectors.from_tensor(torch.eye(d_model)[:4]))": "not found by tm.melbo",
-    "check_4(texts[texts.scale == 1])": "1 and -1 are wanted",
-    "check_4(tm.generate(model, 'Hi!', found, scales=[1, -1], max_new_tokens=2))": "After 'Tell",
-    "check_4(texts.assign(completion='x'))": "Did you give max_new_tokens",
-    "check_4(texts[['completion']])": "as it is",
-    "check_5(tm.analysis.cosine_similarity(found))": "That is of the vectors",
-    "check_5(tm.analysis.cosine_similarity(f.delta(found.vectors)))": "over all tokens",
-    "check_5(torch.eye(3))": "4 x 4 is wanted",
-    "check_6(0.25)": "At 0.25 it is not the largest",
-    "check_6(7)": "7 is none of",
-    "check_6(texts.iloc[0])": "One number is wanted",
-    "check_7(found[0])": "of that of no vector",
-    "check_7(found[3])": "not orthogonal to",
-}
-RIGHT = [  # other ways to do it
-    "check_3(0.5 * tm.melbo(f, 4, 2 * RADIUS))",
-    "check_7(tm.melbo_ortho(f, found[3], 1, steps=60))",
-    "check_5(cosines.numpy())",
-]
-TRY = """
-for answer in {answers!r}:
-    try:
-        eval(answer)
-        print("ACCEPTED", answer)
-    except AssertionError as error:
-        print("TOLD", error)
-"""
-SOLVED = "04_exercises, solved"
-
-
 @pytest.fixture(scope="module", params=["tiny", "whole"])
 def executed(request, model_folder, tmp_path_factory):
     """All of them, two at a time."""
@@ -125,13 +99,12 @@ def executed(request, model_folder, tmp_path_factory):
     def execute(title):
         folder = tmp_path_factory.mktemp("run")  # what it writes goes there; what it reads is there
         (folder / "results").symlink_to(HERE / "results")
-        name, solved = title.partition(",")[0], title == SOLVED
-        last = TRY.format(answers=[*ANSWERS, *RIGHT]) if solved else None
+        name, solved = title
         tiny = {"MODEL": str(model_folder), **TINY, **SMALL[name]}
         values = tiny if request.param == "tiny" else None
-        return run(name, values, "plotly_mimetype", folder, last, solved, environment)
+        return run(name, values, "plotly_mimetype", folder, None, solved, environment)
 
-    titles = (*NAMES, SOLVED)
+    titles = [(name, False) for name in NAMES] + [(name, True) for name in WITH_EXERCISES]
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(titles, pool.map(execute, titles), strict=True))
 
@@ -139,40 +112,35 @@ def executed(request, model_folder, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_it_runs_from_a_clean_kernel(name, executed):
-    shown = counted(executed[name])
+    shown = counted(executed[name, False])
     assert all(found >= least for found, least in zip(shown, SHOWN[name], strict=True))
-    streams = [o for o in outputs(executed[name]) if o.output_type == "stream"]
+    streams = [o for o in outputs(executed[name, False]) if o.output_type == "stream"]
     assert not [o.text for o in streams if o.name == "stderr" and "Warning" in o.text]
 
 
 def said(notebook):
-    return "".join(o.text for o in outputs(notebook) if o.output_type == "stream")
+    """What the checks say, which is plain text."""
+    shown = [o.get("data", {}) for o in outputs(notebook)]
+    return [data["text/plain"] for data in shown if "text/plain" in data and len(data) == 1]
 
 
 @pytest.mark.slow
-def test_exercises_tell_right_from_wrong(executed):
-    untouched, solved = said(executed["04_exercises"]), said(executed[SOLVED])
-    assert untouched.count("Not done yet") == 7
-    assert "Right" not in untouched
-    before, _, tried = solved.partition("TOLD ")
-    assert len({line for line in before.splitlines() if line.startswith("Right")}) == 7
-    told = re.findall(r"^TOLD .*$|^ACCEPTED .*$", f"TOLD {tried}", re.MULTILINE)
-    assert len(told) == len(ANSWERS) + len(RIGHT)
-    for line, (answer, expected) in zip(told, ANSWERS.items(), strict=False):
-        assert re.search(expected, line), (answer, line)
-    for line in told[len(ANSWERS) :]:
-        assert line.startswith("ACCEPTED"), line
+@pytest.mark.parametrize("name", WITH_EXERCISES)
+def test_exercises_wait_for_an_answer_and_take_the_solution(name, executed):
+    untouched, solved = said(executed[name, False]), said(executed[name, True])
+    assert sum("Not done yet" in text for text in untouched) == EXERCISES[name]
+    assert not [text for text in solved if "Not done yet" in text]
 
 
-def test_solutions_are_hidden():
+@pytest.mark.parametrize("name", WITH_EXERCISES)
+def test_solutions_are_hidden(name):
     """Also where the notebook is only looked at."""
-    kept = nbformat.read(HERE / "04_exercises.ipynb", 4)
+    kept = nbformat.read(HERE / f"{name}.ipynb", 4)
     source = "\n".join(cell.source for cell in kept.cells)
-    assert source.count("<summary>Solution</summary>") == 7
-    shown = re.sub(r"<details>.*?</details>", "", source, flags=re.DOTALL)
-    assert "tm.melbo(" not in shown
-    assert "idxmax" not in shown.replace('swept["kl"].idxmax()', "", 1)  # the check's own
-    assert "Right" not in "".join(str(o) for o in outputs(kept))
+    assert source.count("<summary>Solution</summary>") == EXERCISES[name]
+    assert source.count("**Difficulty**") >= source.count("**Importance**") > 0
+    assert all("..." in cell.source for cell in answers(kept))
+    assert not [text for text in said(kept) if text.startswith("Right")]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -210,7 +178,7 @@ def lab(executed, tmp_path_factory):
     """JupyterLab on the notebooks as they ran, scripts included; gives its address."""
     folder = tmp_path_factory.mktemp("lab")
     for name in NAMES:
-        nbformat.write(executed[name], folder / f"{name}.ipynb")
+        nbformat.write(executed[name, False], folder / f"{name}.ipynb")
     with closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,0 +1,164 @@
+"""Checks of the notebook 01_first_vectors."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from torch import Tensor
+
+from tl_melbo.course._note import Note, Wrong, unfinished
+from tl_melbo.tables import groups
+
+# Of the largest value: two ways to compute the same differ by less.
+_CLOSE = 5e-3
+
+
+def predicted(share: Any, unsteered: str, completions: pd.DataFrame) -> Note:
+    """Exercise 1: of random vectors, the share whose completion differs from the unsteered one."""
+    if note := unfinished(share):
+        return note
+    share = float(share)
+    if not 0 <= share <= 1:
+        raise Wrong(f"A share is between 0 and 1; this is {share:g}.")
+    changed = [text != unsteered for text in completions["completion"]]
+    return Note(
+        f"You said {share:.0%}. {sum(changed)} of {len(changed)} texts differ. Whether a text "
+        "differs says little: how much the distribution of the next token moves says more."
+    )
+
+
+def divergences(answer: Any, steered: Tensor, unsteered: Tensor) -> Note:
+    """Exercise 2: KL(steered || unsteered) of each row, from log-probabilities."""
+    if note := unfinished(answer):
+        return note
+    if not isinstance(answer, Tensor):
+        raise Wrong(f"Expected a tensor, got {type(answer).__name__}.")
+    if answer.shape != steered.shape[:1]:
+        raise Wrong(f"Its shape is {tuple(answer.shape)}; expected one number a vector.")
+    ours, theirs = steered.double().cpu().numpy(), unsteered.double().cpu().numpy().reshape(1, -1)
+    told = answer.detach().double().cpu().numpy()
+    if _close(told, (np.exp(ours) * (ours - theirs)).sum(-1)):
+        return Note("Right. 0 is the same distribution; unlike a text, it has degrees.")
+    mistakes = {
+        "That is the divergence of the unsteered distribution from the steered one. Whose "
+        "probabilities weigh the differences?": (np.exp(theirs) * (theirs - ours)).sum(-1),
+        "A divergence is never negative. Which of the two is subtracted from which?": (
+            np.exp(ours) * (theirs - ours)
+        ).sum(-1),
+        "The log-probabilities are subtracted, but not weighed by probabilities.": (
+            ours - theirs
+        ).sum(-1),
+        "That is an entropy: the unsteered distribution is not in it.": -(np.exp(ours) * ours).sum(
+            -1
+        ),
+        "That is a mean over the vocabulary; the definition has a sum.": (
+            np.exp(ours) * (ours - theirs)
+        ).mean(-1),
+    }
+    for message, value in mistakes.items():
+        if _close(told, value):
+            raise Wrong(message)
+    raise Wrong("These are other numbers. Write the definition down, then compare term by term.")
+
+
+def coherent_up_to(answer: Any, swept: pd.DataFrame, least: float = 0.8) -> Note:
+    """Exercise 3: the largest scale up to which so large a share of the completions is coherent."""
+    if note := unfinished(answer):
+        return note
+    shares = {
+        float(scale): np.mean([bool(each) for each in some["coherent"]])
+        for (scale,), some in groups(swept.sort_values("scale"), ["scale"]).items()
+    }
+    answer = float(answer)
+    if answer not in shares:
+        raise Wrong(
+            f"{answer:g} is none of the scales {', '.join(f'{each:g}' for each in shares)}."
+        )
+    expected = [scale for scale in sorted(shares) if min(_up_to(shares, scale)) >= least]
+    if not expected:
+        return Note("No scale has so many coherent completions here: the radius is too large.")
+    if answer == expected[-1]:
+        return Note(
+            f"Right: {shares[answer]:.0%} at {answer:g} times the radius. It is a limit for this "
+            "library on this prompt, not a constant of the model."
+        )
+    if shares[answer] < least:
+        raise Wrong(f"At {answer:g} only {shares[answer]:.0%} of the completions are coherent.")
+    if answer > expected[-1]:
+        raise Wrong(f"At {answer:g} they are, but at a smaller scale they are not.")
+    raise Wrong(f"At {answer:g} they are coherent; is there no larger scale where they still are?")
+
+
+def correlation(answer: Any, effects: Tensor, texts: Tensor) -> Note:
+    """Exercise 4: rank correlation, over pairs, of two matrices of similarities."""
+    if note := unfinished(answer):
+        return note
+    answer = float(answer)
+    if not abs(answer) <= 1:
+        raise Wrong(f"A correlation is between -1 and 1; this is {answer:g}.")
+    one, other = (matrix.detach().double().cpu().numpy() for matrix in (effects, texts))
+    pairs = np.triu_indices(len(one), 1)
+
+    def near(how: Callable[[Any, Any], float], places: Any = pairs) -> bool:
+        return abs(answer - how(one[places], other[places])) < 0.005
+
+    if near(_spearman):
+        return Note(
+            f"Right: {answer:.2f}. With {len(pairs[0])} pairs of {len(one)} vectors it is a rough "
+            "number: pairs that share a vector are not independent."
+        )
+    for places in (np.triu_indices(len(one)), tuple(np.indices(one.shape).reshape(2, -1))):
+        if near(_spearman, places) or near(_pearson, places):
+            raise Wrong(
+                "The diagonal is in it: each vector compared with itself, which always fits."
+            )
+    if near(_pearson):
+        raise Wrong("That is the correlation of the values, not of their ranks.")
+    raise Wrong(
+        f"{answer:.3f} is another number. Do both lists have the same pairs in the same order?"
+    )
+
+
+def chosen(number: Any, completions: pd.DataFrame) -> Note:
+    """Exercise 5: a vector whose greedy completion is coherent and not the baseline's behaviour."""
+    if note := unfinished(number):
+        return note
+    steered = pd.DataFrame(completions[(completions["vector"] >= 0) & (completions["scale"] == 1)])
+    if not any(steered["coherent"].astype(bool) & (steered["behaviour"] > 0)):
+        return Note("No coherent completion here differs from unsteered: try another radius.")
+    own = pd.DataFrame(steered[steered["vector"] == number])
+    if not len(own):
+        count = max(completions["vector"])
+        raise Wrong(f"There is no vector {number!r}; they are numbered from 0 to {count}.")
+    row: Any = own.iloc[0]
+    if not row["coherent"]:
+        raise Wrong(
+            f"Its completion is filtered out ({row['filtered_out']}): {row['completion']!r}"
+        )
+    if row["behaviour"] == 0:
+        raise Wrong(
+            "Its completion is in the unsteered model's own group. Choose one that differs."
+        )
+    alike = completions["behaviour"] == row["behaviour"]
+    n_alike = len(completions[alike & (completions["vector"] >= 0)])
+    return Note(
+        f"Vector {number}: {row['completion']!r} It is one of {n_alike} completions in its group. "
+        "That is one greedy text: the next notebook asks how much of it is real."
+    )
+
+
+def _up_to(shares: dict[float, Any], scale: float) -> list[Any]:
+    return [share for each, share in shares.items() if each <= scale]
+
+
+def _close(told: np.ndarray, expected: np.ndarray) -> bool:
+    return bool(np.abs(told - expected).max() <= _CLOSE * np.abs(expected).max())
+
+
+def _pearson(one: np.ndarray, other: np.ndarray) -> float:
+    return float(np.corrcoef(one, other)[0, 1])
+
+
+def _spearman(one: np.ndarray, other: np.ndarray) -> float:
+    return _pearson(pd.Series(one).rank().to_numpy(), pd.Series(other).rank().to_numpy())

@@ -1,0 +1,314 @@
+"""Checks of the notebook 00_melbo_from_scratch."""
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tl_melbo.activation_map import ActivationMap
+from tl_melbo.course._note import Note, Wrong, unfinished
+from tl_melbo.discovery import random_vectors
+from tl_melbo.model.tokens import to_tokens
+from tl_melbo.tables import Table
+from tl_melbo.vectors import SteeringVectors
+
+LAST = slice(-3, None)
+_LETTERS = "ABCDEFGH"
+# Of the largest value: two ways to compute the same differ by less.
+_CLOSE = 2e-3
+# Of what the package reaches, how much a search of one's own should.
+_ENOUGH = 0.9
+
+
+def hook(steered_logits: Callable[[Tensor], Any], f: ActivationMap) -> Note:
+    """Exercise 1: logits of the prompt with theta added after the source block."""
+    theta = _drawn(f)
+    before = _logits(f)
+    told = steered_logits(theta)
+    if note := unfinished(told):
+        return note
+    told = _tensor(told, "the logits")
+    expected = _logits(f, lambda x: x + theta)
+    if told.dim() == 2:
+        told = told[None]
+    _shape(told, expected.shape, "the logits")
+    if not _close(_logits(f), before):
+        raise Wrong(
+            "After your function returned, the model is still steered. A hook that was added for "
+            "good stays; run_with_hooks takes it away again."
+        )
+    if _close(told, expected):
+        return Note("Right: these are the logits that tm.steered gives, too.")
+    mistakes = {
+        "These are the unsteered logits: what your hook computed did not reach the model. Does it "
+        "give something back, and does it have the right name?": before,
+        "Only the last token is steered. The vector belongs to every position.": _logits(
+            f, lambda x: torch.cat([x[:, :-1], x[:, -1:] + theta], 1)
+        ),
+        "The vector has the wrong sign.": _logits(f, lambda x: x - theta),
+        "The vector takes the place of the residual stream; it should be added.": _logits(
+            f, lambda x: 0 * x + theta
+        ),
+        "The vector is added one block too early: before the source block, not after.": _logits(
+            f, lambda x: x + theta, f"blocks.{f.source_layer}.hook_resid_pre"
+        ),
+    }
+    _look_up(told, mistakes)
+    raise Wrong(
+        "These are other logits. Which hook point does your hook sit at, and what does it add?"
+    )
+
+
+def effect(delta: Callable[[Tensor], Any], f: ActivationMap) -> Note:
+    """Exercise 2: the change of the residual stream after the target block."""
+    theta = _drawn(f)
+    told = delta(theta)
+    if note := unfinished(told):
+        return note
+    told = _tensor(told, "the effect")
+    with torch.no_grad():
+        expected = f.delta(theta[None])[0, 0]
+        own = f.mask[0]
+    expected, y, x = expected[own], f.y[0][own], f.x[0][own]
+    if told.dim() == 3 and len(told) == 1:
+        told = told[0]
+    _shape(told, expected.shape, "the effect")
+    if _close(told, expected):
+        return Note("Right: it agrees with f.delta at every token.")
+    mistakes = {
+        "Other way round: this is what the vector takes away.": -expected,
+        "That is the steered residual stream. How far is it from the unsteered one?": (
+            y + expected
+        ),
+        "That is the change at the source layer, where it is the vector itself.": theta.expand_as(
+            x
+        ),
+        "That is nothing at all: both runs gave the same. Is one of them steered?": 0 * expected,
+    }
+    _look_up(told, mistakes)
+    raise Wrong(
+        "Another change. Do you read the residual stream after the target block, in both runs?"
+    )
+
+
+def quiz(texts: Sequence[str]) -> Table:
+    """The texts in another order, with a letter each."""
+    order = _order(len(texts))
+    return Table({"text": [*_LETTERS[: len(texts)]], "completion": [texts[i] for i in order]})
+
+
+def guess(letter: Any, texts: Sequence[str]) -> Note:
+    """Exercise 3: which letter of `quiz` is the first of the texts."""
+    if note := unfinished(letter):
+        return note
+    letters = _LETTERS[: len(texts)]
+    if letter not in [*letters]:
+        raise Wrong(f"{letter!r} is none of the letters {', '.join(letters)}.")
+    if letters[_order(len(texts)).index(0)] != letter:
+        raise Wrong(
+            "No, a random vector wrote that one. Which text would you least expect from this model?"
+        )
+    return Note("Right. The next exercises are about how such a vector is found.")
+
+
+def objective(measure: Callable[[Tensor], Any], f: ActivationMap) -> Note:
+    """Exercise 4, first half: the size of the effect at the last three tokens, differentiable."""
+    theta = _drawn(f).requires_grad_()
+    told = measure(theta)
+    if note := unfinished(told):
+        return note
+    told = _tensor(told, "the objective")
+    if told.numel() != 1:
+        raise Wrong(f"One number is expected; these are {told.numel()}.")
+    with torch.no_grad():
+        everywhere = f.delta(theta[None]).double()[0, 0][f.mask[0]]
+    sizes = everywhere.norm(dim=-1)
+    expected = sizes[LAST].square().sum().sqrt()
+    mistakes = {
+        "All tokens count here, the first among them. Only the last three should.": sizes.norm(),
+        "Only the last token counts here.": sizes[-1],
+        "Nearly: the formula has an exponent 1/2 outside the sum.": expected.square(),
+        "That is the sum of the norms. The formula squares them first.": sizes[LAST].sum(),
+        "That is the mean; the formula has a sum.": sizes[LAST].square().mean().sqrt(),
+    }
+    if not _close(told, expected):
+        _look_up(told, mistakes)
+        raise Wrong("Another number. Compare your code with the formula, from the inside out.")
+    if not told.requires_grad:
+        raise Wrong(
+            "The number is right, but no gradient comes back: torch.no_grad, .item() or detach?"
+        )
+    return Note("Right. MELBO does nothing but make this number large.")
+
+
+def climbed(
+    answer: Any,
+    f: ActivationMap,
+    radius: float,
+    reference: SteeringVectors,
+    n_gradients: int,
+    enough: float = 0.9,
+) -> Note:
+    """Exercises 4 and 5: a vector on the sphere, and the objective on the way to it.
+
+    Args:
+        enough: the share of the objective of tm.melbo's first vector that it is to reach.
+    """
+    if note := unfinished(answer):
+        return note
+    try:
+        theta, history = answer
+    except (TypeError, ValueError):
+        raise Wrong("Return two things: the vector, and the list of objectives.") from None
+    theta = _tensor(theta, "the vector")
+    _shape(theta, (f.d_model,), "the vector")
+    _on_sphere(theta, radius)
+    if len(history) > n_gradients + 1:
+        raise Wrong(f"{len(history)} objectives: at most {n_gradients} gradients are allowed.")
+    share = _size(f, theta) / _size(f, reference.vectors[0])
+    if share < enough:
+        begun = _size(f, _drawn(f, radius)) / _size(f, reference.vectors[0])
+        advice = (
+            "That is no more than a random vector has: does the step go uphill?"
+            if share < 1.2 * begun
+            else "It climbs. Are the steps large enough, and is each taken from the last point?"
+        )
+        raise Wrong(f"Your vector reaches {share:.0%} of tm.melbo's objective. {advice}")
+    return Note(f"Right: {share:.0%} of what tm.melbo reaches, with {len(history) - 1} gradients.")
+
+
+def top_direction(answer: Callable[[], Any], f: ActivationMap, linear: SteeringVectors) -> Note:
+    """Exercise 6: the top right singular vector of J and its singular value."""
+    told = answer()
+    if note := unfinished(told):
+        return note
+    try:
+        direction, value = told
+    except (TypeError, ValueError):
+        raise Wrong("Return two things: the direction, and its singular value.") from None
+    direction = _tensor(direction, "the direction")
+    _shape(direction, (f.d_model,), "the direction")
+    _on_sphere(direction, 1.0)
+    expected = float(linear.columns["singular_value"][0])
+    cosine = abs(float(direction.double() @ linear.vectors[0].double() / linear.norms[0]))
+    if cosine < 0.9:
+        raise Wrong(
+            f"Its |cosine| with the top singular vector is {cosine:.2f}. Do you apply J and its "
+            "transpose in turn, and often enough?"
+        )
+    value = float(value)
+    if abs(value - expected) < 0.03 * expected:
+        return Note(f"Right: J stretches this direction by {value:.3g}, more than any other.")
+    if abs(value - expected**2) < 0.06 * expected**2:
+        raise Wrong(
+            "The direction is right. The value is that of J'J: the square of what is asked."
+        )
+    raise Wrong(f"The direction is right, but J does not stretch it by {value:.3g}.")
+
+
+def second(theta: Any, first: Tensor, f: ActivationMap, reference: SteeringVectors) -> Note:
+    """Exercise 7: a second vector, orthogonal to the first, of a large objective."""
+    if note := unfinished(theta):
+        return note
+    theta = _tensor(theta, "the vector")
+    _shape(theta, (f.d_model,), "the vector")
+    _on_sphere(theta, float(reference.norms[0]))
+    cosine = float(torch.cosine_similarity(theta, first.detach(), 0))
+    if abs(cosine) > 1e-3:
+        raise Wrong(
+            f"Its cosine with the first is {cosine:.3f}. The gradient leads back to the first: "
+            "what has to be taken away from the point, after each step?"
+        )
+    share = _size(f, theta) / _size(f, reference.vectors[1])
+    if share < _ENOUGH:
+        raise Wrong(
+            f"Orthogonal, but it reaches {share:.0%} of the objective of tm.melbo's second."
+        )
+    return Note(f"Right: orthogonal, and {share:.0%} of the objective of tm.melbo's second vector.")
+
+
+def sink(place: Any, share: Any, f: ActivationMap, trapped: SteeringVectors) -> Note:
+    """Exercise 8: which token has the largest residual, and its share of an effect, squared."""
+    if note := unfinished(place) or unfinished(share):
+        return note
+    own = f.mask[0]
+    norms = f.x[0][own].norm(dim=-1)
+    place = int(place) % len(norms)
+    if place != int(norms.argmax()):
+        raise Wrong(f"The residual stream of token {place} is not the longest: look at f.x again.")
+    with torch.no_grad():
+        sizes = f.delta(trapped.vectors[:1])[0, 0][own].double().norm(dim=-1)
+    expected = float(sizes[place].square() / sizes.square().sum())
+    share = float(share)
+    if abs(share - expected) < 0.01:
+        return Note(f"Right: {expected:.1%} of the objective is this one token.")
+    if not 0 <= share <= 1:
+        raise Wrong(f"A share is between 0 and 1; this is {share:.3g}.")
+    if abs(share - float(sizes[place] / sizes.sum())) < 0.01:
+        raise Wrong("That is its share of the norms. In the objective they are squared.")
+    raise Wrong(
+        f"{share:.3f} is another share. Is it that of the vector that was found at all tokens?"
+    )
+
+
+def _drawn(f: ActivationMap, radius: float | None = None) -> Tensor:
+    typical = 0.1 * float(f.x[0][f.mask[0]].norm(dim=-1).median())
+    return random_vectors(f, 1, radius=radius or typical, seed=7).vectors[0].to(f.x.device)
+
+
+def _logits(
+    f: ActivationMap, change: Callable[[Tensor], Tensor] | None = None, name: str = ""
+) -> Tensor:
+    """By TransformerLens alone: no code of this package adds anything here."""
+    tokens = to_tokens(f.model, f.prompts[0], f.chat)
+    place = name or f"blocks.{f.source_layer}.hook_resid_post"
+    hooks = [] if change is None else [(place, lambda resid, hook: change(resid))]
+    with torch.no_grad():
+        return f.model.run_with_hooks(tokens, fwd_hooks=hooks).float()
+
+
+def _size(f: ActivationMap, theta: Tensor) -> float:
+    with torch.no_grad():
+        return float(f.delta(theta.detach()[None].to(f.x), LAST).double().norm())
+
+
+def _tensor(told: Any, what: str) -> Tensor:
+    if not isinstance(told, Tensor):
+        raise Wrong(f"Expected a tensor for {what}, got {type(told).__name__}.")
+    if not torch.isfinite(told).all():
+        raise Wrong(f"Not all numbers of {what} are finite. Is something divided by zero?")
+    return told
+
+
+def _shape(told: Tensor, expected: Sequence[int], what: str) -> None:
+    if tuple(told.shape) != tuple(expected):
+        raise Wrong(f"The shape of {what} is {tuple(told.shape)}; expected {tuple(expected)}.")
+
+
+def _on_sphere(theta: Tensor, radius: float) -> None:
+    norm = float(theta.detach().norm())
+    if abs(norm - radius) > 1e-3 * radius:
+        raise Wrong(f"Its norm is {norm:.4g}; expected {radius:g}. Which step leaves the sphere?")
+
+
+def _close(told: Tensor, expected: Tensor) -> bool:
+    """Token by token, so that a token with huge numbers does not hide the others."""
+    told, expected = told.detach().double().cpu(), expected.detach().double().cpu()
+    if told.dim() < 2:
+        return bool((told - expected).abs().max() <= _CLOSE * expected.abs().max())
+    difference = (told - expected).norm(dim=-1)
+    return bool((difference <= _CLOSE * (1e-2 + expected.norm(dim=-1))).all())
+
+
+def _look_up(told: Tensor, mistakes: dict[str, Tensor]) -> None:
+    for message, value in mistakes.items():
+        if _close(told, value):
+            raise Wrong(message)
+
+
+def _order(count: int) -> list[int]:
+    order = list(range(count))
+    random.Random(count).shuffle(order)
+    return order
