@@ -37,6 +37,7 @@ MAX_NEW_TOKENS = 24
 import time
 
 import pandas as pd
+import plotly.express as px
 import torch
 
 import tl_melbo as tm
@@ -247,15 +248,24 @@ for name, some in (several | single).items():
     count = N_SAMPLES if name in several else N_VECTORS * N_SAMPLES
     frames.append(tm.generate(model, PROMPT, some, n_samples=count, **writing).assign(method=name))
 samples = pd.concat(frames).assign(scale=1.0)
-speakers = tm.analysis.rates(samples, "speaker", by=("method",))
-as_ai = speakers[speakers["value"] == "assistant"].drop(columns=["steering", "value"])
+
+
+def speaks_as_ai(text):
+    return tm.analysis.tags(PROMPT, text)["speaker"].iloc[0] == "assistant"
+
+
+as_ai = tm.analysis.rates(samples, speaks_as_ai, by=("method",)).drop(columns=["steering", "value"])
 as_ai.round(2)
 
 # %%
-tm.plots.behaviour_rates(
-    tm.analysis.rates(samples, "speaker", by=("method",)).query("value == 'assistant'"),
+bars = px.bar(
+    as_ai, x="method", y="rate", template="plotly_white", width=720, height=420, range_y=[0, 1],
+    error_y=as_ai["high"] - as_ai["rate"], error_y_minus=as_ai["rate"] - as_ai["low"],
+    color_discrete_sequence=["#56b4e9"], labels={"rate": "share of completions", "method": ""},
     title="How often the model speaks as an AI (T = 0.7, 95% intervals)",
-)
+)  # fmt: skip
+told = ", ".join(f"{row.method} {row.hits} of {row.n}" for row in as_ai.itertuples())
+bars.update_layout(meta={"alt": f"Bars with intervals of speaking as an AI: {told}."})
 
 # %% [markdown]
 # **What the bars carry, in the bundled model.** The *contrastive* vector does what its labels say: the model speaks as an AI far less often than under random vectors of the same norm, and the intervals do not overlap.
