@@ -162,7 +162,7 @@ def verdict(graded: Note | Table) -> Note:
         return graded
     found, hidden = graded.attrs["found"], graded.attrs["hidden"]
     false = sum(graded["hidden in the model"] == "no")
-    sound = (graded["your rate"] == "holds").all()
+    sound = {*graded["your rate"]} == {"holds"}
     rates = "All rates hold." if sound else "Not all rates hold: see the table."
     told = f"You found {found} of {hidden} hidden sentences, with {false} false alarm(s). {rates}"
     if found < hidden:
