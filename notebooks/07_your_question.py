@@ -225,8 +225,10 @@ Note(
 )
 
 # %% [markdown]
-# Whatever the sentence says: the vector moves *both* kinds far more than random vectors do (the table of section 3). That is a
-# result of its own, and a different one: a large effect is not a meaning.
+# **In the bundled model** the difference is there, and the test of the chosen vector alone would have been published. The random vectors take the conclusion back: one of three shows the same, and all three lean
+# that way. Personal answers seem to be easier to move by *anything*. So "it changes personal answers more" says little about this vector. A better question would compare with the random vectors prompt by prompt.
+#
+# What does stand: the vector moves *both* kinds several times as far as random vectors of its norm do (the table of section 3). That is a clear result, and a different one: a large effect is not a meaning.
 #
 # ## Your turn: half a page ✏️
 #
