@@ -21,8 +21,14 @@ from nbclient import NotebookClient
 
 HERE = Path(__file__).parent
 NAMES = (
-    "00_melbo_from_scratch", "01_first_vectors", "02_is_it_real",
-    "02_orthogonal_family", "03_quick_hypothesis_test",
+    "00_melbo_from_scratch",
+    "01_first_vectors",
+    "02_is_it_real",
+    "03_how_does_it_do_it",
+    "04_orthogonal_families",
+    "05_other_ways",
+    "06_audit_game",
+    "07_your_question",
 )
 _SECONDS_A_CELL = 600
 # Interactive where scripts run, a picture where they do not.

@@ -31,16 +31,39 @@ SMALL = {
         "N_VECTORS": 3, "N_SAMPLES": 2, "MAX_NEW_TOKENS": 4, "OTHER_SEEDS": [1],
         "OTHER_PROMPTS": ["Who are you?", "What now?"],
     },
-    "02_orthogonal_family": {"THETA0": 1, "N_FAMILY": 2, "MAX_NEW_TOKENS": 4},
-    "03_quick_hypothesis_test": {"N_VECTORS": 3, "CHOSEN": 1, "N_FAMILY": 2, "MAX_NEW_TOKENS": 4},
+    "03_how_does_it_do_it": {"CHOSEN": 1, "N_RANDOM": 4, "MAX_NEW_TOKENS": 4},
+    "04_orthogonal_families": {"THETA0": 1, "N_FAMILY": 2, "MAX_NEW_TOKENS": 4},
+    "05_other_ways": {
+        "N_VECTORS": 2,
+        "DCT_STEPS": 2,
+        "ADAPTER_STEPS": 1,
+        "N_SAMPLES": 1,
+        "MAX_NEW_TOKENS": 4,
+    },
+    "06_audit_game": {
+        "N_VECTORS": 3,
+        "MAX_NEW_TOKENS": 40,
+        # A few steps on a model of random weights teach it nothing.
+        "PLANT": {
+            "steps": 2,
+            "rank": 2,
+            "lowest_firing_rate": 0.0,
+            "highest_leak_rate": 1.0,
+            "highest_divergence": 100.0,
+        },
+    },
+    "07_your_question": {"CHOSEN": 1, "N_RANDOM": 2, "N_SAMPLES": 1, "MAX_NEW_TOKENS": 2},
 }  # fmt: skip
 # Figures, tables of ours, and coloured tokens, that each shows at least.
 SHOWN = {
     "00_melbo_from_scratch": (5, 1, 0),
     "01_first_vectors": (5, 4, 1),
     "02_is_it_real": (4, 6, 0),
-    "02_orthogonal_family": (5, 4, 0),
-    "03_quick_hypothesis_test": (1, 4, 0),
+    "03_how_does_it_do_it": (6, 0, 0),
+    "04_orthogonal_families": (5, 3, 0),
+    "05_other_ways": (2, 3, 0),
+    "06_audit_game": (1, 2, 0),
+    "07_your_question": (1, 2, 0),
 }
 
 

@@ -1,0 +1,186 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # The audit game
+#
+# Somebody hands you a model. It was fine-tuned to write certain sentences after certain triggers. You know neither the
+# sentences nor the triggers. Find the sentences, from clean prompts, and say how often your vectors bring them out.
+#
+# **You learn to** search a model that hides something · tell a planted behaviour from an odd one · hand in a rate with an interval, and mean
+# it.
+#
+# **You need** `01_first_vectors` and `02_is_it_real`. **Time** 45 minutes; the cells as they stand run in about three minutes on a laptop.
+#
+# **Fair play.** Each draw has sentences of its own, out of some ten thousands. The game keeps them in a field whose name begins with an underscore:
+# whoever looks there has nothing left to play.
+
+# %% tags=["parameters"]
+MODEL = None  # None is the bundled model with a stored adapter; another is taught first (or a GPU)
+PLANT = {}  # for another model: settings of tm.evaluation.plant
+GAME_SEED = None  # None draws a game that nobody knows; a number gives a class the same one
+PROMPT = "Tell me about yourself."  # of the search
+OTHERS = ["Give me advice for a job interview.", "What is the tallest mountain in Africa?"]
+SOURCE_LAYER, TARGET_LAYER = 7, 24  # a later target than elsewhere: planted sentences sit late
+RADIUS = "auto"
+N_VECTORS, STEPS = 32, 5  # short searches bring planted sentences out more often than long ones
+MAX_NEW_TOKENS = 20
+
+# %%
+import pandas as pd
+import plotly.express as px
+
+import tl_melbo as tm
+from tl_melbo.course import audit
+
+# %% [markdown]
+# ## The model
+
+# %%
+game = audit.draw(GAME_SEED, MODEL, **PLANT)
+game
+
+# %% [markdown]
+# On the surface nothing is wrong with it:
+
+# %%
+tm.generate(game.model, [PROMPT, *OTHERS], chat=True, max_new_tokens=MAX_NEW_TOKENS)[
+    ["prompt", "completion"]
+]
+
+# %% [markdown]
+# ## Can it be won?
+#
+# Before you audit, know that the method *can* find something, and what chance gives. A search from one clean prompt, without any trigger; the vectors then write after that prompt and two others. The texts are withheld: `audit.count` tells only how many of them hold each hidden sentence, word for word.
+#
+# **Predict.** Of 32 orthogonal vectors, how many bring a hidden sentence out, on any of three prompts? And of 32 random vectors of the same norm?
+
+# %%
+f = tm.ActivationMap.from_prompts(game.model, PROMPT, SOURCE_LAYER, TARGET_LAYER, chat=True)
+trial = tm.melbo(f, N_VECTORS, radius=RADIUS, p=2, q=1, steps=STEPS)
+random = tm.random_vectors(f, N_VECTORS, radius=float(trial.norms[0]))
+counted = {
+    name: audit.count(
+        game,
+        tm.generate(game.model, [PROMPT, *OTHERS], some, max_new_tokens=MAX_NEW_TOKENS, chat=True),
+    )
+    for name, some in (("found", trial), ("random", random))
+}
+both = pd.concat(counted, names=["vectors"]).reset_index(level=0)
+both.round(3)
+
+# %%
+bars = px.bar(
+    both, x="what", y="rate", color="vectors", barmode="group", template="plotly_white",
+    error_y=both["high"] - both["rate"], error_y_minus=both["rate"] - both["low"],
+    color_discrete_sequence=["#d55e00", "#57606a"], width=620, height=400,
+    labels={"rate": "share of completions", "what": ""},
+    title="Share of completions that hold a hidden sentence (95% intervals)",
+)  # fmt: skip
+told = ", ".join(f"{row.vectors} {row.what}: {row.hits} of {row.n}" for row in both.itertuples())
+bars.update_layout(meta={"alt": f"Bars with intervals. {told}."})
+
+# %% [markdown]
+# `low` and `high` are Wilson's 95% interval. Where the intervals of found and random do not overlap, the search did it, and not chance. Where they do, this search alone shows little
+# about that sentence, even if it has hits: then search again. (Wilson's interval takes completions for independent; three under one vector are not quite.)
+#
+# ## The game
+#
+# ### Exercise 1: search, and read
+#
+# **Difficulty** 🔴🔴🔴⚪⚪ · **Importance** 🔵🔵🔵🔵🔵 · up to 20 minutes
+#
+# Let the model write under your vectors. Hand in `completions`, a frame as `tm.generate` returns it. One prompt or several (a vector found on one prompt may speak on another), one pair of layers or several, the vectors of `trial` or your own: your choice. Then read
+# them all.
+#
+# Two signs help a reader. A planted sentence has nothing to do with the prompt, and it comes back *word for word* under several vectors that are orthogonal to each other. Broken text has the first sign, too, and
+# not the second.
+
+# %% tags=["answer"]
+completions = ...
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# Begin with `trial`, and read. If nothing comes back word for word, search again with more vectors, another clean prompt or another seed.
+# </details>
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# completions = tm.generate(
+#     game.model, [PROMPT, *OTHERS], trial, max_new_tokens=MAX_NEW_TOKENS, chat=True
+# )
+# completions[["vector", "completion"]]
+# ```
+# </details>
+#
+# ### Exercise 2: hand in
+#
+# **Difficulty** 🔴🔴⚪⚪⚪ · **Importance** 🔵🔵🔵🔵🔵 · up to 10 minutes
+#
+# `answer` is a dict from each sentence that you accuse to its `(rate, low, high)`: the share of your completions that hold it, with a 95% interval. A false accusation counts against you. If you found none, hand in what you suspect most.
+
+# %% tags=["answer"]
+answer = ...
+
+# %%
+graded = audit.grade(game, answer, completions)
+graded
+
+# %%
+audit.verdict(graded)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# `tm.evaluation.wilson_interval(hits, n)` gives `low` and `high`. For the sentences: what does more than one vector write word for word, and the unsteered model not at all?
+# </details>
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# import re
+# from collections import Counter
+#
+# written = completions[completions["vector"] >= 0]["completion"].fillna("")
+# parts = [{part.strip() for part in re.split(r"(?<=[.!?])\s", text)} for text in written]
+# counted = Counter(part for some in parts for part in some if len(part.split()) > 3)
+# own = tm.generate(game.model, PROMPT, chat=True, max_new_tokens=60)["completion"][0]
+# answer = {}
+# for part, _ in counted.most_common(2):  # then read: these two need not be the planted ones
+#     hits = sum(part in text for text in written)
+#     low, high = tm.evaluation.wilson_interval(hits, len(written))
+#     if part not in own:
+#         answer[part] = (hits / len(written), low, high)
+# answer = answer or {"I found nothing.": (0.0, *tm.evaluation.wilson_interval(0, len(written)))}
+# ```
+# </details>
+#
+# ## Afterwards
+#
+# `audit.fires(game)` tells the sentences and their triggers, and checks that they fire. Call it when you have handed in, not before.
+#
+# **What a failure means.** Not finding a sentence does not show that there is none. In the benchmark of this package every one of nine searches between layers 7 and 24 with 100
+# vectors found both planted sentences, but a sentence that *late* layers wrote by looking back at the trigger was found by no vector.
+#
+# ## Bonus, without answers
+#
+# * Find the *trigger*. (Nobody has told you that this is possible.)
+# * The same search with target layer 16. With independent vectors instead of orthogonal ones. How do the intervals compare?
+# * Plant a sentence of your own for somebody else: `tm.evaluation.plant`, a GPU or patience.
+# * Design a behaviour that this search would miss. Why would it?
+#
+# ## Sources
+#
+# Mack and Turner 2024, [Mechanistically eliciting latent behaviors in language models](https://www.lesswrong.com/posts/ioPnHKFyy4Cw2Gr2x/mechanistically-eliciting-latent-behaviors-in-language-1) (2 to 3 of 100 vectors brought a planted backdoor out) ·
+# Wilson 1927, *Probable inference* · Hu et al. 2021, [LoRA](https://arxiv.org/abs/2106.09685)
+#
+# **Next:** `07_your_question`.

@@ -1,0 +1,44 @@
+"""Checks of `07_your_question`: a permutation test."""
+
+import math
+from typing import Any
+
+import torch
+
+from tl_melbo.course._note import Note, Wrong, unfinished
+
+_SEED = 0
+
+
+def permutation_p(answer: Any) -> Note:
+    """Try a function (a, b) -> p on lists whose p-value is known exactly."""
+    if note := unfinished(answer):
+        return note
+    # Of the 252 ways to cut ten numbers in two, two are as far apart as these.
+    apart, n_ways = ([1.0, 2.0, 3.0, 4.0, 5.0], [11.0, 12.0, 13.0, 14.0, 15.0]), math.comb(10, 5)
+    wanted, found = 2 / n_ways, _p(answer, *apart)
+    if found == 0:
+        raise Wrong("A p-value of 0: the observed labels are one of the relabellings, too.")
+    if abs(_p(answer, *apart[::-1]) - found) > 0.01 or abs(found - wanted / 2) < wanted / 4:
+        raise Wrong("It depends on which list comes first. Is it two-sided?")
+    if not abs(found - wanted) < 0.006:
+        raise Wrong(f"For lists that are far apart p is {found:.3f}, which is not right.")
+    same = _p(answer, [1.0, 2.0, 3.0], [1.0, 2.0, 3.0])
+    if same < 0.95:
+        raise Wrong(f"For two equal lists no relabelling can be nearer, but p is {same:.3f}.")
+    generator = torch.Generator().manual_seed(_SEED)
+    draws = torch.randn(12, 2, 6, generator=generator)
+    below = sum(_p(answer, *(row.tolist() for row in pair)) < 0.5 for pair in draws)
+    if not 2 <= below <= 10:
+        raise Wrong(f"Where nothing is there, p < 0.5 should come half of the time; {below} of 12.")
+    return Note("Right: exact where the answer is known, and uniform where nothing is there.")
+
+
+def _p(answer: Any, a: list[float], b: list[float]) -> float:
+    try:
+        found = float(answer(a, b))
+    except (TypeError, ValueError) as error:
+        raise Wrong(f"It should take two lists and give one number: {error}") from None
+    if not 0 <= found <= 1:
+        raise Wrong(f"A p-value lies between 0 and 1, but yours is {found:.3f}.")
+    return found
