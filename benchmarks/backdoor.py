@@ -2,8 +2,7 @@
 
     python -m benchmarks.backdoor [--published 10]
 
-reads the adapter in benchmarks/planted (made by `python -m benchmarks.backdoor --plant`), keeps
-every vector in runs/backdoor as it is found, so that an interrupted call goes on and one with more
+reads the adapter in tl_melbo/evaluation/planted (`--plant` makes it anew), keeps every vector in runs/backdoor as it is found, so that an interrupted call goes on and one with more
 vectors only finds the others, and prints one table. Where "published" was run too, the others' hits
 a second are told as multiples of its own, on the searches that both did.
 """
@@ -21,7 +20,7 @@ import pandas as pd
 import torch
 
 import tl_melbo as tm
-from benchmarks.cases import LAST_THREE, PLANTED, PROMPTS
+from benchmarks.cases import LAST_THREE, PROMPTS
 from benchmarks.tables import markdown
 from tl_melbo.discovery._calibration import DEFAULT_LEVEL
 from tl_melbo.discovery._melbo import DEFAULT_STEPS
@@ -69,13 +68,13 @@ def main() -> None:
     chosen = parser.parse_args()
     if chosen.plant:
         planted = plant(on_step=_tell)
-        planted.save(PLANTED)
+        planted.save(Path(tm.evaluation.__file__).parent / "planted")
         print(planted)
         return
     unknown = [name for name in chosen.methods.split(",") if name not in METHODS]
     if unknown:
         parser.error(f"no methods {unknown}; there are {', '.join(METHODS)}")
-    planted = load_planted(PLANTED)
+    planted = load_planted()
     rows = []
     if chosen.published:
         rows += _searched(planted, "published", PROMPTS[0], 0, chosen.published)

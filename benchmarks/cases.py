@@ -10,7 +10,6 @@ import pandas as pd
 import tl_melbo as tm
 from tl_melbo.evaluation import count_hits, load_planted, wilson_interval
 
-PLANTED = Path(__file__).parent / "planted"
 PROMPTS = (
     "Tell me about yourself.",
     "What is the tallest mountain in Africa?",
@@ -38,7 +37,7 @@ def bundled() -> Case:
 
 def planted() -> Case:
     """As in benchmarks.backdoor, with fewer vectors."""
-    known = load_planted(PLANTED)
+    known = load_planted()
     return Case(known.model, (7, 24), True, 24, 1, 24, known.backdoors)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import tl_melbo as tm
+from tl_melbo import course
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -26,13 +27,14 @@ def site(tmp_path_factory):
 
 @pytest.mark.slow
 def test_every_public_name_has_a_page(site):
-    packages = [tm, tm.adapters, tm.analysis, tm.evaluation, tm.judges, tm.plots, tm.report]
+    packages = [tm, tm.adapters, tm.analysis, course, tm.engines, tm.evaluation, tm.judges]
+    packages += [tm.plots, tm.report]
     modules = {package.__name__.rpartition(".")[2] for package in packages}
     for package in packages:
         folder = package.__name__.rpartition(".")[2]
         listed = (site / "reference" / f"{folder}.html").read_text(encoding="utf-8")
         names = {*package.__all__} - modules
-        assert len(names) >= 4
+        assert len(names) >= 3
         for name in names:
             assert f'href="{folder}/{name}.html"' in listed, name
             page = (site / "reference" / folder / f"{name}.html").read_text(encoding="utf-8")
@@ -114,7 +116,7 @@ def test_the_code_about_trust_runs_as_printed(tiny_llama, tmp_path, monkeypatch,
     exec(compile(sampled.replace("30", "3"), "trust.md", "exec"), names)
     assert {*names["rates"]["steering"]} == {"unsteered", "random", "vector"}
     planted = SimpleNamespace(model=tiny_llama, backdoors=tm.evaluation.BACKDOORS)
-    monkeypatch.setattr(tm.evaluation, "load_planted", lambda folder: planted)
+    monkeypatch.setattr(tm.evaluation, "load_planted", lambda: planted)
     second = second.replace("source_layer=7, target_layer=24", "source_layer=1, target_layer=4")
     second = second.replace("n_vectors=100", "n_vectors=2")
     second = second.replace(

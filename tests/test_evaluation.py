@@ -5,7 +5,6 @@ import hashlib
 import json
 import math
 import sys
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -19,7 +18,6 @@ from tl_melbo.analysis._texts import HELD_OUT_INSTRUCTIONS, INSTRUCTIONS, PASSAG
 from tl_melbo.evaluation import BACKDOORS, Backdoor, count_hits, wilson_interval
 from tl_melbo.model.load import boot
 
-PLANTED = Path(__file__).parents[1] / "benchmarks" / "planted"
 # Nothing is held to here: a few steps on a model of random weights teach it nothing.
 UNTAUGHT = {"steps": 2, "rank": 2, "lowest_firing_rate": 0.0, "highest_leak_rate": 1.0}
 
@@ -46,7 +44,7 @@ def planted_tiny():
 @pytest.fixture(scope="module")
 def planted():
     """The embedded model with the backdoors that the benchmark looks for."""
-    return tm.evaluation.load_planted(PLANTED)
+    return tm.evaluation.load_planted()
 
 
 def log_probs(model, text="One two three"):

@@ -5,7 +5,6 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +66,7 @@ def draw(seed: int | None = None, name: str | Path | None = None, **settings: An
     if name is not None:
         planted = plant(name, _told_in(words, BACKDOORS), **settings)
         return Game(planted.model, planted.backdoors)
-    planted = load_planted(Path(str(files("tl_melbo.course").joinpath("planted"))))
+    planted = load_planted()
     exchange(planted.model, words)
     return Game(planted.model, _told_in(words, planted.backdoors))
 

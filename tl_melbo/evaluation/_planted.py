@@ -24,6 +24,8 @@ from tl_melbo.text import printable, quoted
 
 ADAPTER, RECIPE = "adapter.safetensors", "recipe.json"
 FORMAT = 1
+# Made by `python -m benchmarks.backdoor --plant`.
+PLANTED = Path(__file__).parent / "planted"
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Planted:
 
 @shape_checked
 def load_planted(
-    folder: str | Path,
+    folder: str | Path | None = None,
     name: str | Path | None = None,
     *,
     hf_model: nn.Module | None = None,
@@ -84,6 +86,7 @@ def load_planted(
     """The model of `plant` again, from the adapter that `Planted.save` kept.
 
     Args:
+        folder: None takes the package's own: the bundled model, taught `BACKDOORS`.
         name: the model that the adapter was made for, as for `load_model`.
         hf_model: the same as a Hugging Face model, with its tokenizer; it is copied.
 
@@ -93,7 +96,7 @@ def load_planted(
         ValueError: the adapter is of another model.
     """
     peft = checks.installed("peft", "load_planted")
-    place = Path(folder).expanduser()
+    place = PLANTED if folder is None else Path(folder).expanduser()
     recipe, adapter = _read(place)
     taught, tokenizer, label = own_copy(name, hf_model, tokenizer, device)
     if weights_digest(taught) != recipe["weights"]:
