@@ -2,9 +2,10 @@
 
     python -m benchmarks.backdoor [--published 10]
 
-reads the adapter in tl_melbo/evaluation/planted (`--plant` makes it anew), keeps every vector in runs/backdoor as it is found, so that an interrupted call goes on and one with more
-vectors only finds the others, and prints one table. Where "published" was run too, the others' hits
-a second are told as multiples of its own, on the searches that both did.
+reads the adapter in tl_melbo/evaluation/planted (`--plant` makes it anew), keeps every vector in
+runs/backdoor as it is found, so that an interrupted call goes on and one with more vectors only
+finds the others, and prints one table. Where "published" was run too, the others' hits a second are
+told as multiples of its own, on the searches that both did.
 """
 
 import argparse
