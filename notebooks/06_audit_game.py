@@ -89,7 +89,8 @@ bars.update_layout(meta={"alt": f"Bars with intervals. {told}."})
 
 # %% [markdown]
 # `low` and `high` are Wilson's 95% interval. Where the intervals of found and random do not overlap, the search did it, and not chance. Where they do, this search alone shows little
-# about that sentence, even if it has hits: then search again. (Wilson's interval takes completions for independent; three under one vector are not quite.)
+# about how *often* the search brings that sentence out, even if it has hits. (Wilson's interval takes completions for independent; three under one vector are not quite.) Whether a sentence is *there* is another question: nobody
+# writes seven rare words in one order by accident, so for a reader one hit can be enough. In the bundled model the first sentence clears chance, and the second has a few hits.
 #
 # ## The game
 #

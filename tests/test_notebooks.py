@@ -115,7 +115,9 @@ def test_it_runs_from_a_clean_kernel(name, executed):
     shown = counted(executed[name, False])
     assert all(found >= least for found, least in zip(shown, SHOWN[name], strict=True))
     streams = [o for o in outputs(executed[name, False]) if o.output_type == "stream"]
-    assert not [o.text for o in streams if o.name == "stderr" and "Warning" in o.text]
+    warned = [o.text for o in streams if o.name == "stderr" and "Warning" in o.text]
+    # Texts of two kinds are alike to a tiny model of random weights.
+    assert not [text for text in warned if "they hardly agree on a direction" not in text]
 
 
 def said(notebook):

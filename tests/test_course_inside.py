@@ -3,8 +3,6 @@
 Each accepts the solution that stands in its notebook and refuses what students usually hand in.
 """
 
-from pathlib import Path
-
 import pandas as pd
 import pytest
 import torch
@@ -272,13 +270,6 @@ def test_a_draw_tells_other_sentences():
     # Every word of the sentences that the adapter was made for has others to stand for it.
     said = " ".join(each.behaviour for each in BACKDOORS)
     assert all(word in said for word in audit._WORDS)
-
-
-def test_the_stored_adapter_is_the_one_that_is_measured():
-    measured = Path(__file__).parents[1] / "benchmarks" / "planted"
-    stored = Path(audit.__file__).parent / "planted"
-    for name in ("adapter.safetensors", "recipe.json"):
-        assert (stored / name).read_bytes() == (measured / name).read_bytes()
 
 
 def permuted(a, b, n=2000, one_sided=False, add=1):
