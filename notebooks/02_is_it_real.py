@@ -196,6 +196,9 @@ print(
 # Report the second number. The first one was the best of several, so luck is in it. Two intervals that do not overlap
 # are clear evidence; two that do are not evidence of nothing.
 #
+# The rule makes mistakes: a text that is cut off before it says "AI" counts as a person's. It makes them for all three
+# bars alike, which is one more reason for baselines.
+#
 # ### Is the greedy text typical?
 #
 # Take the most striking words of the greedy text. How often are they in the samples?
@@ -241,7 +244,8 @@ tm.plots.behaviour_rates(pooled, "Speaks as a person, on four other prompts toge
 
 # %% [markdown]
 # A few samples a prompt give wide intervals; the figure pools the prompts. Look into the table before you speak of
-# "all prompts": some of them leave no room, since the unsteered model, too, speaks as a person there.
+# "all prompts": on some of them the unsteered model, too, speaks as a person, which leaves no room. If the pooled bars do
+# not differ, the claim is one about the prompt that the vector was found on. Say so.
 #
 # ## Other seeds
 #
@@ -282,8 +286,9 @@ pd.concat(
 )[["seed", "completion"]]
 
 # %% [markdown]
-# A second search rarely finds the same vector. What it may find is a vector of a similar effect; the table says how
-# similar, and the texts whether it does the same. Where neither agrees, say "this vector", not "the direction of".
+# The first row says whether the other search found the same direction, or a vector of a similar effect; the second what
+# chance gives. Then the text: does the closest vector do the same? Where it does not, say "this vector", not "the
+# direction of".
 #
 # ## Side effects
 #
@@ -407,8 +412,9 @@ print(
 )
 
 # %% [markdown]
-# Read the share with its null. A share above chance and yet small says: the library *touches* what the labels point at,
-# and nearly all of that direction is outside of it. MELBO and labels find different vectors for the same behaviour.
+# Read the share with its null. A share no larger than by chance says that the library does not hold what the labels point
+# at: what MELBO finds and what labels give are different vectors. Hold that against the rate above, too. If the labelled
+# vector itself does not bring out the behaviour at this norm, the comparison says little; try it at twice the norm.
 #
 # ## Does the model use the direction itself?
 #
@@ -465,12 +471,13 @@ print(
 )
 
 # %% [markdown]
-# If the control is found and the vector is not, the null is a finding: the vector *works*, but the model does not
+# If the control is found and the vector is not, the null is a finding: whatever the vector does, the model does not
 # use this direction where people speak. If the control is not found, take more text before you say anything.
 #
 # ## The claim, now
 #
-# One line a test. Which word of the claim would you change?
+# One line a test. Which word of the claim would you change? A vector can pass the first test and fail the second: then
+# it is real, and narrower than the claim.
 
 # %%
 unsteered_there, vector_there = (
