@@ -101,10 +101,11 @@ class Worker:
     def _model(self, cell: Cell) -> Any:
         name, model = self._loaded
         if model is None or name != cell.model:
-            self._loaded = model = None, None  # gone before the next one comes
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            if model is not None:  # gone before the next one comes
+                self._loaded = model = None, None
+                gc.collect()
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
             kind = getattr(torch, cell.facts["dtype"])
             model = tm.load_model(cell.facts["model"], device=self.task.device, dtype=kind)
             self._loaded = cell.model, model

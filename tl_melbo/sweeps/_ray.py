@@ -210,8 +210,10 @@ def _connected(ray: Any, address: str | None, threads: int, workers: int | None)
             ray.init("local", include_dashboard=False, **own, **quiet)
         else:
             ray.init(address, **quiet)
-    except (ConnectionError, ValueError) as error:
-        raise ConnectionError(f"address={address}: {_told(error)}; {_HOW}") from None
+    except Exception as error:  # Ray's own are of no narrower type
+        if address is None:
+            raise RuntimeError(f"engine='ray': Ray cannot be started ({_told(error)})") from error
+        raise ConnectionError(f"address={address}: {_told(error)}; {_HOW}") from error
     try:
         yield
     finally:

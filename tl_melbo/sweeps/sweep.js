@@ -23,7 +23,12 @@ function painted(layout) {
 }
 
 function drawAll() {
-  const look = { responsive: true, displaylogo: false, modeBarButtons: [["toImage"]] };
+  const look = {
+    responsive: true,
+    displaylogo: false,
+    displayModeBar: touch ? false : "hover",
+    modeBarButtons: [["toImage", "zoom2d", "resetScale2d"]],
+  };
   return Promise.all(
     [...document.querySelectorAll(".plot")].map((holder) => {
       holder.source ??= JSON.parse(holder.querySelector("script").textContent);
