@@ -122,7 +122,7 @@ def start(
     started: list[subprocess.Popen] = []
 
     def begin(*command: str) -> subprocess.Popen:
-        log = (tmp_path_factory.mktemp("logs") / "log").open("w")
+        with (tmp_path_factory.mktemp("logs") / "log").open("w") as log:
             process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=log, stderr=log)
         started.append(process)
         return process

@@ -18,10 +18,10 @@ SweepValue = Literal["kl_median", "kl_max", "measure_median", "measure_max"]
 _ADVICE = "pass the table that tm.sweep returns"
 _PLACE = ("source_layer", "target_layer", "radius", "model", "method", "measure", "completion")
 _TITLES = {
-    "kl_median": "KL to unsteered (nats), median of vectors",
-    "kl_max": "KL to unsteered (nats), largest of vectors",
-    "measure_median": "{}, median of vectors",
-    "measure_max": "{}, largest of vectors",
+    "kl_median": "median KL (nats)",
+    "kl_max": "largest KL (nats)",
+    "measure_median": "median {}",
+    "measure_max": "largest {}",
 }
 _SYMBOLS = ("circle", "diamond", "square", "triangle-up", "x")
 # Curves beyond these cannot be told apart.

@@ -19,7 +19,7 @@ from tl_melbo.sweeps._local import take
 _MOST_DEATHS = 3
 # Seconds: between two looks at the progress; for an answer from the cluster's address; before a
 # cluster without room is told of.
-_TICK, _ANSWER, _ROOM = 0.5, 10.0, 60.0
+_TICK, _ANSWER, _ROOM = 0.5, 10.0, 300.0
 
 
 class _Board:

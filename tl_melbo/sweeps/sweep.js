@@ -9,6 +9,7 @@ function painted(layout) {
     font: { ...layout.font, color: colour("--ink") },
     paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "rgba(0,0,0,0)",
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("--soft"), activecolor: colour("--ink") },
     hoverlabel: {
       ...layout.hoverlabel,
       bgcolor: colour("--card"),
