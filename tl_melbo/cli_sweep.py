@@ -43,6 +43,6 @@ def sweep(
     terminal.print_sweep(table)
     page = f"{out.rstrip('/')}/{PAGE}"
     echo(page if "://" in out else str(Path(page).expanduser().resolve()))
-    if n_failed := int((table["status"] == "failed").sum()):
+    if n_failed := [*table["status"]].count("failed"):
         terminal.say(f"{terminal.counted(n_failed, 'search')} of {len(table)} failed.")
         raise Exit(1)

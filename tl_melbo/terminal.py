@@ -178,15 +178,18 @@ def print_atlas(table: "pd.DataFrame") -> None:
 
 def print_sweep(table: "pd.DataFrame") -> None:
     """Print the searches of a sweep: those that failed, and those whose KL is largest."""
-    failed = table[table["status"] == "failed"].head(_MOST_ROWS)
-    rows = failed.to_dict("records")
-    rows += table.nlargest(_MOST_ROWS - len(failed), "kl_max").to_dict("records")
-    names = ("status", "model", "method", "source_layer", "target_layer")
+    everything: list[dict[str, Any]] = table.to_dict("records")
+    failed = [row for row in everything if row["status"] == "failed"][:_MOST_ROWS]
+    done = [row for row in everything if isinstance(row["kl_max"], float)]
+    done.sort(key=lambda row: row["kl_max"], reverse=True)
+    rows = failed + done[: _MOST_ROWS - len(failed)]
+    varied = [name for name in ("model", "method") if len({*table[name]}) > 1]
     numbers = {"radius": "radius", "kl_median": "KL (median)", "kl_max": "KL (max)"}
     texts = [row["error"] if row["status"] == "failed" else row["completion"] for row in rows]
     _print_columns(
         {
-            **{name.replace("_layer", ""): [row[name] for row in rows] for name in names},
+            **{name: [row[name] for row in rows] for name in varied},
+            "layers": [f"{row['source_layer']} → {row['target_layer']}" for row in rows],
             **{shown: [_number(row[name]) for row in rows] for name, shown in numbers.items()},
         },
         {"completion, or error": [text if isinstance(text, str) else "" for text in texts]},

@@ -1,6 +1,5 @@
 """The table of a sweep as figures: over layers, and over radius."""
 
-from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -85,12 +84,11 @@ def sweep_radius(
     told, traces = [], []
     for number, (key, some) in enumerate(groups(rows, by).items()):
         name = _curve_name(dict(zip(by, key, strict=True)), rows)
-        medians = [(radius, each) for (radius,), each in groups(some, ["radius"]).items()]
-        medians.sort(key=lambda pair: float(pair[0]))
-        x = [float(radius) for radius, _ in medians]
-        y = [float(each[value].median()) for _, each in medians]
+        by_radius = groups(some.sort_values("radius"), ["radius"])
+        x = [float(radius) for (radius,) in by_radius]
+        y = [float(np.median(each[value])) for each in by_radius.values()]
         colour = (BLUE, *OTHERS)[number % (1 + len(OTHERS))]
-        hover = [f"{_style.wrapped(name)}<br>{_told(each, value)}" for _, each in medians]
+        hover = [f"{_style.wrapped(name)}<br>{_told(each, value)}" for each in by_radius.values()]
         trace = line(x, y, {"width": 1.8, "color": colour}, customdata=hover, hovertemplate=HOVER)
         symbol = _SYMBOLS[number // (1 + len(OTHERS)) % len(_SYMBOLS)]
         trace.update(mode="lines+markers", marker={"size": 8, "symbol": symbol})
@@ -117,7 +115,7 @@ def _title(rows: pd.DataFrame, value: str) -> str:
 
 def _curve_name(place: dict[str, Any], rows: pd.DataFrame) -> str:
     """What tells one curve from the others; the layers, where nothing does."""
-    names = [str(place[name]) for name in ("model", "method") if rows[name].nunique() > 1]
+    names = [str(place[name]) for name in ("model", "method") if len({*rows[name]}) > 1]
     if "source_layer" in place:
         names.append(f"{place['source_layer']} → {place['target_layer']}")
     return ", ".join(names) or "median of all pairs of layers"
@@ -125,21 +123,11 @@ def _curve_name(place: dict[str, Any], rows: pd.DataFrame) -> str:
 
 def _told(rows: pd.DataFrame, value: str) -> str:
     """What hovering tells: the number, of how many searches, and the strongest one's text."""
-    first: Any = rows.iloc[0]
-    return "<br>".join(
-        [
-            f"layer {first['source_layer']} to {first['target_layer']}",
-            *_numbers(rows, value),
-            *_text(rows.loc[rows[value].idxmax(), "completion"]),
-        ]
-    )
-
-
-def _numbers(rows: pd.DataFrame, value: str) -> Iterator[str]:
-    yield f"{value.replace('_', ' ')} {rows[value].median():.4g}"
+    top: Any = rows.loc[rows[value].idxmax()]
+    told = [f"{value.replace('_', ' ')} {np.median(rows[value]):.4g}"]
     if len(rows) > 1:
-        yield f"median of {len(rows)} searches, {span(rows[value])}"
-
-
-def _text(completion: Any) -> list[str]:
-    return [f"<br>{_style.wrapped(completion)}"] if isinstance(completion, str) else []
+        told.append(f"median of {len(rows)} searches, {span(rows[value])}; of the largest:")
+    told.append(f"layer {top['source_layer']} to {top['target_layer']}, radius {top['radius']:.4g}")
+    if isinstance(top["completion"], str):
+        told.append(f"<br>{_style.wrapped(top['completion'])}")
+    return "<br>".join(told)

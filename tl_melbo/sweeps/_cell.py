@@ -144,10 +144,9 @@ def _measured(model: Any, run: tm.Run, found: tm.SteeringVectors, cell: Cell) ->
     texts = texts[texts["vector"] < len(found)]
     first = texts[texts["prompt"] == cell.facts["prompt"][0]]
     strongest = int(kl.nan_to_num(-1.0).argmax())
-    for name, vector, scale in (("unsteered", -1, 0), ("completion", strongest, 1)):
-        row[name] = first[(first["vector"] == vector) & (first["scale"] == scale)].iloc[0][
-            "completion"
-        ]
+    places = zip(first["vector"], first["scale"], strict=True)
+    written = dict(zip(places, first["completion"], strict=True))
+    row |= {"unsteered": written[-1, 0.0], "completion": written[strongest, 1.0]}
     tags = []
     for prompt, some in texts.groupby("prompt", sort=False):
         told = analysis.tags(str(prompt), some["completion"].tolist())

@@ -1,6 +1,6 @@
 """Searches one after another, in this process."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 from tl_melbo.sweeps._cell import Task, Tell, Worker
@@ -9,7 +9,7 @@ from tl_melbo.sweeps._grid import Cell
 
 def run_local(
     cells: Sequence[Cell], task: Task, tell: Tell
-) -> Iterator[tuple[Cell, dict[str, Any]]]:
+) -> Generator[tuple[Cell, dict[str, Any]]]:
     """The record of each cell as it ends, model by model."""
     worker, queue = Worker(task), list(cells)
     loaded = None

@@ -33,17 +33,14 @@ def render(table: pd.DataFrame, records: Mapping[str, Mapping[str, Any]]) -> str
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["shown"] = shown
-    columns = [name for name in _COLUMNS if name in table and table[name].notna().any()]
+    columns = [name for name in _COLUMNS if name in table and {*table[name].dropna()}]
     template = environment.from_string(_lines(_HERE / "sweep.html.jinja"))
     return template.render(
         css=Markup(_lines(_STYLE)),
         scripts=[Markup(script) for script in scripts],
         hashes=[b64encode(hashlib.sha256(each.encode()).digest()).decode() for each in scripts],
         figures=[
-            (name, figure.layout.meta["alt"], drawn)
-            for (name, figure), drawn in zip(
-                figures.items(), figures_json(figures).values(), strict=True
-            )
+            (name, _alt(figures[name]), drawn) for name, drawn in figures_json(figures).items()
         ],
         columns=columns,
         rows=table.astype(object).where(table.notna(), None).to_dict("records"),
@@ -61,7 +58,7 @@ def _figures(table: pd.DataFrame) -> dict[str, go.Figure]:
         if len(groups(rows, ["source_layer", "target_layer"])) > 1:
             name = f"KL over layers, {model}"
             found[name] = plots.sweep_layers(rows, "kl_median", title="")
-    if done["radius"].nunique() > 1:
+    if len({*done["radius"]}) > 1:
         found["KL over radius"] = plots.sweep_radius(done, "kl_median", title="")
     measured = pd.DataFrame(done[done["measure_median"].notna()])
     for (model, method), rows in groups(measured, ["model", "method"]).items():
@@ -69,7 +66,7 @@ def _figures(table: pd.DataFrame) -> dict[str, go.Figure]:
         if len(groups(rows, ["source_layer", "target_layer"])) > 1:
             name = f"{label} over layers, {model}, {method}"
             found[name] = plots.sweep_layers(rows, "measure_median", title="")
-        if rows["radius"].nunique() > 1:
+        if len({*rows["radius"]}) > 1:
             name = f"{label} over radius, {model}, {method}"
             found[name] = plots.sweep_radius(rows, "measure_median", title="")
     return found
@@ -95,6 +92,10 @@ def _behaviours(
         )
         for tag in _TAGS
     }
+
+
+def _alt(figure: Any) -> str:
+    return figure.layout.meta["alt"]
 
 
 def _lines(path: Path) -> str:

@@ -4,7 +4,7 @@ import logging
 import os
 import platform
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,7 +47,7 @@ class _RayWorker(Worker):
 def run_ray(
     cells: Sequence[Cell], task: Task, tell: Tell, *,
     address: str | None, workers: int | None, gpus: float | None, proof: str,
-) -> Iterator[tuple[Cell, dict[str, Any]]]:  # fmt: skip
+) -> Generator[tuple[Cell, dict[str, Any]]]:  # fmt: skip
     """The record of each cell as it ends.
 
     Ray starts a worker anew that died, wherever there is room; its cell goes back to the queue.
@@ -204,7 +204,7 @@ def _connected(ray: Any, address: str | None, threads: int, workers: int | None)
         if address is None:
             # Nothing here asks the internet, nor listens to it.
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-            own = {"num_cpus": threads * workers} if workers else {}
+            own: dict[str, Any] = {"num_cpus": threads * workers} if workers else {}
             if platform.system() == "Linux":
                 own["_node_ip_address"] = "127.0.0.2"
             ray.init("local", include_dashboard=False, **own, **quiet)

@@ -77,9 +77,8 @@ def sweep(
         ConnectionError: no cluster at the address.
         OSError: the table or the page cannot be written; what was found is kept.
     """
-    if isinstance(grid, str | Path):
-        grid = read_grid(Path(grid).expanduser())
-    cells = cells_of(grid)
+    given = read_grid(Path(grid).expanduser()) if isinstance(grid, str | Path) else grid
+    cells = cells_of(given)
     _check_engine(engine, address, workers, threads, gpus)
     checks.installed("pyarrow", "a sweep's table", "sweep")
     store = Store(out)
