@@ -61,7 +61,8 @@ def run_ray(
         if gpus is None:
             gpus = float(ray.cluster_resources().get("GPU", 0) > 0)
         task = task._replace(threads=threads, device=task.device or ("cuda" if gpus else "cpu"))
-        count = min(len(cells), workers or _room(ray, threads, gpus))
+        fit = _room(ray, threads, gpus)
+        count = min(len(cells), workers or fit)
         kept = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
         here = kept(ray.get_runtime_context().get_node_id(), soft=False)
         board = ray.remote(_Board).options(num_cpus=0, scheduling_strategy=here).remote()
