@@ -82,11 +82,12 @@ def test_a_grid_is_all_combinations_in_its_order() -> None:
         ({"prompt": "a", "radus": 3}, "grid: no option 'radus' .* did you mean 'radius'"),
         ({"prompt": "a", "previous": 3}, "no option 'previous'"),
         ([{"prompt": "a"}, {"prompts": "a"}], r"grid\[1\]: no option 'prompts'.*'prompt'"),
-        ({"prompt": "a", "method": "melbow"}, "did you mean 'melbo'"),
+        ({"prompt": "a", "method": "melbow"}, "grid: method='melbow': did you mean 'melbo'"),
         ({"prompt": "a", "method": "melbo_ortho"}, "needs theta0"),
         ({"prompt": "a", "method": ["melbo", "jacobian"], "steps": 3}, "jacobian.*no such setting"),
         ({"prompt": "a", "radius": ["x", 2]}, r"grid with radius='x': radius='x': expected"),
         ({"prompt": "a", "radius": -1}, "radius=-1"),
+        ({"prompt": "a", "seed": [*range(9999)], "radius": [1, 2, 3]}, "29,997 searches; at most"),
         ({"prompt": "a", "seed": []}, "seed is an empty list"),
         ({"prompt": " "}, r"grid: prompt\[0\]=' ': a text needs"),
         ({"prompt": 3}, "prompt=3: expected a text, or a list"),
@@ -208,7 +209,10 @@ def test_a_place_of_fsspec_replaces_files_whole(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "there" / "a").iterdir()) == [
         "b", "c", "cell.json",
     ]  # fmt: skip
-    assert store.record("a") is None, "a record has a status"
+    for text in ("{", "[]", "{}", '{"status": "done", "row": 3}', '{"status": "other"}'):
+        file.write_text(text)
+        store.write("a/cell.json", file)
+        assert store.record("a") is None, text
 
 
 def _fetched(store: Store, name: str, folder: Path) -> Path:
@@ -326,6 +330,7 @@ def test_figures_tell_what_they_show(swept: tuple[Path, dict, pd.DataFrame]) -> 
     radius = plots.sweep_radius(table, "measure_median")
     assert [[*trace.x] for trace in radius.data] == [[2.0, 4.0]] * 2
     assert [trace.name for trace in radius.data] == ["1 → 4", "2 → 4"]
+    assert "median objective against radius. 1 → 4: " in radius.layout.meta["alt"]
     with pytest.raises(ValueError, match="no search of it has kl_max"):
         plots.sweep_layers(table.iloc[4:], "kl_max")
     with pytest.raises(ValueError, match=r"pass the table that tm\.sweep returns"):

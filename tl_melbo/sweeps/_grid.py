@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ _DEFAULTS = {
     "model": None, "dtype": "float32", "chat": True, "source_layer": 8, "target_layer": 16,
     "method": "melbo", "other": [], "max_new_tokens": None, "name": None,
 }  # fmt: skip
+_MOST_CELLS = 20_000
 _LAYERS = ("source_layer", "target_layer")
 # Arguments of a method that no grid can give.
 _OWN = ("f", "previous", "progress", "on_step")
@@ -122,6 +124,10 @@ def _product(grid: Mapping[str, Any], where: str) -> Iterator[tuple[str, dict[st
     _check_names(axes, where)
     if empty := [name for name, values in axes.items() if not values]:
         raise ValueError(f"{where}: {empty[0]} is an empty list; leave it out, or give it values")
+    if (count := math.prod(map(len, axes.values()))) > _MOST_CELLS:
+        raise ValueError(
+            f"{where}: {count:,} searches; at most {_MOST_CELLS:,}; make several grids"
+        )
     if "prompt" not in axes:
         raise ValueError(f"{where}: needs a prompt; add prompt: Tell me about yourself.")
     several = any(len(axes.get(name, [])) > 1 for name in _LAYERS)
@@ -146,7 +152,10 @@ def _product(grid: Mapping[str, Any], where: str) -> Iterator[tuple[str, dict[st
 def _check_names(axes: Mapping[str, list[Any]], where: str) -> None:
     """Every option is one of a sweep, or one of the methods."""
     known = [*_PLACE]
-    methods = [options.method_named(str(name)) for name in axes.get("method", ["melbo"])]
+    try:
+        methods = [options.method_named(str(name)) for name in axes.get("method", ["melbo"])]
+    except ValueError as error:
+        raise ValueError(f"{where}: {str(error).removeprefix('--')}") from None
     for method in methods:
         known += [name for name in inspect.signature(method).parameters if name not in _OWN]
     for name in axes:

@@ -14,6 +14,7 @@ from tl_melbo.files import replacing
 from tl_melbo.run._files import LOCK, locked
 
 RECORD = "cell.json"
+_KINDS = {"cell": dict, "row": dict, "tags": list, "warnings": str, "error": str}
 _PARTIAL = ".partial"
 
 
@@ -71,7 +72,10 @@ class Store:
             record = json.loads(self.read(f"{folder}/{RECORD}") or b"null")
         except ValueError:
             return None
-        return record if isinstance(record, dict) and "status" in record else None
+        sound = isinstance(record, dict) and all(
+            isinstance(record.get(name, kind()), kind) for name, kind in _KINDS.items()
+        )
+        return record if sound and record.get("status") in ("done", "failed") else None
 
     @contextmanager
     def folder(self, name: str) -> Iterator[tuple[Path, Callable[[], None]]]:
