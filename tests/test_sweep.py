@@ -195,23 +195,19 @@ def test_a_sweep_that_was_stopped_goes_on(place: str, model_folder: Path, tmp_pa
 
 
 def test_a_place_of_fsspec_replaces_files_whole(tmp_path: Path) -> None:
-    store, file = Store(f"file://{tmp_path}/there"), tmp_path / "file"
-    for text in ("one", "two"):
-        file.write_text(text)
-        store.write("a/b", file)
-        assert store.read("a/b") == text.encode()
-    assert [path.name for path in (tmp_path / "there" / "a").iterdir()] == ["b"]
+    store, there = Store(f"file://{tmp_path}/there"), tmp_path / "there" / "a"
+    for text in (b"one", b"two"):
+        store.write("a/b", text)
+        assert store.read("a/b") == text
+    assert [path.name for path in there.iterdir()] == ["b"]
     with store.folder("a") as (folder, send):
         assert (folder / "b").read_text() == "two"
         for name in ("c", "cell.json", ".lock"):
             (folder / name).write_text("{}")
         send()
-    assert sorted(path.name for path in (tmp_path / "there" / "a").iterdir()) == [
-        "b", "c", "cell.json",
-    ]  # fmt: skip
+    assert sorted(path.name for path in there.iterdir()) == ["b", "c", "cell.json"]
     for text in ("{", "[]", "{}", '{"status": "done", "row": 3}', '{"status": "other"}'):
-        file.write_text(text)
-        store.write("a/cell.json", file)
+        store.write("a/cell.json", text.encode())
         assert store.record("a") is None, text
 
 

@@ -4,6 +4,7 @@ import logging
 import os
 import platform
 import socket
+import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -18,8 +19,8 @@ from tl_melbo.sweeps._local import take
 # A cell whose worker died so often, without a new vector in between, is given up.
 _MOST_DEATHS = 3
 # Seconds: between two looks at the progress; for an answer from the cluster's address; before a
-# cluster without room is told of.
-_TICK, _ANSWER, _ROOM = 0.5, 10.0, 300.0
+# cluster without room is told of; for which a shared file system may show what was there before.
+_TICK, _ANSWER, _ROOM, _STALE = 0.5, 10.0, 300.0, 35.0
 
 
 class _Board:
@@ -36,9 +37,12 @@ class _Board:
 
 
 class _RayWorker(Worker):
-    def ready(self, name: str) -> tuple[bytes | None, str]:
-        """What this node reads under a name, and what the node is called."""
-        return self.store.read(name), socket.gethostname()
+    def ready(self, name: str, expected: bytes | None) -> tuple[bool, str]:
+        """Whether this node reads what is expected under a name; and what the node is called."""
+        last = time.monotonic() + _STALE
+        while not (same := self.store.read(name) == expected) and time.monotonic() < last:
+            time.sleep(1)
+        return same, socket.gethostname()
 
     def run(self, cell: Cell, board: Any) -> dict[str, Any]:
         return self.search(cell, lambda cell, done: board.note.remote(cell.folder, done))
@@ -67,9 +71,10 @@ def run_ray(
         here = kept(ray.get_runtime_context().get_node_id(), soft=False)
         board = ray.remote(_Board).options(num_cpus=0, scheduling_strategy=here).remote()
         make = ray.remote(_RayWorker).options(num_cpus=threads, num_gpus=gpus, max_restarts=-1)
-        crew = _Crew(ray, board, proof, tell, [make.remote(task) for _ in range(count)], [*cells])
+        shared = proof, Worker(task).store.read(proof)
+        crew = _Crew(ray, board, shared, tell, [make.remote(task) for _ in range(count)], [*cells])
         try:
-            yield from crew.work(Worker(task).store.read(proof))
+            yield from crew.work()
         finally:
             for actor in (*crew.workers, board):
                 with suppress(Exception):  # the cluster may be gone
@@ -82,7 +87,7 @@ class _Crew:
 
     ray: Any
     board: Any
-    proof: str
+    proof: tuple[str, bytes | None]
     tell: Tell
     workers: list[Any]
     queue: list[Cell]
@@ -93,9 +98,9 @@ class _Crew:
     deaths: dict[str, tuple[int, float]] = field(default_factory=dict)
     done: dict[str, float] = field(default_factory=dict)
 
-    def work(self, expected: bytes | None) -> Iterator[tuple[Cell, dict[str, Any]]]:
+    def work(self) -> Iterator[tuple[Cell, dict[str, Any]]]:
         """Go on until no cell is left."""
-        waited, by_folder = 0.0, {cell.folder: cell for cell in self.queue}
+        waited = 0.0
         for worker in self.workers:
             self._start(worker)
         while self.queue or self.running:
@@ -104,7 +109,7 @@ class _Crew:
             ready, _ = self.ray.wait(refs, timeout=_TICK)
             for ref in ready:
                 if ref in self.starting:
-                    self._started(self.starting.pop(ref), ref, expected)
+                    self._started(self.starting.pop(ref), ref)
                 elif ended := self._ended(*self.running.pop(ref), ref):
                     yield ended
             waited = 0.0 if self.running or ready else waited + _TICK
@@ -114,17 +119,17 @@ class _Crew:
                 )
             with suppress(self.ray.exceptions.RayError):
                 self.done |= self.ray.get(self.board.read.remote(), timeout=_ANSWER)
-            for folder, done in self.done.items():
-                self.tell(by_folder[folder], done)
+            for _, cell in self.running.values():
+                self.tell(cell, self.done.get(cell.folder, 0.0))
 
     def _start(self, worker: Any) -> None:
         # Tried again while the worker is being started anew; a search is not, but handed out again.
         ready = worker.ready.options(max_task_retries=-1)
-        self.starting[ready.remote(self.proof)] = worker
+        self.starting[ready.remote(*self.proof)] = worker
 
-    def _started(self, worker: Any, ref: Any, expected: bytes | None) -> None:
+    def _started(self, worker: Any, ref: Any) -> None:
         try:
-            found, node = self.ray.get(ref)
+            same, node = self.ray.get(ref)
         except self.ray.exceptions.RayError as error:
             self.workers.remove(worker)
             if not self.workers:
@@ -133,7 +138,7 @@ class _Crew:
                     "installed on every node?"
                 ) from None
             return
-        if found != expected:
+        if not same:
             raise ValueError(
                 f"out: node {node} does not see the files that this process writes there; pass a "
                 "folder that all nodes share, or an fsspec URL such as s3://bucket/sweep"

@@ -46,15 +46,15 @@ class Store:
         folder = Path(self.out)
         return locked(folder, FileLock(folder / LOCK, blocking=False))
 
-    def write(self, name: str, path: Path) -> None:
-        """Keep a file of this machine under a name."""
+    def write(self, name: str, data: bytes) -> None:
+        """Keep this under a name."""
         if self._fs is None:
             with replacing(Path(self.out) / name) as temporary:
-                temporary.write_bytes(path.read_bytes())
+                temporary.write_bytes(data)
             return
         target = f"{self._root}/{name}"
         self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
-        self._fs.put_file(str(path), target + _PARTIAL)
+        self._fs.pipe_file(target + _PARTIAL, data)
         self._fs.mv(target + _PARTIAL, target)
 
     def read(self, name: str) -> bytes | None:
@@ -94,7 +94,7 @@ class Store:
             def send() -> None:
                 for path, time in _times(place).items():
                     if known.get(path) != time:
-                        self.write(f"{name}/{path.name}", path)
+                        self.write(f"{name}/{path.name}", path.read_bytes())
                         known[path] = time
 
             yield place, send

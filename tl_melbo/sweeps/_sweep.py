@@ -1,7 +1,6 @@
 """`tm.sweep`: a grid of searches -> run folders -> one table -> one page."""
 
 import json
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -95,7 +94,8 @@ def sweep(
         for cell in cells:
             tell(cell, 0 if cell.folder in left else cell.n_vectors)
         if todo:
-            _keep_text(store, GRID, json.dumps({"sweep": uuid4().hex, "cells": [*found]}))
+            text = json.dumps({"sweep": uuid4().hex, "cells": [*found]})
+            store.write(GRID, text.encode())
             if engine == "local":
                 ended = run_local(todo, task, tell)
             else:
@@ -156,21 +156,11 @@ def _write_table(store: Store, cells: Sequence[Cell], records: Records) -> Table
     from tl_melbo.sweeps._table import table_of
 
     table = table_of(cells, records)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / TABLE
-        table.to_parquet(path, index=False)
-        store.write(TABLE, path)
+    store.write(TABLE, table.to_parquet(index=False))
     return table
 
 
 def _write_page(store: Store, table: Table, records: Records) -> None:
     from tl_melbo.sweeps._page import render  # plotly takes long to import
 
-    _keep_text(store, PAGE, render(table, records))
-
-
-def _keep_text(store: Store, name: str, text: str) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / name
-        path.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
-        store.write(name, path)
+    store.write(PAGE, render(table, records).encode(errors="backslashreplace"))
