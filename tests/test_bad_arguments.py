@@ -372,6 +372,7 @@ def test_every_figure_tells_what_it_shows():
                 assert "nan" not in alt, function
     # Of experiments with judges, whose tests look at it.
     elsewhere = {"dose_response", "pairwise", "description_heatmap"}
+    elsewhere |= {"sweep_layers", "sweep_radius"}  # of many searches
     no_figures = {"moving_average", "token_presence", "token_divergence"}
     assert drawn == {*tm.plots.__all__} - elsewhere - no_figures
 

@@ -34,6 +34,7 @@ from tl_melbo.vectors import SteeringVectors
 
 if TYPE_CHECKING:
     from tl_melbo import adapters, analysis, engines, evaluation, judges, plots, report
+    from tl_melbo.sweeps import sweep
 
 __version__ = "0.2.0"
 
@@ -73,6 +74,7 @@ __all__ = [
     "ranked",
     "report",
     "steered",
+    "sweep",
 ]
 
 # These pull in plotly, pandas and the like; they load when first used, so that importing the
@@ -84,4 +86,6 @@ _LAZY = ("analysis", "engines", "evaluation", "judges", "models", "plots", "repo
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return importlib.import_module(f"tl_melbo.{name}")
+    if name == "sweep":
+        return importlib.import_module("tl_melbo.sweeps").sweep
     raise AttributeError(f"module 'tl_melbo' has no attribute {name!r}")

@@ -10,7 +10,7 @@ import typer
 from typer import Argument, Option
 
 import tl_melbo as tm
-from tl_melbo import checks, cli_adapters, cli_atlas, options, terminal
+from tl_melbo import checks, cli_adapters, cli_atlas, cli_sweep, options, terminal
 from tl_melbo.run import VECTORS, absolute, family_folder
 from tl_melbo.terminal import (
     BundledModel,
@@ -222,6 +222,7 @@ def page(
 
 
 app.command(cls=terminal.Command)(cli_adapters.adapters)
+app.command(cls=terminal.Command)(cli_sweep.sweep)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _INTERRUPTED = 130
-_MOST_ATLAS_ROWS = 12
+_MOST_ROWS = 12
 
 # What the package raises on purpose, its own errors among them; RuntimeError is torch's word for
 # full memory and bad devices.
@@ -88,7 +88,8 @@ class Stages(progress.Progress):
 
     def __init__(self) -> None:
         columns = (*self.get_default_columns(), progress.TimeElapsedColumn())
-        super().__init__(*columns, console=_stderr())
+        # Vectors of large models are minutes apart.
+        super().__init__(*columns, console=_stderr(), speed_estimate_period=1800)
 
     def begin(self, stage: str) -> None:
         """End the stage before, and begin this one."""
@@ -162,7 +163,7 @@ def print_family(table: "pd.DataFrame") -> None:
 
 def print_atlas(table: "pd.DataFrame") -> None:
     """Print the rows of an atlas whose KL is largest."""
-    rows = table.nlargest(_MOST_ATLAS_ROWS, "kl")
+    rows = table.nlargest(_MOST_ROWS, "kl")
     _print_columns(
         {
             "source": rows["source_layer"],
@@ -175,6 +176,30 @@ def print_atlas(table: "pd.DataFrame") -> None:
         },
         {"completion": rows["completion"].fillna("")},
     )
+
+
+def print_sweep(table: "pd.DataFrame") -> None:
+    """Print the searches of a sweep: those that failed, and those whose KL is largest."""
+    everything: list[dict[str, Any]] = table.to_dict("records")
+    failed = [row for row in everything if row["status"] == "failed"][:_MOST_ROWS]
+    done = [row for row in everything if isinstance(row["kl_max"], float)]
+    done.sort(key=lambda row: row["kl_max"], reverse=True)
+    rows = failed + done[: _MOST_ROWS - len(failed)]
+    varied = [name for name in ("model", "method") if len({*table[name]}) > 1]
+    numbers = {"radius": "radius", "kl_median": "KL (median)", "kl_max": "KL (max)"}
+    texts = [row["error"] if row["status"] == "failed" else row["completion"] for row in rows]
+    _print_columns(
+        {
+            **{name: [row[name] for row in rows] for name in varied},
+            "layers": [f"{row['source_layer']} → {row['target_layer']}" for row in rows],
+            **{shown: [_number(row[name]) for row in rows] for name, shown in numbers.items()},
+        },
+        {"completion, or error": [text if isinstance(text, str) else "" for text in texts]},
+    )
+
+
+def _number(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, int | float) else "–"
 
 
 def print_adapters(table: "pd.DataFrame") -> None:

@@ -28,6 +28,7 @@ from tl_melbo.plots._library import (
     objective_history,
 )
 from tl_melbo.plots._map import effect_map
+from tl_melbo.plots._sweeps import sweep_layers, sweep_radius
 from tl_melbo.plots._tokens import token_divergence, token_presence
 
 __all__ = [
@@ -49,6 +50,8 @@ __all__ = [
     "presence_points",
     "scale_curves",
     "specificity_points",
+    "sweep_layers",
+    "sweep_radius",
     "token_divergence",
     "token_presence",
     "top_tokens",

@@ -1,0 +1,193 @@
+"""One search of a sweep, in its own run folder: the same code in every engine."""
+
+import gc
+import json
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import tl_melbo as tm
+from tl_melbo import options, story
+from tl_melbo.files import replacing, writable_folder
+from tl_melbo.run._files import digest
+from tl_melbo.sweeps._grid import Cell
+from tl_melbo.sweeps._store import RECORD, Store
+
+# How many vectors of a cell are there; a share of one where all come in one go.
+Tell = Callable[[Cell, float], None]
+# A worker that was killed, or whose driver was, keeps its folder a moment longer.
+_PATIENCE = 60.0
+
+
+class Task(NamedTuple):
+    """What all cells have in common: the place that they are kept in, device and threads."""
+
+    out: str
+    device: str | None = None
+    threads: int | None = None
+
+
+def is_done(cell: Cell, record: Mapping[str, Any] | None) -> bool:
+    """Whether a record tells all that the cell asks for."""
+    if record is None or record["status"] != "done":
+        return False
+    same = record.get("n_vectors") == cell.n_vectors and record.get("cell") == cell.facts
+    return same and cell.max_new_tokens in (None, record.get("max_new_tokens"))
+
+
+class Worker:
+    """Searches cells one after another, and keeps the model of the last one."""
+
+    def __init__(self, task: Task) -> None:
+        self.task, self.store = task, Store(task.out)
+        self._loaded: tuple[Any, Any] = None, None
+
+    def search(self, cell: Cell, tell: Tell) -> dict[str, Any]:
+        """Search, or go on, and give the record of it, which is also kept.
+
+        A search that fails has a record, too: it says why.
+        """
+        begun, record = time.perf_counter(), {"cell": dict(cell.facts), "n_vectors": cell.n_vectors}
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("always", UserWarning)
+            try:
+                with self.store.folder(cell.folder) as (place, send):
+                    try:
+                        found = self._searched(cell, place, send, tell)
+                        record |= {"status": "done", "max_new_tokens": cell.max_new_tokens, **found}
+                    except Exception as error:
+                        record |= failed(error)
+                    record["warnings"] = _told(caught)
+                    record["seconds"] = time.perf_counter() - begun
+                    _write(place, record)
+                    send()
+            except Exception as error:  # the place itself, or a disk that is full
+                record |= failed(error) if record.get("status") != "failed" else {}
+        return {"warnings": "", "seconds": time.perf_counter() - begun, **record}
+
+    def _searched(
+        self, cell: Cell, place: Path, send: Callable[[], None], tell: Tell
+    ) -> dict[str, Any]:
+        run, facts = tm.Run(writable_folder(place)), cell.facts
+        with _alone(run), _threads(self.task.threads):
+            model = self._model(cell)
+            at = {name: facts[name] for name in ("source_layer", "target_layer", "chat")}
+            f = tm.ActivationMap.from_prompts(model, facts["prompt"], **at)
+            settings = dict(cell.settings)
+            if facts["other"]:
+                settings["other"] = tm.ActivationMap.from_prompts(model, facts["other"], **at)
+
+            def count(there: int, _: int | None) -> None:
+                if there:  # whose vectors these are
+                    run.note(command="discover", model=facts["model"])
+                    send()
+                tell(cell, there)
+
+            found = run.keep(
+                options.method_named(facts["method"]), f, cell.n_vectors, on_vector=count,
+                on_share=lambda share: tell(cell, share * cell.n_vectors), **settings,
+            )  # fmt: skip
+            tell(cell, cell.n_vectors)
+            return _measured(model, run, found, cell)
+
+    def _model(self, cell: Cell) -> Any:
+        name, model = self._loaded
+        if model is None or name != cell.model:
+            if model is not None:  # gone before the next one comes
+                self._loaded = model = None, None
+                gc.collect()
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+            kind = getattr(torch, cell.facts["dtype"])
+            model = tm.load_model(cell.facts["model"], device=self.task.device, dtype=kind)
+            self._loaded = cell.model, model
+        return model
+
+
+def failed(error: BaseException) -> dict[str, Any]:
+    """What a record says of a search that failed."""
+    told = " ".join(str(error).split()) or "no message"
+    return {"status": "failed", "error": f"{type(error).__name__}: {told}"}
+
+
+def _measured(model: Any, run: tm.Run, found: tm.SteeringVectors, cell: Cell) -> dict[str, Any]:
+    """The numbers of the table, and what kind of text each completion is."""
+    from tl_melbo import analysis  # which takes long to import
+
+    kl = torch.stack([analysis.kl_divergence(model, text, found) for text in cell.facts["prompt"]])
+    kl = kl.double().mean(0)
+    measure = story.measure_of(found.story)
+    column = found.columns.get(measure["column"]) if measure else None
+    radius = found.story["hyperparameters"].get("radius")
+    row = {
+        "radius": radius if isinstance(radius, int | float) else float(found.norms.max()),
+        "found": len(found),
+        "measure": measure["label"] if measure and column is not None else None,
+        "measure_median": None if column is None else _number(column.double().nanmedian()),
+        "measure_max": None if column is None else _number(column.double().max()),
+        "kl_median": _number(kl.nanmedian()),
+        "kl_max": _number(kl.max()),
+        "vectors_sha256": digest(found),
+        "unsteered": None, "completion": None,
+    }  # fmt: skip
+    if cell.max_new_tokens is None:
+        return {"row": row, "tags": []}
+    texts = run.texts(model, max_new_tokens=cell.max_new_tokens)
+    texts = texts[texts["vector"] < len(found)]
+    first = texts[texts["prompt"] == cell.facts["prompt"][0]]
+    strongest = int(kl.nan_to_num(-1.0).argmax())
+    places = zip(first["vector"], first["scale"], strict=True)
+    written = dict(zip(places, first["completion"], strict=True))
+    row |= {"unsteered": written[-1, 0.0], "completion": written[strongest, 1.0]}
+    tags = []
+    for prompt, some in texts.groupby("prompt", sort=False):
+        told = analysis.tags(str(prompt), some["completion"].tolist())
+        tags += zip(some["vector"].tolist(), *(told[each].tolist() for each in told), strict=True)
+    return {"row": row, "tags": tags}
+
+
+def _number(value: Tensor) -> float | None:
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def _told(caught: list[warnings.WarningMessage]) -> str:
+    return "\n".join(dict.fromkeys(str(each.message) for each in caught))
+
+
+def _write(place: Path, record: Mapping[str, Any]) -> None:
+    text = json.dumps(record, indent=1, ensure_ascii=True, allow_nan=False)
+    with replacing(place / RECORD) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _alone(run: tm.Run) -> Iterator[None]:
+    """The run's folder for this process, also where another is just about to leave it."""
+    last = time.monotonic() + _PATIENCE
+    with ExitStack() as stack:
+        while True:
+            with suppress(*([BlockingIOError] if time.monotonic() < last else [])):
+                stack.enter_context(run.writing())
+                break
+            time.sleep(0.5)
+        yield
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """So many threads of torch; None leaves them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,103 @@
+"""The page of a sweep: one file that loads nothing from elsewhere."""
+
+import hashlib
+from base64 import b64encode
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from tl_melbo import analysis, plots
+from tl_melbo.report._render import PLOTLY, figures_json
+from tl_melbo.report._text import shown
+from tl_melbo.tables import groups
+
+_HERE = Path(__file__).parent
+_STYLE = _HERE.parent / "report" / "page.css"
+_TAGS = ("stance", "form", "speaker")
+_COLUMNS = (
+    "status", "model", "method", "source_layer", "target_layer", "radius", "seed", "found",
+    "measure_median", "kl_median", "kl_max", "seconds",
+)  # fmt: skip
+
+
+def render(table: pd.DataFrame, records: Mapping[str, Mapping[str, Any]]) -> str:
+    """The page of a sweep's table, and of the tags that its records hold."""
+    figures = {**_figures(table), **_behaviours(table, records)}
+    scripts = [_lines(PLOTLY), _lines(_HERE / "sweep.js")]
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["shown"] = shown
+    columns = [name for name in _COLUMNS if name in table and {*table[name].dropna()}]
+    template = environment.from_string(_lines(_HERE / "sweep.html.jinja"))
+    return template.render(
+        css=Markup(_lines(_STYLE)),
+        scripts=[Markup(script) for script in scripts],
+        hashes=[b64encode(hashlib.sha256(each.encode()).digest()).decode() for each in scripts],
+        figures=[
+            (name, _alt(figures[name]), drawn) for name, drawn in figures_json(figures).items()
+        ],
+        columns=columns,
+        rows=table.astype(object).where(table.notna(), None).to_dict("records"),
+        counts=table["status"].value_counts().to_dict(),
+        models=", ".join(dict.fromkeys(table["model"])),
+        prompts=list(dict.fromkeys(table["prompt"])),
+    )
+
+
+def _figures(table: pd.DataFrame) -> dict[str, go.Figure]:
+    """Heatmaps and curves, where layers or radii vary; what was measured is drawn by method."""
+    found: dict[str, go.Figure] = {}
+    done = pd.DataFrame(table[(table["status"] == "done") & table["kl_median"].notna()])
+    for (model,), rows in groups(done, ["model"]).items():
+        if len(groups(rows, ["source_layer", "target_layer"])) > 1:
+            name = f"KL over layers, {model}"
+            found[name] = plots.sweep_layers(rows, "kl_median", title="")
+    if len({*done["radius"]}) > 1:
+        found["KL over radius"] = plots.sweep_radius(done, "kl_median", title="")
+    measured = pd.DataFrame(done[done["measure_median"].notna()])
+    for (model, method), rows in groups(measured, ["model", "method"]).items():
+        label = str(rows["measure"].iloc[0]).capitalize()
+        if len(groups(rows, ["source_layer", "target_layer"])) > 1:
+            name = f"{label} over layers, {model}, {method}"
+            found[name] = plots.sweep_layers(rows, "measure_median", title="")
+        if len({*rows["radius"]}) > 1:
+            name = f"{label} over radius, {model}, {method}"
+            found[name] = plots.sweep_radius(rows, "measure_median", title="")
+    return found
+
+
+def _behaviours(
+    table: pd.DataFrame, records: Mapping[str, Mapping[str, Any]]
+) -> dict[str, go.Figure]:
+    """How often completions are of each kind, by model; nothing where there are none."""
+    models = dict(zip(table["folder"], table["model"], strict=True))
+    rows = [
+        (models[folder], *tagged)
+        for folder, record in records.items()
+        if record["status"] == "done"
+        for tagged in record.get("tags", [])
+    ]
+    if not rows:
+        return {}
+    frame = pd.DataFrame(rows, columns=["model", "vector", *_TAGS]).assign(scale=1.0)
+    return {
+        f"{tag.capitalize()} of completions, by model": plots.behaviour_rates(
+            analysis.rates(frame, tag, by=("model",)), title=""
+        )
+        for tag in _TAGS
+    }
+
+
+def _alt(figure: Any) -> str:
+    return figure.layout.meta["alt"]
+
+
+def _lines(path: Path) -> str:
+    # Newlines as the browser will see them: the scripts' hashes depend on it.
+    return path.read_text(encoding="utf-8").replace("\r\n", "\n")

@@ -1,0 +1,107 @@
+"""Where a sweep is kept: a folder, or a place that fsspec knows, such as s3://bucket/sweep."""
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from tl_melbo import checks
+from tl_melbo.files import replacing
+from tl_melbo.run._files import LOCK, locked
+
+RECORD = "cell.json"
+_KINDS = {"cell": dict, "row": dict, "tags": list, "warnings": str, "error": str}
+_PARTIAL = ".partial"
+
+
+class Store:
+    """Files by name, each replaced whole or not at all.
+
+    Of a remote place, a cell is worked on in a temporary folder here: what is there is fetched
+    first, and what is new is sent whenever `send` is called.
+    """
+
+    def __init__(self, out: str | Path) -> None:
+        self.out, self._fs, self._root = str(out), None, ""
+        if "://" in self.out:
+            fsspec = checks.installed("fsspec", f"out={self.out}", "sweep")
+            try:
+                self._fs, self._root = fsspec.core.url_to_fs(self.out)
+            except (ValueError, ImportError) as error:
+                raise ValueError(
+                    f"out={self.out!r}: {error}; pass a folder, or an fsspec URL whose file system "
+                    "is installed, such as s3fs for s3://"
+                ) from None
+        else:
+            self.out = str(Path(self.out).expanduser().resolve())
+
+    def writing(self) -> Any:
+        """Keep a folder for this process; a remote place cannot be locked."""
+        if self._fs is not None:
+            return nullcontext()
+        folder = Path(self.out)
+        return locked(folder, FileLock(folder / LOCK, blocking=False))
+
+    def write(self, name: str, data: bytes) -> None:
+        """Keep this under a name."""
+        if self._fs is None:
+            with replacing(Path(self.out) / name) as temporary:
+                temporary.write_bytes(data)
+            return
+        target = f"{self._root}/{name}"
+        self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
+        self._fs.pipe_file(target + _PARTIAL, data)
+        self._fs.mv(target + _PARTIAL, target)
+
+    def read(self, name: str) -> bytes | None:
+        """What is kept under a name; None where nothing is."""
+        try:
+            if self._fs is None:
+                return (Path(self.out) / name).read_bytes()
+            return self._fs.cat_file(f"{self._root}/{name}")
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def record(self, folder: str) -> dict[str, Any] | None:
+        """What is known of a cell's search; None where nothing is, or nothing that can be read."""
+        try:
+            record = json.loads(self.read(f"{folder}/{RECORD}") or b"null")
+        except ValueError:
+            return None
+        sound = isinstance(record, dict) and all(
+            isinstance(record.get(name, kind()), kind) for name, kind in _KINDS.items()
+        )
+        return record if sound and record.get("status") in ("done", "failed") else None
+
+    @contextmanager
+    def folder(self, name: str) -> Iterator[tuple[Path, Callable[[], None]]]:
+        """A folder to work in, and what sends its new files to where they are kept."""
+        if self._fs is None:
+            yield Path(self.out) / name, lambda: None
+            return
+        with tempfile.TemporaryDirectory(prefix="tl-melbo-") as temporary:
+            place, there = Path(temporary), f"{self._root}/{name}"
+            if self._fs.isdir(there):
+                for path in self._fs.ls(there, detail=False):
+                    if not str(path).endswith(_PARTIAL):
+                        self._fs.get_file(path, str(place / str(path).rpartition("/")[2]))
+            known = _times(place)
+
+            def send() -> None:
+                for path, time in _times(place).items():
+                    if known.get(path) != time:
+                        self.write(f"{name}/{path.name}", path.read_bytes())
+                        known[path] = time
+
+            yield place, send
+
+
+def _times(folder: Path) -> dict[Path, int]:
+    """When each file was written last, the record's at the end: it says that all is there."""
+    files = [path for path in folder.iterdir() if path.is_file() and path.name[0] != "."]
+    files.sort(key=lambda path: (path.name == RECORD, path.name))
+    return {path: path.stat().st_mtime_ns for path in files}

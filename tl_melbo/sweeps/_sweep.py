@@ -1,0 +1,166 @@
+"""`tm.sweep`: a grid of searches -> run folders -> one table -> one page."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any, Literal
+from uuid import uuid4
+
+from tqdm.auto import tqdm
+
+from tl_melbo import checks
+from tl_melbo.shapes import shape_checked
+from tl_melbo.sweeps._cell import Task, is_done
+from tl_melbo.sweeps._grid import Cell, cells_of, read_grid
+from tl_melbo.sweeps._local import run_local
+from tl_melbo.sweeps._store import Store
+from tl_melbo.tables import Table
+
+TABLE, PAGE, GRID = "sweep.parquet", "sweep.html", "sweep.json"
+OnProgress = Callable[[float, float], None]
+Records = dict[str, dict[str, Any]]
+
+
+@shape_checked
+def sweep(
+    grid: str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    out: str | Path = "runs/sweep",
+    *,
+    engine: Literal["local", "ray"] = "local",
+    address: str | None = None,
+    workers: int | None = None,
+    threads: int | None = None,
+    gpus: float | None = None,
+    device: str | None = None,
+    progress: bool = False,
+    on_progress: OnProgress | None = None,
+) -> Table:
+    """Search with every combination of a grid's options; each search has a run folder of its own.
+
+        grid = {"prompt": "Tell me about yourself.", "source_layer": [4, 8], "radius": [8, 12, 16]}
+        table = tm.sweep(grid, "runs/sweep")
+
+    The same call goes on where it was: searches that have ended are not done again, others lose at
+    most the vector that was being searched. A search that fails has a row that says why, and is
+    tried again. `docs/sweeps.md` tells of clusters.
+
+    Args:
+        grid: options with a value, or a list of them; or a list of such grids; or the path of a
+            YAML file. The options are those of `tl-melbo discover`: model, dtype, prompt, chat,
+            source_layer, target_layer, method and its settings, other, max_new_tokens (for
+            completions); and name, of the folder. Of layers in lists, pairs whose target does not
+            come after the source are left out.
+        out: a folder, or an fsspec URL such as "s3://bucket/sweep".
+        engine: "local", in this process; "ray", on a cluster.
+        address: the cluster's, "host:port" or "auto"; None takes RAY_ADDRESS, or starts Ray here.
+        workers: how many search at once with Ray; None takes as many as there is room for.
+        threads: of each worker; None leaves torch's ("local") or takes one ("ray").
+        gpus: of each worker with Ray, such as 0.25; None takes one, where there are any.
+        device: None takes a CUDA device if there is one (and, with Ray, if `gpus` is not 0).
+        progress: show a bar over all searches, with the time left.
+        on_progress: called with the vectors found, and those in all, of all searches.
+
+    Returns:
+        A row for each search, in the grid's order: folder; status, "done" or "failed"; error;
+        warnings; its options; radius, the one used; found, how many vectors; measure, what the
+        method measures, measure_median and measure_max; kl_median and kl_max of the next token from
+        the unsteered model, in nats, the mean over prompts; unsteered and completion, of the vector
+        with the largest KL; vectors_sha256; seconds, of the last process that worked on it. The
+        same is in `sweep.parquet` and, drawn, in `sweep.html`.
+
+    Raises:
+        ValueError: options that are not known, two searches with one folder, a cluster without
+            room, or whose nodes do not share `out`.
+        BlockingIOError: another process is sweeping into this folder.
+        ConnectionError: no cluster at the address.
+        OSError: the table or the page cannot be written; what was found is kept.
+    """
+    given = read_grid(Path(grid).expanduser()) if isinstance(grid, str | Path) else grid
+    cells = cells_of(given)
+    _check_engine(engine, address, workers, threads, gpus)
+    checks.installed("pyarrow", "a sweep's table", "sweep")
+    store = Store(out)
+    task = Task(store.out, device, threads)
+    with store.writing(), _progress(cells, progress, on_progress) as tell:
+        found = {cell.folder: store.record(cell.folder) for cell in cells}
+        records: Records = {
+            cell.folder: record
+            for cell in cells
+            if (record := found[cell.folder]) and record.get("cell") == cell.facts
+        }
+        todo = [cell for cell in cells if not is_done(cell, records.get(cell.folder))]
+        left = {cell.folder for cell in todo}
+        for cell in cells:
+            tell(cell, 0 if cell.folder in left else cell.n_vectors)
+        if todo:
+            text = json.dumps({"sweep": uuid4().hex, "cells": [*found]})
+            store.write(GRID, text.encode())
+            if engine == "local":
+                ended = run_local(todo, task, tell)
+            else:
+                from tl_melbo.sweeps._ray import run_ray
+
+                more: dict[str, Any] = {"address": address, "workers": workers, "gpus": gpus}
+                ended = run_ray(todo, task, tell, **more, proof=GRID)
+            with closing(ended):
+                for cell, record in ended:
+                    records[cell.folder] = record
+                    tell(cell, cell.n_vectors)
+                    _write_table(store, cells, records)
+        table = _write_table(store, cells, records)
+        _write_page(store, table, records)
+    return table
+
+
+def _check_engine(
+    engine: str, address: str | None, workers: int | None, threads: int | None, gpus: float | None
+) -> None:
+    of_ray = {"address": address, "workers": workers, "gpus": gpus}
+    if engine == "local":
+        for name, value in of_ray.items():
+            if value is not None:
+                raise ValueError(f"{name}={value}: of engine='ray'; pass that, or leave it out")
+    checks.at_least(1, workers=workers, threads=threads)
+    if gpus is not None and not (0 <= gpus <= 1 or (gpus > 1 and gpus == int(gpus))):
+        raise ValueError(f"gpus={gpus}: a share of one GPU, from 0 to 1, or a whole number of them")
+    if address is not None and "://" in address:
+        raise ValueError(
+            f"address={address!r}: expected host:port, or 'auto' on a node of the cluster; from "
+            "elsewhere use ray job submit"
+        )
+
+
+@contextmanager
+def _progress(
+    cells: Sequence[Cell], shown: bool, on_progress: OnProgress | None
+) -> Iterator[Callable[[Cell, float], None]]:
+    """What is told of each cell, as one count of all vectors."""
+    total, done = float(sum(cell.n_vectors for cell in cells)), {}
+    with tqdm(total=total, desc="sweep", unit="vector", disable=not shown) as bar:
+
+        def tell(cell: Cell, there: float) -> None:
+            done[cell.folder] = min(there, cell.n_vectors)
+            whole = sum(done.values())
+            if len(done) == len(cells):  # all that is there already is known
+                if bar.n == 0:
+                    bar.initial = bar.n = whole
+                bar.update(whole - bar.n)
+                if on_progress is not None:
+                    on_progress(whole, total)
+
+        yield tell
+
+
+def _write_table(store: Store, cells: Sequence[Cell], records: Records) -> Table:
+    from tl_melbo.sweeps._table import table_of
+
+    table = table_of(cells, records)
+    store.write(TABLE, table.to_parquet(index=False))
+    return table
+
+
+def _write_page(store: Store, table: Table, records: Records) -> None:
+    from tl_melbo.sweeps._page import render  # plotly takes long to import
+
+    store.write(PAGE, render(table, records).encode(errors="backslashreplace"))
