@@ -49,5 +49,9 @@ def test_what_it_names_is_there(name):
     links = re.findall(r"\]\(([^)]+)\)", text)
     assert links or name != "README.md"
     named = re.findall(r"`((?:docs|tests|benchmarks|notebooks|tl_melbo)/[\w/.-]*)`", text)
-    for path in [*(link for link in links if "://" not in link), *named]:
-        assert (ROOT / path).exists() or path == "docs/add-a-method.md", path
+    for link in [*(link for link in links if "://" not in link), *named]:
+        path, _, heading = link.partition("#")
+        assert (ROOT / path).exists(), path
+        if heading:
+            headings = re.findall(r"^#+ (.*)$", (ROOT / path).read_text("utf-8"), re.MULTILINE)
+            assert heading in {each.lower().replace(" ", "-") for each in headings}, link
