@@ -69,7 +69,9 @@ def calls(tm: ModuleType) -> dict[str, Callable[[], Any]]:
         "melbo, 8 at once, 3 gradients": lambda: tm.melbo(
             f, 8, radius=RADIUS, steps=3, orthogonal=False
         ),
-        "melbo_ortho, 1 vector": lambda: tm.melbo_ortho(f, first[0], n_vectors=1),
+        "melbo_ortho, 1 vector, 15 gradients": lambda: tm.melbo_ortho(
+            f, first[0], n_vectors=1, steps=15
+        ),
         "log-probabilities of 8": lambda: tm.next_token_log_probs(
             model, PROMPT, several, chat=True
         ),
@@ -80,17 +82,19 @@ def calls(tm: ModuleType) -> dict[str, Callable[[], Any]]:
     }
 
 
-def main(folder: str, turns: int = 7) -> None:
+def main(folder: str, *chosen: str, turns: int = 7) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as copies:
         before, now = calls(renamed(Path(folder), Path(copies))), calls(tl_melbo)
         print("| call | before, s | now, s | now / before |\n|---|---|---|---|")
-        for name in now:
+        for name in (name for name in now if not chosen or any(part in name for part in chosen)):
             old, new = fastest(before[name], now[name], repeats=turns)
             print(f"| {name} | {old:.3f} | {new:.3f} | {new / old:.2f} |", flush=True)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m benchmarks.against FOLDER_OF_ANOTHER_CHECKOUT")
-    main(sys.argv[1])
+    if len(sys.argv) < 2:
+        sys.exit(
+            "usage: python -m benchmarks.against FOLDER_OF_ANOTHER_CHECKOUT [PART_OF_A_ROW ...]"
+        )
+    main(*sys.argv[1:])
