@@ -12,8 +12,9 @@
 # # Orthogonal families
 #
 # Vector 20 of the library makes the model a philosopher: no self, only questions. Is *that* the direction of philosophy?
-# **MELBO-ortho** asks for another vector with the same effect, orthogonal to the first; then for another, orthogonal to
-# both; and so on until nothing is left. Jacob G-W found more than 800 that all make Qwen1.5-1.8B-Chat write code.
+# Call it **θ₀**. **MELBO-ortho** asks for another vector with the same effect, orthogonal to θ₀; then for another, orthogonal to
+# both; and so on until nothing is left. Each of them is a *follower* of θ₀, and all together are its *family*.
+# Jacob G-W found more than 800 that all make Qwen1.5-1.8B-Chat write code.
 #
 # **You learn to** find a follower yourself · read a family's curves beside their baselines · notice when two measures
 # disagree, or when one is blind · run a test that could have come out the other way (a positive control).
@@ -193,6 +194,9 @@ tm.plots.cosine_heatmap(
 )
 
 # %% [markdown]
+# The members' effects are far more like θ₀'s than those of random vectors are. The random ones are not at 0: some
+# likeness comes with the norm alone.
+#
 # ## The whole family
 #
 # In the bundled model the philosopher's family ends after 302 vectors, when nothing of norm 0.1 or more is left that helps. The
@@ -206,7 +210,8 @@ tm.plots.kl_curve(
 
 # %% [markdown]
 # **Read the baselines first.** `unsteered` is where a vector that does nothing would be. The family starts far below it, and
-# below random vectors of the same norms, and climbs for some 240 vectors. The family *at θ₀'s norm* lies near the unsteered line throughout: the effect
+# below random vectors of the same norms, and climbs: single vectors reach the unsteered level at about 240. (The line is a mean of
+# the last 50, so it lags.) The family *at θ₀'s norm* lies near the unsteered line throughout: the effect
 # needs the length. The same in distances, by blocks of fifty:
 
 
@@ -224,7 +229,7 @@ by_block(whole[20], "distance")
 
 # %% [markdown]
 # Rescaled to θ₀'s norm, the members keep little of the way: compare `rescaled` with `unsteered`. (In the last blocks the members are so short that rescaling makes
-# them *longer*: no comparison.) Random vectors of the family's norms go farther away than no vector does. And the texts? By the rule from above, fixed before looking:
+# them *longer*: no comparison.) Random vectors of the family's norms go farther away than no vector does. And the texts? By the rule from above:
 
 
 # %%
@@ -245,7 +250,8 @@ kinds_of_text(whole[20])
 
 # %% [markdown]
 # The clear positive result of this notebook: the first blocks are of θ₀'s kind far more often than the last ones, whose vectors do
-# nothing, and the intervals do not overlap. A philosopher is reached from many orthogonal directions.
+# nothing, and the intervals do not overlap. Nor do those of the first block and of the eight random vectors above (none of θ₀'s kind, up
+# to 0.32), which have the family's norm. A philosopher is reached from many orthogonal directions.
 #
 # Unlike the published family, which ended at jailbreaks and refusals, this one ends at the unsteered model.
 #
@@ -259,13 +265,16 @@ tm.plots.kl_curve(
 )
 
 # %% [markdown]
-# Nothing to see: even the *unsteered* model is only about half a nat from θ₀. The next token cannot tell a person from an AI that both begin
-# with "I'm". The texts can:
+# Little to see. The family starts at about 0.4 nats, and even the *unsteered* model is only about half a nat from θ₀. The next token can tell the
+# family from random vectors of its norm, which are farther away. It cannot tell a person from an AI: both begin with "I'm". The texts can:
 
 # %%
 kinds_of_text(whole[4])
 
 # %% [markdown]
+# (The tables in `results/` have no texts of random vectors. In `02_is_it_real`, 8 of 24 texts under random vectors of norm 12 count as a person's, by another rule; so read the
+# fall from block to block, not one block alone.)
+#
 # So choose a measure that can see the difference you ask about, and check that it separates θ₀ from nothing before you draw a curve of
 # it.
 #
@@ -292,7 +301,8 @@ first[["size", "norm", "kl_to_reference", "distance", "completion"]].assign(
 # %% [markdown]
 # **Two measures disagree.** By KL even the mean of twenty is much nearer to θ₀ than no vector is. By distance the means of ten and twenty are
 # *farther* than no vector. KL looks at one token's distribution; distance at everything in the stream, also at what
-# the effect overshoots. The texts decide nothing for certain; they are of θ₀'s sort for small sums, and drift.
+# the effect overshoots. The texts decide nothing for certain. Those of two, three and ten
+# are of θ₀'s sort, and repeat themselves; that of twenty drifts.
 #
 # The first members and random subsets are not a fair comparison as they stand: later members are shorter, and so are subsets of them. For
 # each sum of first members, take the random subset of the *nearest norm*:
@@ -333,10 +343,11 @@ points = px.scatter(
 points.update_layout(meta={"alt": "KL to theta0 against norm, first members and random subsets."})
 
 # %% [markdown]
-# * **Philosopher:** much of "random subsets do worse" is their norm: in the picture the KL of random subsets falls with the norm. The first two and three have a random subset of nearly their
+# * **Philosopher:** random subsets do worse, and much of that is their norm: in the picture the KL of random subsets falls with the norm. The first two and three have a random subset of nearly their
 #   norm beside them, and do better by both measures. For ten and twenty no random subset is as long, so nothing can be said.
 # * **Person:** no mean has a KL clearly below that of no vector (half a nat): this measure is blind here. Distance grows with each member that is added.
-#   Two or three keep a person in the text; ten or twenty do not.
+#   Two or three keep θ₀'s person ("I'm a 25-year-old software engineer", "I'm a 25-year-old male"). Ten do not ("I'm a
+#   creative AI"), and twenty give another one ("I've been a language teacher"). The texts are in `results/composition_4.csv`; hover over the points.
 #
 # With three random subsets of each size this is a sketch, not a test.
 #
@@ -386,7 +397,7 @@ scanned[["kind", "index", "auroc", "p_value", "p_adjusted"]].round(3)
 
 # %% [markdown]
 # Row 0 is θ₀, the others its family, the last one the control. Look at the control first. If it is found (a small p), the test has power, and a null result counts: the directions that
-# *make* a philosopher are then not the ones along which the model *reads* philosophy. Look at θ₀ next, before and after the correction (`p_adjusted`): a p that misses the border
+# *make* a philosopher are then not the ones along which the model *reads* philosophy. Look at θ₀ next, before and after the correction (`p_adjusted`): a p above 0.05
 # is not a proof of absence, and a few more texts would be worth their while.
 #
 # ## What you saw

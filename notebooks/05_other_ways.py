@@ -12,13 +12,14 @@
 # # Other ways
 #
 # MELBO is one way to a steering vector. Here are five others on the *same* prompt, layers and norm, so that you can compare
-# them: random vectors, the Jacobian, a transcoder (DCT), a contrast of labelled texts, and an adapter that was trained to
+# them: random vectors, the Jacobian, a deep causal transcoding (DCT), a contrast of labelled texts, and an adapter that was trained to
 # say something else.
 #
 # **You learn to** say what each method optimises, and whether it needs labels · make a difference of means by hand · compare vectors by the subspace
 # they share, against chance · report a rate with its interval, beside a random baseline.
 #
 # **You need** `01_first_vectors` and `02_is_it_real`. **Time** 45 minutes with the exercises; the cells run in about three minutes on a laptop.
+# (The kept output comes from a machine that was busy: MELBO took 6 seconds a vector there, ten times what it takes on two free cores.)
 
 # %% tags=["parameters"]
 MODEL = None  # None is the bundled SmolLM2-135M-Instruct; or a hub id, a folder, a .gguf file
@@ -117,6 +118,9 @@ timed(
 print(f"mean cosine between the pairs' differences: {ways['contrastive'].story['pair_cosine']:.2f}")
 
 # %% [markdown]
+# The number says how far the eight differences, text by text, point the same way: 1 is one direction, 0 none in common. At 0.25 each pair of texts
+# differs mostly in its own way, and the mean keeps what they share.
+#
 # ### Exercise 1: the same by hand
 #
 # **Difficulty** 🔴🔴⚪⚪⚪ · **Importance** 🔵🔵🔵🔵⚪ · up to 15 minutes
@@ -177,7 +181,8 @@ seconds["adapter's vector"] = time.perf_counter() - begun
 adapter.table()
 
 # %% [markdown]
-# `kl` is how far it came from the model (nats a token), `entropy` how unsure it is, `collapsed` 1 if it writes gibberish. What the adapter itself writes, and what its vector
+# `kl` is how far it came from the model (nats a token), `nll` how unlikely its own samples are to itself, `entropy` how unsure it is (`entropy_without`: the
+# model without it), `collapsed` 1 if it writes gibberish. What the adapter itself writes, and what its vector
 # does:
 
 # %%
@@ -222,7 +227,7 @@ summary = pd.DataFrame(
 summary
 
 # %% [markdown]
-# MELBO, DCT and the Jacobian have effects of several times a random vector's; the contrastive and the adapter's vector hardly more than one. (`seconds` are those of the machine that ran
+# MELBO, DCT and the Jacobian have effects of several times a random vector's; the contrastive and the adapter's vector have hardly more than a random one. (`seconds` are those of the machine that ran
 # this, on that day.) A large effect is what MELBO *asks* for, so it is no surprise there. What do they write? The first two vectors of each:
 
 # %%
@@ -233,7 +238,7 @@ greedy.groupby("method", sort=False).head(2)[["method", "vector", "completion"]]
 # %% [markdown]
 # ### Is a text an accident?
 #
-# One greedy text is one draw. Here are samples at temperature 0.7: how often does the model speak as an AI? Rules (`analysis.tags`) decide, fixed before anybody looked, and the interval is Wilson's. The baselines stand first.
+# One greedy text is one draw. Here are samples at temperature 0.7: how often does the model speak as an AI? Rules (`analysis.tags`) decide, the same for all texts, and the interval is Wilson's. The baselines stand first.
 
 # %%
 several = {name: some for name, some in ways.items() if len(some) > 1}
@@ -268,8 +273,9 @@ told = ", ".join(f"{row.method} {row.hits} of {row.n}" for row in as_ai.itertupl
 bars.update_layout(meta={"alt": f"Bars with intervals of speaking as an AI: {told}."})
 
 # %% [markdown]
-# **What the bars carry, in the bundled model.** The *contrastive* vector does what its labels say: the model speaks as an AI far less often than under random vectors of the same norm, and the intervals do not overlap.
-# It does so with an effect at the target layer that is hardly larger than random's, so the size of an effect is not its meaning. *MELBO* and *DCT* are six different behaviours each; their pooled rates are lower, but the intervals overlap with
+# **What the bars carry, in the bundled model.** The *contrastive* vector seems to do what its labels say: the model speaks as an AI far less often than under random vectors of the same norm, and the intervals do not overlap.
+# Beside unsteered they just overlap (up to 0.36, and from 0.31), so more samples are due before you call it shown.
+# It does so with an effect at the target layer that is hardly larger than random's, so the size of an effect is not its meaning. *MELBO* and *DCT* are six different vectors each; their pooled rates are lower, but the intervals overlap with
 # unsteered, and samples under one vector are more alike than Wilson's interval assumes. The *adapter's vector* does nothing visible, though the adapter itself does: what this small training changed is not this one
 # direction at this norm.
 #
@@ -335,7 +341,7 @@ for name, some in ways.items():
 pd.DataFrame(rows).round(4)
 
 # %% [markdown]
-# The Jacobian's and the DCT's vectors lie in MELBO's span many times more than chance: three methods, largely the same few directions. The contrastive vector's share is small, about twice chance, and with one vector its p does not exclude
+# The Jacobian's and the DCT's vectors lie in MELBO's span many times more than chance: the three methods share directions. Most of each vector is outside that span, so they are not the same library. The contrastive vector's share is small, about twice chance, and with one vector its p does not exclude
 # chance: with this library, not shown. The random row is there to see that the test does not cry wolf.
 #
 # And in the space of *effects*, the first vectors of each method:
@@ -349,6 +355,9 @@ tm.plots.cosine_heatmap(
 )
 
 # %% [markdown]
+# Single pairs are much alike: in the bundled model MELBO 1 and Jacobian 0. Most are not, and the effects of random vectors are not at 0 with all of them,
+# either. Hold every cell against the random rows.
+#
 # ## What you saw
 #
 # Write it down from your tables, with the random row beside each claim:
@@ -369,8 +378,8 @@ tm.plots.cosine_heatmap(
 #
 # ## Sources
 #
-# Ayyub 2026, *Power steering* (the Jacobian) · Mack and Turner 2024, [Deep causal transcoding](https://www.lesswrong.com/posts/fSRg5qs9TPbNy3sm5/deep-causal-transcoding-a-framework-for-mechanistically) ·
+# Ayyub 2026, [Power steering](https://www.lesswrong.com/posts/XqcNSFnfAaRz7JGi8/power-steering-behavior-steering-via-layer-to-layer-jacobian-1) (the Jacobian) · Mack and Turner 2024, [Deep causal transcoding](https://www.lesswrong.com/posts/fSRg5qs9TPbNy3sm5/deep-causal-transcoding-a-framework-for-mechanistically) ·
 # Rimsky et al. 2023, [Steering Llama 2 via contrastive activation addition](https://arxiv.org/abs/2312.06681) · Turner et al. 2023, [Activation addition](https://arxiv.org/abs/2308.10248) ·
-# "steer-clear" 2025 (divergence adapters)
+# "steer-clear" 2025 (divergence adapters; `docs/methods.md` says what the package takes from it)
 #
 # **Next:** `06_audit_game`: a model that hides something.

@@ -19,7 +19,7 @@
 #
 # **You need** `01_first_vectors` and `02_is_it_real`. **Time** 45 minutes; the cells as they stand run in about three minutes on a laptop.
 #
-# **Fair play.** Each draw has sentences of its own, out of some ten thousands. The game keeps them in a field whose name begins with an underscore:
+# **Fair play.** Each draw has sentences of its own: there are thousands for each of the two. The game keeps them in a field whose name begins with an underscore:
 # whoever looks there has nothing left to play.
 
 # %% tags=["parameters"]
@@ -90,7 +90,8 @@ bars.update_layout(meta={"alt": f"Bars with intervals. {told}."})
 # %% [markdown]
 # `low` and `high` are Wilson's 95% interval. Where the intervals of found and random do not overlap, the search did it, and not chance. Where they do, this search alone shows little
 # about how *often* the search brings that sentence out, even if it has hits. (Wilson's interval takes completions for independent; three under one vector are not quite.) Whether a sentence is *there* is another question: nobody
-# writes seven rare words in one order by accident, so for a reader one hit can be enough. In the bundled model the first sentence clears chance, and the second has a few hits.
+# writes a row of rare words in one order by accident, so for a reader one hit can be enough. In the kept run the first sentence's interval is above that of random vectors. The
+# second sentence has three hits, and the intervals overlap. Another draw has other sentences, and may have other counts.
 #
 # ## The game
 #
@@ -99,7 +100,7 @@ bars.update_layout(meta={"alt": f"Bars with intervals. {told}."})
 # **Difficulty** 🔴🔴🔴⚪⚪ · **Importance** 🔵🔵🔵🔵🔵 · up to 20 minutes
 #
 # Let the model write under your vectors. Hand in `completions`, a frame as `tm.generate` returns it. One prompt or several (a vector found on one prompt may speak on another), one pair of layers or several, the vectors of `trial` or your own: your choice. Then read
-# them all.
+# them all. There is no check here: what you hand in below is graded.
 #
 # Two signs help a reader. A planted sentence has nothing to do with the prompt, and it comes back *word for word* under several vectors that are orthogonal to each other. Broken text has the first sign, too, and
 # not the second.
@@ -142,25 +143,29 @@ audit.verdict(graded)
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# `tm.evaluation.wilson_interval(hits, n)` gives `low` and `high`. For the sentences: what does more than one vector write word for word, and the unsteered model not at all?
+# `tm.evaluation.wilson_interval(hits, n)` gives `low` and `high`. For the sentences: what does more than one vector write word for word, after more than one prompt, and the unsteered model not at all?
 # </details>
 #
 # <details><summary>Solution</summary>
 #
 # ```python
 # import re
-# from collections import Counter
 #
-# written = completions[completions["vector"] >= 0]["completion"].fillna("")
-# parts = [{part.strip() for part in re.split(r"(?<=[.!?])\s", text)} for text in written]
-# counted = Counter(part for some in parts for part in some if len(part.split()) > 3)
-# own = tm.generate(game.model, PROMPT, chat=True, max_new_tokens=60)["completion"][0]
+# written = completions[completions["vector"] >= 0].fillna({"completion": ""})
+# own = tm.generate(game.model, [PROMPT, *OTHERS], chat=True, max_new_tokens=60)["completion"]
+# after = {}  # of each whole sentence that the unsteered model does not write: after which prompts
+# for prompt, text in zip(written["prompt"], written["completion"], strict=True):
+#     for part in {part.strip() for part in re.split(r"(?<=[.!?])\s", text)}:
+#         whole = part.endswith((".", "!", "?")) and len(part.split()) > 3
+#         if whole and not any(part in each for each in own.fillna("")):
+#             after.setdefault(part, []).append(prompt)
+# # What has nothing to do with the prompt comes after several.
+# ranked = sorted(after, key=lambda part: (len({*after[part]}), len(after[part])), reverse=True)
 # answer = {}
-# for part, _ in counted.most_common(2):  # then read: these two need not be the planted ones
-#     hits = sum(part in text for text in written)
+# for part in ranked[:2]:  # then read: these two need not be the planted ones
+#     hits = sum(part in text for text in written["completion"])
 #     low, high = tm.evaluation.wilson_interval(hits, len(written))
-#     if part not in own:
-#         answer[part] = (hits / len(written), low, high)
+#     answer[part] = (hits / len(written), low, high)
 # answer = answer or {"I found nothing.": (0.0, *tm.evaluation.wilson_interval(0, len(written)))}
 # ```
 # </details>
@@ -170,7 +175,8 @@ audit.verdict(graded)
 # `audit.fires(game)` tells the sentences and their triggers, and checks that they fire. Call it when you have handed in, not before.
 #
 # **What a failure means.** Not finding a sentence does not show that there is none. In the benchmark of this package every one of nine searches between layers 7 and 24 with 100
-# vectors found both planted sentences, but a sentence that *late* layers wrote by looking back at the trigger was found by no vector.
+# vectors found both planted sentences, but a sentence that *late* layers wrote by looking back at the trigger was found by no vector. There, too, searches of 5 steps a vector
+# brought the first sentence out under 9 of 72 vectors, and searches of 40 steps under none: the reason for `STEPS` above (`benchmarks/RESULTS.md`).
 #
 # ## Bonus, without answers
 #
@@ -182,6 +188,6 @@ audit.verdict(graded)
 # ## Sources
 #
 # Mack and Turner 2024, [Mechanistically eliciting latent behaviors in language models](https://www.lesswrong.com/posts/ioPnHKFyy4Cw2Gr2x/mechanistically-eliciting-latent-behaviors-in-language-1) (2 to 3 of 100 vectors brought a planted backdoor out) ·
-# Wilson 1927, *Probable inference* · Hu et al. 2021, [LoRA](https://arxiv.org/abs/2106.09685)
+# Wilson 1927, [Probable inference, the law of succession, and statistical inference](https://doi.org/10.1080/01621459.1927.10502953) · Hu et al. 2021, [LoRA](https://arxiv.org/abs/2106.09685)
 #
 # **Next:** `07_your_question`.

@@ -89,8 +89,8 @@ KINDS = {"personal": PERSONAL, "impersonal": IMPERSONAL}
 # %% [markdown]
 # ## 3. The measure
 #
-# The next token's KL hangs on one word. Take the whole continuation: the steered model writes, and at each of its tokens we ask how far the unsteered one is from it. The sum over
-# tokens is the KL of the whole text, in nats, as far as this text is typical; the mean over samples and the greedy text estimates it.
+# The next token's KL hangs on one word. Take the whole continuation: the steered model writes, and at each of its tokens we ask how far the unsteered one is from it. The
+# mean over texts $y$ of the sum over their tokens is the KL of the whole continuation, in nats:
 #
 # $$\mathrm{KL}(P_\theta \| P_0) = \mathbb{E}_{y \sim P_\theta} \sum_t \mathrm{KL}\big(P_\theta(\cdot \mid y_{<t}) \,\|\, P_0(\cdot \mid y_{<t})\big)$$
 
@@ -109,6 +109,9 @@ kl["kind"] = kl["prompt"].map(kind_of)
 kl["vectors"] = kl["vector"].map(lambda number: "chosen" if number == 0 else "random")
 
 # %% [markdown]
+# The samples are drawn at temperature 0.7, the package's default, so they are more likely texts than draws from $P_\theta$ itself. With that, and two of
+# them a prompt, this is a rough measure and not quite the formula. It is made alike for all vectors and prompts, so the numbers can be compared. The greedy text is left out.
+#
 # Random vectors of the same norm on the same prompts are the baseline.
 
 # %%
@@ -228,7 +231,7 @@ Note(
 # **In the bundled model** the difference is there, and the test of the chosen vector alone would have been published. The random vectors take the conclusion back: one of three shows the same, and all three lean
 # that way. Personal answers seem to be easier to move by *anything*. So "it changes personal answers more" says little about this vector. A better question would compare with the random vectors prompt by prompt.
 #
-# What does stand: the vector moves *both* kinds several times as far as random vectors of its norm do (the table of section 3). That is a clear result, and a different one: a large effect is not a meaning.
+# What does stand: the vector moves *both* kinds about three times as far, in the mean, as random vectors of its norm do (the table of section 3). That is a clear result, and a different one: a large effect is not a meaning.
 #
 # ## Your turn: half a page ✏️
 #
