@@ -33,7 +33,7 @@
 MODEL = None  # None is the bundled SmolLM2-135M-Instruct; or a hub id, a folder, a .gguf file
 PROMPT = "Tell me about yourself."
 SOURCE_LAYER, TARGET_LAYER = 8, 16  # for another model: about a quarter and half of its depth
-RADIUS = 12.0  # the norm of the vectors; "How long?" below says where it comes from
+RADIUS = 12.0  # the norm of the vectors, chosen by reading completions: 01 shows how
 N_STEPS = 50  # gradients of the slow search
 MAX_NEW_TOKENS = 25
 
@@ -209,7 +209,8 @@ check.objective(objective, f)
 
 # %% [markdown]
 # Now climb. Take a step along the gradient; the step leaves the sphere, so go back onto it. The part of the
-# gradient along `theta` only changes the norm: take it away first. Steps of 0.1 to 0.3 times `RADIUS` work well.
+# gradient along `theta` only changes the norm: take it away first. Steps of 0.1 to 0.3 times `RADIUS` work well. The
+# check asks for at least 90% of the objective of `tm.melbo`'s first vector.
 
 
 # %% tags=["answer"]
@@ -223,11 +224,15 @@ climbed = climb(start, N_STEPS)
 check.climbed(climbed, f, RADIUS, reference=found, n_gradients=N_STEPS)
 
 # %% [markdown]
+# One hint for both halves:
+#
 # <details><summary>Hint</summary>
 #
 # `f.delta(theta[None], positions=LAST)[0, 0]` is zero outside the last three tokens. In each step:
 # `theta = theta.detach().requires_grad_()`, then `torch.autograd.grad(objective(theta), theta)`.
 # </details>
+#
+# The objective:
 #
 # <details><summary>Solution</summary>
 #
@@ -236,6 +241,8 @@ check.climbed(climbed, f, RADIUS, reference=found, n_gradients=N_STEPS)
 #     return f.delta(theta[None], positions=LAST)[0, 0].square().sum().sqrt()
 # ```
 # </details>
+#
+# The climb. Exercises 5 and 7 use its `gradient` again in their solutions:
 #
 # <details><summary>Solution</summary>
 #
@@ -269,7 +276,8 @@ check.climbed(climbed, f, RADIUS, reference=found, n_gradients=N_STEPS)
 # **Difficulty** 🔴🔴🔴⚪⚪ · **Importance** 🔵🔵🔵⚪⚪ · up to 15 minutes
 #
 # The boldest step forgets where it was: $\theta \leftarrow R \, \nabla / \|\nabla\|$. Write it, with at most 10
-# gradients, and return the best vector on the way. For a short vector $\Delta(\theta) \approx J\theta$. What
+# gradients, and return the best vector on the way: steps so bold also go down, so the check asks for no more than half
+# of `tm.melbo`'s objective. For a short vector $\Delta(\theta) \approx J\theta$. What
 # is the gradient of $\tfrac12\|J\theta\|^2$? Why is this called *power iteration*?
 
 
@@ -286,7 +294,8 @@ check.climbed(powered, f, RADIUS, reference=found, n_gradients=10, enough=0.5)
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# It is your `climb` with another step; nothing of the old `theta` is left in the new one.
+# It is your `climb` with another step; nothing of the old `theta` is left in the new one. For short vectors the
+# gradient of $\tfrac12\|J\theta\|^2$ is $J^\top J\theta$: the step multiplies by one matrix, again and again.
 # </details>
 #
 # <details><summary>Solution</summary>
@@ -320,8 +329,9 @@ lines(curves, "The objective on the way", "steps", "objective")
 
 # %% [markdown]
 # Compare the first point of a curve, a random vector, with its last: that is the answer to the guess at the top.
-# Most of the gain comes in the first few steps. Is the vector with the larger objective the more interesting one?
-# Read:
+# The first three steps raise the objective severalfold. Later ones may still add much: `tm.melbo` stops after 10
+# gradients by default, and your climb, with `N_STEPS`, can end well above it. Is the vector with the larger objective
+# the more interesting one? Read:
 
 # %%
 read = tm.generate(model, PROMPT, found, max_new_tokens=MAX_NEW_TOKENS)
@@ -353,8 +363,9 @@ check.top_direction(top_direction, f, linear)
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# `torch.func.jvp(g, (zero,), (v,))` gives g(0) and J v. `_, back = torch.func.vjp(g, zero)` gives a function with
-# `back(u)[0]` = $J^\top u$. Twenty repetitions are enough.
+# Write the effect as a function `g` of theta, and let `zero` be a vector of zeros. `torch.func.jvp(g, (zero,), (v,))`
+# gives g(0) and J v. `_, back = torch.func.vjp(g, zero)` gives a function with `back(u)[0]` = $J^\top u$. Twenty
+# repetitions are enough.
 # </details>
 #
 # <details><summary>Solution</summary>
@@ -413,8 +424,8 @@ lines(
 
 # %% [markdown]
 # A linear map would give horizontal lines. At small radii MELBO's vector *is* the top singular vector, up to what
-# 10 gradients reach, and they have the same effect. At larger radii J's direction saturates, while MELBO finds
-# others whose effect grows faster than linearly. They are what a Jacobian cannot see: the reason to search at a
+# 10 gradients reach, and they have the same effect. At larger radii the effect of J's direction grows more slowly than
+# linearly, while MELBO finds other directions whose effect grows faster. They are what a Jacobian cannot see: the reason to search at a
 # finite radius.
 #
 # `tm.calibrate_radius(f)`, which `radius="auto"` takes, is the radius at which **random** vectors deviate by 40%
@@ -432,13 +443,16 @@ for radius in (radii[0], RADIUS):
     print(f"R = {radius:g}: largest |cosine| between the effects of J's top three: {off:.2f}")
 
 # %% [markdown]
+# They are less so, though in the bundled model the largest cosine is still small. The size of the effect, above, shows
+# the difference more clearly.
+#
 # ## 7. A second vector
 #
 # **Difficulty** 🔴🔴🔴⚪⚪ · **Importance** 🔵🔵🔵⚪⚪ · up to 15 minutes
 #
 # Started elsewhere, the search may end at the same vector. To get a *library*, each new vector is kept
 # orthogonal to the ones before. Find a second vector of norm `RADIUS`, orthogonal to `found.vectors[0]`, with your
-# own search. (`tm.melbo`'s second vector is the one to reach.)
+# own search. The check asks for at least 90% of the objective of `tm.melbo`'s second vector.
 
 # %% tags=["answer"]
 second = ...  # a tensor [d_model]
@@ -491,7 +505,8 @@ tm.plots.cosine_heatmap(
 )
 
 # %% [markdown]
-# Find out why. Which token has the residual stream of the largest norm (`f.x` is `[prompt, pos, d_model]`)? And what
+# Four random starts end at one direction: red is the same vector, dark blue nearly its negative. Find out why. Which
+# token has the residual stream of the largest norm (`f.x` is `[prompt, pos, d_model]`)? And what
 # share of the sum of squares in `trapped[0]`'s objective is at that token?
 
 # %% tags=["answer"]
@@ -531,9 +546,9 @@ lines(
 )  # fmt: skip
 
 # %% [markdown]
-# In most models the first token is an **attention sink**: heads that have nothing to attend to attend to it, and its
-# residual stream carries a **massive activation**. A vector that disturbs it has a huge effect there and a small one
-# at the tokens that write the answer. All searches fall into that hole. `positions=slice(-3, None)` leaves it out.
+# In most models the first token is an **attention sink**: heads that look for nothing in the text put their attention
+# there. Its residual stream carries a **massive activation**. A vector that disturbs it has a huge effect there, and at
+# the tokens that write the answer hardly more than a random vector. All searches fall into that hole. `positions=slice(-3, None)` leaves it out.
 #
 # ## What to take away
 #

@@ -145,8 +145,9 @@ found = run.melbo(f, N_VECTORS, radius=RADIUS, progress=True)
 found.table()
 
 # %% [markdown]
-# The column `converged` is honest: some vectors would gain from more steps. Are they more than random? Two numbers,
-# the objective and the divergence, for both:
+# `evaluations` counts gradients, and `gain` is the share by which the last step that went up raised the objective. Where
+# `converged` says no, more steps would raise it further; in the bundled model that is most of them. Are the vectors
+# more than random? Two numbers, the objective and the divergence, for both:
 
 # %%
 kl = {"MELBO": tm.analysis.kl_divergence(model, PROMPT, found),
@@ -201,8 +202,8 @@ medians = by_layer.groupby(["vectors", "layer"])["effect"].median().unstack("vec
 medians.loc[[SOURCE_LAYER, TARGET_LAYER, max(medians.index)]].round(1)
 
 # %% [markdown]
-# All effects grow; those of the vectors that were found grow faster. The gap opens between the source and the
-# target layer, which is where the search looked.
+# All effects grow. Those of the vectors that were found grow faster up to the target layer: the gap opens where the
+# search looked. After it the random ones grow at least as fast, and the ratio rises no more.
 #
 # ## How long should a vector be?
 #
@@ -230,8 +231,9 @@ swept[swept["vector"] == min(CHOSEN, 7)][["scale", "coherent", "filtered_out", "
 
 # %% [markdown]
 # The second curve is the useful one. At its left end vectors change too little, at its right end the text falls apart;
-# it is never above the first. Coherence is judged by rules, on short texts: they miss some nonsense, as the table
-# shows. Eight vectors give a rough curve. Read the texts where you doubt it.
+# it is never above the first. Coherence is judged by rules, on short texts, and they miss some nonsense: look for texts
+# that repeat themselves in the list above, and for the group that they get below. Eight vectors give a rough curve, and
+# they are the ones found at `RADIUS`, made shorter or longer. A search at another radius finds others.
 #
 # ## Exercise 3: the end of the window
 #
@@ -261,7 +263,8 @@ check.coherent_up_to(largest_scale, swept, least=0.5)
 # </details>
 #
 # `radius="auto"` starts from another side: it takes the norm at which random vectors stop to act linearly, which
-# needs no text. Read completions at half and at twice that norm, too.
+# needs no text. It is a place to start, not the best norm. To read completions at half and at twice that norm, set
+# `RADIUS` in the parameters and run the notebook again.
 
 # %%
 print(f"calibrated radius {tm.calibrate_radius(f):.3g}; here RADIUS = {RADIUS:g}")
@@ -295,14 +298,15 @@ counted.reset_index()
 
 # %% [markdown]
 # `different` counts coherent completions outside the unsteered one's group, and `groups` how many groups these are in.
-# Compare *found* with *random* first; a random vector, too, can tip the text into another group. Then look at *found,
+# Compare *found* with *random* first; a random vector, too, can tip the text into another group. Is vector `CHOSEN`
+# in a group with random ones (100 and up)? Then the group's name alone does not tell it from chance. Then look at *found,
 # negated*: a vector has two signs, and the negative need not do the opposite. The groups are automatic and change when
 # texts are added: read the completions before you rely on them.
 #
 # ## Orthogonal vectors, similar effects?
 #
 # The vectors are orthogonal by construction. Their effects need not be. Here they are, ordered by the group of
-# their completions.
+# their completions. Group 0 is the unsteered one's; -1 holds what was filtered out as incoherent.
 
 # %%
 largest = (tm.analysis.cosine_similarity(found) - torch.eye(len(found))).abs().max()
@@ -326,7 +330,7 @@ tm.plots.cosine_heatmap(
 # **Difficulty** 🔴🔴🔴⚪⚪ · **Importance** 🔵🔵🔵⚪⚪ · up to 15 minutes
 #
 # `effects` and `alike` are matrices `[vector, vector]`: the cosines of the effects, and the similarities of the
-# completions. Over all **pairs** of vectors, each counted once, what is the rank correlation (Spearman's) of the two?
+# completions by the words that they share. Over all **pairs** of vectors, each counted once, what is the rank correlation (Spearman's) of the two?
 
 # %%
 points = tm.analysis.embeddings([*positive["completion"]], "words")
@@ -382,7 +386,7 @@ Table(
 # **Difficulty** 🔴⚪⚪⚪⚪ · **Importance** 🔵🔵🔵🔵🔵 · up to 10 minutes
 #
 # Choose a vector whose completion is coherent, and which differs from the unsteered model. Write one sentence on what
-# it does, **before** you measure anything else about it: the next notebook tests that sentence.
+# it does, **before** you measure anything else about it. The next notebook tests one such sentence.
 
 # %% tags=["answer"]
 choice = ...  # the number of a vector
@@ -405,6 +409,8 @@ check.chosen(choice, grouped.texts[grouped.texts["vector"] < 100])
 # </details>
 #
 # ## A first look at the chosen one
+#
+# What follows is about vector `CHOSEN` of the parameters. Set it to your `choice`, and run the cell below again.
 #
 # On which tokens of ordinary texts does the *unsteered* residual stream project onto it? In standard deviations from
 # the mean over ordinary prose: red along the vector, blue against it.

@@ -76,8 +76,8 @@ tm.analysis.tags(PROMPT, [*greedy["completion"]])
 # %% [markdown]
 # ## Choose on one set of samples
 #
-# One greedy text is one throw of the dice whose outcome is always the same. Sampled at temperature 0.7, each vector
-# shows a rate. These samples are for choosing only.
+# Greedy decoding gives one text, and always the same. It says nothing of how often the model says such a thing. Sampled
+# at temperature 0.7, each vector shows a rate. These samples are for choosing only.
 
 # %%
 first_set = tm.generate(
@@ -91,7 +91,7 @@ first[["vector", "hits", "n", "rate", "low", "high"]]
 #
 # **Difficulty** 🔴⚪⚪⚪⚪ · **Importance** 🔵🔵🔵🔵⚪ · up to 5 minutes
 #
-# Take the vector of the highest rate, by code. Then predict: with new samples of all vectors, will its rate be
+# Take the vector of the highest rate, by code. Then predict: with new samples of this vector, will its rate be
 # higher, lower, or the same?
 
 # %% tags=["answer"]
@@ -194,7 +194,7 @@ print(
 
 # %% [markdown]
 # Report the second number. The first one was the best of several, so luck is in it. Two intervals that do not overlap
-# are clear evidence; two that do are not evidence of nothing.
+# are clear evidence of a difference; two that do overlap are no evidence that there is none.
 #
 # The rule makes mistakes: a text that is cut off before it says "AI" counts as a person's. It makes them for all three
 # bars alike, which is one more reason for baselines.
@@ -287,7 +287,7 @@ pd.concat(
 
 # %% [markdown]
 # The first row says whether the other search found the same direction, or a vector of a similar effect; the second what
-# chance gives. Then the text: does the closest vector do the same? Where it does not, say "this vector", not "the
+# chance gives. `which` is the number of the vector of the most similar effect. Then its text: does the closest vector do the same? Where it does not, say "this vector", not "the
 # direction of".
 #
 # ## Side effects
@@ -305,8 +305,9 @@ costs.assign(vectors=["chosen"] + 6 * ["random"])[
 tm.plots.specificity_points(costs, "KL on the prompts and elsewhere; 0 is the chosen vector")
 
 # %% [markdown]
-# `specificity` is 0.5 for a vector that changes unrelated prompts as much as those of the claim; `loss_increase` is what
-# ordinary prose costs, in nats a token. An effect that is also large elsewhere is a change of the model at large, in
+# `specificity` is 0.5 for a vector that changes unrelated prompts as much as those of the claim. Compare it with that of
+# the random vectors: if theirs is as high, the chosen vector changes more, but is not more specific. `loss_increase` is
+# what ordinary prose costs, in nats a token. An effect that is also large elsewhere is a change of the model at large, in
 # which the claim is only one thing.
 #
 # ## Exercise 3: the direction that labels give
@@ -419,7 +420,8 @@ print(
 # ## Does the model use the direction itself?
 #
 # In text by people, does the *unsteered* residual stream project onto the chosen vector more than in impersonal text?
-# The statistic is the AUROC over tokens, the null random directions. A test that finds nothing may simply be weak, so it
+# The statistic is the AUROC over tokens: the chance that a token of the personal texts projects further along the vector
+# than one of the others, 0.5 if the two kinds do not differ. The null is random directions. A test that finds nothing may simply be weak, so it
 # gets a **positive control**: the difference of means of *other* texts of both kinds, which it should find.
 
 # %%
@@ -472,7 +474,7 @@ print(
 
 # %% [markdown]
 # If the control is found and the vector is not, the null is a finding: whatever the vector does, the model does not
-# use this direction where people speak. If the control is not found, take more text before you say anything.
+# use this direction where people speak, or far less than the control's. If the control is not found, take more text before you say anything.
 #
 # ## The claim, now
 #

@@ -11,14 +11,14 @@
 # %% [markdown]
 # # How does it do it?
 #
-# A vector of 576 numbers, added after layer 8, turns an AI into a 25-year-old software engineer. This notebook
-# looks inside: *when* in the text, *after which layer*, and *through which parts* of the model.
+# A vector of 576 numbers, added after layer 8, makes the model speak as a person: greedily, as a 25-year-old software
+# engineer. This notebook looks inside: *when* in the text, *after which layer*, and *through which parts* of the model.
 #
 # **You learn to** read a residual stream with the logit lens · find the token where two texts part · patch an
 # activation from one run into another, by hand · tell what a patch shows from what it does not show.
 #
 # **You need** `01_first_vectors`, and PyTorch hooks to the extent of "a hook sees a tensor and may return another".
-# **Time** 45 minutes with the exercises; the cells run in about two minutes on a laptop.
+# **Time** 45 to 60 minutes with the exercises; the cells run in about two minutes on a laptop.
 #
 # Every picture has random vectors of the same norm beside it. Without them, nothing here would say anything
 # about *this* vector.
@@ -58,7 +58,7 @@ pd.concat([unsteered, texts[:3]]).assign(what=["unsteered", "found", "random", "
 #
 # Write your guesses down before you go on.
 #
-# 1. In the found vector's text, at which token is the steered model most surprised by the unsteered one?
+# 1. In the found vector's text, at which token do the steered and the unsteered model disagree most?
 # 2. After which layer can the new behaviour first be read off the residual stream: 8, 16, or near the end (29)?
 # 3. What carries the effect from layer 8 to layer 16: one head, one MLP, many of them, or the vector itself, which
 #    just stays in the stream?
@@ -142,8 +142,8 @@ by_layer = tm.analysis.top_tokens(model, PROMPT, both, n=3, by_layer=True, chat=
 tm.plots.top_tokens(by_layer, vector=0, title="Logit lens of the found vector")
 
 # %% [markdown]
-# In the bundled model the middle layers show large changes of tokens that mean little here: the lens reads a language that is not the last layer's. Words of a person (my, born, growing up) stand
-# only in the last few layers. So "the lens shows it after layer …" needs two conditions: a change, and a sense.
+# In the bundled model the middle layers show large changes of tokens that mean little here: the lens reads a language
+# that is not the last layer's. Words of a person come late: "my" from layer 22 on, "Growing" and "born" at layer 28. So "the lens shows it after layer …" needs two conditions: a change, and a sense.
 #
 # How large are these changes, beside random ones? Take for each layer the largest change of any likely token:
 
@@ -169,14 +169,15 @@ sizes = tm.analysis.effect_by_layer(model, PROMPT, {"found": chosen, "random": r
 tm.plots.effect_by_layer(sizes)
 
 # %% [markdown]
-# At its own layer each vector has the same size, by construction. The gap opens block by block. So the question is
-# what those blocks do.
+# At its own layer each vector has the same size, by construction. The gap opens block by block, up to the target layer,
+# where the search measured. So the question is what those blocks do.
 #
 # ## What carries it?
 #
 # **Activation patching.** Run the model twice, without the vector and with it. Then run it a third time *without*,
 # but let one part (a head, an MLP) put out what it put out in the steered run. What the target layer then does is
-# that part's own share of the effect:
+# that part's own share of the effect. Both effects are taken at the target layer and the last three tokens of the prompt,
+# as in the search:
 #
 # $$\text{share} = \frac{\langle \text{patched effect}, \text{effect} \rangle}{\| \text{effect} \|^2}$$
 #
@@ -256,9 +257,11 @@ of_parts = pd.DataFrame(rows).round(2)
 of_parts
 
 # %% [markdown]
-# **Read the columns against the random rows.** *Direct* is the share of a vector's effect that is the vector itself, still in the stream. For random vectors it is a visible part of a small
-# effect; for the found one it is next to nothing, though its effect is several times as large: nearly all of it is made by the blocks. That is what MELBO looks for, a direction
-# that the blocks do something *about*. *Best MLP* and *best head* say how much one part carries alone: a few MLPs near the target carry most, and no head does it by itself.
+# **Read the columns against the random rows.** *Direct* is the share of a vector's effect that is the vector itself, still in the
+# stream. For random vectors it is a visible part of a small effect. For the found one it is next to nothing, and its
+# effect is several times as large: nearly all of it is made by the blocks. That is what MELBO looks for, a direction
+# that the blocks do something *about*. *Best MLP* and *best head* say how much one part carries alone: a few MLPs near
+# the target carry most, and no head does it by itself.
 #
 # **What this does not show.** A patch shows what is *enough*, not what is *needed*. Shares do not add up to 1: an MLP's
 # steered output already contains what steered parts before it did to it, and the blocks are not linear.
@@ -296,7 +299,8 @@ bars = px.bar(
 bars.update_layout(meta={"alt": f"Attention of the last token in layer {layer}, head {head}."})
 
 # %% [markdown]
-# In the bundled model this head looks back at the question, mostly at " yourself". Under the found vector it looks at the last token instead; the random vector leaves it alone.
+# In the bundled model this head looks back at the question, mostly at " yourself". Under the found vector it looks at the
+# last token instead; the random vector leaves it alone.
 #
 # One head is an anecdote. For all heads between the two layers: how much of the attention of the last three tokens moves
 # elsewhere (0 to 1: half of the summed absolute change)?
@@ -331,8 +335,9 @@ attention
 # * … % of the effect is the vector itself (random: … %); the best single part carries … %.
 # * Attention moves … times as much as under random vectors, most in layer ….
 #
-# None of this says that the model *has* "a person speaks" as a feature. It says that layers 9 to 16 amplify this direction. Whether
-# the model uses it without us is the question of `04_orthogonal_families`.
+# None of this says that the model *has* "a person speaks" as a feature. It says that layers 9 to 16 amplify this
+# direction. Whether the model uses it without us is another question: `02_is_it_real` asks it of this vector, and
+# `04_orthogonal_families` of a whole family.
 #
 # ## Bonus, without answers
 #

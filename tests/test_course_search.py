@@ -70,6 +70,14 @@ def test_hook(tiny_map, steered, unchanged):
     told("takes the place", check, lambda theta: steered(lambda x: 0 * x + theta), tiny_map)
     early = f"blocks.{SOURCE}.hook_resid_pre"
     told("too early", check, lambda theta: steered(lambda x: x + theta, early), tiny_map)
+    late = f"blocks.{SOURCE + 1}.hook_resid_post"
+    told("too late", check, lambda theta: steered(lambda x: x + theta, late), tiny_map)
+    told(
+        "log-probabilities",
+        check,
+        lambda theta: steered(lambda x: x + theta).log_softmax(-1),
+        tiny_map,
+    )
     told("other logits", check, lambda theta: steered(lambda x: x + 2 * theta), tiny_map)
     told("shape", check, lambda theta: steered()[:, -1], tiny_map)
     told("Expected a tensor", check, lambda theta: None, tiny_map)
@@ -130,8 +138,14 @@ def test_climbed(tiny_map, found):
     def check(answer, **more):
         return from_scratch.climbed(answer, tiny_map, RADIUS, found, 5, **more)
 
-    assert "100%" in check((best, [1.0, 2.0]))
+    with torch.no_grad():
+        size = float(objective(tiny_map, best))
+    assert "100%" in check((best, [0.5 * size, size]))
     assert "Not done yet" in check(...)
+    told("the last one too", check, (best, [0.0, 0.5 * size]))
+    told("on the way", check, (best, [0.5 * size, 2 * size]))
+    told("list of numbers", check, (best, None))
+    told("list of numbers", check, (best, []))
     told("Its norm", check, (2 * best, [1.0]))
     told("at most 5", check, (best, [1.0] * 9))
     told("reaches", check, (0.1 * start / start.norm() * RADIUS * 10, [1.0]), enough=2.0)
@@ -173,6 +187,7 @@ def test_sink(tiny_map, found):
     norms = float(sizes[place] / sizes.sum())
     told("squared", from_scratch.sink, place, norms, tiny_map, found)
     told("between 0 and 1", from_scratch.sink, place, 100 * share + 2, tiny_map, found)
+    told("Expected the position", from_scratch.sink, "first", share, tiny_map, found)
 
 
 def test_predicted():
@@ -313,6 +328,8 @@ def test_lines_say_what_they_show():
     marked = lines({"a": ([1, 10], [1, 1])}, "One", "R", "KL", log="x", mark={"ten": 10.0})
     assert (marked.layout.annotations[0].x, marked.layout.shapes[0].x0) == (1.0, 10.0)
     assert figure.layout.xaxis.type is None
+    assert (figure.layout.yaxis.tickformat, figure.layout.yaxis.dtick) == ("~g", "D2")
+    assert lines({"a": ([1, 2], [1e-5, 1])}, "", "R", "KL", log="y").layout.yaxis.dtick == 1
     assert figure.layout.meta["alt"] == (
         "KL. a: 0.5 to 4, for R of 1 to 2; b: 1, for R of 1 to 2; calibrated is marked at 1.5."
     )

@@ -36,7 +36,10 @@ def lines(
         traces.append(trace)
         told.append(f"{name}: {_style.span(y)}, for {across} of {_style.span(x)}")
     told += [f"{name} is marked at {place:.3g}" for name, place in (mark or {}).items()]
-    scales: list[dict[str, Any]] = [{"type": "log"} if name in log else {} for name in "xy"]
+    places = [[*x] for x, _ in curves.values()], [[*y] for _, y in curves.values()]
+    scales = [
+        _logarithmic(each) if name in log else {} for name, each in zip("xy", places, strict=True)
+    ]
     axes = axis(across, **scales[0]), axis(up, **scales[1])
     drawn = figure(traces, title, f"{up}. {'; '.join(told)}.", *axes, height=420)
     drawn.update_layout(showlegend=len(traces) > 1)
@@ -46,3 +49,10 @@ def lines(
         x = math.log10(place) if "x" in log else place
         drawn.add_annotation(x=x, y=1, yref="paper", yanchor="bottom", text=name, showarrow=False)
     return drawn
+
+
+def _logarithmic(curves: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """Ticks with whole numbers, at 1, 2 and 5 times the powers of ten, or at the powers alone."""
+    positive = [float(value) for values in curves for value in values if value > 0]
+    wide = bool(positive) and max(positive) >= 1e4 * min(positive)
+    return {"type": "log", "tickformat": "~g", "dtick": 1 if wide else "D2"}

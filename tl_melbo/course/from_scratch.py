@@ -41,6 +41,8 @@ def hook(steered_logits: Callable[[Tensor], Any], f: ActivationMap) -> Note:
         )
     if _close(told, expected):
         return Note("Right: these are the logits that tm.steered gives, too.")
+    if _close(told, expected.log_softmax(-1)):
+        raise Wrong("These are log-probabilities. The logits come before the softmax.")
     mistakes = {
         "These are the unsteered logits: what your hook computed did not reach the model. Does it "
         "give something back, and does it have the right name?": before,
@@ -53,6 +55,9 @@ def hook(steered_logits: Callable[[Tensor], Any], f: ActivationMap) -> Note:
         ),
         "The vector is added one block too early: before the source block, not after.": _logits(
             f, lambda x: x + theta, f"blocks.{f.source_layer}.hook_resid_pre"
+        ),
+        "The vector is added one block too late.": _logits(
+            f, lambda x: x + theta, f"blocks.{f.source_layer + 1}.hook_resid_post"
         ),
     }
     _look_up(told, mistakes)
@@ -121,7 +126,9 @@ def objective(measure: Callable[[Tensor], Any], f: ActivationMap) -> Note:
         return note
     told = _tensor(told, "the objective")
     if told.numel() != 1:
-        raise Wrong(f"One number is expected; these are {told.numel()}.")
+        raise Wrong(
+            f"One number is expected; these are {told.numel()}. What is still to be summed?"
+        )
     with torch.no_grad():
         everywhere = f.delta(theta[None]).double()[0, 0][f.mask[0]]
     sizes = everywhere.norm(dim=-1)
@@ -165,9 +172,15 @@ def climbed(
     theta = _tensor(theta, "the vector")
     _shape(theta, (f.d_model,), "the vector")
     _on_sphere(theta, radius)
+    try:
+        history = [float(value) for value in history]
+        best = max(history)
+    except (TypeError, ValueError):
+        raise Wrong("The second thing to return is a list of numbers, the objectives.") from None
     if len(history) > n_gradients + 1:
         raise Wrong(f"{len(history)} objectives: at most {n_gradients} gradients are allowed.")
-    share = _size(f, theta) / _size(f, reference.vectors[0])
+    size = _size(f, theta)
+    share = size / _size(f, reference.vectors[0])
     if share < enough:
         begun = _size(f, _drawn(f, radius)) / _size(f, reference.vectors[0])
         advice = (
@@ -176,11 +189,26 @@ def climbed(
             else "It climbs. Are the steps large enough, and is each taken from the last point?"
         )
         raise Wrong(f"Your vector reaches {share:.0%} of tm.melbo's objective. {advice}")
-    return Note(f"Right: {share:.0%} of what tm.melbo reaches, with {len(history) - 1} gradients.")
+    if best > 1.01 * size:
+        raise Wrong(
+            f"Your vector's objective is {size:.4g}, but on the way there was {best:.4g}: return "
+            "the best vector, not the last."
+        )
+    if best < 0.99 * size:
+        raise Wrong(
+            f"Your vector's objective is {size:.4g}, and the largest of your list is {best:.4g}. "
+            "Does the list have the objective at the start and after every step, the last one too?"
+        )
+    more = "" if share < 1.05 else " More than 100% is no error: its own search is short."
+    return Note(
+        f"Right: {share:.0%} of what tm.melbo reaches, with {len(history) - 1} gradients.{more}"
+    )
 
 
 def top_direction(answer: Callable[[], Any], f: ActivationMap, linear: SteeringVectors) -> Note:
     """Exercise 6: the top right singular vector of J and its singular value."""
+    if not callable(answer):
+        raise Wrong("Pass the function itself; the check calls it.")
     told = answer()
     if note := unfinished(told):
         return note
@@ -235,13 +263,15 @@ def sink(place: Any, share: Any, f: ActivationMap, trapped: SteeringVectors) -> 
         return note
     own = f.mask[0]
     norms = f.x[0][own].norm(dim=-1)
-    place = int(place) % len(norms)
+    try:
+        place, share = int(place) % len(norms), float(share)
+    except (TypeError, ValueError):
+        raise Wrong("Expected the position of a token, and a number between 0 and 1.") from None
     if place != int(norms.argmax()):
         raise Wrong(f"The residual stream of token {place} is not the longest: look at f.x again.")
     with torch.no_grad():
         sizes = f.delta(trapped.vectors[:1])[0, 0][own].double().norm(dim=-1)
     expected = float(sizes[place].square() / sizes.square().sum())
-    share = float(share)
     if abs(share - expected) < 0.01:
         return Note(f"Right: {expected:.1%} of the objective is this one token.")
     if not 0 <= share <= 1:
@@ -276,7 +306,8 @@ def _size(f: ActivationMap, theta: Tensor) -> float:
 
 def _tensor(told: Any, what: str) -> Tensor:
     if not isinstance(told, Tensor):
-        raise Wrong(f"Expected a tensor for {what}, got {type(told).__name__}.")
+        lost = " Is there a return?" if told is None else ""
+        raise Wrong(f"Expected a tensor for {what}, got {type(told).__name__}.{lost}")
     if not torch.isfinite(told).all():
         raise Wrong(f"Not all numbers of {what} are finite. Is something divided by zero?")
     return told
