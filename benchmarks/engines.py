@@ -26,7 +26,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for part in load_hugging_face(None, "cpu", torch.float32)[:2]:
             part.save_pretrained(Path(folder) / "model")
-        options = {"dtype": "float32", "max_model_len": 1024, "max_num_seqs": 256, "enforce_eager": True}
+        options = {
+            "dtype": "float32",
+            "max_model_len": 1024,
+            "max_num_seqs": 256,
+            "enforce_eager": True,
+        }
         engine = tm.engines.vllm(Path(folder) / "model", **options)
         print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s)")
         for count in chosen.counts:
