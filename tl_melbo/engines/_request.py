@@ -110,7 +110,7 @@ def texts_by(
 def _check_agreement(engine: Engine, model: Model, request: Request) -> None:
     """Once for each model and block: the engine's distributions are the model's, with and without.
 
-    Unsteered is asked for before and after, since a cache that vectors share would show there.
+    Steered is asked for before and after unsteered, since a cache that they share would show there.
     """
     steers = request.theta is not None
     key = (weights_digest(model), request.layers if steers else ())
@@ -134,18 +134,19 @@ def _check_agreement(engine: Engine, model: Model, request: Request) -> None:
                 f"{_LONGER[-1]:g} times as long, so it cannot be seen whether the engine adds it; "
                 "leave engine= out"
             )
-        asked += [replace(request, theta=rows.theta[clear[0]]), plain]
-        expected += [ours[clear[0]], ours[0]]
+        # Steered first: what it leaves in a cache is there for the unsteered one to read.
+        steered = replace(request, theta=rows.theta[clear[0]])
+        asked, expected = [steered, plain, steered], [ours[clear[0]], ours[0], ours[clear[0]]]
     for number, (each, own) in enumerate(zip(asked, expected, strict=True)):
         (theirs,) = engine.log_probs([each])
         apart = _apart(own, theirs)
         if apart > engine.tolerance:
-            if number == 1 and _apart(ours[0], theirs) <= engine.tolerance:
+            if number:
+                why = "one request changes the next; do requests with other salts share a cache?"
+            elif steers and _apart(ours[0], theirs) <= engine.tolerance:
                 why = "it leaves the vector out; is its plugin, vllm-lens, installed there?"
-            elif number == 2:
-                why = "steered requests change unsteered ones; are its caches shared?"
             else:
-                what = "with a vector" if number else "without a vector"
+                what = "with a vector" if steers else "without a vector"
                 why = f"its log-probabilities {what} are others; is it the same model, unquantised?"
             raise ValueError(
                 f"engine: {engine!r} does not do what {model_name(model)} does: {why} They are "
