@@ -57,10 +57,13 @@ def texts(model, found, **options):
     return steered + tm.generate(model, PROMPTS, **options)["completion"].tolist()
 
 
+# Before anything imports vLLM; its servers get them, too. Without the last, most memory is taken.
+os.environ |= {"VLLM_HOST_IP": "127.0.0.1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+
+
 @pytest.fixture(scope="module")
 def offline(folder):
-    os.environ |= {"VLLM_HOST_IP": "127.0.0.1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     return tm.engines.vllm(folder, enable_prefix_caching=True, **SETTINGS)
 
 
