@@ -102,7 +102,8 @@ def executed(request, model_folder, tmp_path_factory):
         name, solved = title
         tiny = {"MODEL": str(model_folder), **TINY, **SMALL[name]}
         values = tiny if request.param == "tiny" else None
-        return run(name, values, "plotly_mimetype", folder, None, solved, environment)
+        how = {"renderers": "plotly_mimetype", "folder": folder, "environment": environment}
+        return run(name, values, solved=solved, **how)
 
     titles = [(name, False) for name in NAMES] + [(name, True) for name in WITH_EXERCISES]
     with ThreadPoolExecutor(2) as pool:
