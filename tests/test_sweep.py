@@ -312,6 +312,8 @@ def test_bad_engines(options: dict[str, Any], message: str, tmp_path: Path) -> N
         tm.sweep({"prompt": "a"}, tmp_path / "out", **options)
     with pytest.raises(ValueError, match="out='nowhere://x'"):
         tm.sweep({"prompt": "a"}, "nowhere://x")
+    with pytest.raises(ValueError, match="choose a name without them"):
+        tm.sweep({"prompt": "a"}, "memory://a[1]/out")
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError, match="a file is in the way"):
         tm.sweep({"prompt": "a"}, tmp_path / "file")

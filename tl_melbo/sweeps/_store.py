@@ -45,6 +45,8 @@ class Store:
                     f"out={self.out!r}: {error}; pass a folder, or an fsspec URL whose file system "
                     "is installed, such as s3fs for s3://"
                 ) from None
+            if {*"*?["} & {*self._root}:  # fsspec moves what fits the pattern, which is nothing
+                raise ValueError(f"out={self.out!r}: holds *, ? or [; choose a name without them")
         else:
             self.out = str(Path(self.out).expanduser().resolve())
 
