@@ -5,6 +5,7 @@ import json
 import pickle
 import sys
 import threading
+import types
 
 import numpy as np
 import pytest
@@ -156,6 +157,37 @@ def test_an_engine_that_does_something_else_is_refused(server, model, found, lie
     assert "hub" not in repr(engine)
 
 
+def test_a_wide_tolerance_does_not_pass_for_steered_what_is_not(server, model, found):
+    server.behave = VLLM(model, plugin=False)
+    engine = tm.engines.vllm(server.url, tolerance=1e3)
+    with pytest.raises(ValueError, match="leaves the vector out; is its plugin"):
+        tm.generate(model, "Hi", found, engine=engine, max_new_tokens=3)
+
+
+def test_a_text_that_vllm_breaks_off_is_not_taken_for_whole(monkeypatch, model, found):
+    """As offline vLLM does where prompt and text are longer than its max_model_len."""
+
+    def made(**facts):
+        return types.SimpleNamespace(**facts)
+
+    class Library:
+        SamplingParams = made
+
+        def __init__(self, *_, **__):
+            pass
+
+        def generate(self, prompts, params, use_tqdm):
+            return [made(outputs=[made(token_ids=[5, 6])]) for _ in prompts]
+
+    monkeypatch.setitem(sys.modules, "vllm", made(LLM=Library, SamplingParams=made))
+    monkeypatch.setitem(sys.modules, "vllm_lens", made(SteeringVector=made))
+    engine = tm.engines.vllm("folder")
+    monkeypatch.setattr("tl_melbo.engines._request._check_agreement", lambda *_: None)
+    with pytest.raises(ValueError, match="after 2 of max_new_tokens=3; give it a larger max_model"):
+        tm.generate(model, "Hi", found, engine=engine, max_new_tokens=3)
+    assert len(tm.generate(model, "Hi", found, engine=engine, max_new_tokens=2)) == 3
+
+
 def test_what_an_engine_cannot_do_is_refused(server, model, found):
     server.behave = VLLM(model)
     engine = tm.engines.vllm(server.url)
@@ -198,7 +230,7 @@ def test_a_server_is_not_trusted(server, model, found, body, message):
         tm.generate(model, "Hi", found, engine=tm.engines.vllm(server.url))
 
 
-@pytest.mark.parametrize("tokens", ["[-1]", "[0, 1, 2, 3, 4]", '["a"]', "null"])
+@pytest.mark.parametrize("tokens", ["[-1]", "[0, 1, 2, 3, 4]", '["a"]', "null", "[]", "[0, 1]"])
 def test_tokens_of_a_server_are_checked(server, model, found, tokens):
     honest = VLLM(model)
 

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -21,6 +22,7 @@ from tl_melbo import plots
 from tl_melbo.cli import app
 from tl_melbo.sweeps._grid import cells_of, read_grid
 from tl_melbo.sweeps._local import take
+from tl_melbo.sweeps._ray import _connected
 from tl_melbo.sweeps._store import Store
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,6 +101,7 @@ def test_a_grid_is_all_combinations_in_its_order() -> None:
         ({"prompt": "a", "source_layer": [8, 9], "target_layer": 3}, "comes before any target"),
         ({"prompt": "a", "max_new_tokens": 0}, "max_new_tokens=0: at least 1"),
         ({"prompt": "a", "name": "../b"}, "name='../b': names a folder"),
+        ({"prompt": "a", "name": "Sweep.html"}, "no 'sweep.' at the start"),
         ({"prompt": "a", "n_vectors": [2, 3]}, r"n_vectors=2 and .*n_vectors=3: both are kept"),
         ([{"prompt": "a", "name": "b"}, {"prompt": "b", "name": "b"}], "both are kept in 'b'"),
     ],
@@ -206,9 +209,17 @@ def test_a_place_of_fsspec_replaces_files_whole(tmp_path: Path) -> None:
             (folder / name).write_text("{}")
         send()
     assert sorted(path.name for path in there.iterdir()) == ["b", "c", "cell.json"]
-    for text in ("{", "[]", "{}", '{"status": "done", "row": 3}', '{"status": "other"}'):
+    for text in ("{", "[]", "{}", '{"status": "other"}', "[" * 100_000, *damaged()):
         store.write("a/cell.json", text.encode())
         assert store.record("a") is None, text
+
+
+def damaged() -> list[str]:
+    """Records whose values no table can hold."""
+    rows: list[Any] = [3, {"kl_max": "x"}, {"radius": [1]}, {"completion": 3}, {"found": 1.5}]
+    bad = [{"row": row} for row in rows] + [{"seconds": "x"}]
+    bad += [{"tags": tags} for tags in ([3], [[1]], [[0, "a", "b", {}]], [["0", "a", "b", "c"]])]
+    return [json.dumps({"status": "done", **each}) for each in bad]
 
 
 def _fetched(store: Store, name: str, folder: Path) -> Path:
@@ -275,6 +286,18 @@ def test_a_worker_takes_cells_of_its_own_model_first() -> None:
     assert take(queue, None, [("a", "float32")] * 3).facts["model"] == "c"
 
 
+@pytest.mark.usefixtures("no_page")
+def test_a_model_may_be_spread(model_folder: Path, tmp_path: Path) -> None:
+    """On a machine where all of it has room, nothing is; a .gguf file cannot be."""
+    grid = [asked(model_folder, n_vectors=1), asked(tmp_path / "a.gguf")]
+    (tmp_path / "a.gguf").touch()
+    spread, plain = (tm.sweep(grid, tmp_path / d, device=d) for d in ("auto", "cpu"))
+    assert [*spread["status"]] == ["done", "failed"]
+    assert "device_map: " in spread["error"].iloc[1]
+    for column in ("measure_max", "kl_max"):
+        assert spread[column].iloc[0] == pytest.approx(plain[column].iloc[0], rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -289,9 +312,24 @@ def test_bad_engines(options: dict[str, Any], message: str, tmp_path: Path) -> N
         tm.sweep({"prompt": "a"}, tmp_path / "out", **options)
     with pytest.raises(ValueError, match="out='nowhere://x'"):
         tm.sweep({"prompt": "a"}, "nowhere://x")
+    with pytest.raises(ValueError, match="choose a name without them"):
+        tm.sweep({"prompt": "a"}, "memory://a[1]/out")
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError, match="a file is in the way"):
         tm.sweep({"prompt": "a"}, tmp_path / "file")
+
+
+def test_an_address_is_not_ignored_where_a_cluster_was_joined() -> None:
+    context = SimpleNamespace(gcs_address="10.0.0.1:6379")
+    ray = SimpleNamespace(is_initialized=lambda: True, get_runtime_context=lambda: context)
+    for address in (None, "auto", "10.0.0.1:6379"):
+        with _connected(ray, address, 1, None):
+            pass
+    with (
+        pytest.raises(ValueError, match=r"has joined the cluster at '10\.0\.0\.1:6379'"),
+        _connected(ray, "10.0.0.2:6379", 1, None),
+    ):
+        pass
 
 
 @pytest.mark.usefixtures("no_page")

@@ -179,6 +179,8 @@ def _write_gguf(source: Path, path: Path, model: Model, added: Mapping[int, Tens
 
     if not source.is_file():
         raise FileNotFoundError(f"source={str(source)!r}: no such file")
+    if path.exists() and path.samefile(source):
+        raise ValueError(f"path={str(path)!r}: is the source, which would be lost; name a new file")
     try:
         reader = gguf.GGUFReader(source)
         kind = reader.fields["general.architecture"].contents()

@@ -82,14 +82,14 @@ def texts_by(
             "vectors: an engine adds vectors after blocks, and no adapters or gated factors; pass "
             "their .vectors(), or leave engine= out"
         )
-    layers = tuple(rows.layers)
+    layers, added = tuple(rows.layers), rows.theta.cpu()
     requests = []
     for number, tokens in enumerate(prompts):
         prompt = tuple(tokens[0].tolist())
         for place, label in enumerate(labels):
             digest = hashlib.sha256(json.dumps([seed, number, *label]).encode()).digest()
             warm = temperature if label[-1] else 0.0
-            theta = rows.theta[place % len(rows)]
+            theta = added[place % len(rows)]
             own = int.from_bytes(digest[:4], "big") >> 1
             requests.append(Request(prompt, theta, layers, warm, own))
     steered = max(requests, key=lambda r: 0.0 if r.theta is None else float(r.theta.norm()))
@@ -139,11 +139,12 @@ def _check_agreement(engine: Engine, model: Model, request: Request) -> None:
         asked, expected = [steered, plain, steered], [ours[clear[0]], ours[0], ours[clear[0]]]
     for number, (each, own) in enumerate(zip(asked, expected, strict=True)):
         (theirs,) = engine.log_probs([each])
-        apart = _apart(own, theirs)
-        if apart > engine.tolerance:
+        # A wide tolerance is no reason to take what is not steered for what is.
+        apart, unsteered = _apart(own, theirs), _apart(ours[0], theirs)
+        if apart > engine.tolerance or unsteered < apart:
             if number:
                 why = "one request changes the next; do requests with other salts share a cache?"
-            elif steers and _apart(ours[0], theirs) <= engine.tolerance:
+            elif steers and unsteered <= engine.tolerance:
                 why = "it leaves the vector out; is its plugin, vllm-lens, installed there?"
             else:
                 what = "with a vector" if steers else "without a vector"

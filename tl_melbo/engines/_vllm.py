@@ -99,7 +99,14 @@ class _LocalVLLM:
         """The new tokens of each."""
         # Ours alone end a text; the vocabulary may know others.
         options = {"max_tokens": max_new_tokens, "stop_token_ids": [*ends], "ignore_eos": True}
-        return [[*out.outputs[0].token_ids] for out in self._run(requests, options)]
+        texts = [[*out.outputs[0].token_ids] for out in self._run(requests, options)]
+        for tokens in texts:
+            if _broke_off(tokens, max_new_tokens, ends):
+                raise ValueError(
+                    f"engine: {self!r} broke a text off after {len(tokens)} of max_new_tokens="
+                    f"{max_new_tokens}; give it a larger max_model_len, or ask for fewer"
+                )
+        return texts
 
     def log_probs(self, requests: Sequence[Request]) -> list[dict[int, float]]:
         """Of the likeliest next tokens."""
@@ -153,7 +160,7 @@ class _ServedVLLM:
         options = {"max_tokens": max_new_tokens, "stop_token_ids": [*ends], "ignore_eos": True}
         options["return_token_ids"] = True
         choices = self._ask(requests, options)
-        return [self._tokens(choice, max_new_tokens) for choice in choices]
+        return [self._tokens(choice, max_new_tokens, ends) for choice in choices]
 
     def log_probs(self, requests: Sequence[Request]) -> list[dict[int, float]]:
         """Of the likeliest next tokens."""
@@ -182,12 +189,14 @@ class _ServedVLLM:
             raise self.server.strange("no choices[0]", body)
         return choice
 
-    def _tokens(self, choice: dict[str, Any], most: int) -> list[int]:
+    def _tokens(self, choice: dict[str, Any], most: int, ends: Sequence[int]) -> list[int]:
         tokens = choice.get("token_ids")
         if not isinstance(tokens, list) or len(tokens) > most:
             raise self.server.strange("no token_ids, or too many", str(tokens))
         if not all(isinstance(token, int) and 0 <= token < 2**31 for token in tokens):
             raise self.server.strange("token_ids that are none", str(tokens))
+        if _broke_off(tokens, most, ends):
+            raise self.server.strange("token_ids that break off before an end", str(tokens))
         return tokens
 
     def _top(self, choice: dict[str, Any]) -> dict[int, float]:
@@ -202,6 +211,11 @@ class _ServedVLLM:
 
     def __repr__(self) -> str:
         return f"engines.vllm({self.server.base_url!r})"
+
+
+def _broke_off(tokens: Sequence[int], most: int, ends: Sequence[int]) -> bool:
+    """Whether a text neither ends nor is as long as asked for, as where vLLM has no more room."""
+    return len(tokens) < most and not (tokens and tokens[-1] in ends)
 
 
 def _packed(theta: Tensor) -> dict[str, Any]:

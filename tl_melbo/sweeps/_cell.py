@@ -107,7 +107,9 @@ class Worker:
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
             kind = getattr(torch, cell.facts["dtype"])
-            model = tm.load_model(cell.facts["model"], device=self.task.device, dtype=kind)
+            device = self.task.device
+            where = {"device_map": "auto"} if device == "auto" else {"device": device}
+            model = tm.load_model(cell.facts["model"], dtype=kind, **where)
             self._loaded = cell.model, model
         return model
 

@@ -40,7 +40,8 @@ _MOST_CELLS = 20_000
 _LAYERS = ("source_layer", "target_layer")
 # Arguments of a method that no grid can give.
 _OWN = ("f", "previous", "progress", "on_step")
-_FOLDER = re.compile(r"[A-Za-z0-9][\w.+-]*")
+# Not that of a file of the sweep itself.
+_FOLDER = re.compile(r"(?!(?i:sweep)\.)[A-Za-z0-9][\w.+-]*")
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,8 @@ def _cell(chosen: Mapping[str, Any], where: str) -> Cell:
         raise ValueError(f"{where}: model={model!r}: a hub id, a folder, a file, or null")
     if name is not None and not (isinstance(name, str) and _FOLDER.fullmatch(name)):
         raise ValueError(
-            f"{where}: name={name!r}: names a folder; letters, digits, '-', '_', '.' and '+'"
+            f"{where}: name={name!r}: names a folder; letters, digits, '-', '_', '.' and '+', "
+            "with no 'sweep.' at the start"
         )
     texts = {each: _texts(chosen[each], each, where) for each in ("prompt", "other")}
     given = {key: _plain(value) for key, value in chosen.items() if key not in _PLACE}

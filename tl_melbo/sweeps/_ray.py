@@ -64,12 +64,13 @@ def run_ray(
     with _connected(ray, address, threads, workers):
         if gpus is None:
             gpus = float(ray.cluster_resources().get("GPU", 0) > 0)
-        task = task._replace(threads=threads, device=task.device or ("cuda" if gpus else "cpu"))
+        task = task._replace(threads=threads, device=task.device or _device(gpus))
         fit = _room(ray, threads, gpus)
         count = min(len(cells), workers or fit)
         kept = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
         here = kept(ray.get_runtime_context().get_node_id(), soft=False)
-        board = ray.remote(_Board).options(num_cpus=0, scheduling_strategy=here).remote()
+        board = ray.remote(_Board).options(num_cpus=0, scheduling_strategy=here, max_restarts=-1)
+        board = board.remote()
         make = ray.remote(_RayWorker).options(num_cpus=threads, num_gpus=gpus, max_restarts=-1)
         shared = proof, Worker(task).store.read(proof)
         crew = _Crew(ray, board, shared, tell, [make.remote(task) for _ in range(count)], [*cells])
@@ -180,6 +181,10 @@ def _told(error: BaseException) -> str:
     return lines[-1] if lines else type(error).__name__
 
 
+def _device(gpus: float) -> str:
+    return "auto" if gpus > 1 else "cuda" if gpus else "cpu"
+
+
 def _room(ray: Any, threads: int, gpus: float) -> int:
     """How many workers fit on the cluster's nodes."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -200,6 +205,12 @@ def _room(ray: Any, threads: int, gpus: float) -> int:
 def _connected(ray: Any, address: str | None, threads: int, workers: int | None) -> Iterator[None]:
     """Within a cluster: the one that this process has joined, one by address, or a new one."""
     if ray.is_initialized():
+        joined = ray.get_runtime_context().gcs_address
+        if address not in (None, "auto", joined):
+            raise ValueError(
+                f"address={address!r}: this process has joined the cluster at {joined!r}; leave "
+                "the address out, or call ray.shutdown() first"
+            )
         yield
         return
     address = address or os.environ.get("RAY_ADDRESS")

@@ -14,7 +14,16 @@ from tl_melbo.files import replacing
 from tl_melbo.run._files import LOCK, locked
 
 RECORD = "cell.json"
-_KINDS = {"cell": dict, "row": dict, "tags": list, "warnings": str, "error": str}
+_TEXT, _NUMBER = str | None, int | float | None
+# What a record may be, and the numbers in it: a file that somebody changed must not end a sweep.
+_KINDS = {
+    "cell": dict, "row": dict, "tags": list, "warnings": _TEXT, "error": _TEXT, "seconds": _NUMBER,
+}  # fmt: skip
+_ROW = {
+    "found": int | None, "radius": _NUMBER, "measure_median": _NUMBER, "measure_max": _NUMBER,
+    "kl_median": _NUMBER, "kl_max": _NUMBER, "measure": _TEXT, "unsteered": _TEXT,
+    "completion": _TEXT, "vectors_sha256": _TEXT,
+}  # fmt: skip
 _PARTIAL = ".partial"
 
 
@@ -36,6 +45,8 @@ class Store:
                     f"out={self.out!r}: {error}; pass a folder, or an fsspec URL whose file system "
                     "is installed, such as s3fs for s3://"
                 ) from None
+            if {*"*?["} & {*self._root}:  # fsspec moves what fits the pattern, which is nothing
+                raise ValueError(f"out={self.out!r}: holds *, ? or [; choose a name without them")
         else:
             self.out = str(Path(self.out).expanduser().resolve())
 
@@ -70,12 +81,9 @@ class Store:
         """What is known of a cell's search; None where nothing is, or nothing that can be read."""
         try:
             record = json.loads(self.read(f"{folder}/{RECORD}") or b"null")
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
-        sound = isinstance(record, dict) and all(
-            isinstance(record.get(name, kind()), kind) for name, kind in _KINDS.items()
-        )
-        return record if sound and record.get("status") in ("done", "failed") else None
+        return record if _is_record(record) else None
 
     @contextmanager
     def folder(self, name: str) -> Iterator[tuple[Path, Callable[[], None]]]:
@@ -98,6 +106,18 @@ class Store:
                         known[path] = time
 
             yield place, send
+
+
+def _is_record(record: Any) -> bool:
+    if not isinstance(record, dict) or record.get("status") not in ("done", "failed"):
+        return False
+    record = {"cell": {}, "row": {}, "tags": [], **record}
+    if not all(isinstance(record.get(name), kind) for name, kind in _KINDS.items()):
+        return False
+    return all(isinstance(record["row"].get(name), kind) for name, kind in _ROW.items()) and all(
+        isinstance(tagged, list) and [*map(type, tagged)] == [int, str, str, str]
+        for tagged in record["tags"]
+    )
 
 
 def _times(folder: Path) -> dict[Path, int]:

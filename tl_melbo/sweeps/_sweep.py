@@ -57,7 +57,8 @@ def sweep(
         workers: how many search at once with Ray; None takes as many as there is room for.
         threads: of each worker; None leaves torch's ("local") or takes one ("ray").
         gpus: of each worker with Ray, such as 0.25; None takes one, where there are any.
-        device: None takes a CUDA device if there is one (and, with Ray, if `gpus` is not 0).
+        device: None takes a CUDA device if there is one (and, with Ray, if `gpus` is not 0);
+            "auto", which Ray takes for more than one GPU, spreads a model over all that are there.
         progress: show a bar over all searches, with the time left.
         on_progress: called with the vectors found, and those in all, of all searches.
 
