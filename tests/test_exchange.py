@@ -137,6 +137,18 @@ def hub(tmp_path, monkeypatch):
     return root
 
 
+def test_the_card_leads_to_the_page(found, hub, tmp_path):
+    page = tmp_path / "report.html"
+    with pytest.raises(FileNotFoundError, match=r"page='.*report.html': no such file"):
+        found.push_to_hub("me/vectors", page=page)
+    assert not hub.exists() or not list(hub.iterdir())
+    page.write_text("<p>All of it</p>")
+    found.push_to_hub("me/vectors", page=page)
+    there = hub / "me/vectors"
+    assert (there / "report.html").read_text() == "<p>All of it</p>"
+    assert "[The page](report.html) shows" in (there / "README.md").read_text(encoding="utf-8")
+
+
 def test_the_hub_gives_back_what_it_got(found, hub):
     completions = tm.generate(tiny_bridge("llama"), PROMPT, found, max_new_tokens=3)
     hostile = (

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from tl_melbo.vectors import SteeringVectors
 
 HUB_FILE = "vectors.safetensors"
+_HUB_PAGE = "report.html"
 _CONTROL_VECTOR = "controlvector"
 _TAGS = ("steering-vectors", "transformer-lens", "tl_melbo")
 _MOST_CARD_ROWS = 40
@@ -92,6 +94,7 @@ def upload(
     repo_id: str,
     private: bool,
     completions: pd.DataFrame | None,
+    page: str | Path | None,
     token: str | None,
 ) -> str:
     """Put a library, with a card, into a repository of the Hugging Face hub; gives its address."""
@@ -101,10 +104,16 @@ def upload(
         raise ValueError("the library holds no vectors; there is nothing to push")
     if completions is not None:
         checks.columns(completions, _COMPLETION, "completions", "pass what tm.generate returns")
-    card = model_card(repo_id, library.story, library.table(), completions)
+    if page is not None and not Path(page).expanduser().is_file():
+        raise FileNotFoundError(
+            f"page={str(page)!r}: no such file; tl_melbo.report.write makes one"
+        )
+    card = model_card(repo_id, library.story, library.table(), completions, page is not None)
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
         library.save(Path(folder) / HUB_FILE)
+        if page is not None:
+            shutil.copyfile(Path(page).expanduser(), Path(folder) / _HUB_PAGE)
         (Path(folder) / "README.md").write_text(card, encoding="utf-8", newline="\n")
         address = api.create_repo(repo_id, private=private, exist_ok=True)
         api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Steering vectors")
@@ -135,7 +144,11 @@ def download(repo_id: str, revision: str | None, token: str | None) -> Path:
 
 
 def model_card(
-    repo_id: str, story: Mapping[str, Any], table: pd.DataFrame, completions: pd.DataFrame | None
+    repo_id: str,
+    story: Mapping[str, Any],
+    table: pd.DataFrame,
+    completions: pd.DataFrame | None,
+    has_page: bool = False,
 ) -> str:
     """The README of a repository: what the vectors are, how they were found, how to use them."""
     from huggingface_hub import ModelCardData
@@ -168,6 +181,9 @@ def model_card(
         "## The vectors",
         _markdown_table(table.columns, table.head(_MOST_CARD_ROWS).itertuples(index=False)),
     ]
+    if has_page:
+        told = "shows what the model writes under each: download it, and open it in a browser."
+        lines.insert(3, f"[The page]({_HUB_PAGE}) {told}")
     if len(table) > _MOST_CARD_ROWS:
         lines.append(f"The first {_MOST_CARD_ROWS} of {len(table)}; the file holds all of them.")
     if completions is not None:

@@ -266,6 +266,7 @@ class SteeringVectors:
         *,
         private: bool = True,
         completions: pd.DataFrame | None = None,
+        page: str | Path | None = None,
         token: str | None = None,
     ) -> str:
         """Put the vectors on the Hugging Face hub; gives their address.
@@ -275,13 +276,15 @@ class SteeringVectors:
         Args:
             repo_id: "user/name"; made if need be, its card and vectors replaced.
             completions: what the model writes under them, as `generate` gives it, for the card.
+            page: the file that `report.write` or a run wrote, to go with them; the card leads to
+                it. It holds the texts, and the name of the run's folder.
             token: of your account; None takes the one that `hf auth login` left.
 
         Raises:
             ValueError: no vectors, a name that the hub does not allow, or another frame.
-            OSError: the hub cannot be reached, or forbids it.
+            OSError: the page is not there; the hub cannot be reached, or forbids it.
         """
-        return exchange.upload(self, repo_id, private, completions, token)
+        return exchange.upload(self, repo_id, private, completions, page, token)
 
     @classmethod
     @shape_checked
