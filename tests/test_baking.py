@@ -132,9 +132,12 @@ def test_a_gguf_file_takes_one_more_tensor(tmp_path):
     assert bias.tensor_type.name == "F32"
     assert np.array_equal(bias.data, one.vectors[0].numpy())
     assert np.allclose(twice.tensors[-1].data, 0.5 * one.vectors[0].numpy())
+    for there in (baked, source):
+        with pytest.raises(FileExistsError, match="name a new file"):
+            one.bake(model, there, source=source)
     with pytest.raises(ValueError, match="both must be llama and of one size"):
         one.bake(model, tmp_path / "b.gguf", source=tiny_gguf(tmp_path / "wide.gguf", 64))
-    with pytest.raises(ValueError, match="is the source, which would be lost"):
+    with pytest.raises(FileExistsError, match="name a new file"):  # which would be lost
         one.bake(model, source, source=source)
     (tmp_path / "bad.gguf").write_bytes(b"no such thing")
     with pytest.raises(ValueError, match="not a model in a GGUF file"):

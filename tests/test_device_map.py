@@ -79,6 +79,10 @@ def test_what_cannot_be_spread_is_refused(model_folder, tmp_path):
         tm.load_model(model_folder, device="cpu", device_map="auto")
     with pytest.raises(ValueError, match="pass both, or neither"):
         tm.load_model(model_folder, offload_folder=tmp_path)
+    blockless = {"model.embed_tokens": "cpu", "model.norm": "disk", "lm_head": "cpu"}
+    for places in (blockless, {"": "dsk"}):  # no device for the blocks; no such device
+        with pytest.raises(ValueError, match=r"^device_map: .*a dictionary with a device for each"):
+            tm.load_model(model_folder, device_map=places, offload_folder=tmp_path / "off")
 
 
 def test_auto_is_as_without(model_folder):

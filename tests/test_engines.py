@@ -134,7 +134,7 @@ def test_several_layers_samples_and_who_takes_an_engine(server, model, found):
     assert frame.equals(tm.report.collect_completions(model, "Hi", found, max_new_tokens=4))
     frame = tm.analysis.transfer(model, found, "Hi", **options)
     assert frame.equals(tm.analysis.transfer(model, found, "Hi", max_new_tokens=4))
-    planted = tm.evaluation.BACKDOORS
+    planted = [tm.evaluation.Backdoor("|T|", "a")]
     served, own = (
         tm.evaluation.hit_rate(model, found, planted, "Hi", embedder="words", **how)
         for how in (options, {"max_new_tokens": 4})

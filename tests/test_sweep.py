@@ -103,7 +103,10 @@ def test_a_grid_is_all_combinations_in_its_order() -> None:
         ({"prompt": "a", "name": "../b"}, "name='../b': names a folder"),
         ({"prompt": "a", "name": "Sweep.html"}, "no 'sweep.' at the start"),
         ({"prompt": "a", "n_vectors": [2, 3]}, r"n_vectors=2 and .*n_vectors=3: both are kept"),
-        ([{"prompt": "a", "name": "b"}, {"prompt": "b", "name": "b"}], "both are kept in 'b'"),
+        (
+            [{"prompt": "a", "name": "b"}, {"prompt": "b", "name": "b"}],
+            "both are kept in 'b', their name; give",
+        ),
     ],
 )
 def test_a_bad_grid_is_told_before_any_work(grid: Any, message: str, tmp_path: Path) -> None:
@@ -352,7 +355,9 @@ def test_the_command(model_folder: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, [*command, "--workers=2"])
     assert result.exit_code == 1
     result = CliRunner().invoke(app, ["sweep", str(tmp_path / "none.yaml"), "--out", str(out)])
-    assert "No such file" in result.stderr
+    # Nothing over it: no search has begun.
+    assert result.stderr.startswith("Error: grid=")
+    assert "no such file" in result.stderr
 
 
 def test_figures_tell_what_they_show(swept: tuple[Path, dict, pd.DataFrame]) -> None:

@@ -54,7 +54,7 @@ def bake(
 
     Raises:
         ValueError: more or fewer than one; a model whose blocks cannot hold it, and why.
-        FileExistsError: something is in the folder.
+        FileExistsError: something is in the folder, or there is such a file.
     """
     check_model(model)
     rows = steering_rows(model, vectors, layer, [1.0])
@@ -177,10 +177,10 @@ def _write_gguf(source: Path, path: Path, model: Model, added: Mapping[int, Tens
     """
     import gguf
 
+    if path.exists():
+        raise FileExistsError(f"{path}: there already; name a new file")
     if not source.is_file():
         raise FileNotFoundError(f"source={str(source)!r}: no such file")
-    if path.exists() and path.samefile(source):
-        raise ValueError(f"path={str(path)!r}: is the source, which would be lost; name a new file")
     try:
         reader = gguf.GGUFReader(source)
         kind = reader.fields["general.architecture"].contents()

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from typer import Argument, Exit, echo
 
 from tl_melbo import sweeps, terminal
+from tl_melbo.sweeps._grid import cells_of, read_grid
 from tl_melbo.sweeps._sweep import PAGE
 from tl_melbo.terminal import Device, option
 
@@ -29,11 +30,13 @@ def sweep(
     vector is kept as soon as it is found, and the same command goes on. If a search failed, the
     exit code is 1: its row says why, and the same command tries it again.
     """
+    searches = read_grid(grid.expanduser())
+    cells_of(searches)  # a mistake in the file is told without a bar over it
     with terminal.Stages() as stages:
         stages.begin("Searching")
         try:
             table = sweeps.sweep(
-                grid, out, engine=engine, address=address, workers=workers, threads=threads,
+                searches, out, engine=engine, address=address, workers=workers, threads=threads,
                 gpus=gpus, device=device, on_progress=stages.count,
             )  # fmt: skip
         except KeyboardInterrupt:

@@ -244,7 +244,7 @@ class SteeringVectors:
 
         Args:
             model: as `load_model` gives it.
-            path: a new folder; or a file, for a GGUF file.
+            path: a new or empty folder; or a new file, for a GGUF file.
             layer: the block after which the vector is added; None takes its source layer.
             format: None takes "gguf" for a path that ends so.
             source: the GGUF file to copy, llama models only; None takes the one that `model` was
@@ -253,7 +253,7 @@ class SteeringVectors:
         Raises:
             ValueError: more or fewer than one vector, or no layer known; a model whose blocks
                 cannot hold it, such as Gemma's, which normalise what the MLP writes.
-            FileExistsError: something is in the folder.
+            FileExistsError: something is in the folder, or there is such a file.
         """
         # By its name, since it knows models, which nothing that this module imports may do.
         baking = importlib.import_module("tl_melbo.baking")

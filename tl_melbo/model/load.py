@@ -4,6 +4,7 @@ import functools
 import gc
 import importlib.util
 import logging
+import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -240,6 +241,13 @@ def _from_hugging_face(
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         if spread and "offload" in reason:
             raise ValueError(f"device_map: {reason}; pass offload_folder=") from error
+        if spread and "device" in reason:
+            reason = textwrap.shorten(reason, 200, placeholder=" …")
+            raise ValueError(
+                f"device_map: {reason}; pass 'auto', or a dictionary with a device for each "
+                "module, by the name that transformers has for it, such as "
+                "{'model.embed_tokens': 'cpu', 'model.layers.0': 'disk', ...}"
+            ) from error
         raise ValueError(
             f"name={name!r}: cannot be loaded as a causal language model ({reason}). Allowed: the "
             "id of a public hub model with safetensors, a folder that holds config.json, a "

@@ -76,6 +76,8 @@ class Cell:
 def read_grid(path: Path) -> Any:
     """What a YAML file holds; a ValueError where it is none."""
     yaml = checks.installed("yaml", f"{path}", "sweep")
+    if not path.is_file():
+        raise FileNotFoundError(f"grid={str(path)!r}: no such file; pass a YAML file of options")
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -107,10 +109,14 @@ def cells_of(grid: Grid) -> list[Cell]:
         for told, chosen in _product(each, where):
             cell = _cell(chosen, told)
             if cell.folder in cells:
+                why = (
+                    "their name; give each a name of its own, or leave the names out"
+                    if chosen.get("name") is not None
+                    else "since they are the same search, but for n_vectors or max_new_tokens; "
+                    "leave one out, or give them different names with name=..."
+                )
                 raise ValueError(
-                    f"{cells[cell.folder][1]} and {told}: both are kept in {cell.folder!r}, since "
-                    "they are the same search, but for n_vectors or max_new_tokens; leave one out, "
-                    "or give them different names with name=..."
+                    f"{cells[cell.folder][1]} and {told}: both are kept in {cell.folder!r}, {why}"
                 )
             cells[cell.folder] = cell, told
     return [cell for cell, _ in cells.values()]

@@ -20,8 +20,8 @@ _HERE = Path(__file__).parent
 _STYLE = _HERE.parent / "report" / "page.css"
 _TAGS = ("stance", "form", "speaker")
 _COLUMNS = (
-    "status", "model", "method", "source_layer", "target_layer", "radius", "seed", "found",
-    "measure_median", "kl_median", "kl_max", "seconds",
+    "source_layer", "target_layer", "radius", "kl_median", "kl_max", "status", "model", "method",
+    "seed", "found", "measure_median", "seconds",
 )  # fmt: skip
 
 

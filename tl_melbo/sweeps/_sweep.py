@@ -137,8 +137,10 @@ def _progress(
     cells: Sequence[Cell], shown: bool, on_progress: OnProgress | None
 ) -> Iterator[Callable[[Cell, float], None]]:
     """What is told of each cell, as one count of all vectors."""
-    total, done = float(sum(cell.n_vectors for cell in cells)), {}
-    with tqdm(total=total, desc="sweep", unit="vector", disable=not shown) as bar:
+    total, done = sum(cell.n_vectors for cell in cells), {}
+    # Methods may tell of parts of a vector.
+    form = "{l_bar}{bar}| {n:.0f}/{total:.0f} vectors [{elapsed}<{remaining}]"
+    with tqdm(total=total, desc="sweep", bar_format=form, disable=not shown) as bar:
 
         def tell(cell: Cell, there: float) -> None:
             done[cell.folder] = min(there, cell.n_vectors)
