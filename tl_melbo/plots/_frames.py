@@ -100,9 +100,9 @@ def composition_curves(
         if (rows := groups.get((combination, scaling, "first"))) is not None
     ]
     alt = f"{named} against how many vectors are added up. {'; '.join(told)}."
-    values = composed[measure].dropna()
+    values = composed[measure].dropna().to_numpy(dtype=float)
     # One sum far above all else would leave the others on one line.
-    wide = values.min() > 0 and values.max() > _WIDE * values.median()
+    wide = bool(values.min() > 0 and values.max() > _WIDE * np.median(values))
     up = axis(_AXIS_TITLES[measure], **({"type": "log"} if wide else {"rangemode": "tozero"}))
     return figure(traces, named if title is None else title, alt, across, up)
 
