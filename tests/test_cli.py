@@ -439,6 +439,7 @@ OPTIONS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @settings(
     max_examples=40 if PROFILE == "nightly" else 15,
     derandomize=True,

@@ -191,6 +191,7 @@ def test_linear_map_gives_its_singular_vectors():
     torch.testing.assert_close(found.objective, expected, rtol=1e-3, atol=0)
 
 
+@pytest.mark.slow
 def test_first_token_that_takes_over_is_pointed_out(f):
     with pytest.warns(UserWarning, match=r"objective comes from the first token"):
         tm.melbo(f, 1, 6.0, positions=slice(None), steps=3)
