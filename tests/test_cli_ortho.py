@@ -199,6 +199,7 @@ def test_vectors_from_nowhere_are_refused(tmp_path: Path) -> None:
     assert "its story does not tell model, prompts, source_layer" in one_line(result.stderr)
 
 
+@pytest.mark.slow
 def test_damaged_files_are_named(run: Path) -> None:
     assert ortho(run).exit_code == 0
     for name, content, message in (

@@ -499,6 +499,7 @@ def test_agreement_is_what_the_embeddings_say(tiny_llama, steered, unsteered, ex
     assert table["agreement"][0] == pytest.approx(expected, abs=1e-6, nan_ok=True)
 
 
+@pytest.mark.slow
 def test_a_layer_sweep_tells_of_every_pair(tiny_llama):
     seen = []
     settings = {"n_vectors": 2, "steps": 2, "max_new_tokens": 5, "chat": False}
