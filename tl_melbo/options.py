@@ -41,7 +41,9 @@ def read(text: str, kind: Any, option: str) -> Any:
 def scales_asked(text: str | None) -> list[float] | None:
     """The scales that `--scales` stands for."""
     if text == "nine":
-        return [half / 2 for half in range(-4, 5)]
+        from tl_melbo.analysis._completions import DEFAULT_SCALES  # pandas takes long to import
+
+        return [*DEFAULT_SCALES]
     try:
         scales = text and [float(part) for part in text.split(",")]
     except ValueError:

@@ -161,4 +161,4 @@ def _pearson(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def _spearman(one: np.ndarray, other: np.ndarray) -> float:
-    return _pearson(pd.Series(one).rank().to_numpy(), pd.Series(other).rank().to_numpy())
+    return float(pd.Series(one).corr(pd.Series(other), method="spearman"))

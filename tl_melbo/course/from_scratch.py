@@ -165,11 +165,7 @@ def climbed(
     """
     if note := unfinished(answer):
         return note
-    try:
-        theta, history = answer
-    except (TypeError, ValueError):
-        raise Wrong("Return two things: the vector, and the list of objectives.") from None
-    theta = _tensor(theta, "the vector")
+    theta, history = _two(answer, "the vector", "the list of objectives")
     _shape(theta, (f.d_model,), "the vector")
     _on_sphere(theta, radius)
     try:
@@ -212,11 +208,7 @@ def top_direction(answer: Callable[[], Any], f: ActivationMap, linear: SteeringV
     told = answer()
     if note := unfinished(told):
         return note
-    try:
-        direction, value = told
-    except (TypeError, ValueError):
-        raise Wrong("Return two things: the direction, and its singular value.") from None
-    direction = _tensor(direction, "the direction")
+    direction, value = _two(told, "the direction", "its singular value")
     _shape(direction, (f.d_model,), "the direction")
     _on_sphere(direction, 1.0)
     expected = float(linear.columns["singular_value"][0])
@@ -302,6 +294,15 @@ def _logits(
 def _size(f: ActivationMap, theta: Tensor) -> float:
     with torch.no_grad():
         return float(f.delta(theta.detach()[None].to(f.x), LAST).double().norm())
+
+
+def _two(answer: Any, first: str, second: str) -> tuple[Tensor, Any]:
+    """A tensor, and something else."""
+    try:
+        vector, other = answer
+    except (TypeError, ValueError):
+        raise Wrong(f"Return two things: {first}, and {second}.") from None
+    return _tensor(vector, first), other
 
 
 def _tensor(told: Any, what: str) -> Tensor:

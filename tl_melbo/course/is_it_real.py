@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tl_melbo.activation_map import ActivationMap
 from tl_melbo.course._note import Note, Wrong, unfinished
+from tl_melbo.probability import wilson_interval
 
 # 97.5% of a normal distribution lie below it.
 _Z = 1.959963984540054
@@ -42,7 +43,7 @@ def wilson(interval: Callable[[int, int], Any]) -> Note:
         except (TypeError, ValueError):
             raise Wrong("Return two numbers: the lower and the upper end.") from None
         rate, case = hits / n, f"For {hits} of {n}"
-        expected = _wilson(rate, n)
+        expected = wilson_interval(hits, n)
         if _near((low, high), expected):
             continue
         if _near((low, high), _wald(rate, n)):
@@ -127,13 +128,6 @@ def share(answer: Callable[[Tensor, Tensor], Any], d_model: int) -> Note:
         if abs(told - value) < 1e-4 * max(1.0, abs(value)):
             raise Wrong(message)
     raise Wrong(f"For a test case it is {told:.4g}, which is another number.")
-
-
-def _wilson(rate: float, n: int) -> tuple[float, float]:
-    """By the roots of the quadratic that defines it, (p - rate)^2 = z^2 p (1 - p) / n."""
-    a, b, c = 1 + _Z**2 / n, -(2 * rate + _Z**2 / n), rate**2
-    root = math.sqrt(max(0.0, b * b - 4 * a * c))
-    return (-b - root) / (2 * a), (-b + root) / (2 * a)
 
 
 def _wald(rate: float, n: int) -> tuple[float, float]:
