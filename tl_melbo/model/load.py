@@ -6,7 +6,7 @@ import importlib.util
 import logging
 import textwrap
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -175,8 +175,9 @@ def _from_gguf(path: Path, dtype: torch.dtype, name: str) -> tuple[Any, Any]:
 
 def _read_gguf(path: Path, dtype: torch.dtype, name: str) -> tuple[Any, Any]:
     """Let transformers read a GGUF file, as a model that was never quantised."""
-    _check_no_vector(path, name)
-    hf_model, tokenizer = _from_hugging_face(path.parent, dtype, name, gguf_file=path.name)
+    with _gguf_read_once():
+        _check_no_vector(path, name)
+        hf_model, tokenizer = _from_hugging_face(path.parent, dtype, name, gguf_file=path.name)
     vars(hf_model.config).pop("quantization_config", None)
     for attribute in ("hf_quantizer", "quantization_method", "is_quantized"):
         vars(hf_model).pop(attribute, None)
@@ -188,7 +189,8 @@ def _check_no_vector(path: Path, name: str) -> None:
     import gguf
 
     try:
-        tensors = {tensor.name for tensor in gguf.GGUFReader(path).tensors}
+        # By the name that transformers has for it, so that the header is read once.
+        tensors = {tensor.name for tensor in gguf.GGUFReader(str(path)).tensors}
     except (ValueError, KeyError, IndexError):  # no GGUF file, as transformers will say
         return
     biases = sorted(tensor for tensor in tensors if tensor.endswith("ffn_down.bias"))
@@ -231,7 +233,7 @@ def _from_hugging_face(
     common = {"trust_remote_code": False} | ({"gguf_file": gguf_file} if gguf_file else {})
     weights = {**spread} if gguf_file else {"use_safetensors": True, **spread}
     try:
-        with quiet_transformers(), _gguf_read_once() if gguf_file else nullcontext():
+        with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(source, **common)
             # The bridge's hooks need eager attention.
             hf_model = AutoModelForCausalLM.from_pretrained(
