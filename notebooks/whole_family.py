@@ -2,9 +2,9 @@
 
     make results
 
-takes what `tl-melbo discover` and `tl-melbo ortho --all` left in runs/demo, adds the comparisons
+takes what `tl-melbo discover` and `tl-melbo ortho --all` left in runs/whole, adds the comparisons
 that the command does not make, and writes figures and tables to notebooks/results. What takes long
-is kept in runs/demo, so that an interrupted call goes on where it was.
+is kept in runs/whole, so that an interrupted call goes on where it was.
 """
 
 import argparse
@@ -64,7 +64,7 @@ IMPERSONAL = (
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--run", type=Path, default=Path("runs/demo"))
+    arguments.add_argument("--run", type=Path, default=Path("runs/whole"))
     arguments.add_argument("--out", type=Path, default=Path("notebooks/results"))
     given = arguments.parse_args()
     run, out = given.run, given.out

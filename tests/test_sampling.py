@@ -82,6 +82,23 @@ def test_a_row_keeps_its_text_whatever_is_beside_it(tiny_llama):
     assert drawn["completion"].tolist() == few["completion"][1:].tolist()
 
 
+def test_the_samples_of_a_prompt_share_its_reading(tiny_llama, monkeypatch):
+    embedding, read = torch.nn.functional.embedding, []
+
+    def spy(tokens, *args, **kwargs):
+        read.append(tuple(tokens.shape))
+        return embedding(tokens, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "embedding", spy)
+    options = {"layer": 2, "n_samples": 3, "max_new_tokens": 2}
+    tm.generate(tiny_llama, PROMPT, two_vectors(), scales=[1, -1], **options)
+    length = to_tokens(tiny_llama, PROMPT).shape[1]
+    if hasattr(tiny_llama, "original_model"):
+        assert read == [(1, length - 1), (16, 1), (16, 1)]
+    else:
+        assert read == [(16, length), (16, 1)]
+
+
 def test_unsteered_samples(tiny_llama):
     frame = tm.generate(tiny_llama, PROMPT, n_samples=4, max_new_tokens=5)
     assert frame["vector"].tolist() == [-1] * 5

@@ -87,11 +87,11 @@ def generate(
     temperature, samples = _sampling(n_samples, temperature)
     if not factors or not all(math.isfinite(factor) for factor in factors):
         raise ValueError(f"scales={factors}: one finite number, or several")
-    rows = steering_rows(model, vectors, layer, factors * len(samples))
+    rows = steering_rows(model, vectors, layer, factors)
     texts, chat = checks.as_texts(prompts), as_chat(vectors, chat)
     prompt_tokens = [to_tokens(model, text, chat) for text in texts]
     check_room(model, prompt_tokens, max_new_tokens)
-    numbers = range(len(rows) // (len(factors) * len(samples)))
+    numbers = range(len(rows) // len(factors))
     places = [(i, float(factor)) for factor in factors for i in numbers]
     places = [(-1, 0.0)] if vectors is None else places
     labels = [(*place, sample) for sample in samples for place in places]
@@ -125,16 +125,22 @@ def _by_model(
     on_batch: OnBatch | None,
 ) -> tuple[list[str], list[bool]]:
     """One text a prompt and label, and whether its logits were not finite."""
-    texts, not_finite = [], []
+    texts: list[str] = []
+    not_finite: list[bool] = []
+    # The samples of a vector are neighbours: they share the reading of their prompt.
+    places = torch.arange(len(labels)) % len(rows)
+    order = places.argsort(stable=True)
     for number, tokens in enumerate(prompts):
         drawn = [_draws(max_new_tokens, each[-1] > 0, seed, number, *each) for each in labels]
         tell = None
         if on_batch is not None:
             tell = partial(_tell, on_batch, number, len(prompts), len(labels))
-        steered = _Rows(rows, torch.stack(drawn))
+        steered = _Rows(rows, places[order], torch.stack(drawn)[order])
         parts, batch_size = map_batches(partial(write, tokens), steered, batch_size, tell)
-        texts += [each for some, _ in parts for each in some]
-        not_finite += [is_bad for _, some in parts for is_bad in some]
+        written = [each for some in parts for each in zip(*some, strict=True)]
+        for row in order.argsort().tolist():
+            texts.append(written[row][0])
+            not_finite.append(written[row][1])
     return texts, not_finite
 
 
@@ -149,7 +155,7 @@ def written(model: Model, tokens: Tokens, max_new_tokens: int, engine: Engine | 
     if engine is not None:
         label = [(-1, 0.0, 0)]
         return texts_by(engine, model, [tokens], nothing, label, 0.0, 0, max_new_tokens, None)[0]
-    unsteered = _Rows(nothing, _draws(max_new_tokens, False)[None])
+    unsteered = _Rows(nothing, torch.zeros(1, dtype=torch.long), _draws(max_new_tokens, False)[None])
     texts, not_finite = _writer(model, max_new_tokens, 0.0)(tokens, unsteered)
     warn_of_rows(not_finite, f"what {model_name(model)} writes", "")
     return texts[0]
@@ -180,17 +186,17 @@ def _draws(n_tokens: int, is_sampled: bool, *name: float) -> Tensor:
 
 @dataclass(frozen=True)
 class _Rows:
-    """What is added to each row, or one for all, and from where its tokens are drawn."""
+    """What is added to each row, by its place in `added`, and from where its tokens are drawn."""
 
     added: Additions
+    places: Tensor
     draws: Tensor
 
     def __len__(self) -> int:
         return len(self.draws)
 
     def __getitem__(self, rows: slice) -> "_Rows":
-        added = self.added if len(self.added) == 1 else self.added[rows]
-        return _Rows(added, self.draws[rows])
+        return _Rows(self.added, self.places[rows], self.draws[rows])
 
 
 @contextmanager
@@ -220,7 +226,8 @@ def _writer(model: Model, max_new_tokens: int, temperature: float) -> _Write:
     def write(tokens: Tokens, steered: _Rows) -> tuple[list[str], list[bool]]:
         rows = tokens.expand(len(steered), -1)
         choice = _Choice(steered.draws, torch.tensor(ends, device=tokens.device), temperature)
-        with adding(model, plain, steered.added):
+        past = None if plain is None else _past(model, plain, tokens, steered)
+        with adding(model, plain, steered.added[steered.places]):
             if writes is None:  # a HookedTransformer
                 with model.unembed.register_forward_hook(choice.of_logits):
                     out = model.generate(rows, return_type="tokens", verbose=False, **options)
@@ -230,6 +237,7 @@ def _writer(model: Model, max_new_tokens: int, temperature: float) -> _Write:
                     attention_mask=torch.ones_like(rows),
                     generation_config=config,
                     logits_processor=LogitsProcessorList([choice]),
+                    **({} if past is None else {"past_key_values": past}),
                 )
         new = out[:, tokens.shape[1] :].tolist()
         kept = [list(itertools.takewhile(lambda token: token not in ends, row)) for row in new]
@@ -237,6 +245,26 @@ def _writer(model: Model, max_new_tokens: int, temperature: float) -> _Write:
         return texts, choice.not_finite.tolist()
 
     return write
+
+
+def _past(model: Model, plain: Any, tokens: Tokens, steered: _Rows) -> Any:
+    """The keys and values of the prompt but for its last token, read once for each vector.
+
+    None where there is nothing to read, or where the model keeps something else.
+    """
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    if tokens.shape[1] < 2:
+        return None
+    distinct, rows = steered.places.unique(return_inverse=True)
+    with adding(model, plain, steered.added[distinct]):
+        # One row runs up to the first steered layer, and the vectors make many of it.
+        past = plain(tokens[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
+    if not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in past.layers):
+        return None
+    for layer in past.layers:
+        layer.batch_select_indices(rows.to(tokens.device) % len(layer.keys))
+    return past
 
 
 class _Choice:
