@@ -40,7 +40,7 @@ KEPT = Path(__file__).with_suffix(".csv")
 N_VECTORS, STEPS = 16, {"quadratic": 20, "exponential": 30, "linear": 1}
 SIGMA = {"linear": lambda z: z, "quadratic": torch.square, "exponential": torch.expm1}
 METHODS = ("random", "melbo", "exponential", "linear", "quadratic")
-# Where the others are done.
+# After the others.
 LATER = "soft"
 # Nothing in it is drawn: its line is copied from the first seed's.
 UNSEEDED = "linear"
@@ -57,7 +57,7 @@ def main() -> None:
     cases = {"bundled": functools.cache(bundled), "planted": functools.cache(planted)}
     if chosen.recount:
         counted_anew(KEPT, "method", cases).to_csv(KEPT, index=False)
-    parts = [(METHODS, "bundled"), (METHODS, "planted"), ((LATER,), "bundled")]
+    parts = [(METHODS, "bundled"), ((LATER,), "bundled"), (METHODS, "planted")]
     for methods, name in () if chosen.table or chosen.recount else parts:
         for seed, prompt in itertools.product(range(chosen.seeds), PROMPTS):
             fill_cell(name, cases[name], prompt, seed, methods)
