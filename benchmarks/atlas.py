@@ -3,7 +3,8 @@
     python -m benchmarks.atlas [FOLDER]
 
 Sources that an earlier call left in FOLDER (runs/atlas) are not computed again; the times are of
-those that are. Writes benchmarks/atlas.csv, a row for each pair and sign, and prints a table.
+those that are. Writes benchmarks/atlas.csv, a row for each pair and sign, and
+docs/pictures/atlas.png; prints a table.
 """
 
 import sys
@@ -20,6 +21,7 @@ from tl_melbo.tables import Table
 
 PROMPT = "Tell me about yourself."
 TABLE = Path(__file__).parent / "atlas.csv"
+PICTURE = Path(__file__).parents[1] / "docs" / "pictures" / "atlas.png"
 COLUMNS = ("source_layer", "target_layer", "sign", "singular_value", "share", "norm", "kl")
 
 
@@ -42,6 +44,8 @@ def main() -> None:
     table = found.table
     with replacing(TABLE) as path:
         table[[*COLUMNS]].to_csv(path, index=False, float_format="%.6g")
+    title = "What each pair's first singular vector does to the next token"
+    tm.plots.atlas_heatmap(table, "kl", title=title).write_image(PICTURE, scale=1.3)
     pairs = table[table["sign"] == 1]
     cosines = [
         tm.analysis.cosine_similarity(each.vectors).abs().triu(1)
