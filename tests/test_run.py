@@ -514,6 +514,29 @@ def test_texts_with_samples_and_scales_are_written_once(tiny_llama, f, tmp_path)
     assert "nats; steered" in page.read_text()
 
 
+def test_random_vectors_write_as_the_found_ones_do(tiny_llama, f, tmp_path, monkeypatch):
+    run, told = tm.Run(tmp_path), []
+    found = run.melbo(f, 2, **SETTINGS)
+    run.texts(tiny_llama, max_new_tokens=2, n_samples=1)
+    texts = run.random_texts(tiny_llama, f, on_batch=lambda *counts: told.append(counts))
+    drawn = tm.random_vectors(f, 4, radius=float(found.norms[0]))
+    options = {"scales": [1, -1], "n_samples": 1, "max_new_tokens": 2}
+    expected = tm.generate(tiny_llama, PROMPT, drawn, **options)
+    assert texts.equals(expected)
+    assert told[-1] == (16, 16)
+    run.page(tiny_llama, f)
+    assert "16 completions under 4 random vectors of the same norm" in (
+        tmp_path / "report.html"
+    ).read_text()
+    # Longer ones for longer ones; and nothing is written twice.
+    run.texts(tiny_llama, max_new_tokens=3)
+    longer = run.random_texts(tiny_llama, f)
+    assert not longer["completion"].equals(texts["completion"])
+    monkeypatch.setattr("tl_melbo.analysis._random_baseline.generate", pytest.fail)
+    again = tm.Run(tmp_path).random_texts(tiny_llama, f)
+    assert again["completion"].tolist() == longer["completion"].tolist()
+
+
 def test_texts_of_replaced_vectors_are_nobodys(f, tmp_path):
     """Also where the settings are gone, which told whose they were."""
     run = tm.Run(tmp_path)

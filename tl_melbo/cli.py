@@ -259,6 +259,8 @@ def _show_page(
 
     stages.begin("Writing under each vector")
     run.texts(model, on_batch=stages.count, **options)
+    stages.begin("Writing under random ones")
+    run.random_texts(model, f, on_batch=stages.count)
     stages.begin("Making the page")
     table = run.page(model, f, token_divergence=divergence)
     stages.end()

@@ -155,7 +155,9 @@ def written(model: Model, tokens: Tokens, max_new_tokens: int, engine: Engine | 
     if engine is not None:
         label = [(-1, 0.0, 0)]
         return texts_by(engine, model, [tokens], nothing, label, 0.0, 0, max_new_tokens, None)[0]
-    unsteered = _Rows(nothing, torch.zeros(1, dtype=torch.long), _draws(max_new_tokens, False)[None])
+    unsteered = _Rows(
+        nothing, torch.zeros(1, dtype=torch.long), _draws(max_new_tokens, False)[None]
+    )
     texts, not_finite = _writer(model, max_new_tokens, 0.0)(tokens, unsteered)
     warn_of_rows(not_finite, f"what {model_name(model)} writes", "")
     return texts[0]

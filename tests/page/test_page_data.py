@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from plotly.offline import get_plotlyjs_version
+from scipy.stats import binomtest
 
 import tl_melbo as tm
 from tests.conftest import PROMPT
@@ -167,8 +168,10 @@ def test_cards_tell_tags_and_rates() -> None:
     texts = pd.DataFrame(rows, columns=["vector", "scale"]).assign(
         prompt="p", completion=["a", "b <i>", "a", "b", "xx"], behaviour=[0, 1, 0, 1, -1],
         filtered_out=[""] * 4 + ["repeats itself"], stance=["", "refuses", "", "refuses", ""],
-        baseline=[True, False, True, False, False],
+        baseline=[True, False, True, False, False], perplexity=3.0,
     )  # fmt: skip
+    unsteered = texts.iloc[[0] * 7].assign(behaviour=[1] + [0] * 6)
+    texts = pd.concat([texts, unsteered], ignore_index=True)
     groups = pd.DataFrame(
         {
             "behaviour": [0, 1], "name": ["≈ baseline", "b <b>"], "prompt": "p",
@@ -176,7 +179,7 @@ def test_cards_tell_tags_and_rates() -> None:
         }
     )  # fmt: skip
     rates = pd.DataFrame(
-        [(-1, 0.0, 1, 1, 8, 0.125, 0.02, 0.47), (1, 1.0, 1, 6, 8, 0.75, 0.41, 0.93)],
+        [(1, 1.0, 1, 6, 8, 0.75, 0.41, 0.93)],
         columns=["vector", "scale", "behaviour", "n", "n_samples", "rate", "low", "high"],
     ).assign(prompt="p")
     grouped: Any = SimpleNamespace(texts=texts, groups=groups, of_vectors=rates)
@@ -187,7 +190,7 @@ def test_cards_tell_tags_and_rates() -> None:
     assert (card["key"], card["tags"], card["rows"]) == ("b1", {"stance": "refuses"}, ["0", "1"])
     counts = {"n": 6, "n_samples": 8, "rate": 0.75, "low": 0.41, "high": 0.93}
     assert card["rates"] == [{"key": "1", **counts}]
-    assert card["unsteered"]["n"] == 1
+    assert (card["unsteered"]["n"], card["unsteered"]["n_samples"]) == (1, 8)
     by_key = {row["key"]: row for row in data["rows"]}
     assert by_key["0-"]["baseline"]
     assert by_key["1-"]["filtered"] == "repeats itself"
@@ -200,7 +203,9 @@ def test_a_behaviour_of_samples_alone_has_a_card_and_is_counted() -> None:
     rows = [(-1, 0.0, 0, "a", 0), (0, 1.0, 2, "c", 2), (0, 1.0, 0, "b", 1), (0, 1.0, 1, "x", -1)]
     texts = pd.DataFrame(
         rows, columns=["vector", "scale", "sample", "completion", "behaviour"]
-    ).assign(prompt="p", baseline=False, coherent=[True, True, True, False], stance="")
+    ).assign(
+        prompt="p", baseline=False, coherent=[True, True, True, False], stance="", perplexity=3.0
+    )
     texts["filtered_out"] = ["", "", "", "repeats itself"]
     groups = pd.DataFrame({"behaviour": [0, 1, 2], "name": ["a", "b", "c"], "prompt": "p"})
     grouped = Behaviours(texts, groups.assign(example="a", stance=""), "words")
@@ -212,6 +217,32 @@ def test_a_behaviour_of_samples_alone_has_a_card_and_is_counted() -> None:
     ]
     assert data["texts"][data["rows"][0]["texts"]["1"][2]] == "c"
     assert data["behaviours"][1]["rates"][0]["n"] == 1
-    told = _facts.groups_told(grouped, data)
+    told = _facts.groups_told(grouped, data, len(found))
     # The row's own completion is coherent: what was filtered out is a sample.
     assert (told["n_distinct"], told["n_incoherent"]) == (2, 0)
+
+
+def test_random_vectors_are_the_control_and_have_no_cards() -> None:
+    found = tm.SteeringVectors.from_tensor(torch.eye(1, 8), source_layer=1)
+    rows = [(-1, 0.0, "a", 0), (0, 1.0, "b", 1), (0, -1.0, "b", 1)]
+    # Under two random vectors: one text that the library has, too, and one that it has not.
+    rows += [(1, 1.0, "b, at random", 1), (1, -1.0, "a", 0), (2, 1.0, "c", 2), (2, -1.0, "a", 0)]
+    texts = pd.DataFrame(rows, columns=["vector", "scale", "completion", "behaviour"]).assign(
+        prompt="p", baseline=False, coherent=True, stance="", filtered_out="",
+        perplexity=[3.0, 5.0, 4.0, 1.0, 3.0, 1.0, 3.0],
+    )  # fmt: skip
+    groups = pd.DataFrame({"behaviour": [0, 1, 2], "name": ["a", "b", "c"], "prompt": "p"})
+    grouped = Behaviours(texts, groups.assign(example="b, at random", stance=""), "words")
+    kl = {("p", sign): [0.5] for sign in (1, -1)}
+    written = texts[texts["vector"] < 1]
+    data = _data.rows_data(found, ["p"], written, grouped, _data.Measured(kl, None, None))
+    (card,) = data["behaviours"]
+    assert (card["key"], card["rows"]) == ("b1", ["0", "0-"])
+    assert (card["random"]["n"], card["random"]["n_samples"]) == (1, 4)
+    low, high = binomtest(1, 4).proportion_ci(method="wilson")
+    assert card["random"]["low"] == pytest.approx(low, rel=1e-3)
+    assert card["random"]["high"] == pytest.approx(high, rel=1e-3)
+    assert data["texts"][card["example"]] == "b"
+    told = _facts.groups_told(grouped, data, len(found))
+    counts = ("n_distinct", "n_texts", "n_random", "n_random_texts", "n_of_random")
+    assert [told[name] for name in counts] == [1, 2, 2, 4, 2]

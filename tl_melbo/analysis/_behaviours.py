@@ -74,8 +74,9 @@ class Behaviours:
 
     @property
     def n_distinct(self) -> int:
-        """How many behaviours are coherent and differ from the baseline, over all prompts."""
-        return sum(number > _UNSTEERED for number in self.groups["behaviour"])
+        """How many behaviours of vectors are coherent and not the baseline, over all prompts."""
+        n_steered = self.groups["vectors"].map(len) + self.groups["negatives"].map(len)
+        return int(((self.groups["behaviour"] > _UNSTEERED) & (n_steered > 0)).sum())
 
     @property
     def per_100_vectors(self) -> float:

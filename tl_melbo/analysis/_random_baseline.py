@@ -1,4 +1,4 @@
-"""What random vectors of the same norm do: the baseline of a library's numbers."""
+"""What random vectors of the same norm do: the baseline of a library's numbers and texts."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +10,7 @@ from tl_melbo import story
 from tl_melbo.activation_map import ActivationMap
 from tl_melbo.analysis._similarity import kl_divergence
 from tl_melbo.discovery import melbo_objective, random_vectors
+from tl_melbo.generation import generate
 from tl_melbo.model.bridge import Model
 from tl_melbo.tables import Table
 from tl_melbo.vectors import SteeringVectors
@@ -38,10 +39,9 @@ def random_baseline(
         unsteered, in nats; objective, of the library's own p, q and positions, NaN where the
         library has none.
     """
-    low, high = float(found.norms.min()), float(found.norms.max())
-    if high - low > _SAME_NORM * high:
+    drawn = _drawn(f, found, n_vectors, seed)
+    if drawn is None:
         return None
-    drawn = random_vectors(f, n_vectors, radius=high, seed=seed)
     chosen = found.story.get("hyperparameters") or {}
     objective = [float("nan")] * n_vectors
     if (story.measure_of(found.story) or {}).get("column") == "objective" and "p" in chosen:
@@ -57,3 +57,31 @@ def random_baseline(
     table = pd.concat([frame.assign(objective=objective) for frame in frames], ignore_index=True)
     table.insert(0, "kind", "random")
     return table
+
+
+def random_texts(
+    model: Model,
+    f: ActivationMap,
+    found: SteeringVectors,
+    prompts: Sequence[str],
+    *,
+    n_vectors: int = 4,
+    seed: int = 0,
+    **options: Any,
+) -> pd.DataFrame | None:
+    """What the model writes under random vectors of the library's norm, and under their negatives.
+
+    The control of a library's texts: written with the same options, those of `generate`. None where
+    the library's norms differ.
+    """
+    drawn = _drawn(f, found, n_vectors, seed)
+    return None if drawn is None else generate(model, prompts, drawn, scales=[1, -1], **options)
+
+
+def _drawn(
+    f: ActivationMap, found: SteeringVectors, n_vectors: int, seed: int
+) -> SteeringVectors | None:
+    low, high = float(found.norms.min()), float(found.norms.max())
+    if high - low > _SAME_NORM * high:
+        return None
+    return random_vectors(f, n_vectors, radius=high, seed=seed)

@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from tl_melbo.analysis import Behaviours
+from tl_melbo.analysis import Behaviours, rates
 from tl_melbo.analysis._tags import TAGS
 from tl_melbo.report import _facts
 from tl_melbo.report._text import TextPool, number, shown
@@ -72,7 +72,7 @@ def rows_data(
         for sign in (1, -1)
         if (row := _row(found, prompts, (vector, sign, prompt), written, measured))
     ]
-    cards = [] if groups is None else _grouped(groups, rows, prompts, pool)
+    cards = [] if groups is None else _grouped(groups, len(found), rows, prompts, pool)
     scales = sorted({float(scale) for row in rows for scale in row["texts"]})
     return {
         "prompts": [shown(prompt) for prompt in prompts],
@@ -160,9 +160,16 @@ def _row(
 
 
 def _grouped(
-    groups: Behaviours, rows: list[dict[str, Any]], prompts: list[str], pool: TextPool
+    groups: Behaviours,
+    n_found: int,
+    rows: list[dict[str, Any]],
+    prompts: list[str],
+    pool: TextPool,
 ) -> list[dict[str, Any]]:
-    """The cards, of which the baseline's are last; each row is told its own."""
+    """The cards, of which the baseline's are last; each row is told its own.
+
+    Vectors from `n_found` on are random ones, which have neither rows nor cards.
+    """
     place = {(prompts[row["prompt"]], row["vector"], row["sign"]): row for row in rows}
     samples: dict[str | None, list[str]] = {}
     for told, sample in _told_with_samples(groups.texts):
@@ -178,10 +185,17 @@ def _grouped(
             row["filtered"] = shown(told["filtered_out"]) if told["filtered_out"] else ""
             row["tags"] = _tags(told)
             row["baseline"] = bool(told["baseline"])
-    cards = [_card(each, rows, prompts, pool) for each in groups.groups.to_dict("records")]
+    own = groups.texts[groups.texts["vector"] < n_found].sort_values("perplexity")
+    clearest = own.drop_duplicates(["prompt", "behaviour"]).set_index(["prompt", "behaviour"])
+    examples = clearest["completion"].to_dict()
+    cards = [
+        _card(each, examples.get((each["prompt"], each["behaviour"])), rows, prompts, pool)
+        for each in groups.groups.to_dict("records")
+    ]
     for card in cards:
         card["samples"] = [] if card["rows"] else samples.get(card["key"], [])
     _add_rates(cards, groups.of_vectors, prompts, place)
+    _add_controls(cards, groups.texts, n_found, prompts)
     of_rows = [card for card in cards if card["rows"]]
     return of_rows + [card for card in cards if card["samples"]]
 
@@ -213,6 +227,7 @@ def _is_tag(tag: Any) -> bool:
 
 def _card(
     group: Mapping[Any, Any],
+    example: str | None,
     rows: Sequence[Mapping[str, Any]],
     prompts: list[str],
     pool: TextPool,
@@ -226,33 +241,46 @@ def _card(
         "baseline": int(group["behaviour"]) == 0,
         "tags": _tags(group),
         "rows": [row["key"] for row in rows if row["behaviour"] == key],
-        "example": pool.add(group.get("example")),
+        "example": pool.add(example),
         "rates": [],
         "unsteered": None,
+        "random": None,
     }
 
 
 def _add_rates(
     cards: Sequence[dict[str, Any]],
-    rates: pd.DataFrame,
+    of_vectors: pd.DataFrame,
     prompts: list[str],
     place: Mapping[tuple[str, int, int], Mapping[str, Any]],
 ) -> None:
     """In how many samples under a vector its behaviour shows, with the interval."""
     known = {card["key"]: card for card in cards}
-    for told in rates.to_dict("records"):
+    for told in of_vectors.to_dict("records"):
         if told["behaviour"] < 0 or told["prompt"] not in prompts or int(told["n_samples"]) < 2:
             continue
         card = known.get(_card_key(int(told["behaviour"]), prompts.index(told["prompt"])))
         counts = {name: int(told[name]) for name in ("n", "n_samples")}
         counts |= {name: number(float(told[name])) for name in ("rate", "low", "high")}
         row = place.get((told["prompt"], told["vector"], 1 if told["scale"] > 0 else -1))
-        if card is None or not counts["n"]:
-            continue
-        if told["vector"] < 0:
-            card["unsteered"] = counts
-        elif row is not None:
+        if card is not None and row is not None and counts["n"]:
             card["rates"].append({"key": row["key"], **counts})
+
+
+def _add_controls(
+    cards: Sequence[dict[str, Any]], texts: pd.DataFrame, n_found: int, prompts: list[str]
+) -> None:
+    """In how many texts without a vector, and under random ones, each behaviour shows."""
+    known = {card["key"]: card for card in cards}
+    numbers = sorted({*texts["vector"][texts["vector"] >= n_found]})
+    for told in rates(texts, "behaviour", ("prompt",), random=numbers).to_dict("records"):
+        if told["steering"] == "vector" or told["n"] < 2 or told["value"] < 0:
+            continue
+        card = known.get(_card_key(int(told["value"]), prompts.index(told["prompt"])))
+        if card is not None and (told["hits"] or told["steering"] == "random"):
+            counts = {"n": int(told["hits"]), "n_samples": int(told["n"])}
+            counts |= {name: number(float(told[name])) for name in ("rate", "low", "high")}
+            card[told["steering"]] = counts
 
 
 def _history(found: SteeringVectors) -> list[list[float | int | str | None]]:

@@ -38,6 +38,7 @@ def write(
     families: Sequence[Family] = (),
     side_effects: pd.DataFrame | None = None,
     baselines: pd.DataFrame | None = None,
+    random_texts: pd.DataFrame | None = None,
     top_tokens: pd.DataFrame | None = None,
     token_divergence: pd.DataFrame | None = None,
     adapters: Adapter | None = None,
@@ -63,6 +64,7 @@ def write(
         side_effects: as `analysis.side_effects` gives it for these vectors.
         baselines: kl and objective of random vectors of the same norm; None measures eight, where
             there is a map.
+        random_texts: as `Run.random_texts` gives them: the control of the behaviours.
         top_tokens, token_divergence: as the analyses of these names give them for these vectors.
         adapters, adapter_texts: trained in the same folder, and what the model writes under each.
         notes: stars, names and remarks, as a path or as `read_notes` gives them.
@@ -83,6 +85,9 @@ def write(
     if not len(found):
         raise ValueError("found: holds no vectors; there is nothing to show")
     _check_frames(found, completions, side_effects, baselines, adapter_texts)
+    if random_texts is not None:
+        advice = "pass what Run.random_texts returns"
+        checks.columns(random_texts, COMPLETION_COLUMNS, "random_texts", advice)
     _tokens.check_tokens(top_tokens, token_divergence)
     kept = notes_given(notes)
     texts = _prompts(found, completions, prompts)
@@ -100,7 +105,7 @@ def write(
         # One pass gives both, so that tokens passed by the caller save nothing.
         own_tokens, kl = _tokens.measured_after(model, found, texts, options)
         top_tokens = own_tokens if top_tokens is None else top_tokens
-        groups = _grouped(model, completions, found, chat, batch_size)
+        groups = _grouped(model, completions, random_texts, found, chat, batch_size)
         measured = Measured(kl, baselines, side_effects)
         data = _data.rows_data(found, texts, completions, groups, measured)
         keys = _tokens.keys_of(data["rows"], texts)
@@ -123,7 +128,7 @@ def write(
             prompts=texts,
             seen=[as_seen(model, text, as_chat(found, chat)) for text in texts],
             **_facts.library_facts(found, baselines),
-            **_facts.groups_told(groups, data),
+            **_facts.groups_told(groups, data, len(found)),
             figures=_parts.library_figures(found, data, effects, side_effects),
             families=[_parts.family_part(part, activation_map) for part in families],
         )
@@ -145,15 +150,22 @@ def _prompts(
 def _grouped(
     model: Model,
     completions: pd.DataFrame,
+    random_texts: pd.DataFrame | None,
     found: SteeringVectors,
     chat: bool | None,
     batch_size: int,
 ) -> Behaviours | None:
-    """Behaviours of vectors and negatives; None where nothing was written at scales 1 and -1."""
+    """Behaviours of vectors and negatives; None where nothing was written at scales 1 and -1.
+
+    Random vectors are among them, numbered after the library's own.
+    """
     at_one = (completions["vector"] < 0) | (completions["scale"].abs() == 1)
     some = pd.DataFrame(completions[at_one])
     if some.empty:
         return None
+    if random_texts is not None:
+        after = random_texts.assign(vector=random_texts["vector"] + len(found))
+        some = pd.concat([some, after], ignore_index=True)
     # Its logits are of whole texts: 8 at once take as much memory as many rows of others.
     return behaviours(model, some, chat=as_chat(found, chat), batch_size=min(batch_size, 8))
 

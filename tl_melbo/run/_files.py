@@ -21,11 +21,13 @@ from tl_melbo.vectors import SteeringVectors
 VECTORS, REFERENCE, LOCK = "vectors.safetensors", "theta0.safetensors", ".lock"
 SETTINGS, REPORT, NOTES = "settings.json", "report.html", "notes.json"
 COMPLETIONS, SIDE_EFFECTS = "completions.csv", "side_effects.csv"
+RANDOM = "random_completions.csv"
 TABLE, COMPOSITION = "family.csv", "composition.csv"
 
 # What each table has at least.
 _COLUMNS = {
     COMPLETIONS: ("vector", "scale", "prompt", "completion"),
+    RANDOM: ("vector", "scale", "prompt", "completion"),
     SIDE_EFFECTS: ("vector", "kl_target", "kl_unrelated", "specificity", "loss_increase"),
     TABLE: ("kind", "index", "norm", "completion"),
     COMPOSITION: ("size", "members", "completion"),
@@ -37,7 +39,7 @@ _WORDS = (*_TEXTS, "kind", "members", "subset", "combination", "scaling", "stopp
 _SETTINGS: dict[str, Any] = {
     "model": str | None, "max_new_tokens": int | None,
     "n_samples": int | None, "temperature": float | int | None, "scales": list | None,
-    "texts_of": str | None, "side_effects_of": str | None,
+    "texts_of": str | None, "side_effects_of": str | None, "random_texts_of": list | None,
 }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from tl_melbo.files import writable_folder
 from tl_melbo.run import _files
 from tl_melbo.run._adapters import adapters_kept, keep_adapters, write_adapter_texts
 from tl_melbo.run._files import COMPLETIONS, REFERENCE, SIDE_EFFECTS, VECTORS, family_folder
-from tl_melbo.run._texts import OnCount, write_texts
+from tl_melbo.run._texts import OnCount, write_random_texts, write_texts
 from tl_melbo.shapes import shape_checked
 from tl_melbo.story import differences
 from tl_melbo.vectors import SteeringVectors
@@ -203,7 +203,8 @@ class Run:
         """Find the family of `tm.melbo_ortho`: see `keep`."""
         return self.keep(melbo_ortho, f, n_vectors, theta0=theta0, **settings)
 
-    adapters, adapter_texts, texts = keep_adapters, write_adapter_texts, write_texts
+    adapters, adapter_texts = keep_adapters, write_adapter_texts
+    texts, random_texts = write_texts, write_random_texts
 
     def load(
         self, model: str | None = None, device: str | None = None
@@ -315,8 +316,6 @@ class Run:
         `report.write` takes them; None takes `notes.json` of the folder, if it is there. With
         `token_divergence` the page shows where along its text each vector parts from the model.
         """
-        import pandas as pd
-
         from tl_melbo import analysis, report
 
         with self.writing():
@@ -326,6 +325,7 @@ class Run:
             parts = {
                 "families": self.families(),
                 "side_effects": self._table(SIDE_EFFECTS, found),
+                "random_texts": self.random_texts(model, f),
                 **adapters_kept(self.folder),
                 "notes": notes,
                 # A page may be passed on: it tells no absolute path.
@@ -335,7 +335,7 @@ class Run:
                 greedy = texts["scale"].isin([-1, 1])
                 if "sample" in texts:
                     greedy &= texts["sample"] == 0
-                some = pd.DataFrame(texts[greedy])
+                some: Any = texts[greedy]
                 parts["token_divergence"] = analysis.token_divergence(model, some, found)
             path = self.folder / _files.REPORT
             return report.write(path, model, found, completions=texts, activation_map=f, **parts)

@@ -5,12 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 from tl_melbo import checks
 from tl_melbo.generation import DEFAULT_TEMPERATURE
-from tl_melbo.run._files import COMPLETIONS
+from tl_melbo.run import _files
+from tl_melbo.run._files import COMPLETIONS, RANDOM
 from tl_melbo.shapes import shape_checked
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from tl_melbo.activation_map import ActivationMap
     from tl_melbo.model.bridge import Model
 
 OnCount = Callable[[int, int], None]
@@ -60,4 +62,29 @@ def write_texts(
                 model, found.story["prompts"], found, on_batch=on_batch, **given
             )
             self._save(COMPLETIONS, texts, found, **chosen)
+    return texts
+
+
+@shape_checked
+def write_random_texts(
+    self: Any, model: "Model", f: "ActivationMap", *, on_batch: OnCount | None = None
+) -> "pd.DataFrame | None":
+    """The control of `texts`: completions under random vectors of the same norm, as many of each.
+
+    Read back, or written and saved. None where the norms of the library differ.
+    """
+    from tl_melbo.analysis._random_baseline import random_texts
+
+    with self.writing():
+        found, known = self.found, self.settings
+        names = ("max_new_tokens", "n_samples", "temperature")
+        written = {name: known[name] for name in names if known.get(name) is not None}
+        key = [_files.digest(found), *(known.get(name) for name in names)]
+        if known.get("random_texts_of") == key and (self.folder / RANDOM).is_file():
+            return _files.load_table(self.folder / RANDOM)
+        prompts = list(dict.fromkeys(found.story["prompts"]))
+        texts = random_texts(model, f, found, prompts, on_batch=on_batch, **written)
+        if texts is not None:
+            _files.save_table(self.folder / RANDOM, texts)
+            self.note(random_texts_of=key)
     return texts

@@ -19,12 +19,16 @@ function counted({ n, n_samples, low, high }) {
   return `${n} of ${n_samples} (${percent(low)}–${percent(high)})`;
 }
 
+const capital = (text) => text[0].toUpperCase() + text.slice(1);
+
 function ratesOf(card) {
   const rates = merged(card).flatMap((each) => each.rates);
-  if (!rates.length) return null;
+  const control = card.random ? `random vectors in ${counted(card.random)}` : "";
+  if (!rates.length) return control ? el("p", { class: "rate soft" }, capital(control)) : null;
   const best = rates.reduce((one, other) => (other.rate > one.rate ? other : one));
   const parts = ["Sampled: ", vectorLink(best.key), ` in ${counted(best)}`];
   if (card.unsteered) parts.push(`; unsteered in ${counted(card.unsteered)}`);
+  if (control) parts.push(`; ${control}`);
   return el("p", { class: "rate soft" }, ...parts);
 }
 
