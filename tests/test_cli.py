@@ -30,7 +30,10 @@ from tl_melbo.terminal import print_found
 
 pytestmark = pytest.mark.usefixtures("cached_models", "by_words")
 
-FILES = ["completions.csv", "report.html", "settings.json", "vectors.safetensors"]
+FILES = [
+    "completions.csv", "random_completions.csv", "report.html", "settings.json",
+    "vectors.safetensors",
+]  # fmt: skip
 
 
 def discover(model_folder: Path, out: Path, *arguments: str, prompts: tuple = (PROMPT,)) -> Result:
@@ -49,7 +52,7 @@ def one_line(text: str) -> str:
 
 
 @pytest.mark.boundary
-def test_a_run_leaves_three_files_and_says_where_the_page_is(
+def test_a_run_leaves_its_files_and_says_where_the_page_is(
     model_folder: Path, tmp_path: Path, loads_anew: None
 ) -> None:
     out = tmp_path / "runs" / "me"

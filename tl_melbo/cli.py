@@ -88,8 +88,9 @@ def discover(
 ) -> None:
     """Find vectors that change the model most, let it write under each, and make a page of it.
 
-    Writes vectors.safetensors, completions.csv and report.html; prints the page's path last. Every
-    vector is kept as soon as it is found, and the same command continues an interrupted run.
+    Writes vectors.safetensors, completions.csv, those of random vectors, and report.html; prints
+    the page's path last. Every vector is kept as soon as it is found, and the same command
+    continues an interrupted run.
     """
     # All that can be checked before the model is loaded, which takes a while.
     texts = _texts_asked(max_new_tokens, samples, temperature, scales)
