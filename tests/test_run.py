@@ -525,9 +525,10 @@ def test_random_vectors_write_as_the_found_ones_do(tiny_llama, f, tmp_path, monk
     assert texts.equals(expected)
     assert told[-1] == (16, 16)
     run.page(tiny_llama, f)
-    assert "16 completions under 4 random vectors of the same norm" in (
-        tmp_path / "report.html"
-    ).read_text()
+    assert (
+        "16 completions under 4 random vectors of the same norm"
+        in (tmp_path / "report.html").read_text()
+    )
     # Longer ones for longer ones; and nothing is written twice.
     run.texts(tiny_llama, max_new_tokens=3)
     longer = run.random_texts(tiny_llama, f)

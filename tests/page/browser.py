@@ -49,6 +49,14 @@ def completions() -> pd.DataFrame:
     return frame
 
 
+def at_random() -> pd.DataFrame:
+    """Under two random vectors: the baseline, but for one sample of the first."""
+    places = [(v, sign, n) for v in range(2) for sign in (1.0, -1.0) for n in range(1 + N_SAMPLES)]
+    frame = pd.DataFrame(places, columns=["vector", "scale", "sample"])
+    texts = [HOSTILE[4] if place == (0, 1.0, 1) else BASELINE for place in places]
+    return frame.assign(prompt=PROMPT, completion=texts)
+
+
 def tokens() -> dict[str, pd.DataFrame]:
     """As the analyses give them, with hostile tokens."""
     top = [
@@ -92,6 +100,7 @@ def _write(model: torch.nn.Module, folder: Path) -> Path:
     path = folder / "report #1.html"
     report.write(
         path, model, found, completions=completions(), activation_map=f, families=[family],
+        random_texts=at_random(),
         side_effects=tm.evaluation.side_effects(
             model, found, PROMPT, unrelated="Good bye.", passages="One two three."
         ),

@@ -144,6 +144,16 @@ def test_behaviours_open_and_link_to_their_vectors(opened: Any) -> None:
     assert "= baseline" in "".join(texts(opened, "#b0")) or click(opened, "#b0 summary")
 
 
+def test_random_vectors_stand_beside_each_behaviour(laptop: Any) -> None:
+    # One of eight samples, and none, with Wilson's intervals.
+    for text in texts(laptop, "#cards .card"):
+        told = "1 of 8 (2%–47%)" if "“first line" in text else "0 of 8 (0%–32%)"
+        assert f"andom vectors in {told}" in text
+    assert any("“first line" in text for text in texts(laptop, "#cards .card"))
+    told = texts(laptop, "#behaviours > .hint")[0]
+    assert "12 completions under 2 random vectors of the same norm and their negatives" in told
+
+
 def test_rename_star_merge_and_note_last(opened: Any, page: Path, tmp_path: Path) -> None:
     first, second = [
         f"#{key}"

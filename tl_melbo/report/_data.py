@@ -2,6 +2,7 @@
 
 import hashlib
 from base64 import b64encode
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,8 +11,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from tl_melbo.analysis import Behaviours, rates
+from tl_melbo.analysis import Behaviours
+from tl_melbo.analysis._rates import sampled
 from tl_melbo.analysis._tags import TAGS
+from tl_melbo.probability import wilson_interval
 from tl_melbo.report import _facts
 from tl_melbo.report._text import TextPool, number, shown
 from tl_melbo.vectors import SteeringVectors
@@ -271,16 +274,19 @@ def _add_controls(
     cards: Sequence[dict[str, Any]], texts: pd.DataFrame, n_found: int, prompts: list[str]
 ) -> None:
     """In how many texts without a vector, and under random ones, each behaviour shows."""
-    known = {card["key"]: card for card in cards}
-    numbers = sorted({*texts["vector"][texts["vector"] >= n_found]})
-    for told in rates(texts, "behaviour", ("prompt",), random=numbers).to_dict("records"):
-        if told["steering"] == "vector" or told["n"] < 2 or told["value"] < 0:
-            continue
-        card = known.get(_card_key(int(told["value"]), prompts.index(told["prompt"])))
-        if card is not None and (told["hits"] or told["steering"] == "random"):
-            counts = {"n": int(told["hits"]), "n_samples": int(told["n"])}
-            counts |= {name: number(float(told[name])) for name in ("rate", "low", "high")}
-            card[told["steering"]] = counts
+    counted = sampled(texts)
+    vectors = counted["vector"]
+    for name, some in (
+        ("unsteered", counted[vectors < 0]),
+        ("random", counted[vectors >= n_found]),
+    ):
+        places = [prompts.index(prompt) for prompt in some["prompt"]]
+        hits = Counter(map(_card_key, some["behaviour"], places))
+        for card in cards:
+            n, of = hits[card["key"]], places.count(card["prompt"])
+            if of > 1 and (n or name == "random"):
+                low, high = map(number, wilson_interval(n, of))
+                card[name] = {"n": n, "n_samples": of, "rate": n / of, "low": low, "high": high}
 
 
 def _history(found: SteeringVectors) -> list[list[float | int | str | None]]:
