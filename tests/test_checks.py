@@ -1,4 +1,9 @@
+import ast
 import math
+import re
+import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -33,6 +38,32 @@ def test_nothing_said_is_nothing_wrong() -> None:
     checks.positive(radius=1e-9)
     checks.columns(pd.DataFrame({"a": [1.0]}), ["a"], "frame", "pass one", numbers=True)
     checks.width(torch.ones(2, 3), 3, "theta")
+
+
+def test_an_extra_that_is_asked_for_has_the_library() -> None:
+    root = Path(__file__).resolve().parent.parent
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+
+    def within(extra: str) -> set[str]:
+        names: set[str] = set()
+        for needed in extras[extra]:
+            name, _, others = re.match(r"([\w.-]+)(\[([\w,]+)\])?", needed).groups()
+            own = name == project["name"]
+            names |= set().union(*map(within, others.split(","))) if own else {name.lower()}
+        return names
+
+    owners, asked = packages_distributions(), []
+    for path in (root / "tl_melbo").rglob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call) and ast.unparse(call.func) == "checks.installed":
+                module, _, *extra = [getattr(each, "value", None) for each in call.args]
+                if isinstance(module, str):
+                    asked.append((module.partition(".")[0], *(extra or ["evaluation"])))
+    assert ("ray", "ray") in asked
+    for module, extra in asked:
+        owner = {name.lower() for name in owners.get(module, [module])}
+        assert owner & within(extra), (module, extra)
 
 
 MATRIX = torch.tensor([[1.0, 0.0], [0.0, 0.0], [math.nan, 1.0]])
