@@ -5,7 +5,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,14 +14,13 @@ from torch import Tensor
 
 import tl_melbo as tm
 from tl_melbo import options, story
-from tl_melbo.files import writable_folder
 from tl_melbo.run._files import VECTORS, digest
 from tl_melbo.sweeps._grid import Cell
 from tl_melbo.sweeps._store import Store, failed
 
 # How many vectors of a cell are there; a share of one where all come in one go.
 Tell = Callable[[Cell, float], None]
-# A worker that was killed, or whose driver was, keeps its folder a moment longer.
+# Seconds: a worker that was killed, or whose driver was, keeps its folder a moment longer.
 _PATIENCE = 60.0
 
 
@@ -79,8 +78,8 @@ class Worker:
     def _searched(
         self, cell: Cell, place: Path, send: Callable[[], None], tell: Tell
     ) -> dict[str, Any]:
-        run, facts = tm.Run(writable_folder(place)), cell.facts
-        with _alone(run), _threads(self.task.threads):
+        run, facts = tm.Run(place), cell.facts
+        with run.writing(_PATIENCE), _threads(self.task.threads):
             model = self._model(cell)
             at = {name: facts[name] for name in ("source_layer", "target_layer", "chat")}
             f = tm.ActivationMap.from_prompts(model, facts["prompt"], **at)
@@ -160,19 +159,6 @@ def _number(value: Tensor) -> float | None:
 
 def _told(caught: list[warnings.WarningMessage]) -> str:
     return "\n".join(dict.fromkeys(str(each.message) for each in caught))
-
-
-@contextmanager
-def _alone(run: tm.Run) -> Iterator[None]:
-    """The run's folder for this process, also where another is just about to leave it."""
-    last = time.monotonic() + _PATIENCE
-    with ExitStack() as stack:
-        while True:
-            with suppress(*([BlockingIOError] if time.monotonic() < last else [])):
-                stack.enter_context(run.writing())
-                break
-            time.sleep(0.5)
-        yield
 
 
 @contextmanager

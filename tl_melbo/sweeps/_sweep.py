@@ -15,6 +15,7 @@ from tl_melbo.sweeps._cell import Task, is_done, is_lost
 from tl_melbo.sweeps._grid import Cell, cells_of, read_grid
 from tl_melbo.sweeps._local import run_local
 from tl_melbo.sweeps._store import ASIDE, Store
+from tl_melbo.sweeps._table import table_of
 from tl_melbo.tables import Table
 
 TABLE, PAGE = "sweep.parquet", "sweep.html"
@@ -169,8 +170,6 @@ def _progress(
 
 
 def _write_table(store: Store, cells: Sequence[Cell], records: Records) -> Table:
-    from tl_melbo.sweeps._table import table_of
-
     table = table_of(cells, records)
     store.write(TABLE, table.to_parquet(index=False))
     return table
