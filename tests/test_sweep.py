@@ -203,11 +203,10 @@ def test_a_sweep_that_was_stopped_goes_on(place: str, model_folder: Path, tmp_pa
 
 
 @pytest.mark.usefixtures("no_page")
-@pytest.mark.parametrize("place", ["folder", "memory://"])
 def test_vectors_that_were_lost_are_searched_again_and_told(
-    place: str, model_folder: Path, tmp_path: Path
+    model_folder: Path, tmp_path: Path
 ) -> None:
-    out = f"{place}{tmp_path}/out" if "://" in place else str(tmp_path / "out")
+    out = tmp_path / "out"
     grid, store = asked(model_folder, seed=[0, 1, 2]), Store(out)
     table = tm.sweep(grid, out)
     names = [f"{folder}/vectors.safetensors" for folder in table["folder"]]
@@ -280,6 +279,11 @@ def test_a_place_of_fsspec_replaces_files_whole(tmp_path: Path) -> None:
             (folder / name).write_text("{}")
         send()
     assert sorted(path.name for path in there.iterdir()) == ["b", "c", "cell.json"]
+    with store.folder("a", "c") as (folder, _):
+        assert [path.name for path in folder.iterdir()] == ["c"]
+    for name in ("a/c", "a/missing"):
+        store.set_aside(name)
+    assert (store.read("a/c"), store.read("a/c.damaged")) == (None, b"{}")
     for text in ("{", "[]", "{}", '{"status": "other"}', "[" * 100_000, *damaged()):
         store.write("a/cell.json", text.encode())
         assert store.record("a") is None, text
