@@ -44,7 +44,8 @@ def sweep(
 
     The same call goes on where it was: searches that have ended are not done again, others lose at
     most the vector that was being searched. A search that fails has a row that says why, and is
-    tried again. `docs/sweeps.md` tells of clusters.
+    tried again. So is one whose vectors are missing, damaged or changed, with a warning.
+    `docs/sweeps.md` tells of clusters.
 
     Args:
         grid: options with a value, or a list of them; or a list of such grids; or the path of a
