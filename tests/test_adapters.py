@@ -245,7 +245,13 @@ def test_vectors_are_means_over_tokens_of_what_is_changed(model):
         torch.testing.assert_close(told, share, rtol=1e-4, atol=1e-5)
     options = {"max_new_tokens": 4, "positions": slice(1, None)}
     both = adapter.vectors(model, PROMPTS, "addition", **options)
+    told = []
+    options["on_batch"] = lambda *counts: told.append(counts)
     alone = adapter[1].vectors(model, PROMPTS, "addition", **options)
+    assert told == [(done + 1, len(PROMPTS)) for done in range(len(PROMPTS))]
+    told.clear()
+    assert torch.equal(adapter.vectors(model, PROMPTS, "addition", **options).vectors, both.vectors)
+    assert told[-1] == (2 * len(PROMPTS), 2 * len(PROMPTS))
     torch.testing.assert_close(both[1].vectors, alone.vectors)
 
 

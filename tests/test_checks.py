@@ -1,4 +1,8 @@
+import ast
 import math
+import re
+import tomllib
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -33,6 +37,33 @@ def test_nothing_said_is_nothing_wrong() -> None:
     checks.positive(radius=1e-9)
     checks.columns(pd.DataFrame({"a": [1.0]}), ["a"], "frame", "pass one", numbers=True)
     checks.width(torch.ones(2, 3), 3, "theta")
+
+
+def test_an_extra_that_is_asked_for_has_the_library() -> None:
+    root = Path(__file__).resolve().parent.parent
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+
+    def within(extra: str) -> set[str]:
+        names: set[str] = set()
+        for needed in extras[extra]:
+            name, _, others = re.match(r"([\w.-]+)(\[([\w,]+)\])?", needed).groups()
+            own = name == project["name"]
+            names |= set().union(*map(within, others.split(","))) if own else {name.lower()}
+        return names
+
+    sources = [path.read_text(encoding="utf-8") for path in (root / "tl_melbo").rglob("*.py")]
+    owner, asked = {"sklearn": "scikit-learn", "yaml": "pyyaml"}, []
+    for source in sources:
+        for call in ast.walk(ast.parse(source if "checks.installed(" in source else "")):
+            if isinstance(call, ast.Call) and ast.unparse(call.func) == "checks.installed":
+                module, _, *extra = [getattr(each, "value", None) for each in call.args]
+                if isinstance(module, str):
+                    name = module.partition(".")[0].replace("_", "-")
+                    asked.append((owner.get(name, name), *(extra or ["evaluation"])))
+    assert {("ray", "ray"), ("scipy", "evaluation"), ("openai", "judges")} <= {*asked}
+    for name, extra in asked:
+        assert name in within(extra), f"{name} is not in {extra}"
 
 
 MATRIX = torch.tensor([[1.0, 0.0], [0.0, 0.0], [math.nan, 1.0]])

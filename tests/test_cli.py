@@ -3,6 +3,7 @@
 import csv
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -26,7 +27,7 @@ import tl_melbo.analysis  # by_words replaces what is in it
 from tests.conftest import PROFILE, PROMPT
 from tests.tiny_models import tiny_hf, tokenizer
 from tl_melbo.cli import app
-from tl_melbo.terminal import print_found
+from tl_melbo.terminal import Stages, print_found
 
 pytestmark = pytest.mark.usefixtures("cached_models", "by_words")
 
@@ -414,6 +415,23 @@ def test_version_and_help_answer() -> None:
     for option in ("--radius", "--positions"):
         told = words[words.index(option) :].partition("[default: ")[2].partition("]")[0]
         assert told == "(the method's own)"
+
+
+def test_the_package_is_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["tl_melbo", "--version"])
+    with pytest.raises(SystemExit) as ended:  # `python -m tl_melbo --version`
+        runpy.run_module("tl_melbo", run_name="__main__")
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.strip() == f"tl-melbo {tm.__version__}"
+
+
+def test_times_of_a_stage_say_what_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    with Stages() as stages:
+        stages.begin("Searching")
+        stages.count(1, 2)
+    assert re.search(r"50% \S+ left, 0:00:\d\d elapsed", capsys.readouterr().err)
 
 
 def test_help_does_not_load_what_it_does_not_need() -> None:

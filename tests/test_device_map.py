@@ -85,6 +85,14 @@ def test_what_cannot_be_spread_is_refused(model_folder, tmp_path):
             tm.load_model(model_folder, device_map=places, offload_folder=tmp_path / "off")
 
 
+@pytest.mark.parametrize(("name", "hint"), [("model.layer.1", "did you mean"), ("x", "'' is the")])
+def test_a_name_of_no_module_is_told(model_folder, name, hint):
+    """transformers passes over it, since everything has a device without it, too."""
+    allowed = r"Allowed are \[model, model\.embed_tokens, model\.layers, model\.layers\.0, "
+    with pytest.raises(ValueError, match=f"^device_map: .* no module '{name}'; {hint}.*{allowed}"):
+        tm.load_model(model_folder, device_map={"": "cpu", name: "cpu"})
+
+
 def test_auto_is_as_without(model_folder):
     """On a machine where all of it has room, nothing is spread."""
     auto = tm.load_model(model_folder, device_map="auto")

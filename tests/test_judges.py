@@ -240,7 +240,8 @@ def test_bad_arguments_are_named(monkeypatch, arguments, message):
 def test_openai_is_asked_for_by_name(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "openai", None)
     with pytest.raises(
-        ModuleNotFoundError, match=r"needs openai; pip install 'tl_melbo\[judges\]'"
+        ModuleNotFoundError,
+        match=r"needs openai; pip install 'tl_melbo\[judges\]', or, in a clone, pip install -e",
     ):
         tm.judges.openai_compatible("http://host/v1", "m")
 

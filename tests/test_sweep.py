@@ -3,7 +3,9 @@
 import errno
 import json
 import shutil
+import socket
 import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +25,7 @@ from tl_melbo.cli import app
 from tl_melbo.sweeps._grid import cells_of, read_grid
 from tl_melbo.sweeps._local import take
 from tl_melbo.sweeps._ray import _connected
-from tl_melbo.sweeps._store import Store
+from tl_melbo.sweeps._store import Store, failed
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.usefixtures("cached_models")
@@ -200,6 +202,71 @@ def test_a_sweep_that_was_stopped_goes_on(place: str, model_folder: Path, tmp_pa
     assert store.read("missing") is None
 
 
+@pytest.mark.usefixtures("no_page")
+def test_vectors_that_were_lost_are_searched_again_and_told(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    grid, store = asked(model_folder, seed=[0, 1, 2]), Store(out)
+    table = tm.sweep(grid, out)
+    names = [f"{folder}/vectors.safetensors" for folder in table["folder"]]
+    first, second, _ = (store.read(name) or b"" for name in names)
+    store.set_aside(names[0])
+    store.write(names[1], second[:-4])
+    store.write(names[2], first)  # another search's
+
+    def stop(done: float, _: float) -> None:
+        if done == 1:
+            raise Stop
+
+    with (
+        pytest.warns(UserWarning, match="missing, damaged or changed; they are searched") as told,
+        pytest.raises(Stop),
+    ):
+        tm.sweep(grid, out, on_progress=stop)
+    assert all(folder in str(told[0].message) for folder in table["folder"])
+    assert store.read(names[1] + ".damaged") == second[:-4]
+    begun = store.read(names[0]) or b""
+    assert begun not in (b"", first)
+    counts: list[tuple[float, float]] = []
+    # Not lost again, since some vectors of a new search are there; nobody is warned.
+    assert_same(tm.sweep(grid, out, on_progress=lambda *c: counts.append(c)), table)
+    assert counts[0] == (0, 6)
+    assert _date(store.read(names[0]) or b"", tmp_path) == _date(begun, tmp_path)
+    assert_same(tm.sweep(grid, out), table)
+
+
+def _date(data: bytes, folder: Path) -> str:
+    path = folder / "read.safetensors"
+    path.write_bytes(data)
+    return tm.SteeringVectors.load(path).story["date"]
+
+
+@pytest.mark.usefixtures("no_page")
+def test_a_search_that_was_given_up_says_why_and_is_tried_again(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(cells: Any, *_: Any) -> Any:
+        for cell in cells:  # as a worker that dies leaves it: without a word, or a folder
+            yield cell, {"cell": dict(cell.facts), **failed(RuntimeError("its worker died"))}
+
+    grid, out = asked(model_folder, n_vectors=1), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("tl_melbo.sweeps._sweep.run_local", killed)
+        folder = tm.sweep(grid, out)["folder"].iloc[0]
+    record = json.loads((out / folder / "cell.json").read_text())
+    assert record["error"] == "RuntimeError: its worker died"
+    seen: list[str] = []
+
+    def look(*_: float) -> None:
+        record = Store(out).record(folder) or {}
+        seen.append(record["status"])
+
+    assert [*tm.sweep(grid, out, on_progress=look)["status"]] == ["done"]
+    assert seen[0] == "failed"
+    assert (Store(out).record(folder) or {})["status"] == "done"
+
+
 def test_a_place_of_fsspec_replaces_files_whole(tmp_path: Path) -> None:
     store, there = Store(f"file://{tmp_path}/there"), tmp_path / "there" / "a"
     for text in (b"one", b"two"):
@@ -212,6 +279,11 @@ def test_a_place_of_fsspec_replaces_files_whole(tmp_path: Path) -> None:
             (folder / name).write_text("{}")
         send()
     assert sorted(path.name for path in there.iterdir()) == ["b", "c", "cell.json"]
+    with store.folder("a", "c") as (folder, _):
+        assert [path.name for path in folder.iterdir()] == ["c"]
+    for name in ("a/c", "a/missing"):
+        store.set_aside(name)
+    assert (store.read("a/c"), store.read("a/c.damaged")) == (None, b"{}")
     for text in ("{", "[]", "{}", '{"status": "other"}', "[" * 100_000, *damaged()):
         store.write("a/cell.json", text.encode())
         assert store.record("a") is None, text
@@ -322,6 +394,18 @@ def test_bad_engines(options: dict[str, Any], message: str, tmp_path: Path) -> N
         tm.sweep({"prompt": "a"}, tmp_path / "file")
 
 
+def test_a_cluster_that_does_not_answer_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: False))
+    with socket.socket() as taken:  # bound, but nobody listens
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(ConnectionError, match="no cluster answers"):
+            tm.sweep({"prompt": "a"}, tmp_path / "out", engine="ray", address=address)
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_address_is_not_ignored_where_a_cluster_was_joined() -> None:
     context = SimpleNamespace(gcs_address="10.0.0.1:6379")
     ray = SimpleNamespace(is_initialized=lambda: True, get_runtime_context=lambda: context)
@@ -345,6 +429,8 @@ def test_the_command(model_folder: Path, tmp_path: Path) -> None:
     assert result.exit_code == 1, result.output
     assert result.stdout.splitlines()[-1] == str(out / "sweep.html")
     assert "1 search of 2 failed" in result.stderr
+    for cell in cells_of([good, bad]):  # each row tells its folder
+        assert f" *{cell.folder[-10:]} " in result.stdout
     file.write_text(json.dumps(good))
     assert CliRunner().invoke(app, command).exit_code == 0
     for text, message in (("positions: -3:", "not YAML"), ("", "expected options")):
@@ -398,6 +484,14 @@ def test_the_page_draws_itself_and_asks_nobody(
     assert driver.execute_script(drawn) == 7
     rows = driver.execute_script("return document.querySelectorAll('#searches tbody tr').length")
     assert rows == 5
+    grid = "return document.querySelector('.plot').layout.xaxis.gridcolor"
+    day = driver.execute_script(grid)
+    night = {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", night)
+    try:
+        wait_for(driver, f"{grid} !== '{day}'")
+    finally:
+        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
 def test_the_examples_are_what_they_say() -> None:

@@ -104,7 +104,8 @@ def test_a_cluster_that_is_not_there_or_has_no_room(
         taken.bind((HEAD, 0))
         address = f"{HEAD}:{taken.getsockname()[1]}"
         with pytest.raises(ConnectionError, match=f"address={address}: no cluster answers"):
-            tm.sweep(asked, tmp_path, engine="ray", address=address)
+            tm.sweep(asked, tmp_path / "none", engine="ray", address=address)
+    assert not (tmp_path / "none").exists()
     with pytest.raises(ValueError, match="gpus=64: no node of the cluster has room"):
         tm.sweep(asked, tmp_path, engine="ray", workers=1, gpus=64)
     # A place that only this process has.

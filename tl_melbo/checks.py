@@ -177,5 +177,6 @@ def installed(module: str, purpose: str, extra: str = "evaluation") -> Any:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"{purpose}: needs {module.partition('.')[0]}; pip install 'tl_melbo[{extra}]'"
+            f"{purpose}: needs {module.partition('.')[0]}; pip install 'tl_melbo[{extra}]', or, in "
+            f"a clone, pip install -e '.[{extra}]'"
         ) from error

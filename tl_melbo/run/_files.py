@@ -44,12 +44,12 @@ _SETTINGS: dict[str, Any] = {
 
 
 @contextmanager
-def locked(folder: Path, lock: FileLock) -> Iterator[None]:
+def locked(folder: Path, lock: FileLock, patience: float = 0) -> Iterator[None]:
     """Keep a folder for this process; one made for it in which nothing was saved is removed."""
     existed = folder.exists()
     writable_folder(folder)
     try:
-        lock.acquire()
+        lock.acquire(patience, blocking=patience > 0)
     except Timeout:
         raise BlockingIOError(
             f"{folder}: another process is writing here; wait for it to end, or choose another "

@@ -83,9 +83,9 @@ class Run:
         if {**known, **settings} != known:
             _files.save_settings(self.folder, {**known, **settings})
 
-    def writing(self) -> AbstractContextManager[None]:
-        """Lock the folder for this process, in a `with`; BlockingIOError where another has it."""
-        return _files.locked(self.folder, self._lock)
+    def writing(self, patience: float = 0) -> AbstractContextManager[None]:
+        """Lock the folder, in a `with`; BlockingIOError where another has it all these seconds."""
+        return _files.locked(self.folder, self._lock, patience)
 
     def check(self, *, side_effects: bool = False, without: int | None = None) -> None:
         """Make sure, before the work, that all files are a run's and not Damaged, else ValueError.

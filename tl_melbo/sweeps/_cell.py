@@ -1,12 +1,11 @@
 """One search of a sweep, in its own run folder: the same code in every engine."""
 
 import gc
-import json
 import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,14 +14,13 @@ from torch import Tensor
 
 import tl_melbo as tm
 from tl_melbo import options, story
-from tl_melbo.files import replacing, writable_folder
-from tl_melbo.run._files import digest
+from tl_melbo.run._files import VECTORS, digest
 from tl_melbo.sweeps._grid import Cell
-from tl_melbo.sweeps._store import RECORD, Store
+from tl_melbo.sweeps._store import Store, failed
 
 # How many vectors of a cell are there; a share of one where all come in one go.
 Tell = Callable[[Cell, float], None]
-# A worker that was killed, or whose driver was, keeps its folder a moment longer.
+# Seconds: a worker that was killed, or whose driver was, keeps its folder a moment longer.
 _PATIENCE = 60.0
 
 
@@ -42,6 +40,19 @@ def is_done(cell: Cell, record: Mapping[str, Any] | None) -> bool:
     return same and cell.max_new_tokens in (None, record.get("max_new_tokens"))
 
 
+def is_lost(store: Store, folder: str, record: Mapping[str, Any]) -> bool:
+    """Whether a folder's vectors are damaged, or not those that its record tells of."""
+    done, row = record["status"] == "done", record.get("row", {})
+    with store.folder(folder, VECTORS) as (place, _):
+        try:
+            found = tm.SteeringVectors.load(place / VECTORS)
+        except FileNotFoundError:
+            return done
+        except ValueError:  # Damaged
+            return True
+    return done and digest(found[: row.get("found")]) != row.get("vectors_sha256")
+
+
 class Worker:
     """Searches cells one after another, and keeps the model of the last one."""
 
@@ -50,34 +61,25 @@ class Worker:
         self._loaded: tuple[Any, Any] = None, None
 
     def search(self, cell: Cell, tell: Tell) -> dict[str, Any]:
-        """Search, or go on, and give the record of it, which is also kept.
-
-        A search that fails has a record, too: it says why.
-        """
+        """Search, or go on, and give the record of it; that of a failure says why."""
         begun, record = time.perf_counter(), {"cell": dict(cell.facts), "n_vectors": cell.n_vectors}
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("ignore")
             warnings.simplefilter("always", UserWarning)
             try:
                 with self.store.folder(cell.folder) as (place, send):
-                    try:
-                        found = self._searched(cell, place, send, tell)
-                        record |= {"status": "done", "max_new_tokens": cell.max_new_tokens, **found}
-                    except Exception as error:
-                        record |= failed(error)
-                    record["warnings"] = _told(caught)
-                    record["seconds"] = time.perf_counter() - begun
-                    _write(place, record)
+                    found = self._searched(cell, place, send, tell)
                     send()
-            except Exception as error:  # the place itself, or a disk that is full
-                record |= failed(error) if record.get("status") != "failed" else {}
-        return {"warnings": "", "seconds": time.perf_counter() - begun, **record}
+                record |= {"status": "done", "max_new_tokens": cell.max_new_tokens, **found}
+            except Exception as error:
+                record |= failed(error)
+        return {**record, "warnings": _told(caught), "seconds": time.perf_counter() - begun}
 
     def _searched(
         self, cell: Cell, place: Path, send: Callable[[], None], tell: Tell
     ) -> dict[str, Any]:
-        run, facts = tm.Run(writable_folder(place)), cell.facts
-        with _alone(run), _threads(self.task.threads):
+        run, facts = tm.Run(place), cell.facts
+        with run.writing(_PATIENCE), _threads(self.task.threads):
             model = self._model(cell)
             at = {name: facts[name] for name in ("source_layer", "target_layer", "chat")}
             f = tm.ActivationMap.from_prompts(model, facts["prompt"], **at)
@@ -112,12 +114,6 @@ class Worker:
             model = tm.load_model(cell.facts["model"], dtype=kind, **where)
             self._loaded = cell.model, model
         return model
-
-
-def failed(error: BaseException) -> dict[str, Any]:
-    """What a record says of a search that failed."""
-    told = " ".join(str(error).split()) or "no message"
-    return {"status": "failed", "error": f"{type(error).__name__}: {told}"}
 
 
 def _measured(model: Any, run: tm.Run, found: tm.SteeringVectors, cell: Cell) -> dict[str, Any]:
@@ -163,25 +159,6 @@ def _number(value: Tensor) -> float | None:
 
 def _told(caught: list[warnings.WarningMessage]) -> str:
     return "\n".join(dict.fromkeys(str(each.message) for each in caught))
-
-
-def _write(place: Path, record: Mapping[str, Any]) -> None:
-    text = json.dumps(record, indent=1, ensure_ascii=True, allow_nan=False)
-    with replacing(place / RECORD) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _alone(run: tm.Run) -> Iterator[None]:
-    """The run's folder for this process, also where another is just about to leave it."""
-    last = time.monotonic() + _PATIENCE
-    with ExitStack() as stack:
-        while True:
-            with suppress(*([BlockingIOError] if time.monotonic() < last else [])):
-                stack.enter_context(run.writing())
-                break
-            time.sleep(0.5)
-        yield
 
 
 @contextmanager

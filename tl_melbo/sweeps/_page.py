@@ -1,23 +1,17 @@
 """The page of a sweep: one file that loads nothing from elsewhere."""
 
-import hashlib
-from base64 import b64encode
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 
 from tl_melbo import analysis, plots
-from tl_melbo.report._render import PLOTLY, figures_json
-from tl_melbo.report._text import shown
+from tl_melbo.report._render import SWEEP_SCRIPTS, figures_json, filled
 from tl_melbo.tables import groups
 
-_HERE = Path(__file__).parent
-_STYLE = _HERE.parent / "report" / "page.css"
+_TEMPLATE = Path(__file__).with_name("sweep.html.jinja")
 _TAGS = ("stance", "form", "speaker")
 _COLUMNS = (
     "source_layer", "target_layer", "radius", "kl_median", "kl_max", "status", "model", "method",
@@ -28,17 +22,10 @@ _COLUMNS = (
 def render(table: pd.DataFrame, records: Mapping[str, Mapping[str, Any]]) -> str:
     """The page of a sweep's table, and of the tags that its records hold."""
     figures = {**_figures(table), **_behaviours(table, records)}
-    scripts = [_lines(PLOTLY), _lines(_HERE / "sweep.js")]
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["shown"] = shown
     columns = [name for name in _COLUMNS if name in table and {*table[name].dropna()}]
-    template = environment.from_string(_lines(_HERE / "sweep.html.jinja"))
-    return template.render(
-        css=Markup(_lines(_STYLE)),
-        scripts=[Markup(script) for script in scripts],
-        hashes=[b64encode(hashlib.sha256(each.encode()).digest()).decode() for each in scripts],
+    return filled(
+        _TEMPLATE.read_text(encoding="utf-8"),
+        SWEEP_SCRIPTS,
         figures=[
             (name, _alt(figures[name]), drawn) for name, drawn in figures_json(figures).items()
         ],
@@ -96,8 +83,3 @@ def _behaviours(
 
 def _alt(figure: Any) -> str:
     return figure.layout.meta["alt"]
-
-
-def _lines(path: Path) -> str:
-    # Newlines as the browser will see them: the scripts' hashes depend on it.
-    return path.read_text(encoding="utf-8").replace("\r\n", "\n")

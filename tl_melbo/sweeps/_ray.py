@@ -9,15 +9,19 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
+from uuid import uuid4
 
 from tl_melbo import checks
 from tl_melbo.errors import warn_user
-from tl_melbo.sweeps._cell import Task, Tell, Worker, failed
+from tl_melbo.sweeps._cell import Task, Tell, Worker
 from tl_melbo.sweeps._grid import Cell
 from tl_melbo.sweeps._local import take
+from tl_melbo.sweeps._store import Store, failed
 
 # A cell whose worker died so often, without a new vector in between, is given up.
 _MOST_DEATHS = 3
+# A file of this process; a node that does not read it there does not share the sweep's place.
+_PROOF = "sweep.proof"
 # Seconds: between two looks at the progress; for an answer from the cluster's address; before a
 # cluster without room is told of; for which a shared file system may show what was there before.
 _TICK, _ANSWER, _ROOM, _STALE = 0.5, 10.0, 300.0, 35.0
@@ -37,10 +41,10 @@ class _Board:
 
 
 class _RayWorker(Worker):
-    def ready(self, name: str, expected: bytes | None) -> tuple[bool, str]:
-        """Whether this node reads what is expected under a name; and what the node is called."""
+    def ready(self, proof: bytes) -> tuple[bool, str]:
+        """Whether this node reads what the driver wrote; and what the node is called."""
         last = time.monotonic() + _STALE
-        while not (same := self.store.read(name) == expected) and time.monotonic() < last:
+        while not (same := self.store.read(_PROOF) == proof) and time.monotonic() < last:
             time.sleep(1)
         return same, socket.gethostname()
 
@@ -50,14 +54,11 @@ class _RayWorker(Worker):
 
 def run_ray(
     cells: Sequence[Cell], task: Task, tell: Tell, *,
-    address: str | None, workers: int | None, gpus: float | None, proof: str,
+    address: str | None, workers: int | None, gpus: float | None,
 ) -> Generator[tuple[Cell, dict[str, Any]]]:  # fmt: skip
     """The record of each cell as it ends.
 
     Ray starts a worker anew that died, wherever there is room; its cell goes back to the queue.
-
-    Args:
-        proof: the name of a file in the store; a node that reads another one does not share it.
     """
     ray = checks.installed("ray", "engine='ray'", "ray")
     threads = task.threads or 1
@@ -67,13 +68,14 @@ def run_ray(
         task = task._replace(threads=threads, device=task.device or _device(gpus))
         fit = _room(ray, threads, gpus)
         count = min(len(cells), workers or fit)
+        proof = uuid4().hex.encode()
+        Store(task.out).write(_PROOF, proof)
         kept = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
         here = kept(ray.get_runtime_context().get_node_id(), soft=False)
         board = ray.remote(_Board).options(num_cpus=0, scheduling_strategy=here, max_restarts=-1)
         board = board.remote()
         make = ray.remote(_RayWorker).options(num_cpus=threads, num_gpus=gpus, max_restarts=-1)
-        shared = proof, Worker(task).store.read(proof)
-        crew = _Crew(ray, board, shared, tell, [make.remote(task) for _ in range(count)], [*cells])
+        crew = _Crew(ray, board, proof, tell, [make.remote(task) for _ in range(count)], [*cells])
         try:
             yield from crew.work()
         finally:
@@ -88,7 +90,7 @@ class _Crew:
 
     ray: Any
     board: Any
-    proof: tuple[str, bytes | None]
+    proof: bytes
     tell: Tell
     workers: list[Any]
     queue: list[Cell]
@@ -126,7 +128,7 @@ class _Crew:
     def _start(self, worker: Any) -> None:
         # Tried again while the worker is being started anew; a search is not, but handed out again.
         ready = worker.ready.options(max_task_retries=-1)
-        self.starting[ready.remote(*self.proof)] = worker
+        self.starting[ready.remote(self.proof)] = worker
 
     def _started(self, worker: Any, ref: Any) -> None:
         try:

@@ -3,7 +3,7 @@
 import json
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ _ROW = {
     "kl_median": _NUMBER, "kl_max": _NUMBER, "measure": _TEXT, "unsteered": _TEXT,
     "completion": _TEXT, "vectors_sha256": _TEXT,
 }  # fmt: skip
-_PARTIAL = ".partial"
+_PARTIAL, ASIDE = ".partial", ".damaged"
 
 
 class Store:
@@ -60,7 +60,9 @@ class Store:
     def write(self, name: str, data: bytes) -> None:
         """Keep this under a name."""
         if self._fs is None:
-            with replacing(Path(self.out) / name) as temporary:
+            path = Path(self.out) / name
+            path.parent.mkdir(exist_ok=True)
+            with replacing(path) as temporary:
                 temporary.write_bytes(data)
             return
         target = f"{self._root}/{name}"
@@ -77,6 +79,23 @@ class Store:
         except (FileNotFoundError, NotADirectoryError):
             return None
 
+    def set_aside(self, name: str) -> None:
+        """Move what is kept under a name, if anything, to one that says so."""
+        with suppress(FileNotFoundError):
+            if self._fs is None:
+                (Path(self.out) / name).replace(f"{self.out}/{name}{ASIDE}")
+            else:
+                self._fs.mv(f"{self._root}/{name}", f"{self._root}/{name}{ASIDE}")
+
+    def keep(self, folder: str, record: dict[str, Any]) -> dict[str, Any]:
+        """Keep what is known of a cell's search, which has failed if that cannot be kept."""
+        try:
+            text = json.dumps(record, indent=1, allow_nan=False)
+            self.write(f"{folder}/{RECORD}", text.encode())
+        except Exception as error:  # the place itself, or a disk that is full
+            return {**record, **failed(error)} if record["status"] == "done" else record
+        return record
+
     def record(self, folder: str) -> dict[str, Any] | None:
         """What is known of a cell's search; None where nothing is, or nothing that can be read."""
         try:
@@ -86,8 +105,13 @@ class Store:
         return record if _is_record(record) else None
 
     @contextmanager
-    def folder(self, name: str) -> Iterator[tuple[Path, Callable[[], None]]]:
-        """A folder to work in, and what sends its new files to where they are kept."""
+    def folder(
+        self, name: str, only: str | None = None
+    ) -> Iterator[tuple[Path, Callable[[], None]]]:
+        """A folder to work in, and what sends its new files to where they are kept.
+
+        Of a remote place, it has all files that are there, or one `only`.
+        """
         if self._fs is None:
             yield Path(self.out) / name, lambda: None
             return
@@ -95,8 +119,9 @@ class Store:
             place, there = Path(temporary), f"{self._root}/{name}"
             if self._fs.isdir(there):
                 for path in self._fs.ls(there, detail=False):
-                    if not str(path).endswith(_PARTIAL):
-                        self._fs.get_file(path, str(place / str(path).rpartition("/")[2]))
+                    file = str(path).rpartition("/")[2]
+                    if only in (None, file) and not file.endswith(_PARTIAL):
+                        self._fs.get_file(path, str(place / file))
             known = _times(place)
 
             def send() -> None:
@@ -106,6 +131,12 @@ class Store:
                         known[path] = time
 
             yield place, send
+
+
+def failed(error: BaseException) -> dict[str, Any]:
+    """What a record says of a search that failed."""
+    told = " ".join(str(error).split()) or "no message"
+    return {"status": "failed", "error": f"{type(error).__name__}: {told}"}
 
 
 def _is_record(record: Any) -> bool:
@@ -121,7 +152,6 @@ def _is_record(record: Any) -> bool:
 
 
 def _times(folder: Path) -> dict[Path, int]:
-    """When each file was written last, the record's at the end: it says that all is there."""
+    """When each file was written last."""
     files = [path for path in folder.iterdir() if path.is_file() and path.name[0] != "."]
-    files.sort(key=lambda path: (path.name == RECORD, path.name))
     return {path: path.stat().st_mtime_ns for path in files}

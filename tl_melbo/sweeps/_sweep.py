@@ -1,23 +1,24 @@
 """`tm.sweep`: a grid of searches -> run folders -> one table -> one page."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Literal
-from uuid import uuid4
 
 from tqdm.auto import tqdm
 
 from tl_melbo import checks
+from tl_melbo.errors import told, warn_user
+from tl_melbo.run._files import VECTORS
 from tl_melbo.shapes import shape_checked
-from tl_melbo.sweeps._cell import Task, is_done
+from tl_melbo.sweeps._cell import Task, is_done, is_lost
 from tl_melbo.sweeps._grid import Cell, cells_of, read_grid
 from tl_melbo.sweeps._local import run_local
-from tl_melbo.sweeps._store import Store
+from tl_melbo.sweeps._store import ASIDE, Store
+from tl_melbo.sweeps._table import table_of
 from tl_melbo.tables import Table
 
-TABLE, PAGE, GRID = "sweep.parquet", "sweep.html", "sweep.json"
+TABLE, PAGE = "sweep.parquet", "sweep.html"
 OnProgress = Callable[[float, float], None]
 Records = dict[str, dict[str, Any]]
 
@@ -43,7 +44,8 @@ def sweep(
 
     The same call goes on where it was: searches that have ended are not done again, others lose at
     most the vector that was being searched. A search that fails has a row that says why, and is
-    tried again. `docs/sweeps.md` tells of clusters.
+    tried again. So is one whose vectors are missing, damaged or changed, with a warning.
+    `docs/sweeps.md` tells of clusters.
 
     Args:
         grid: options with a value, or a list of them; or a list of such grids; or the path of a
@@ -84,34 +86,47 @@ def sweep(
     store = Store(out)
     task = Task(store.out, device, threads)
     with store.writing(), _progress(cells, progress, on_progress) as tell:
-        found = {cell.folder: store.record(cell.folder) for cell in cells}
-        records: Records = {
-            cell.folder: record
-            for cell in cells
-            if (record := found[cell.folder]) and record.get("cell") == cell.facts
-        }
+        records = _known(store, cells)
         todo = [cell for cell in cells if not is_done(cell, records.get(cell.folder))]
         left = {cell.folder for cell in todo}
         for cell in cells:
             tell(cell, 0 if cell.folder in left else cell.n_vectors)
         if todo:
-            text = json.dumps({"sweep": uuid4().hex, "cells": [*found]})
-            store.write(GRID, text.encode())
             if engine == "local":
                 ended = run_local(todo, task, tell)
             else:
                 from tl_melbo.sweeps._ray import run_ray
 
-                more: dict[str, Any] = {"address": address, "workers": workers, "gpus": gpus}
-                ended = run_ray(todo, task, tell, **more, proof=GRID)
+                ended = run_ray(todo, task, tell, address=address, workers=workers, gpus=gpus)
             with closing(ended):
                 for cell, record in ended:
-                    records[cell.folder] = record
+                    records[cell.folder] = store.keep(cell.folder, record)
                     tell(cell, cell.n_vectors)
                     _write_table(store, cells, records)
         table = _write_table(store, cells, records)
         _write_page(store, table, records)
     return table
+
+
+def _known(store: Store, cells: Sequence[Cell]) -> Records:
+    """What is known of each search; of one whose vectors are lost, that they are."""
+    records, lost = {}, []
+    for cell in cells:
+        record = store.record(cell.folder)
+        if record is None or record.get("cell") != cell.facts:
+            continue
+        if is_lost(store, cell.folder, record):
+            lost.append(cell.folder)
+            store.set_aside(f"{cell.folder}/{VECTORS}")
+            why = {"status": "failed", "error": "its vectors were lost"}
+            record = store.keep(cell.folder, {"cell": record["cell"], **why})
+        records[cell.folder] = record
+    if lost:
+        warn_user(
+            f"{store.out}: the vectors of {told(lost)} are missing, damaged or changed; they are "
+            f"searched again, and what was there is now {VECTORS}{ASIDE}"
+        )
+    return records
 
 
 def _check_engine(
@@ -139,7 +154,7 @@ def _progress(
     """What is told of each cell, as one count of all vectors."""
     total, done = sum(cell.n_vectors for cell in cells), {}
     # Methods may tell of parts of a vector.
-    form = "{l_bar}{bar}| {n:.0f}/{total:.0f} vectors [{elapsed}<{remaining}]"
+    form = "{l_bar}{bar}| {n:.0f}/{total:.0f} vectors [{elapsed} elapsed, {remaining} left]"
     with tqdm(total=total, desc="sweep", bar_format=form, disable=not shown) as bar:
 
         def tell(cell: Cell, there: float) -> None:
@@ -156,8 +171,6 @@ def _progress(
 
 
 def _write_table(store: Store, cells: Sequence[Cell], records: Records) -> Table:
-    from tl_melbo.sweeps._table import table_of
-
     table = table_of(cells, records)
     store.write(TABLE, table.to_parquet(index=False))
     return table

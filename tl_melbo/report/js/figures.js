@@ -1,12 +1,9 @@
-// Figures: drawn when they come into view, in the page's colours, by day and by night.
+// Figures: drawn when they come into view, and what their points stand for.
 import { $, $$, el, number } from "./dom.js";
 import { effectCosine, normal, rowOf, textAt } from "./data.js";
 import { behaviourWords } from "./marks.js";
 import { compare } from "./compare.js";
-
-const touch = matchMedia("(pointer: coarse)").matches;
-const dark = matchMedia("(prefers-color-scheme: dark)");
-const drawn = new Set();
+import { paint } from "./paint.js";
 
 // Of which rows a point of these figures is.
 const KEYS = {
@@ -14,81 +11,11 @@ const KEYS = {
   map: ({ data: trace, pointNumber }) => [trace.meta[pointNumber]],
 };
 
-const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-
-function axisLook() {
-  const [line, soft] = [colour("--line"), colour("--soft")];
-  return {
-    gridcolor: line,
-    zerolinecolor: line,
-    linecolor: line,
-    tickcolor: soft,
-    automargin: true,
-  };
-}
-
-// The colours of a figure's frame; those of its data stay.
-function look() {
-  const [ink, card] = [colour("--ink"), colour("--card")];
-  return {
-    paper_bgcolor: "rgba(0,0,0,0)",
-    plot_bgcolor: "rgba(0,0,0,0)",
-    "font.color": ink,
-    "hoverlabel.bgcolor": card,
-    "hoverlabel.font.color": ink,
-  };
-}
-
-function painted(layout) {
-  const looks = {
-    ...layout,
-    font: { ...layout.font, color: colour("--ink") },
-    paper_bgcolor: "rgba(0,0,0,0)",
-    plot_bgcolor: "rgba(0,0,0,0)",
-  };
-  looks.hoverlabel = {
-    ...layout.hoverlabel,
-    bgcolor: colour("--card"),
-    font: { color: colour("--ink") },
-  };
-  for (const name of Object.keys(layout).filter((key) => /^[xy]axis/.test(key)))
-    looks[name] = { ...layout[name], ...axisLook() };
-  return looks;
-}
-
 async function draw(holder) {
-  if (drawn.has(holder)) return;
-  drawn.add(holder);
-  const { data, layout } = JSON.parse($("script", holder).textContent);
-  for (const trace of data) if (trace.textfont) trace.textfont.color = colour("--soft");
-  // A finger that drags wants to scroll the page, not to zoom.
-  if (touch) layout.dragmode = false;
-  // The panel beside it tells more.
-  if (KEYS[holder.dataset.figure])
-    for (const trace of data) Object.assign(trace, { hoverinfo: "none", hovertemplate: null });
-  await Plotly.newPlot(holder, data, painted(layout), {
-    responsive: true,
-    displaylogo: false,
-    displayModeBar: touch ? false : "hover",
-    modeBarButtons: [["toImage", "zoom2d", "resetScale2d"]],
-  });
   const keys = KEYS[holder.dataset.figure];
-  if (keys) listen(holder, keys);
-}
-
-function repaint() {
-  for (const holder of drawn) {
-    if (!holder.layout) continue;
-    const axes = Object.keys(holder.layout).filter((key) => /^[xy]axis\d*$/.test(key));
-    const changes = Object.fromEntries(
-      axes.flatMap((name) =>
-        Object.entries(axisLook()).map(([key, value]) => [`${name}.${key}`, value]),
-      ),
-    );
-    const named = holder.data.flatMap((trace, place) => (trace.textfont ? [place] : []));
-    if (named.length) Plotly.restyle(holder, { "textfont.color": colour("--soft") }, named);
-    Plotly.relayout(holder, { ...look(), ...changes });
-  }
+  // The panel beside it tells more.
+  const own = keys ? { hoverinfo: "none", hovertemplate: null } : {};
+  if ((await paint(holder, own)) && keys) listen(holder, keys);
 }
 
 // What a point stands for, as text beside it: no markup can hide in it.
@@ -164,6 +91,5 @@ export function beginFigures() {
     { rootMargin: "300px" },
   );
   for (const holder of $$(".plot")) watcher.observe(holder);
-  dark.addEventListener("change", repaint);
   addEventListener("scroll", hidePanel, { passive: true });
 }
