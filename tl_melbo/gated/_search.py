@@ -30,7 +30,7 @@ from tl_melbo.model.bridge import (
     model_name,
 )
 from tl_melbo.replay import Group, push, run_layers
-from tl_melbo.shapes import Delta, PositionMask, Residual, checked_slice, shape_checked
+from tl_melbo.shapes import Delta, checked_slice, shape_checked
 from tl_melbo.steering import hooked
 
 
@@ -42,6 +42,8 @@ class GatedMap:
 
     def __init__(self, f: ActivationMap, layers: Sequence[int], radius: float) -> None:
         self.f, self.layers, self.radius = f, layers, radius
+        self.x, self.mask, self.vectors_at_once = f.x, f.mask, f.vectors_at_once
+        self.position_mask, self.resolution = f.position_mask, f.resolution
         widths: set[int] = set()
         with self._seen(lambda _, z: widths.add(z.shape[-1])):
             f._hooked(f.x)
@@ -53,16 +55,6 @@ class GatedMap:
         self.widths = widths.pop(), f.d_model  # of a and b
 
     @property
-    def x(self) -> Residual:
-        """The residual stream before the first of the blocks."""
-        return self.f.x
-
-    @property
-    def mask(self) -> PositionMask:
-        """Where it holds a token."""
-        return self.f.mask
-
-    @property
     def size(self) -> int:
         """How many numbers a factor has."""
         return len(self.layers) * sum(self.widths)
@@ -70,18 +62,6 @@ class GatedMap:
     def story(self) -> dict[str, Any]:
         """Where the map comes from; its factors belong to blocks, not to one source layer."""
         return {name: fact for name, fact in self.f.story().items() if name != "source_layer"}
-
-    def position_mask(self, positions: slice) -> PositionMask:
-        """Which positions a slice picks."""
-        return self.f.position_mask(positions)
-
-    def resolution(self, positions: slice) -> float:
-        """How large an effect can be by rounding alone."""
-        return self.f.resolution(positions)
-
-    def vectors_at_once(self, with_gradient: bool = True) -> int:
-        """How many factors run at once."""
-        return self.f.vectors_at_once(with_gradient)
 
     def parts(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """The a and the b of flattened factors, [factor, layer, width]."""
