@@ -7,7 +7,7 @@ read through notes on it and a port of it.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from tl_melbo import checks, story
 from tl_melbo.activation_map import ActivationMap
-from tl_melbo.discovery._dct_fit import Factors, Fit
+from tl_melbo.discovery._dct_fit import MEASURE, Factors, Fit
 from tl_melbo.discovery._map import own_arithmetic
 from tl_melbo.errors import NotFinite, told
 from tl_melbo.gated._factors import GatedAdditions, GatedFactors
@@ -130,13 +130,6 @@ class GatedMap:
             yield
 
 
-class _GatedFit(Fit):
-    """Deep causal transcoding on the product of the spheres of all a and b."""
-
-    def unit(self, vectors: Tensor) -> Tensor:
-        return cast(GatedMap, self.f).unit(vectors)
-
-
 @shape_checked
 def gated_factors(
     model: Model,
@@ -195,14 +188,13 @@ def gated_factors(
         def tell(step: int, objective: float) -> None:
             bar.update()
 
-        fit = _GatedFit(gated, positions, 1.0, tell)
+        fit = Fit(gated, positions, 1.0, tell, unit=gated.unit)
         drawn = torch.Generator().manual_seed(seed)
         start = torch.randn(n_factors, gated.size, generator=drawn, dtype=torch.float32)
         with own_arithmetic(gated):
             found, history = fit.iterated("exponential", gated.unit(start.double()), steps, True)
     _check_finite(found)
-    by_size = found.importance.argsort(descending=True)
-    inputs, output, importance, mean_effect = (part[by_size].float() for part in found)
+    inputs, columns, history = found.ordered(history)
     settings = {"layers": band, "radius": radius, "positions": story.slice_to_json(positions)}
     facts = story.make(
         "gated_factors",
@@ -210,20 +202,16 @@ def gated_factors(
         layers=band,
         seed=seed,
         hyperparameters={"n_factors": n_factors, **settings, "steps": steps},
-        measure=story.measure(
-            "importance", "importance α", counts="steps",
-            history="part of the objective (residual-stream units, squared)",
-        ),
+        measure=MEASURE,
         about="Each factor is a steering vector in attention of several blocks, with a gate that "
         "each token sets; all were found together, as soft factors of the effect.",
-    )  # fmt: skip
-    columns = {"importance": importance, "effect": (output * mean_effect).sum(-1)}
+    )
     gates, rows = gated.mean_gates(inputs).float(), gated.additions(inputs)
-    columns |= {"mean_gate": gates.abs(), "output": output, "mean_effect": mean_effect}
+    columns["mean_gate"] = gates.abs()
     # (-a, -b) adds what (a, b) adds: of the two, the one that is open on average.
     signs = torch.where(gates < 0, -1.0, 1.0)[:, :, None]
     A, B = rows.A * signs, rows.B * signs
-    return GatedFactors(A, B, story=facts, columns=columns, history=history[by_size])
+    return GatedFactors(A, B, story=facts, columns=columns, history=history)
 
 
 def _band(model: Model, layers: Sequence[int] | None, target: int | None) -> tuple[list[int], int]:
