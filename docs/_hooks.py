@@ -21,8 +21,9 @@ MODULES = (
     "plots",
     "report",
 )
+_INHERITED = "      inherited_members: true\n"
 _OPTIONS = {
-    "Run": "      inherited_members: true\n",
+    **dict.fromkeys(("Adapter", "GatedFactors", "LayeredVectors", "Run"), _INHERITED),
     # Its fields are not arguments: `from_prompts` makes it.
     "ActivationMap": "      merge_init_into_class: false\n",
 }

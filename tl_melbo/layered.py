@@ -7,6 +7,7 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -16,11 +17,9 @@ from tl_melbo.shapes import Float, shape_checked
 from tl_melbo.stored import Stored
 from tl_melbo.story import now
 from tl_melbo.tables import Table
-from tl_melbo.text import printable
 from tl_melbo.vectors import SteeringVectors
 
 if TYPE_CHECKING:
-    import pandas as pd
     from steering_vectors import SteeringVector
 
 
@@ -125,7 +124,7 @@ class LayeredVectors(Stored):
         theta = torch.cat([self.vectors * scale for scale in scales])
         return VectorAdditions(theta, self.layers, self.place)
 
-    def table(self) -> "pd.DataFrame":
+    def table(self) -> pd.DataFrame:
         """One row a vector and block: index, layer, norm, and what else is known of each."""
         n_vectors, n_layers = self.norms.shape
         frame = Table({"index": self.columns["index"].repeat_interleave(n_layers).numpy()})
@@ -178,5 +177,4 @@ class LayeredVectors(Stored):
     def __repr__(self) -> str:
         low, high = min(self.layers), max(self.layers)
         told = f"{len(self)} x {len(self.layers)} blocks, {low} to {high}, width {self.d_model}"
-        facts = [str(self.story[fact]) for fact in ("method", "model") if self.story.get(fact)]
-        return printable(f"LayeredVectors({', '.join([told, *facts])})")
+        return self._described(told)

@@ -1,5 +1,6 @@
 """What libraries of any kind share: rows that are chosen, columns, a file with metadata."""
 
+import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -7,10 +8,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
+import pandas as pd
 import torch
 from torch import Tensor
 
 from tl_melbo import checks, vectors_file
+from tl_melbo.tables import Table
+from tl_melbo.text import printable
 
 Index = int | slice | Sequence[int] | Tensor
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -44,8 +48,6 @@ class Stored:
                 raise ValueError(f"columns: {name!r} cannot be the name of one; choose another")
             columns[name] = as_column(column, f"columns[{name!r}]", len(self), "rows")
         history = self.history
-        if history is not None:
-            history = as_column(history, "history", len(self), "rows")
         # Through JSON and back: what cannot be saved is refused now, not at the end of a long run.
         story = json.loads(json.dumps(dict(self.story), allow_nan=False))
         layers = story.get("layers") or []
@@ -63,7 +65,8 @@ class Stored:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For copy and pickle, which cannot take read-only mappings."""
-        return _made_anew, (type(self), self._tensors(), dict(self.story), dict(self.columns))
+        facts = {"story": dict(self.story), "columns": dict(self.columns)}
+        return functools.partial(type(self), **self._tensors(), **facts), ()
 
     def _tensors(self) -> dict[str, Tensor]:
         history = {} if self.history is None else {"history": self.history}
@@ -93,6 +96,15 @@ class Stored:
         """The blocks after which something is added."""
         return tuple(self.story["layers"])
 
+    def table(self) -> pd.DataFrame:
+        """One row each: its number, and every other number that is known of it."""
+        return Table({n: column.numpy() for n, column in self.columns.items() if column.ndim == 1})
+
+    def _described(self, *told: str) -> str:
+        """For `repr`: the class, what is told, and how and in which model it was made."""
+        facts = [str(self.story[fact]) for fact in ("method", "model") if self.story.get(fact)]
+        return printable(f"{type(self).__name__}({', '.join([*told, *facts])})")
+
     def save(self, path: str | Path) -> None:
         """Write a safetensors file with the story in its metadata, whole or not at all.
 
@@ -115,10 +127,6 @@ class Stored:
             own = [name for name in (*cls.kind.axes, "history") if name in columns]
             tensors = {name: columns.pop(name) for name in own}
             return cls(**tensors, story=story, columns=columns)
-
-
-def _made_anew(kind: Any, tensors: Any, story: Any, columns: Any) -> Any:
-    return kind(**tensors, story=story, columns=columns)
 
 
 def chosen_rows(index: Index, n_rows: int, where: str, what: str) -> Tensor:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,19 +16,9 @@ from tl_melbo.model.bridge import Model
 from tl_melbo.shapes import Float, shape_checked
 from tl_melbo.stored import Stored
 from tl_melbo.story import differences, now
-from tl_melbo.tables import Table
-from tl_melbo.text import printable
 from tl_melbo.vectors import SteeringVectors
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 Estimator = Literal["difference", "addition"]
-
-# The order of a table; a file keeps none.
-_COLUMNS = (
-    "index", "loss", "kl", "nll", "entropy", "entropy_without", "repetition", "collapsed",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -197,18 +187,10 @@ class Adapter(Stored):
         )
         return found if layer is None else found.at(layer)
 
-    def table(self) -> "pd.DataFrame":
-        """One row an adapter: what was measured at the end of its training."""
-        names = [name for name in _COLUMNS if name in self.columns]
-        names += [name for name in self.columns if name not in names]
-        return Table({n: self.columns[n].numpy() for n in names if self.columns[n].ndim == 1})
-
     def __repr__(self) -> str:
         blocks = f"{len(self.layers)} blocks"
         told = f"{len(self)} of rank {self.rank}, {'shared by' if self.shared else 'in each of'}"
-        facts = [str(self.story[fact]) for fact in ("method", "model") if self.story.get(fact)]
-        parts = [f"{told} {blocks}", f"length {self.length:g}", *facts]
-        return printable(f"Adapter({', '.join(parts)})")
+        return self._described(f"{told} {blocks}", f"length {self.length:g}")
 
 
 def check_rank(rank: int, d_model: int) -> None:
