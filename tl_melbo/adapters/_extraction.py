@@ -1,6 +1,6 @@
 """From an adapter to vectors: what it does to the residual stream on average, block by block."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -52,18 +52,16 @@ def extract(
     checks.seed(seed)
     positions = checked_slice(positions)
     rows = steering_rows(model, adapter, None, [1.0])
-    texts, chat = (
-        checks.as_texts(held_out() if prompts is None else prompts),
-        as_chat(adapter, chat),
-    )
+    texts = checks.as_texts(held_out() if prompts is None else prompts)
+    chat = as_chat(adapter, chat)
     tokens = [to_tokens(model, text, chat) for text in texts]
     check_room(model, tokens, max_new_tokens)
     means, shares = [], []
     for row, number in enumerate(adapter.columns["index"].tolist()):
-        added, sums = rows[row : row + 1], _Sums(len(adapter.layers), adapter.d_model)
-        for text in _continued(model, added, tokens, max_new_tokens, generator(seed, number)):
-            sums.add(_effects(model, adapter, added, text, estimator)[:, positions])
-        mean, share = sums.result()
+        added = rows[row : row + 1]
+        whole = _continued(model, added, tokens, max_new_tokens, generator(seed, number))
+        effects = (_effects(model, adapter, added, text, estimator) for text in whole)
+        mean, share = _mean_and_share(some[:, positions] for some in effects)
         means.append(mean)
         shares.append(share)
     made = {name: adapter.story.get(name) for name in ("method", "seed", "hyperparameters")}
@@ -95,32 +93,24 @@ def generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
 
-class _Sums:
-    """Running sums over tokens, in float64: of vectors, and of their squared lengths."""
-
-    def __init__(self, n_layers: int, d_model: int) -> None:
-        self.total = torch.zeros(n_layers, d_model, dtype=torch.float64)
-        self.squares = torch.zeros(n_layers, dtype=torch.float64)
-        self.count = 0
-
-    def add(self, vectors: Tensor) -> None:
-        """Add vectors, [layer, pos, d_model]."""
-        self.total += vectors.sum(1)
-        self.squares += vectors.square().sum((1, 2))
-        self.count += vectors.shape[1]
-
-    def result(self) -> tuple[Tensor, Tensor]:
-        """The mean vectors, and the share of the mean square that they are."""
-        if not self.count:
-            raise ValueError("positions: no token of any text; pass a longer slice")
-        if not self.squares.isfinite().all():
-            raise NotFinite(
-                "the residual stream with the adapter is not finite; load the model in a wider "
-                "type, for example dtype=torch.float32"
-            )
-        mean, squares = self.total / self.count, self.squares / self.count
-        share = mean.square().sum(-1) / squares.clamp_min(torch.finfo(torch.float64).tiny)
-        return mean.float(), share.float()
+def _mean_and_share(parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """The mean over tokens of vectors, [layer, pos, d_model], and its share of the mean square."""
+    total = squares = torch.zeros((), dtype=torch.float64)
+    count = 0
+    for vectors in parts:
+        total = total + vectors.sum(1)
+        squares = squares + vectors.square().sum((1, 2))
+        count += vectors.shape[1]
+    if not count:
+        raise ValueError("positions: no token of any text; pass a longer slice")
+    if not squares.isfinite().all():
+        raise NotFinite(
+            "the residual stream with the adapter is not finite; load the model in a wider type, "
+            "for example dtype=torch.float32"
+        )
+    mean, squares = total / count, squares / count
+    share = mean.square().sum(-1) / squares.clamp_min(torch.finfo(torch.float64).tiny)
+    return mean.float(), share.float()
 
 
 def _continued(
