@@ -21,9 +21,9 @@ MODULES = (
     "plots",
     "report",
 )
-_INHERITED = "      inherited_members: true\n"
+_HEIRS = ("Adapter", "GatedFactors", "LayeredVectors", "Run", "SteeringVectors")
 _OPTIONS = {
-    **dict.fromkeys(("Adapter", "GatedFactors", "LayeredVectors", "Run"), _INHERITED),
+    **dict.fromkeys(_HEIRS, "      inherited_members: true\n"),
     # Its fields are not arguments: `from_prompts` makes it.
     "ActivationMap": "      merge_init_into_class: false\n",
 }

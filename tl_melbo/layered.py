@@ -14,7 +14,7 @@ from torch import Tensor
 from tl_melbo import checks, exchange, vectors_file
 from tl_melbo.additions import Place, VectorAdditions
 from tl_melbo.shapes import Float, shape_checked
-from tl_melbo.stored import Stored
+from tl_melbo.stored import BlockLibrary
 from tl_melbo.story import now
 from tl_melbo.tables import Table
 from tl_melbo.vectors import SteeringVectors
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LayeredVectors(Stored):
+class LayeredVectors(BlockLibrary):
     """Steering vectors that are added in several blocks at once, one vector a block.
 
         with tm.steered(model, layered[0]):

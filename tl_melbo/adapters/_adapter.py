@@ -14,7 +14,7 @@ from tl_melbo.errors import DifferentSearch
 from tl_melbo.layered import LayeredVectors
 from tl_melbo.model.bridge import Model
 from tl_melbo.shapes import Float, shape_checked
-from tl_melbo.stored import Stored
+from tl_melbo.stored import BlockLibrary
 from tl_melbo.story import differences, now
 from tl_melbo.vectors import SteeringVectors
 
@@ -58,7 +58,7 @@ def _direction(low: Tensor, added: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Adapter(Stored):
+class Adapter(BlockLibrary):
     """Adapters of a model: `h + length * h A B / |h A B|` after each of its blocks.
 
         adapter = tm.divergence_adapter(model, n_adapters=8)

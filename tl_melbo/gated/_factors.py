@@ -11,7 +11,7 @@ from tl_melbo import checks, vectors_file
 from tl_melbo.additions import LowRankRows, Place
 from tl_melbo.layered import LayeredVectors
 from tl_melbo.shapes import Float, shape_checked
-from tl_melbo.stored import Stored
+from tl_melbo.stored import BlockLibrary
 from tl_melbo.story import now
 
 _ABOUT = "Each vector is what a gated factor writes in a block, at its mean gate over the tokens."
@@ -51,7 +51,7 @@ class GatedAdditions(LowRankRows):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class GatedFactors(Stored):
+class GatedFactors(BlockLibrary):
     """Factors of a model: `W z + R (z . a) b` in attention of each of its blocks, in place of W z.
 
         found = tm.gated_factors(model, "Tell me about yourself.", 16, chat=True)
