@@ -52,7 +52,9 @@ class SteeringVectors(Library):
         history: Float[Tensor, "vector step"] | None = None,
     ) -> None:
         if not vectors.shape[1]:
-            raise ValueError(f"vectors: shape ({len(vectors)}, 0); a vector has at least one number")
+            raise ValueError(
+                f"vectors: shape ({len(vectors)}, 0); a vector has at least one number"
+            )
         object.__setattr__(self, "vectors", vectors)
         super().__init__(story=story, columns=columns, history=history)
 
