@@ -10,6 +10,7 @@ from torch import Tensor
 from tl_melbo import checks, vectors_file
 from tl_melbo.adapters import _extraction
 from tl_melbo.additions import LowRankRows, Place
+from tl_melbo.concatenation import one_after_another
 from tl_melbo.errors import DifferentSearch
 from tl_melbo.layered import LayeredVectors
 from tl_melbo.model.bridge import Model
@@ -212,12 +213,4 @@ def join(parts: Sequence[Adapter]) -> Adapter:
         if differing := differences(first.story, part.story):
             advice = "pass adapters that were trained alike"
             raise DifferentSearch.of(f"parts[{number}]", differing, advice)
-    shared = [n for n in first.columns if all(n in part.columns for part in parts)]
-    histories = [part.history for part in parts if part.history is not None]
-    return Adapter(
-        torch.cat([part.A for part in parts]),
-        torch.cat([part.B for part in parts]),
-        story=first.story,
-        columns={name: torch.cat([part.columns[name] for part in parts]) for name in shared},
-        history=torch.cat(histories) if len(histories) == len(parts) else None,
-    )
+    return one_after_another(parts, first.story)
