@@ -83,5 +83,6 @@ def _column(libraries: Sequence[Library], name: str, is_words: bool) -> Tensor:
 
 def _history(library: Library, steps: int) -> Tensor:
     """A history of so many steps, with NaN after its last."""
-    known = torch.empty(len(library), 0) if library.history is None else library.history
+    known = library.history
+    known = torch.empty(len(library), 0, dtype=torch.float32) if known is None else known
     return torch.nn.functional.pad(known, (0, steps - known.shape[1]), value=torch.nan)
