@@ -68,11 +68,6 @@ class LayeredVectors(BlockLibrary):
         return cls(vectors, story={**story, "layers": list(layers), "date": now()})
 
     @property
-    def d_model(self) -> int:
-        """The width of the residual stream."""
-        return self.vectors.shape[2]
-
-    @property
     def place(self) -> Place:
         """Where in its block each is added: after it, or to what its attention writes."""
         return self.story.get("place") or "block"

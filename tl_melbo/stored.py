@@ -178,3 +178,8 @@ class BlockLibrary(Library):
     def layers(self) -> tuple[int, ...]:
         """The blocks after which something is added."""
         return tuple(self.story["layers"])
+
+    @property
+    def d_model(self) -> int:
+        """The width of the residual stream: the last axis of what is added to it."""
+        return getattr(self, [*self.kind.axes][-1]).shape[-1]

@@ -119,11 +119,6 @@ class Adapter(BlockLibrary):
         return cls(A, B, story={**facts, "layers": list(layers)})
 
     @property
-    def d_model(self) -> int:
-        """The width of the residual stream."""
-        return self.A.shape[2]
-
-    @property
     def rank(self) -> int:
         """The rank of A B."""
         return self.A.shape[3]

@@ -110,11 +110,6 @@ class GatedFactors(BlockLibrary):
         return cls(A, B, story={**facts, "layers": list(layers)})
 
     @property
-    def d_model(self) -> int:
-        """The width of the residual stream."""
-        return self.B.shape[2]
-
-    @property
     def radius(self) -> float:
         """R, which multiplies what is added."""
         return float((self.story.get("hyperparameters") or {}).get("radius", 1.0))
