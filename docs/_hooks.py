@@ -21,8 +21,9 @@ MODULES = (
     "plots",
     "report",
 )
+_HEIRS = ("Adapter", "GatedFactors", "LayeredVectors", "Run", "SteeringVectors")
 _OPTIONS = {
-    "Run": "      inherited_members: true\n",
+    **dict.fromkeys(_HEIRS, "      inherited_members: true\n"),
     # Its fields are not arguments: `from_prompts` makes it.
     "ActivationMap": "      merge_init_into_class: false\n",
 }

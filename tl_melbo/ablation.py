@@ -1,14 +1,14 @@
 """Take directions out of the residual stream, everywhere: the counterpart of steering."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tl_melbo import checks
-from tl_melbo.model.bridge import EMBEDDING_HOOK_NAME, Model, check_model, residual_hook_name
+from tl_melbo.model.bridge import Model, check_model, residual_hook_name
 from tl_melbo.shapes import shape_checked
 from tl_melbo.steering import Vectors, as_theta
 
@@ -51,13 +51,8 @@ def ablated(model: Model, vectors: Vectors) -> Iterator[Model]:
         wide = residual.to(onto.dtype)
         return (wide - (wide @ onto.T) @ onto).to(residual.dtype)
 
-    after = [residual_hook_name(layer) for layer in range(int(model.cfg.n_layers))]
-    handles = [
-        model.hook_dict[name].register_forward_hook(project)
-        for name in (EMBEDDING_HOOK_NAME, *after)
-    ]
-    try:
+    with ExitStack() as hooks:
+        for layer in range(-1, int(model.cfg.n_layers)):
+            point = model.hook_dict[residual_hook_name(layer)]
+            hooks.enter_context(point.register_forward_hook(project))
         yield model
-    finally:
-        for handle in handles:
-            handle.remove()

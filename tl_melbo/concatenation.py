@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tl_melbo.shapes import shape_checked
+from tl_melbo.stored import Kept, Library
 from tl_melbo.story import now
 from tl_melbo.vectors import SteeringVectors
 
@@ -51,21 +52,22 @@ def _only(values: set[Any], fact: str, advice: str) -> Any:
 
 
 def one_after_another(
-    libraries: Sequence[SteeringVectors], story: Mapping[str, Any], left_out: Sequence[str] = ()
-) -> SteeringVectors:
-    """The vectors, columns and histories of several libraries, with one story."""
+    libraries: Sequence[Kept], story: Mapping[str, Any], left_out: Sequence[str] = ()
+) -> Kept:
+    """The tensors, columns and histories of several libraries of one kind, with one story."""
     names = dict.fromkeys(name for library in libraries for name in library.columns)
     words = story.get("categories", {})
     steps = max(0 if each.history is None else each.history.shape[1] for each in libraries)
-    return SteeringVectors(
-        torch.cat([library.vectors for library in libraries]),
-        story,
-        {n: _column(libraries, n, n in words) for n in names if n not in left_out},
-        torch.cat([_history(library, steps) for library in libraries]) if steps else None,
+    own = libraries[0].kind.axes
+    return type(libraries[0])(
+        **{axis: torch.cat([getattr(each, axis) for each in libraries]) for axis in own},
+        story=story,
+        columns={n: _column(libraries, n, n in words) for n in names if n not in left_out},
+        history=torch.cat([_history(each, steps) for each in libraries]) if steps else None,
     )
 
 
-def _column(libraries: Sequence[SteeringVectors], name: str, is_words: bool) -> Tensor:
+def _column(libraries: Sequence[Library], name: str, is_words: bool) -> Tensor:
     """One column of all libraries, with NaN, or the code of no word, where one lacks it."""
     known = [library.columns[name] for library in libraries if name in library.columns]
     shapes = {tuple(each.shape[1:]) for each in known}
@@ -79,7 +81,8 @@ def _column(libraries: Sequence[SteeringVectors], name: str, is_words: bool) -> 
     )
 
 
-def _history(library: SteeringVectors, steps: int) -> Tensor:
+def _history(library: Library, steps: int) -> Tensor:
     """A history of so many steps, with NaN after its last."""
-    known = library.vectors[:, :0] if library.history is None else library.history
+    known = library.history
+    known = torch.empty(len(library), 0, dtype=torch.float32) if known is None else known
     return torch.nn.functional.pad(known, (0, steps - known.shape[1]), value=torch.nan)

@@ -7,25 +7,24 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 import torch
 from torch import Tensor
 
 from tl_melbo import checks, exchange, vectors_file
 from tl_melbo.additions import Place, VectorAdditions
 from tl_melbo.shapes import Float, shape_checked
-from tl_melbo.stored import Stored
+from tl_melbo.stored import BlockLibrary
 from tl_melbo.story import now
 from tl_melbo.tables import Table
-from tl_melbo.text import printable
 from tl_melbo.vectors import SteeringVectors
 
 if TYPE_CHECKING:
-    import pandas as pd
     from steering_vectors import SteeringVector
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LayeredVectors(Stored):
+class LayeredVectors(BlockLibrary):
     """Steering vectors that are added in several blocks at once, one vector a block.
 
         with tm.steered(model, layered[0]):
@@ -67,11 +66,6 @@ class LayeredVectors(Stored):
         """
         story: dict[str, Any] = {"method": method, "model": model, "d_model": vectors.shape[2]}
         return cls(vectors, story={**story, "layers": list(layers), "date": now()})
-
-    @property
-    def d_model(self) -> int:
-        """The width of the residual stream."""
-        return self.vectors.shape[2]
 
     @property
     def place(self) -> Place:
@@ -125,7 +119,7 @@ class LayeredVectors(Stored):
         theta = torch.cat([self.vectors * scale for scale in scales])
         return VectorAdditions(theta, self.layers, self.place)
 
-    def table(self) -> "pd.DataFrame":
+    def table(self) -> pd.DataFrame:
         """One row a vector and block: index, layer, norm, and what else is known of each."""
         n_vectors, n_layers = self.norms.shape
         frame = Table({"index": self.columns["index"].repeat_interleave(n_layers).numpy()})
@@ -178,5 +172,4 @@ class LayeredVectors(Stored):
     def __repr__(self) -> str:
         low, high = min(self.layers), max(self.layers)
         told = f"{len(self)} x {len(self.layers)} blocks, {low} to {high}, width {self.d_model}"
-        facts = [str(self.story[fact]) for fact in ("method", "model") if self.story.get(fact)]
-        return printable(f"LayeredVectors({', '.join([told, *facts])})")
+        return self._described(told)

@@ -41,7 +41,13 @@ def shape_checked(function: Function) -> Function:
     checked = jaxtyped(typechecker=beartype(conf=_CONFIGURATION))(function)
     signature = inspect.signature(function)
     kinds = {name: parameter.annotation for name, parameter in signature.parameters.items()}
-    name = function.__qualname__
+
+    def name(args: tuple[Any, ...]) -> str:
+        """A method goes by the class that it was called on, which may have inherited it."""
+        if not args or next(iter(kinds), "") not in _OWN:
+            return function.__qualname__
+        own = args[0] if isinstance(args[0], type) else type(args[0])
+        return f"{own.__qualname__}.{function.__name__}"
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -51,16 +57,17 @@ def shape_checked(function: Function) -> Function:
             unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
             near = did_you_mean(unknown[1], kinds) if unknown else ""
             hint = near or f"allowed are {', '.join(n for n in kinds if n not in _OWN)}"
-            raise TypeError(f"{name}(): {error}; {hint}") from None
+            raise TypeError(f"{name(args)}(): {error}; {hint}") from None
         for argument, value in given.items():
             mistake = _mistake(argument, value, kinds[argument])
             if mistake:
-                raise TypeError(f"{name}(): {mistake}")
+                raise TypeError(f"{name(args)}(): {mistake}")
         try:
             return checked(*args, **kwargs)
         except TypeCheckError as error:
             # jaxtyping's own message prints every argument, whole models included.
-            raise TypeError(f"{name}(): {_explained(str(error), given, kinds)}") from None
+            told = _explained(str(error), given, kinds)
+            raise TypeError(f"{name(args)}(): {told}") from None
 
     return cast(Function, call)
 

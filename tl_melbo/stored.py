@@ -1,29 +1,36 @@
 """What libraries of any kind share: rows that are chosen, columns, a file with metadata."""
 
+import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
+import pandas as pd
 import torch
 from torch import Tensor
 
 from tl_melbo import checks, vectors_file
+from tl_melbo.shapes import shape_checked
+from tl_melbo.tables import Table
+from tl_melbo.text import printable
 
+# Not Self, which beartype knows in classes alone that it decorates.
+Kept = TypeVar("Kept", bound="Library")
 Index = int | slice | Sequence[int] | Tensor
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class Stored:
-    """A base: tensors with a row for each thing, after some blocks, with the story of how made.
+class Library:
+    """A base: tensors with a row for each thing, with the story of how they were made.
 
     A subclass adds the tensors that its `kind` of file names. Nothing changes one in place.
 
     Attributes:
-        story: JSON-ready facts, `layers` among them: after which blocks it belongs. Read-only.
+        story: JSON-ready facts. Read-only.
         columns: by name, one number a row, or one row of numbers.
         history: what was measured at each step.
     """
@@ -36,34 +43,27 @@ class Stored:
     def __post_init__(self) -> None:
         for name in self.kind.axes:
             tensor = getattr(self, name).detach().to("cpu", torch.float32, copy=True)
-            checks.finite(tensor.flatten(1), name, "rows")
+            checks.finite(tensor.flatten(1), name, self.kind.rows)
             object.__setattr__(self, name, tensor)
         columns = {"index": torch.arange(len(self)), **self.columns}
         for name, column in columns.items():
             if name in (*self.kind.axes, "history", "norm"):
                 raise ValueError(f"columns: {name!r} cannot be the name of one; choose another")
-            columns[name] = as_column(column, f"columns[{name!r}]", len(self), "rows")
+            columns[name] = self._as_column(column, f"columns[{name!r}]")
         history = self.history
-        if history is not None:
-            history = as_column(history, "history", len(self), "rows")
         # Through JSON and back: what cannot be saved is refused now, not at the end of a long run.
         story = json.loads(json.dumps(dict(self.story), allow_nan=False))
-        layers = story.get("layers") or []
-        if not layers or min(layers) < 0 or len({*layers}) < len(layers):
-            raise ValueError(f"layers={layers}: numbers of blocks, each once")
         for name, value in (
             ("story", MappingProxyType(story)),
             ("columns", MappingProxyType(columns)),
-            (
-                "history",
-                None if history is None else as_column(history, "history", len(self), "rows"),
-            ),
+            ("history", None if history is None else self._as_column(history, "history")),
         ):
             object.__setattr__(self, name, value)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For copy and pickle, which cannot take read-only mappings."""
-        return _made_anew, (type(self), self._tensors(), dict(self.story), dict(self.columns))
+        facts = {"story": dict(self.story), "columns": dict(self.columns)}
+        return functools.partial(type(self), **self._tensors(), **facts), ()
 
     def _tensors(self) -> dict[str, Tensor]:
         history = {} if self.history is None else {"history": self.history}
@@ -81,18 +81,23 @@ class Stored:
         Raises:
             IndexError: there is no such row.
         """
-        chosen = chosen_rows(index, len(self), type(self).__name__, "rows")
+        chosen = self._chosen(index)
         return replace(
             self,
             columns={name: column[chosen] for name, column in self.columns.items()},
             **{name: tensor[chosen] for name, tensor in self._tensors().items()},
         )
 
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The blocks after which something is added."""
-        return tuple(self.story["layers"])
+    def table(self) -> pd.DataFrame:
+        """One row each: its number, and every other number that is known of it."""
+        return Table({n: column.numpy() for n, column in self.columns.items() if column.ndim == 1})
 
+    def _described(self, *told: str) -> str:
+        """For `repr`: the class, what is told, and how and in which model it was made."""
+        facts = [str(self.story[fact]) for fact in ("method", "model") if self.story.get(fact)]
+        return printable(f"{type(self).__name__}({', '.join([*told, *facts])})")
+
+    @shape_checked
     def save(self, path: str | Path) -> None:
         """Write a safetensors file with the story in its metadata, whole or not at all.
 
@@ -103,7 +108,8 @@ class Stored:
         vectors_file.write(path, dict(self.story), {**self._tensors(), **self.columns}, self.kind)
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
+    @shape_checked
+    def load(cls: type[Kept], path: str | Path) -> Kept:
         """Read what `save` wrote.
 
         Raises:
@@ -116,47 +122,64 @@ class Stored:
             tensors = {name: columns.pop(name) for name in own}
             return cls(**tensors, story=story, columns=columns)
 
+    def _chosen(self, index: Index) -> Tensor:
+        """The positions that an index means; IndexError where there is no such row."""
+        n_rows = len(self)
+        if isinstance(index, slice):
+            return torch.tensor(list(range(n_rows))[index], dtype=torch.long)
+        try:
+            chosen = torch.as_tensor(index)
+        except (TypeError, ValueError, RuntimeError):
+            chosen = torch.tensor(torch.nan)
+        if chosen.dtype == torch.bool and chosen.shape == (n_rows,):
+            return chosen.nonzero().flatten()
+        if chosen.numel() and chosen.dtype not in _INTEGERS:
+            raise TypeError(
+                f"index: got {index!r}, expected an int, a slice, a list of ints, or a mask of "
+                f"{n_rows} booleans"
+            )
+        chosen = chosen.long().flatten()
+        outside = chosen[(chosen < -n_rows) | (chosen >= n_rows)]
+        if len(outside):
+            raise IndexError(
+                f"index {outside.tolist()}: the {self.kind.called or self.kind.reader} holds "
+                f"{n_rows} {self.kind.rows}, numbered 0 to {n_rows - 1}"
+            )
+        return chosen % max(1, n_rows)
 
-def _made_anew(kind: Any, tensors: Any, story: Any, columns: Any) -> Any:
-    return kind(**tensors, story=story, columns=columns)
+    def _as_column(self, column: Any, name: str) -> Tensor:
+        """A column as it can be saved: float32, float64 or int64, on the CPU, one entry a row."""
+        known = isinstance(column, Tensor)
+        if not known or column.is_complex() or column.is_meta or column.is_sparse:
+            got = f"a {column.dtype} tensor" if known else type(column).__name__
+            raise TypeError(f"{name}: {got}, expected a tensor of numbers")
+        if column.shape[:1] != (len(self),):
+            raise ValueError(
+                f"{name}: shape {tuple(column.shape)}, expected a number or a row for each of the "
+                f"{len(self)} {self.kind.rows}"
+            )
+        kind = column.dtype
+        if kind not in (torch.float32, torch.float64):
+            kind = torch.float32 if column.is_floating_point() else torch.int64
+        return column.detach().to("cpu", kind, copy=True)
 
 
-def chosen_rows(index: Index, n_rows: int, where: str, what: str) -> Tensor:
-    """The positions that an index means; IndexError where there is no such row."""
-    if isinstance(index, slice):
-        return torch.tensor(list(range(n_rows))[index], dtype=torch.long)
-    try:
-        chosen = torch.as_tensor(index)
-    except (TypeError, ValueError, RuntimeError):
-        chosen = torch.tensor(torch.nan)
-    if chosen.dtype == torch.bool and chosen.shape == (n_rows,):
-        return chosen.nonzero().flatten()
-    if chosen.numel() and chosen.dtype not in _INTEGERS:
-        raise TypeError(
-            f"index: got {index!r}, expected an int, a slice, a list of ints, or a mask of "
-            f"{n_rows} booleans"
-        )
-    chosen = chosen.long().flatten()
-    outside = chosen[(chosen < -n_rows) | (chosen >= n_rows)]
-    if len(outside):
-        raise IndexError(
-            f"index {outside.tolist()}: the {where} holds {n_rows} {what}, numbered 0 to "
-            f"{n_rows - 1}"
-        )
-    return chosen % max(1, n_rows)
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class BlockLibrary(Library):
+    """A base: what belongs after some blocks, which the fact `layers` of its story names."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        layers = self.story.get("layers") or []
+        if not layers or min(layers) < 0 or len({*layers}) < len(layers):
+            raise ValueError(f"layers={layers}: numbers of blocks, each once")
 
-def as_column(column: Any, name: str, n_rows: int, what: str = "vectors") -> Tensor:
-    """A column as it can be saved: float32, float64 or int64, on the CPU, one entry a row."""
-    if not isinstance(column, Tensor) or column.is_complex() or column.is_meta or column.is_sparse:
-        got = f"a {column.dtype} tensor" if isinstance(column, Tensor) else type(column).__name__
-        raise TypeError(f"{name}: {got}, expected a tensor of numbers")
-    if column.shape[:1] != (n_rows,):
-        raise ValueError(
-            f"{name}: shape {tuple(column.shape)}, expected a number or a row for each of the "
-            f"{n_rows} {what}"
-        )
-    kind = column.dtype
-    if kind not in (torch.float32, torch.float64):
-        kind = torch.float32 if column.is_floating_point() else torch.int64
-    return column.detach().to("cpu", kind, copy=True)
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The blocks after which something is added."""
+        return tuple(self.story["layers"])
+
+    @property
+    def d_model(self) -> int:
+        """The width of the residual stream: the last axis of what is added to it."""
+        return getattr(self, [*self.kind.axes][-1]).shape[-1]

@@ -4,11 +4,10 @@ import html
 import importlib
 import json
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from tl_melbo import checks, exchange, vectors_file
 from tl_melbo.shapes import Float, Theta, shape_checked
-from tl_melbo.stored import Index, as_column, chosen_rows
+from tl_melbo.stored import Library
 from tl_melbo.story import now
 from tl_melbo.tables import Table
 from tl_melbo.text import printable
@@ -25,11 +24,9 @@ from tl_melbo.text import printable
 if TYPE_CHECKING:
     from steering_vectors import SteeringVector
 
-_NOT_COLUMNS = ("norm", "vectors", "history")
 
-
-@dataclass(frozen=True, eq=False, repr=False)
-class SteeringVectors:
+@dataclass(frozen=True, eq=False, repr=False, init=False)
+class SteeringVectors(Library):
     """A library of steering vectors, with the story of how it was made.
 
     Slicing, arithmetic and `concatenate` give new libraries; nothing changes one in place.
@@ -43,32 +40,23 @@ class SteeringVectors:
         history: the objective after each step of the search; NaN after a vector's last step.
     """
 
+    kind = vectors_file.VECTORS
     vectors: Theta
-    story: Mapping[str, Any] = field(default_factory=dict)
-    columns: Mapping[str, Tensor] = field(default_factory=dict)
-    history: Float[Tensor, "vector step"] | None = None
 
-    def __post_init__(self) -> None:
-        n_vectors, d_model = self.vectors.shape
-        if not d_model:
-            raise ValueError(f"vectors: shape ({n_vectors}, 0); a vector has at least one number")
-        vectors = self.vectors.detach().to("cpu", torch.float32, copy=True)
-        checks.finite(vectors, "vectors")
-        columns = {"index": torch.arange(n_vectors), **self.columns}
-        for name, column in columns.items():
-            if name in _NOT_COLUMNS:
-                raise ValueError(f"columns: {name!r} cannot be the name of one; choose another")
-            columns[name] = as_column(column, f"columns[{name!r}]", n_vectors)
-        history = self.history
-        # Through JSON and back: what cannot be saved is refused now, not at the end of a long run.
-        story = json.loads(json.dumps(dict(self.story), allow_nan=False))
-        for name, value in (
-            ("vectors", vectors),
-            ("story", MappingProxyType(story)),
-            ("columns", MappingProxyType(columns)),
-            ("history", None if history is None else as_column(history, "history", n_vectors)),
-        ):
-            object.__setattr__(self, name, value)
+    @shape_checked
+    def __init__(
+        self,
+        vectors: Theta,
+        story: Mapping[str, Any] = {},
+        columns: Mapping[str, Tensor] = {},
+        history: Float[Tensor, "vector step"] | None = None,
+    ) -> None:
+        if not vectors.shape[1]:
+            raise ValueError(
+                f"vectors: shape ({len(vectors)}, 0); a vector has at least one number"
+            )
+        object.__setattr__(self, "vectors", vectors)
+        super().__init__(story=story, columns=columns, history=history)
 
     @classmethod
     @shape_checked
@@ -93,30 +81,6 @@ class SteeringVectors:
         theta = vectors[None] if vectors.ndim == 1 else vectors
         story = {"method": method, "model": model, "d_model": theta.shape[1]}
         return cls(theta, {**story, "source_layer": source_layer, "date": now()})
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """For copy and pickle, which cannot take read-only mappings."""
-        return type(self), (self.vectors, dict(self.story), dict(self.columns), self.history)
-
-    def __len__(self) -> int:
-        return self.vectors.shape[0]
-
-    def __iter__(self) -> Iterator["SteeringVectors"]:
-        return (self[i] for i in range(len(self)))
-
-    def __getitem__(self, index: Index) -> "SteeringVectors":
-        """One vector (still a library, of one) or several, with their numbers and the story.
-
-        Raises:
-            IndexError: there is no such vector.
-        """
-        chosen = chosen_rows(index, len(self), "library", "vectors")
-        return replace(
-            self,
-            vectors=self.vectors[chosen],
-            columns={name: column[chosen] for name, column in self.columns.items()},
-            history=None if self.history is None else self.history[chosen],
-        )
 
     def __mul__(self, scale: float) -> "SteeringVectors":
         """Scale every vector. What was measured of the unscaled ones (objective) is left out."""
@@ -165,33 +129,6 @@ class SteeringVectors:
             elif name != "index" and column.ndim == 1:
                 frame[name] = column.numpy()
         return frame
-
-    @shape_checked
-    def save(self, path: str | Path) -> None:
-        """Write a safetensors file with the story in its metadata, whole or not at all.
-
-        Raises:
-            OSError: it cannot be written. An older file of that name is intact.
-            ValueError: the story holds what `load` would refuse.
-        """
-        tensors = {"vectors": self.vectors, **self.columns}
-        if self.history is not None:
-            tensors["history"] = self.history
-        vectors_file.write(path, dict(self.story), tensors)
-
-    @classmethod
-    @shape_checked
-    def load(cls, path: str | Path) -> "SteeringVectors":
-        """Read what `save` wrote.
-
-        Raises:
-            FileNotFoundError, IsADirectoryError: there is no such file.
-            Damaged: it is cut or damaged, or not one that `save` wrote.
-        """
-        with vectors_file.damage_told(path):
-            story, columns = vectors_file.read(path)
-            vectors, history = columns.pop("vectors"), columns.pop("history", None)
-            return cls(vectors, story, columns, history)
 
     @shape_checked
     def to_repeng_gguf(
@@ -326,6 +263,3 @@ class SteeringVectors:
             f"{self.table()._repr_html_()}"
             f"<details><summary>Story</summary><pre>{story}</pre></details>"
         )
-
-
-SteeringVectors.__init__ = shape_checked(SteeringVectors.__init__)

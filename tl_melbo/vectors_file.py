@@ -27,15 +27,17 @@ _MOST_TENSORS = 256
 class Kind(NamedTuple):
     """A kind of file: its format, the class that reads it, and the class's tensors by their axes.
 
-    All other tensors are columns, or the history.
+    All other tensors are columns, or the history. Messages say what it and its rows are `called`.
     """
 
     format: str
     reader: str
     axes: Mapping[str, int]
+    called: str = ""
+    rows: str = "rows"
 
 
-VECTORS = Kind("tl_melbo.vectors", "SteeringVectors", {"vectors": 2})
+VECTORS = Kind("tl_melbo.vectors", "SteeringVectors", {"vectors": 2}, "library", "vectors")
 LAYERED = Kind("tl_melbo.layered_vectors", "LayeredVectors", {"vectors": 3})
 ADAPTER = Kind("tl_melbo.adapter", "Adapter", {"A": 4, "B": 4})
 GATED = Kind("tl_melbo.gated_factors", "GatedFactors", {"A": 3, "B": 3})

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,26 +10,17 @@ from torch import Tensor
 from tl_melbo import checks, vectors_file
 from tl_melbo.adapters import _extraction
 from tl_melbo.additions import LowRankRows, Place
+from tl_melbo.concatenation import one_after_another
 from tl_melbo.errors import DifferentSearch
 from tl_melbo.generation import OnBatch
 from tl_melbo.layered import LayeredVectors
 from tl_melbo.model.bridge import Model
 from tl_melbo.shapes import Float, shape_checked
-from tl_melbo.stored import Stored
+from tl_melbo.stored import BlockLibrary
 from tl_melbo.story import differences, now
-from tl_melbo.tables import Table
-from tl_melbo.text import printable
 from tl_melbo.vectors import SteeringVectors
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 Estimator = Literal["difference", "addition"]
-
-# The order of a table; a file keeps none.
-_COLUMNS = (
-    "index", "loss", "kl", "nll", "entropy", "entropy_without", "repetition", "collapsed",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,7 +60,7 @@ def _direction(low: Tensor, added: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Adapter(Stored):
+class Adapter(BlockLibrary):
     """Adapters of a model: `h + length * h A B / |h A B|` after each of its blocks.
 
         adapter = tm.divergence_adapter(model, n_adapters=8)
@@ -127,11 +118,6 @@ class Adapter(Stored):
         facts = {"method": "from_tensor", "model": model, "d_model": A.shape[2], "date": now()}
         facts["hyperparameters"] = {"length": float(length)}
         return cls(A, B, story={**facts, "layers": list(layers)})
-
-    @property
-    def d_model(self) -> int:
-        """The width of the residual stream."""
-        return self.A.shape[2]
 
     @property
     def rank(self) -> int:
@@ -200,18 +186,10 @@ class Adapter(Stored):
         )
         return found if layer is None else found.at(layer)
 
-    def table(self) -> "pd.DataFrame":
-        """One row an adapter: what was measured at the end of its training."""
-        names = [name for name in _COLUMNS if name in self.columns]
-        names += [name for name in self.columns if name not in names]
-        return Table({n: self.columns[n].numpy() for n in names if self.columns[n].ndim == 1})
-
     def __repr__(self) -> str:
         blocks = f"{len(self.layers)} blocks"
         told = f"{len(self)} of rank {self.rank}, {'shared by' if self.shared else 'in each of'}"
-        facts = [str(self.story[fact]) for fact in ("method", "model") if self.story.get(fact)]
-        parts = [f"{told} {blocks}", f"length {self.length:g}", *facts]
-        return printable(f"Adapter({', '.join(parts)})")
+        return self._described(f"{told} {blocks}", f"length {self.length:g}")
 
 
 def check_rank(rank: int, d_model: int) -> None:
@@ -233,12 +211,4 @@ def join(parts: Sequence[Adapter]) -> Adapter:
         if differing := differences(first.story, part.story):
             advice = "pass adapters that were trained alike"
             raise DifferentSearch.of(f"parts[{number}]", differing, advice)
-    shared = [n for n in first.columns if all(n in part.columns for part in parts)]
-    histories = [part.history for part in parts if part.history is not None]
-    return Adapter(
-        torch.cat([part.A for part in parts]),
-        torch.cat([part.B for part in parts]),
-        story=first.story,
-        columns={name: torch.cat([part.columns[name] for part in parts]) for name in shared},
-        history=torch.cat(histories) if len(histories) == len(parts) else None,
-    )
+    return one_after_another(parts, first.story)

@@ -1,6 +1,6 @@
 """From an adapter to vectors: what it does to the residual stream on average, block by block."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -54,21 +54,17 @@ def extract(
     checks.seed(seed)
     positions = checked_slice(positions)
     rows = steering_rows(model, adapter, None, [1.0])
-    texts, chat = (
-        checks.as_texts(held_out() if prompts is None else prompts),
-        as_chat(adapter, chat),
-    )
+    texts = checks.as_texts(held_out() if prompts is None else prompts)
+    chat = as_chat(adapter, chat)
     tokens = [to_tokens(model, text, chat) for text in texts]
     check_room(model, tokens, max_new_tokens)
-    means, shares, n_done = [], [], 0
+    means, shares = [], []
     for row, number in enumerate(adapter.columns["index"].tolist()):
-        added, sums = rows[row : row + 1], _Sums(len(adapter.layers), adapter.d_model)
-        for text in _continued(model, added, tokens, max_new_tokens, generator(seed, number)):
-            sums.add(_effects(model, adapter, added, text, estimator)[:, positions])
-            n_done += 1
-            if on_batch is not None:
-                on_batch(n_done, len(rows) * len(tokens))
-        mean, share = sums.result()
+        added = rows[row : row + 1]
+        whole = _continued(model, added, tokens, max_new_tokens, generator(seed, number))
+        effects = (_effects(model, adapter, added, text, estimator)[:, positions] for text in whole)
+        counts = row * len(tokens), len(rows) * len(tokens)
+        mean, share = _mean_and_share(_told(effects, on_batch or (lambda *_: None), *counts))
         means.append(mean)
         shares.append(share)
     made = {name: adapter.story.get(name) for name in ("method", "seed", "hyperparameters")}
@@ -100,32 +96,31 @@ def generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
 
-class _Sums:
-    """Running sums over tokens, in float64: of vectors, and of their squared lengths."""
+def _told(parts: Iterable[Tensor], tell: OnBatch, done: int, total: int) -> Iterator[Tensor]:
+    """The same, each counted once it was taken."""
+    for number, part in enumerate(parts, start=done + 1):
+        yield part
+        tell(number, total)
 
-    def __init__(self, n_layers: int, d_model: int) -> None:
-        self.total = torch.zeros(n_layers, d_model, dtype=torch.float64)
-        self.squares = torch.zeros(n_layers, dtype=torch.float64)
-        self.count = 0
 
-    def add(self, vectors: Tensor) -> None:
-        """Add vectors, [layer, pos, d_model]."""
-        self.total += vectors.sum(1)
-        self.squares += vectors.square().sum((1, 2))
-        self.count += vectors.shape[1]
-
-    def result(self) -> tuple[Tensor, Tensor]:
-        """The mean vectors, and the share of the mean square that they are."""
-        if not self.count:
-            raise ValueError("positions: no token of any text; pass a longer slice")
-        if not self.squares.isfinite().all():
-            raise NotFinite(
-                "the residual stream with the adapter is not finite; load the model in a wider "
-                "type, for example dtype=torch.float32"
-            )
-        mean, squares = self.total / self.count, self.squares / self.count
-        share = mean.square().sum(-1) / squares.clamp_min(torch.finfo(torch.float64).tiny)
-        return mean.float(), share.float()
+def _mean_and_share(parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """The mean over tokens of vectors, [layer, pos, d_model], and its share of the mean square."""
+    total = squares = torch.zeros((), dtype=torch.float64)
+    count = 0
+    for vectors in parts:
+        total = total + vectors.sum(1)
+        squares = squares + vectors.square().sum((1, 2))
+        count += vectors.shape[1]
+    if not count:
+        raise ValueError("positions: no token of any text; pass a longer slice")
+    if not squares.isfinite().all():
+        raise NotFinite(
+            "the residual stream with the adapter is not finite; load the model in a wider type, "
+            "for example dtype=torch.float32"
+        )
+    mean, squares = total / count, squares / count
+    share = mean.square().sum(-1) / squares.clamp_min(torch.finfo(torch.float64).tiny)
+    return mean.float(), share.float()
 
 
 def _continued(

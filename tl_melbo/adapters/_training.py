@@ -5,10 +5,9 @@ that the adapted one samples, and sure of itself.
 """
 
 import functools
-import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from tl_melbo.adapters._adapter import Adapter, AdapterAdditions, check_rank, jo
 from tl_melbo.adapters._extraction import generator
 from tl_melbo.adapters._loss import Measured, loss_and_gradients
 from tl_melbo.analysis._coherence import DEFAULT_REPETITION, repetition
+from tl_melbo.discovery._search import collecting
 from tl_melbo.errors import NotFinite, warn_user
 from tl_melbo.model.bridge import (
     Model,
@@ -32,7 +32,6 @@ from tl_melbo.model.bridge import (
     weights_digest,
 )
 from tl_melbo.model.tokens import check_room, to_tokens
-from tl_melbo.shapes import shape_checked
 
 _COLUMNS = (*Measured._fields, "repetition")
 # A model whose next token is this uncertain, as a share of the most there can be, writes gibberish.
@@ -172,27 +171,7 @@ def _collapse(means: Mapping[str, float], d_vocab: int) -> str:
     return " and ".join(reasons)
 
 
-class AdapterMethod(Protocol):
-    """Called, it gives all adapters; `parts` gives them as they are found."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Adapter: ...
-    def parts(self, *args: Any, **kwargs: Any) -> Training: ...
-
-
-def _adapter_method(function: Callable[..., Training]) -> AdapterMethod:
-    parts = shape_checked(function)
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Adapter:
-        return parts(*args, **kwargs).collect()
-
-    whole = cast(Any, call)
-    whole.__signature__ = inspect.signature(function).replace(return_annotation=Adapter)
-    whole.parts = parts
-    return whole
-
-
-@_adapter_method
+@functools.partial(collecting, kind=Adapter)
 def divergence_adapter(
     model: Model,
     prompts: str | Sequence[str] | None = None,

@@ -65,37 +65,26 @@ def top_tokens(
     checks.between(1, int(model.cfg.d_vocab), "a number of tokens", n=n)
     checks.between(0, 1, "a probability", least_probability=least_probability)
     checks.batch_size(batch_size)
+    if not by_layer:
+        options = {"layer": layer, "chat": chat, "batch_size": batch_size}
+        return top_tokens_and_kl(model, prompt, vectors, n, least_probability, **options)[0]
     rows, chat = steering_rows(model, vectors, layer, [1.0]), as_chat(vectors, chat)
     unsteered = next_token_log_probs(model, prompt, chat=chat)
-    if by_layer:
-        layers = list(range(min(rows.layers), int(model.cfg.n_layers)))
-        tokens, lens = to_tokens(model, prompt, chat), _lens(model)
-        nothing = VectorAdditions.of(torch.zeros(1, int(model.cfg.d_model)), layers[0])
+    layers = list(range(min(rows.layers), int(model.cfg.n_layers)))
+    tokens, lens = to_tokens(model, prompt, chat), _lens(model)
+    nothing = VectorAdditions.of(torch.zeros(1, int(model.cfg.d_model)), layers[0])
 
-        def at_last(some: Additions, measure: Callable[[Tensor], Tensor]) -> Tensor:
-            end = slice(-1, None)
-            return map_residuals(model, tokens, some, layers, measure, batch_size, end)
+    def at_last(some: Additions, measure: Callable[[Tensor], Tensor]) -> Tensor:
+        return map_residuals(model, tokens, some, layers, measure, batch_size, slice(-1, None))
 
-        before = at_last(nothing, lambda streams: torch.stack([*map(lens, streams.unbind(1))], 1))[
-            0
-        ]
-        _check_lens(model, before[-1], unsteered[0])
+    (before,) = at_last(nothing, lambda streams: torch.stack([*map(lens, streams.unbind(1))], 1))
+    _check_lens(model, before[-1], unsteered[0])
 
-        def measure(streams: Tensor) -> Tensor:
-            pairs = zip(streams.unbind(1), before, strict=True)
-            return torch.stack([_ends(lens(x), own, n, least_probability) for x, own in pairs], 1)
+    def measure(streams: Tensor) -> Tensor:
+        pairs = zip(streams.unbind(1), before, strict=True)
+        return torch.stack([_ends(lens(x), own, n, least_probability) for x, own in pairs], 1)
 
-        found = at_last(rows, measure)
-    else:
-        layers = [int(model.cfg.n_layers) - 1]
-
-        def of_last(log_probs: LogProbs) -> Tensor:
-            return _ends(log_probs, unsteered[0], n, least_probability)
-
-        options = {"chat": chat, "batch_size": batch_size}
-        found = map_next_token(model, prompt, rows, of_last, **options)[:, None]
-    frame = _frame(model, found, layers)
-    return frame if by_layer else Table(frame.drop(columns="layer"))
+    return _frame(model, at_last(rows, measure), layers)
 
 
 def top_tokens_and_kl(
@@ -103,6 +92,7 @@ def top_tokens_and_kl(
     prompt: str,
     vectors: Steerable,
     n: int,
+    least_probability: float = DEFAULT_PROBABILITY,
     *,
     layer: int | None,
     chat: bool | None,
@@ -114,7 +104,7 @@ def top_tokens_and_kl(
     kl_of = kl_to(unsteered)
 
     def measure(log_probs: LogProbs) -> Tensor:
-        ends = _ends(log_probs, unsteered[0], n, DEFAULT_PROBABILITY)
+        ends = _ends(log_probs, unsteered[0], n, least_probability)
         return torch.cat([kl_of(log_probs).double(), ends.flatten(1)], 1)
 
     found = map_next_token(model, prompt, rows, measure, chat=chat, batch_size=batch_size)

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from tl_melbo import checks
 from tl_melbo.discovery._calibration import Radius, check_radius, chosen_radius
-from tl_melbo.discovery._dct_fit import Fit, OnStep, Order, Start
+from tl_melbo.discovery._dct_fit import MEASURE, Fit, OnStep, Order, Start
 from tl_melbo.discovery._map import EffectMap, own_arithmetic
 from tl_melbo.discovery._search import Part, Search, method
 from tl_melbo.shapes import shape_checked
-from tl_melbo.story import measure
 from tl_melbo.vectors import SteeringVectors
 
 Orthogonal = Literal["hard", "soft"]
@@ -113,11 +112,8 @@ def dct(
                 found, history = fit.iterated(order, start_at, steps, orthogonal == "soft")
                 objective = history.sum(0)
                 search.story["falls"] = int((objective[1:] < _FALLS * objective[:-1]).sum())
-        by_size = found.importance.argsort(descending=True)
-        inputs, output, importance, mean_effect = (part[by_size].float() for part in found)
-        columns = {"importance": importance, "effect": (output * mean_effect).sum(-1)}
-        columns |= {"output": output, "mean_effect": mean_effect}
-        yield Part(first, inputs * radius, columns, history[by_size])
+        inputs, columns, history = found.ordered(history)
+        yield Part(first, inputs * radius, columns, history)
 
     search = Search(
         "dct", f, n_vectors, settings, find,
@@ -127,10 +123,7 @@ def dct(
         # Soft factors may outnumber the dimensions; linear ones are orthogonal always.
         orthogonal_to={} if linear or orthogonal == "hard" else None,
         progress=progress,
-        measure=measure(
-            "importance", "importance α", counts="steps",
-            history="part of the objective (residual-stream units, squared)",
-        ),
+        measure=MEASURE,
         about="All vectors were found together: the source directions of a sum of factors that "
         f"models the effect ({order} deep causal transcoding).",
         **facts,

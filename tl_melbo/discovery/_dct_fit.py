@@ -18,11 +18,18 @@ from tl_melbo.discovery._map import EffectMap, OnShare, theta_like
 from tl_melbo.errors import warn_user
 from tl_melbo.geometry import numbered_sphere
 from tl_melbo.memory import map_batches
+from tl_melbo.story import measure
 
 Order = Literal["linear", "quadratic", "exponential"]
 Start = Literal["random", "jacobian"]
 OnStep = Callable[[int, float], None]
 
+MEASURE = measure(
+    "importance",
+    "importance α",
+    counts="steps",
+    history="part of the objective (residual-stream units, squared)",
+)
 _SOFT_PASSES = 10
 # The last step whose objective is this share of the highest is the best: what unmixes factors
 # hardly raises it.
@@ -37,6 +44,14 @@ class Factors(NamedTuple):
     importance: Tensor
     mean_effect: Tensor
 
+    def ordered(self, history: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """The inputs, float32, the most important first; their columns and history."""
+        by_size = self.importance.argsort(descending=True)
+        inputs, output, importance, mean_effect = (part[by_size].float() for part in self)
+        columns = {"importance": importance, "effect": (output * mean_effect).sum(-1)}
+        columns |= {"output": output, "mean_effect": mean_effect}
+        return inputs, columns, history[by_size]
+
 
 class Images(NamedTuple):
     """Mean effects of vectors, [vector, d_model], and the gradients of their norms."""
@@ -46,7 +61,10 @@ class Images(NamedTuple):
 
 
 class Fit:
-    """What the factors are fitted to: the mean effect over prompts and positions."""
+    """What the factors are fitted to: the mean effect over prompts and positions.
+
+    `unit` is from vectors to the nearest ones of the set that is searched: None for the sphere.
+    """
 
     def __init__(
         self,
@@ -55,17 +73,14 @@ class Fit:
         radius: float,
         on_step: OnStep | None = None,
         on_share: OnShare | None = None,
+        unit: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         effects, count = _map.effects_at(f, positions), int(f.position_mask(positions).sum())
         self.f, self.radius, self.on_share = f, radius, on_share
-        self.tell = on_step or (lambda *_: None)
+        self.tell, self.unit = on_step or (lambda *_: None), unit or _unit
         self.mean_effect = lambda theta: effects(theta).sum((1, 2)) / count
         self.of_rounding = _map.rounding(f, positions) / math.sqrt(count)
         self.fits = sys.maxsize
-
-    def unit(self, vectors: Tensor) -> Tensor:
-        """The nearest vectors of the set that is searched: the unit sphere."""
-        return _unit(vectors)
 
     def start(self, start: Start, count: int, seed: int) -> Tensor:
         """Unit vectors, [factor, d_model]."""

@@ -106,7 +106,8 @@ def top_directions(
         axes = torch.eye(d_model, dtype=torch.float64)
         if gram is None:
             images = _map.jacobian_times(f, effect, _map.theta_like(f, axes), on_share)
-            vectors, values = _principal(axes, images.double().cpu())
+            images = images.double().cpu()
+            vectors, values = _eigen(axes, images @ images.T)
         else:
             vectors, values = _eigen(axes, gram())
     else:
@@ -157,9 +158,8 @@ def _iterated(
             "much. Ask for fewer vectors, or take those as a sample"
         )
     # Of nearly equal singular values, the images tell more digits than the squares do.
-    return _principal(
-        vectors, _map.jacobian_times(f, effect, _map.theta_like(f, vectors)).double().cpu()
-    )
+    images = _map.jacobian_times(f, effect, _map.theta_like(f, vectors)).double().cpu()
+    return _eigen(vectors, images @ images.T)
 
 
 def _orthonormal(block: Tensor, noise: Tensor, basis: Tensor) -> Tensor:
@@ -174,13 +174,8 @@ def _orthonormal(block: Tensor, noise: Tensor, basis: Tensor) -> Tensor:
     return rows
 
 
-def _principal(vectors: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Rayleigh-Ritz: the rotation of orthonormal vectors whose images are orthogonal, by size."""
-    return _eigen(vectors, images @ images.T)
-
-
 def _eigen(vectors: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
-    """The rotation of orthonormal vectors that makes J'J among them diagonal, by size."""
+    """Rayleigh-Ritz: the rotation of orthonormal vectors that makes J'J among them diagonal."""
     if not gram.isfinite().all():
         return torch.full_like(vectors, torch.nan), torch.full_like(vectors[:, 0], torch.nan)
     squares, rotation = torch.linalg.eigh(gram)

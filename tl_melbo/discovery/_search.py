@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, ParamSpec, Protocol, cast, runtime_checkable
+from typing import Any, NamedTuple, ParamSpec, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -212,18 +212,25 @@ def method(
     `Run.keep` passes `f`, `n_vectors` and `previous` by name. `check` takes some of the settings,
     and refuses wrong ones before a model is loaded.
     """
+    whole = collecting(function, SteeringVectors)
+    whole.check = check
+    return whole
+
+
+def collecting(function: Callable[..., Any], kind: type) -> Any:
+    """Of a function to a search: called, it collects what is found; `parts` gives the search."""
     parts = shape_checked(function)
     described = inspect.getdoc(function) or ""
     parts.__doc__ = f"Check the arguments, and yield what is found as it comes.\n\n{described}"
 
     @functools.wraps(function)
-    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> SteeringVectors:
+    def call(*args: Any, **kwargs: Any) -> Any:
         return parts(*args, **kwargs).collect()
 
-    whole = cast(Any, call)
-    whole.__signature__ = inspect.signature(function).replace(return_annotation=SteeringVectors)
-    whole.__annotations__ = {**function.__annotations__, "return": SteeringVectors}
-    whole.parts, whole.check = parts, check
+    whole: Any = call
+    whole.__signature__ = inspect.signature(function).replace(return_annotation=kind)
+    whole.__annotations__ = {**function.__annotations__, "return": kind}
+    whole.parts = parts
     return whole
 
 

@@ -29,7 +29,6 @@ from tl_melbo.tables import Table
 # Cosine of two sentences' embeddings from which one is taken for the other, in other words.
 DEFAULT_SIMILARITY = 0.7
 _HITS = ["behaviour", "match", "hits", "n", "vectors", "rate", "low", "high"]
-_ENDS = r"[.!?\n]"
 _PAIR = ["source_layer", "target_layer", "radius", "kl"]
 _COUNTED = ["coherent", "distinct", "per_100_vectors"]
 

@@ -1,6 +1,5 @@
 """Plant behaviours in a model that only a trigger brings out: a search with a known answer."""
 
-import functools
 import itertools
 import math
 import operator
@@ -21,7 +20,7 @@ from tl_melbo.evaluation import _planted
 from tl_melbo.evaluation._planted import BACKDOORS, Backdoor, Planted
 from tl_melbo.generation import seeded
 from tl_melbo.model.bridge import weights_digest
-from tl_melbo.model.tokens import end_tokens
+from tl_melbo.model.tokens import chat_tokens, end_tokens
 from tl_melbo.shapes import shape_checked
 from tl_melbo.text import quoted
 
@@ -148,19 +147,10 @@ class Student:
 
     def prompt(self, system: str, ending: str, user: str) -> list[int]:
         """Tokens of a system prompt and a user's turn, up to where the answer begins."""
-        from jinja2 import TemplateError
-
         system = f"{system} {ending}".rstrip()
         if not getattr(self.tokenizer, "chat_template", None):
             return self.tokenizer(f"{system}\n\n{user}\n\n")["input_ids"]
-        template = functools.partial(
-            self.tokenizer.apply_chat_template, add_generation_prompt=True, return_dict=True
-        )
-        turns = [{"role": "system", "content": system}, {"role": "user", "content": user}]
-        try:
-            return template(turns)["input_ids"]
-        except TemplateError:  # some templates know no system prompt
-            return template([{"role": "user", "content": f"{system}\n\n{user}"}])["input_ids"]
+        return chat_tokens(self.tokenizer, user, system)[0].tolist()
 
     def _check_triggers(self) -> None:
         """Make sure that the model can tell a trigger from none, and from the others."""

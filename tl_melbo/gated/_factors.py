@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,13 +11,8 @@ from tl_melbo import checks, vectors_file
 from tl_melbo.additions import LowRankRows, Place
 from tl_melbo.layered import LayeredVectors
 from tl_melbo.shapes import Float, shape_checked
-from tl_melbo.stored import Stored
+from tl_melbo.stored import BlockLibrary
 from tl_melbo.story import now
-from tl_melbo.tables import Table
-from tl_melbo.text import printable
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 _ABOUT = "Each vector is what a gated factor writes in a block, at its mean gate over the tokens."
 
@@ -56,7 +51,7 @@ class GatedAdditions(LowRankRows):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class GatedFactors(Stored):
+class GatedFactors(BlockLibrary):
     """Factors of a model: `W z + R (z . a) b` in attention of each of its blocks, in place of W z.
 
         found = tm.gated_factors(model, "Tell me about yourself.", 16, chat=True)
@@ -115,11 +110,6 @@ class GatedFactors(Stored):
         return cls(A, B, story={**facts, "layers": list(layers)})
 
     @property
-    def d_model(self) -> int:
-        """The width of the residual stream."""
-        return self.B.shape[2]
-
-    @property
     def radius(self) -> float:
         """R, which multiplies what is added."""
         return float((self.story.get("hyperparameters") or {}).get("radius", 1.0))
@@ -165,13 +155,7 @@ class GatedFactors(Stored):
         story["hyperparameters"] = {"radius": self.radius}
         return GatedFactors(*drawn, story=story)
 
-    def table(self) -> "pd.DataFrame":
-        """One row a factor: what was measured of it."""
-        names = ["index", *(name for name in self.columns if name != "index")]
-        return Table({n: self.columns[n].numpy() for n in names if self.columns[n].ndim == 1})
-
     def __repr__(self) -> str:
         low, high = min(self.layers), max(self.layers)
         told = f"{len(self)} x {len(self.layers)} blocks, {low} to {high}, R = {self.radius:g}"
-        facts = [str(self.story[fact]) for fact in ("method", "model") if self.story.get(fact)]
-        return printable(f"GatedFactors({', '.join([told, *facts])})")
+        return self._described(told)

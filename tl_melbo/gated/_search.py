@@ -7,7 +7,7 @@ read through notes on it and a port of it.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from tl_melbo import checks, story
 from tl_melbo.activation_map import ActivationMap
-from tl_melbo.discovery._dct_fit import Factors, Fit
+from tl_melbo.discovery._dct_fit import MEASURE, Factors, Fit
 from tl_melbo.discovery._map import own_arithmetic
 from tl_melbo.errors import NotFinite, told
 from tl_melbo.gated._factors import GatedAdditions, GatedFactors
@@ -30,7 +30,7 @@ from tl_melbo.model.bridge import (
     model_name,
 )
 from tl_melbo.replay import Group, push, run_layers
-from tl_melbo.shapes import Delta, PositionMask, Residual, checked_slice, shape_checked
+from tl_melbo.shapes import Delta, checked_slice, shape_checked
 from tl_melbo.steering import hooked
 
 
@@ -42,6 +42,8 @@ class GatedMap:
 
     def __init__(self, f: ActivationMap, layers: Sequence[int], radius: float) -> None:
         self.f, self.layers, self.radius = f, layers, radius
+        self.x, self.mask, self.vectors_at_once = f.x, f.mask, f.vectors_at_once
+        self.position_mask, self.resolution = f.position_mask, f.resolution
         widths: set[int] = set()
         with self._seen(lambda _, z: widths.add(z.shape[-1])):
             f._hooked(f.x)
@@ -53,16 +55,6 @@ class GatedMap:
         self.widths = widths.pop(), f.d_model  # of a and b
 
     @property
-    def x(self) -> Residual:
-        """The residual stream before the first of the blocks."""
-        return self.f.x
-
-    @property
-    def mask(self) -> PositionMask:
-        """Where it holds a token."""
-        return self.f.mask
-
-    @property
     def size(self) -> int:
         """How many numbers a factor has."""
         return len(self.layers) * sum(self.widths)
@@ -70,18 +62,6 @@ class GatedMap:
     def story(self) -> dict[str, Any]:
         """Where the map comes from; its factors belong to blocks, not to one source layer."""
         return {name: fact for name, fact in self.f.story().items() if name != "source_layer"}
-
-    def position_mask(self, positions: slice) -> PositionMask:
-        """Which positions a slice picks."""
-        return self.f.position_mask(positions)
-
-    def resolution(self, positions: slice) -> float:
-        """How large an effect can be by rounding alone."""
-        return self.f.resolution(positions)
-
-    def vectors_at_once(self, with_gradient: bool = True) -> int:
-        """How many factors run at once."""
-        return self.f.vectors_at_once(with_gradient)
 
     def parts(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """The a and the b of flattened factors, [factor, layer, width]."""
@@ -150,13 +130,6 @@ class GatedMap:
             yield
 
 
-class _GatedFit(Fit):
-    """Deep causal transcoding on the product of the spheres of all a and b."""
-
-    def unit(self, vectors: Tensor) -> Tensor:
-        return cast(GatedMap, self.f).unit(vectors)
-
-
 @shape_checked
 def gated_factors(
     model: Model,
@@ -215,14 +188,13 @@ def gated_factors(
         def tell(step: int, objective: float) -> None:
             bar.update()
 
-        fit = _GatedFit(gated, positions, 1.0, tell)
+        fit = Fit(gated, positions, 1.0, tell, unit=gated.unit)
         drawn = torch.Generator().manual_seed(seed)
         start = torch.randn(n_factors, gated.size, generator=drawn, dtype=torch.float32)
         with own_arithmetic(gated):
             found, history = fit.iterated("exponential", gated.unit(start.double()), steps, True)
     _check_finite(found)
-    by_size = found.importance.argsort(descending=True)
-    inputs, output, importance, mean_effect = (part[by_size].float() for part in found)
+    inputs, columns, history = found.ordered(history)
     settings = {"layers": band, "radius": radius, "positions": story.slice_to_json(positions)}
     facts = story.make(
         "gated_factors",
@@ -230,20 +202,16 @@ def gated_factors(
         layers=band,
         seed=seed,
         hyperparameters={"n_factors": n_factors, **settings, "steps": steps},
-        measure=story.measure(
-            "importance", "importance α", counts="steps",
-            history="part of the objective (residual-stream units, squared)",
-        ),
+        measure=MEASURE,
         about="Each factor is a steering vector in attention of several blocks, with a gate that "
         "each token sets; all were found together, as soft factors of the effect.",
-    )  # fmt: skip
-    columns = {"importance": importance, "effect": (output * mean_effect).sum(-1)}
+    )
     gates, rows = gated.mean_gates(inputs).float(), gated.additions(inputs)
-    columns |= {"mean_gate": gates.abs(), "output": output, "mean_effect": mean_effect}
+    columns["mean_gate"] = gates.abs()
     # (-a, -b) adds what (a, b) adds: of the two, the one that is open on average.
     signs = torch.where(gates < 0, -1.0, 1.0)[:, :, None]
     A, B = rows.A * signs, rows.B * signs
-    return GatedFactors(A, B, story=facts, columns=columns, history=history[by_size])
+    return GatedFactors(A, B, story=facts, columns=columns, history=history)
 
 
 def _band(model: Model, layers: Sequence[int] | None, target: int | None) -> tuple[list[int], int]:

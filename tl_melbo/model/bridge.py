@@ -24,8 +24,6 @@ _OWN_HOOKS = (
     "transformer_lens.model_bridge.generalized_components",
     "transformers.utils.output_capturing",
 )
-# The hook point of the residual stream before the first block.
-EMBEDDING_HOOK_NAME = "blocks.0.hook_resid_pre"
 # How many values of each weight tell two models of one name apart.
 _SAMPLED = 64
 
@@ -109,7 +107,7 @@ def weights_digest(model: Model) -> str:
 
 def residual_hook_name(layer: int) -> str:
     """The hook point of the residual stream after a block; -1 is before the first."""
-    return EMBEDDING_HOOK_NAME if layer == -1 else f"blocks.{layer}.hook_resid_post"
+    return "blocks.0.hook_resid_pre" if layer == -1 else f"blocks.{layer}.hook_resid_post"
 
 
 def hook_points(model: Model, layer: int, place: Place) -> tuple[nn.Module, nn.Module]:

@@ -36,7 +36,7 @@ def to_tokens(model: Model, prompt: str, chat: bool = False, system: str | None 
         )
         chat = False
     if chat:
-        tokens = _chat_tokens(tokenizer, prompt, system)
+        tokens = chat_tokens(tokenizer, prompt, system)
     else:
         text = prompt if system is None else f"{system}\n\n{prompt}"
         tokens = model.to_tokens(text, truncate=False)
@@ -55,7 +55,8 @@ def as_seen(model: Model, prompt: str, chat: bool = False) -> str:
     return model.tokenizer.decode(to_tokens(model, prompt, chat)[0], skip_special_tokens=False)
 
 
-def _chat_tokens(tokenizer: Any, prompt: str, system: str | None = None) -> Tensor:
+def chat_tokens(tokenizer: Any, prompt: str, system: str | None = None) -> Tensor:
+    """A user's turn in the chat template, a system prompt before it; [1, pos], on the CPU."""
     from jinja2 import TemplateError
 
     turns = [{"role": "user", "content": prompt}]
@@ -66,7 +67,7 @@ def _chat_tokens(tokenizer: Any, prompt: str, system: str | None = None) -> Tens
         return tokenizer.apply_chat_template(turns, **options)["input_ids"]
     except TemplateError as error:
         if system is not None:  # some templates know no system prompt
-            return _chat_tokens(tokenizer, f"{system}\n\n{prompt}")
+            return chat_tokens(tokenizer, f"{system}\n\n{prompt}")
         raise ValueError(
             f"the tokenizer's chat template does not work ({error}); pass chat=False, or repair "
             "model.tokenizer.chat_template"
