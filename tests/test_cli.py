@@ -623,6 +623,10 @@ SETTING = "--method=dct", "--set"
     ("arguments", "message"),
     [
         (["--method=sgd"], "--method='sgd': known are"),
+        (
+            ["--method=divergence_adapter"],
+            "known are contrastive, dct, jacobian, melbo, melbo_ortho",
+        ),
         (["--method=random_vector"], "--method='random_vector': did you mean 'random_vectors'?"),
         (["--method=melbo_ortho", "--p=2"], "--p: --method melbo_ortho has no such setting"),
         (["--method=melbo_ortho"], "needs theta0; use tl-melbo ortho"),

@@ -65,7 +65,9 @@ def method_named(name: str) -> Method:
 
 
 def _methods() -> dict[str, Method]:
-    return {name: value for name, value in vars(tm).items() if isinstance(value, Method)}
+    methods = {name: value for name, value in vars(tm).items() if isinstance(value, Method)}
+    # Adapters are found in parts, too, but in a model, not in a map.
+    return {n: each for n, each in methods.items() if "f" in inspect.signature(each).parameters}
 
 
 def asked(
