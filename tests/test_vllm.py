@@ -137,9 +137,36 @@ def serving(folder, **environment):
             process.wait(60)
 
 
-def test_a_server(model, found, ours, folder):
-    with serving(folder) as url:
-        assert texts(model, found, engine=tm.engines.vllm(url)) == ours
+@pytest.fixture(scope="module")
+def url(folder):
+    with serving(folder) as address:
+        yield address
+
+
+def test_a_server(model, found, ours, url):
+    assert texts(model, found, engine=tm.engines.vllm(url)) == ours
+
+
+def test_inspect_steers_through_the_server(found, ours, url, folder, tmp_path):
+    """The recipe of docs/engines.md."""
+    from inspect_ai import Task, eval
+    from inspect_ai.dataset import Sample
+    from inspect_ai.model import GenerateConfig, get_model
+    from inspect_ai.scorer import includes
+    from inspect_ai.solver import generate
+    from vllm_lens import SteeringVector
+
+    for number, vector in enumerate(found.vectors):
+        added = SteeringVector(activations=vector[None], layer_indices=[LAYER])
+        body = {"extra_args": {"apply_steering_vectors": [added]}, "cache_salt": f"vector {number}"}
+        config = GenerateConfig(temperature=0, max_tokens=40, extra_body=body)
+        steered = get_model(f"vllm-lens/{folder}", base_url=url, api_key="none", config=config)
+        samples = [Sample(input=prompt, target="Paris") for prompt in PROMPTS]
+        task = Task(samples, solver=generate(), scorer=includes())
+        (log,) = eval(task, model=steered, log_dir=str(tmp_path), display="none")
+        assert log.status == "success", log.error
+        written = [sample.output.completion for sample in log.samples]
+        assert [text.strip() for text in written] == [text.strip() for text in ours[number:20:5]]
 
 
 def test_a_server_without_the_plugin_is_refused(model, found, folder):

@@ -22,7 +22,7 @@ from tl_melbo.errors import warn_of_rows
 from tl_melbo.memory import map_batches
 from tl_melbo.model.bridge import Model, model_name, plain_model
 from tl_melbo.model.tokens import check_room, end_tokens, to_tokens
-from tl_melbo.reading import adding
+from tl_melbo.reading import adding, read_ahead
 from tl_melbo.shapes import Tokens, shape_checked
 from tl_melbo.steering import Steerable, as_chat, place_told, steering_rows
 from tl_melbo.text import quoted
@@ -228,7 +228,7 @@ def _writer(model: Model, max_new_tokens: int, temperature: float) -> _Write:
     def write(tokens: Tokens, steered: _Rows) -> tuple[list[str], list[bool]]:
         rows = tokens.expand(len(steered), -1)
         choice = _Choice(steered.draws, torch.tensor(ends, device=tokens.device), temperature)
-        past = None if plain is None else _past(model, plain, tokens, steered)
+        past = {} if plain is None else _past(model, plain, tokens, steered)
         with adding(model, plain, steered.added[steered.places]):
             if writes is None:  # a HookedTransformer
                 with model.unembed.register_forward_hook(choice.of_logits):
@@ -239,7 +239,7 @@ def _writer(model: Model, max_new_tokens: int, temperature: float) -> _Write:
                     attention_mask=torch.ones_like(rows),
                     generation_config=config,
                     logits_processor=LogitsProcessorList([choice]),
-                    **({} if past is None else {"past_key_values": past}),
+                    **past,
                 )
         new = out[:, tokens.shape[1] :].tolist()
         kept = [list(itertools.takewhile(lambda token: token not in ends, row)) for row in new]
@@ -249,24 +249,24 @@ def _writer(model: Model, max_new_tokens: int, temperature: float) -> _Write:
     return write
 
 
-def _past(model: Model, plain: Any, tokens: Tokens, steered: _Rows) -> Any:
+def _past(model: Model, plain: Any, tokens: Tokens, steered: _Rows) -> dict[str, Any]:
     """The keys and values of the prompt but for its last token, read once for each vector.
 
-    None where there is nothing to read, or where the model keeps something else.
+    Empty where there is nothing to read, or where the model keeps something else.
     """
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
     if tokens.shape[1] < 2:
-        return None
+        return {}
     distinct, rows = steered.places.unique(return_inverse=True)
     with adding(model, plain, steered.added[distinct]):
         # One row runs up to the first steered layer, and the vectors make many of it.
-        past = plain(tokens[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
+        name, past = read_ahead(plain, tokens[:, :-1])
     if not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in past.layers):
-        return None
+        return {}
     for layer in past.layers:
         layer.batch_select_indices(rows.to(tokens.device) % len(layer.keys))
-    return past
+    return {name: past}
 
 
 class _Choice:

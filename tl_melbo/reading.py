@@ -3,6 +3,7 @@
 Rows that add nothing are the unsteered model to the last bit, whatever runs beside them.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -41,6 +42,13 @@ def adding(model: Model, plain: Any, rows: Additions) -> Iterator[Any]:
         return
     with torch.no_grad(), adding_below(model, plain, rows):
         yield plain
+
+
+def read_ahead(plain: Any, tokens: Tokens) -> tuple[str, Any]:
+    """The keys and values of tokens, and what this version of transformers calls them."""
+    known = inspect.signature(type(plain).forward).parameters
+    name = "cache" if "cache" in known else "past_key_values"
+    return name, getattr(plain(tokens, use_cache=True, logits_to_keep=1), name)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from tl_melbo.memory import map_batches
 from tl_melbo.model.bridge import Model, at_rest, plain_model
 from tl_melbo.model.tokens import context_length, to_tokens
 from tl_melbo.probability import mean_losses
-from tl_melbo.reading import rows_at_once
+from tl_melbo.reading import read_ahead, rows_at_once
 from tl_melbo.shapes import Int, Tokens, shape_checked
 
 DEFAULT_PERPLEXITY = 11.0
@@ -95,10 +95,10 @@ class _Reader:
         """The perplexity of each text, all after one prompt, which is read once."""
         rows = [torch.tensor(text) for text in texts]
         written = torch.nn.utils.rnn.pad_sequence(rows, True, _NO_TOKEN).to(before.device)
-        past: Any = None
+        past: tuple[str, Any] | None = None
         if self.plain is not None and before.shape[1] > 1:
             with torch.no_grad():
-                past = self.plain(before[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
+                past = read_ahead(self.plain, before[:, :-1])
 
         def of_batch(batch: Int[Tensor, "text pos"]) -> Tensor:
             batch = batch[:, : int((batch != _NO_TOKEN).sum(-1).max())]
@@ -108,11 +108,13 @@ class _Reader:
                     with at_rest(self.model):
                         logits = self.model(torch.cat([prompts, read], 1))
                     return mean_losses(logits[:, before.shape[1] - 1 :], batch)
-                cache = copy.deepcopy(past)
-                if cache is not None:
+                given = {}
+                if past is not None:
+                    name, cache = copy.deepcopy(past)
                     cache.batch_repeat_interleave(len(batch))
+                    given = {name: cache}
                 rows = torch.cat([prompts[:, -1:], read], 1)
-                return mean_losses(self.plain(rows, past_key_values=cache).logits, batch)
+                return mean_losses(self.plain(rows, **given).logits, batch)
 
         at_once = rows_at_once(self.model, written.shape[1], self.batch_size)
         parts, _ = map_batches(of_batch, written, at_once)
