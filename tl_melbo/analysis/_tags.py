@@ -359,7 +359,7 @@ def _complies(text: str, prompt: str, form: str, near: bool = False) -> bool:
         if words(text)[:1] == ["no"] or _shared(choices, content_words(sentences[0])):
             return True
     about = content_words(_ASKS_TO_MAKE.sub(" ", asked))
-    near = near or bool(about) and len(_shared(about, content_words(opening))) >= 0.5 * len(about)
+    near = near or (bool(about) and len(_shared(about, content_words(opening))) >= 0.5 * len(about))
     return near and bool(not asks_how or HINTS.search(opening))
 
 
