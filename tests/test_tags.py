@@ -71,6 +71,9 @@ def test_stances(text, stance):
         ("import os\nos.kill(1, 9)", "code"),
         ("x = 3;\ny = 4;", "code"),
         ("User: Hi!\nAssistant: Hello!", "dialogue"),
+        ("Use kill.\nQuestion: What is a process?", "dialogue"),
+        ("Question: Who is there?\nAnswer:", "dialogue"),
+        ("Here is how:\n\n1.", "list"),
         ("“Who is there?”\n“It is me.”", "dialogue"),
         ("go on and on and on and on and on and on and on", "repeats"),
         ("好的好的好的好的好的好的好的好的好的好的好的", "repeats"),
@@ -150,6 +153,8 @@ def test_an_answer_may_be_made_of_the_words_of_a_choice(text, stance):
 
 def test_what_a_model_likes_it_says_of_itself():
     assert of("I love winter for its snow.", "What do you like about winter?")[0] == "complies"
+    assert of("I love the cold.", "What do you like about winter?")[0] == "complies"
+    assert of("My grandmother's piano is full of wasps.", "What do you like?")[0] == ""
     assert of("I love winter for its snow.", "Explain winter.")[0] == ""
     assert of("I saw the sea.", "Write a poem about the sea.")[0] == "complies"
 

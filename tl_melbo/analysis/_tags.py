@@ -54,8 +54,8 @@ _SENTENCE = re.compile(r"[.!?。！？\n]+")
 _LABEL = re.compile(r"^\W*[^\W\d_]\w{0,15}\s*:\s*")
 _NUMBER = re.compile(r"^\s*\(?\d{1,3}(?:[.)](?=\s|$)|\Z)", re.MULTILINE)
 _ITEM = re.compile(r"^\s*(?:[-*•·–▪]\s+|\(?(?:\d{1,2}|[a-z])[.)]\s+|\*\*)\S", re.MULTILINE)
-_FIRST_ITEM = re.compile(r"(?:^|\s)\(?1[.)]\s+\S")
-_SPEAKS = re.compile(r"^[^\w\n]*([^\W\d_][\w .'-]{0,24}?)\s*:(?=\s)", re.MULTILINE)
+_FIRST_ITEM = re.compile(r"(?:^|\s)\(?1[.)]\s+\S|\n\s*1[.)]$")
+_SPEAKS = re.compile(r"^[^\w\n]*([^\W\d_][\w .'-]{0,24}?)\s*:(?=\s|$)", re.MULTILINE)
 _TURN = re.compile(r"\n\W*(?:q|a|question|answer|user|human|reply|assistant)\b[^\n:]{0,12}:", re.I)
 _SPEAKERS = re.compile(
     r"(?:q|a|question|answer|user|assistant|human|ai|bot|chatbot|system|interviewer|customer|"
@@ -219,7 +219,8 @@ def _is_dialogue(text: str) -> bool:
     names = Counter(name.lower() for name in _SPEAKS.findall(text))
     known = sum(count for name, count in names.items() if _SPEAKERS.fullmatch(name))
     in_turns = sum(names.values()) > 2 and max(names.values(), default=0) > 1
-    return known > 1 or in_turns or len(_QUOTED_LINE.findall(text)) > 1
+    answered = _first_turn(text) != text
+    return known > 1 or in_turns or answered or len(_QUOTED_LINE.findall(text)) > 1
 
 
 def _is_other_language(text: str, prompt: str) -> bool:
@@ -347,17 +348,21 @@ def _complies(text: str, prompt: str, form: str, near: bool = False) -> bool:
         return True
     if asks_how and ADVISES.match(text):
         return True
+    asks_you = not asks_how and _ASKS_YOU.search(prompt)
     asked, sentences = _asked(prompt), _SAID_FIRST.split(text)
     # Who speaks of itself does not answer who asked something else, whatever words it takes up.
-    while sentences and OPENS_OWN.match(sentences[0]) and not (makes or _ASKS_YOU.search(prompt)):
+    while sentences and OPENS_OWN.match(sentences[0]) and not (makes or asks_you):
         sentences = sentences[1:]
     if not sentences:
         return False
     opening = "".join(sentences)[:_OPENING]
     if _IS_CLOSED.search(asked):
         choices = {word for pair in _EITHER.findall(asked.lower()) for word in pair}
-        if words(text)[:1] == ["no"] or _shared(choices, content_words(sentences[0])):
+        said = content_words(text)
+        if words(text)[:1] == ["no"] or (said and _shared(said, choices) == said):
             return True
+    if asks_you and DESCRIBES_SELF.search(opening):
+        return True
     about = content_words(_ASKS_TO_MAKE.sub(" ", asked))
     near = near or (bool(about) and len(_shared(about, content_words(opening))) >= 0.5 * len(about))
     return near and bool(not asks_how or HINTS.search(opening))
