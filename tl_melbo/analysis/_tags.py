@@ -102,7 +102,8 @@ def tags(prompt: str, texts: str | Sequence[str], system: str | None = None) -> 
         system: the system prompt that the model was given, to tell where a text leaks it.
 
     Returns:
-        A row for each text. stance: "refuses", "complies", "echoes the prompt", "leaks the system
+        A row for each text. stance: "refuses", "complies" (opens as an answer does, or shares words
+        with the prompt: no rule knows what is on topic), "echoes the prompt", "leaks the system
         prompt", or "" where no rule tells. form: "prose", "list", "code", "dialogue", "repeats",
         "other language" (than the prompt's), "no words". speaker: "assistant" (speaks as an AI),
         "person" (in the first person, but not as an AI), "third person" (of somebody), "none".
