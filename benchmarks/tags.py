@@ -3,7 +3,9 @@
     python -m benchmarks.tags draw FILE [--seed 0] [--models bundled planted MODEL]
     python -m benchmarks.tags agree benchmarks/tags.csv
 
-`tags_2.csv` is a second such file, of two other prompts. `draw` writes 40 completions of each model (the bundled one, the one with planted behaviours, any
+`tags_2.csv` is a second such file, of two other prompts.
+
+`draw` writes 40 completions of each model (the bundled one, the one with planted behaviours, any
 other: a hub id, a folder or a .gguf file), of both signs, greedy and sampled, in random order, and
 all greedy ones of one search besides. It writes no tags: fill in stance and form after reading, and
 `group` (any word; "incoherent" does not count) for the texts of that search. `agree` runs the
