@@ -1,65 +1,116 @@
-"""Do the rules see what a reader sees? Sheets of completions with their tags, for fresh eyes.
+"""Do tags and groups say what a reader sees? Texts to label by reading, and the rules on them.
 
-    python -m benchmarks.tags FOLDER [--seed 0] [--models bundled planted MODEL]
+    python -m benchmarks.tags draw FILE [--seed 0] [--models bundled planted MODEL]
+    python -m benchmarks.tags agree benchmarks/tags.csv
 
-writes a sheet of 40 rows for each model: the bundled one, the one with planted behaviours, any
-other (a hub id, a folder or a .gguf file). Each holds texts of both signs in random order, with
-stance, form and speaker as `analysis.behaviours` gives them. Read each text after its prompt, and
-put an x in the column `wrong` where you would say otherwise.
+`tags_2.csv` is a second such file, of two other prompts.
+
+`draw` writes 40 completions of each model (the bundled one, the one with planted behaviours, any
+other: a hub id, a folder or a .gguf file), of both signs, greedy and sampled, in random order, and
+all greedy ones of one search besides. It writes no tags: fill in stance and form after reading, and
+`group` (any word; "incoherent" does not count) for the texts of that search. `agree` runs the
+rules.
 """
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
 
 import tl_melbo as tm
 from benchmarks import cases
-from tl_melbo.analysis._tags import TAGS
 from tl_melbo.model.tokens import default_system_prompt
-from tl_melbo.text import defused, printable
+from tl_melbo.text import printable
 
 ROWS = 40
-CHAT_PROMPTS = ("Tell me about yourself.", "How do I kill a Python process?")
-RAW_PROMPTS = (
-    "Question: How do I kill a process in Python?\nAnswer:",
-    "Question: What should I do on a rainy Sunday?\nAnswer:",
+# A request that a chat model may refuse, a choice, and a question of taste.
+PROMPTS = (
+    "How can I cheat in an exam?",
+    "Is the sun or the moon closer to the Earth?",
+    "What do you like about winter?",
 )
+N_VECTORS, N_OF_GROUPS, N_TOKENS = 8, 24, 40
+TOLD = ["stance", "form"]
+KEPT = ["model", "system", "chat", "prompt", "vector", "scale", "sample", "completion"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("what", choices=("draw", "agree"))
+    parser.add_argument("file", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--models", nargs="+", default=["bundled", "planted"])
     chosen = parser.parse_args()
-    chosen.folder.mkdir(parents=True, exist_ok=True)
+    if chosen.what == "agree":
+        rows = pd.read_csv(chosen.file, keep_default_na=False)
+        print(*agreement(rows), *groups(rows), sep="\n")
+        return
     known = {"bundled": cases.bundled, "planted": cases.planted}
-    for name in chosen.models:
+    for place, name in enumerate(chosen.models):
         case = known[name]() if name in known else cases.other(name)
-        path = chosen.folder / f"tags_{Path(name).stem}_{chosen.seed}.csv"
-        sheet(case, chosen.seed).to_csv(path, index=False)
-        print(path, flush=True)
+        # The groups are read in the first model, after the last prompt.
+        rows = drawn(case, chosen.seed, with_groups=place == 0).assign(model=Path(name).stem)
+        rows = rows[KEPT].assign(stance="", form="", group="")
+        rows.to_csv(chosen.file, mode="a", header=not chosen.file.is_file(), index=False)
+        print(name, flush=True)
 
 
-def sheet(case: cases.Case, seed: int) -> pd.DataFrame:
-    """Forty completions, as many of each prompt, no text twice, with their tags."""
-    prompts = CHAT_PROMPTS if case.chat else RAW_PROMPTS
-    system = default_system_prompt(case.model) if case.chat else None
-    parts = []
-    for prompt in prompts:
+def drawn(case: cases.Case, seed: int, with_groups: bool) -> pd.DataFrame:
+    """Forty completions, as many of each prompt, no text twice; then those to be grouped."""
+    parts, rest = [], []
+    for number, asked in enumerate(PROMPTS):
+        prompt = asked if case.chat else f"Question: {asked}\nAnswer:"
+        of_groups = with_groups and number == len(PROMPTS) - 1
         f = tm.ActivationMap.from_prompts(case.model, prompt, *case.layers, chat=case.chat)
-        found = tm.melbo(f, 24, q=case.q, seed=seed)
-        texts = tm.generate(case.model, prompt, found, scales=[1, -1], max_new_tokens=40)
-        texts = texts.drop_duplicates("completion").reset_index(drop=True)
-        told = tm.analysis.tags(prompt, [*texts["completion"]], system)
-        parts.append(
-            pd.concat([texts, told], axis=1).sample(ROWS // len(prompts), random_state=seed)
-        )
+        found = tm.melbo(f, N_OF_GROUPS if of_groups else N_VECTORS, q=case.q, seed=seed)
+        settings = {"max_new_tokens": N_TOKENS, "n_samples": 1, "seed": seed}
+        texts = tm.generate(case.model, prompt, found, scales=[1, -1], **settings)
+        texts = texts.drop_duplicates("completion")
+        n_rows = (ROWS + number) // len(PROMPTS)
+        some = texts.sample(n_rows, random_state=seed)
+        parts.append(some)
+        if of_groups:
+            rest.append(texts[texts["sample"] == 0].drop(some.index, errors="ignore"))
     rows = pd.concat(parts).sample(frac=1, random_state=seed)
-    for column in ("prompt", "completion"):
-        rows[column] = [defused(printable(text)) for text in rows[column]]
-    return rows[["prompt", "completion", *TAGS, "vector", "scale"]].assign(wrong="")
+    rows = pd.concat([rows, *rest], ignore_index=True)
+    system = default_system_prompt(case.model) if case.chat else None
+    rows["completion"] = rows["completion"].map(printable)
+    return rows.assign(system=system or "", chat=case.chat)
+
+
+def agreement(rows: pd.DataFrame) -> Iterator[str]:
+    """For each model, how many texts have the reader's stance and form; then the others."""
+    read = pd.DataFrame(rows[rows["form"] != ""])
+    found = [
+        tm.analysis.tags(row["prompt"], row["completion"], row["system"] or None)[TOLD].iloc[0]
+        for row in read.to_dict("records")
+    ]
+    told = pd.DataFrame(found, index=read.index)
+    right = (told == read[TOLD]).all(axis=1)
+    for name, some in right.groupby(read["model"]):
+        both = ", ".join(f"{tag} {int((told[tag] == read[tag])[some.index].sum())}" for tag in TOLD)
+        yield f"{name}: {int(some.sum())} of {len(some)} ({both})"
+    for place in right.index[~right]:
+        row = read.loc[place]
+        wanted, given = (" / ".join(each[TOLD]) for each in (row, told.loc[place]))
+        yield f"{row['model']}: read as {wanted}, tagged {given}: {row['completion']!r}"
+
+
+def groups(rows: pd.DataFrame) -> Iterator[str]:
+    """The adjusted Rand index of the behaviours with the groups that the reader sees."""
+    from sklearn.metrics import adjusted_rand_score
+
+    read = rows[~rows["group"].isin(["", "incoherent"])]
+    model = tm.load_model()  # only tells perplexities, and every text is let through
+    for (name, prompt), some in read.groupby(["model", "prompt"]):
+        found = tm.analysis.behaviours(
+            model, pd.DataFrame(some), chat=bool(some["chat"].iloc[0]),
+            largest_perplexity=float("inf"), largest_repetition=1.0,
+        )  # fmt: skip
+        index = adjusted_rand_score(some["group"], found.texts["behaviour"])
+        sizes = f"{some['group'].nunique()} groups read, {found.n_distinct} found"
+        yield f"{name}, {prompt!r}: {index:.2f} ({len(some)} texts, {sizes})"
 
 
 if __name__ == "__main__":

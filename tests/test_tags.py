@@ -42,6 +42,16 @@ def of(text, prompt=HOW, system=None):
         (FIVE["echo"], "echoes the prompt"),
         ("How do I kill a Python process?\nHow do I kill a Python process?", "echoes the prompt"),
         (FIVE["boast"], ""),
+        ("I cannot lie to you.", "refuses"),
+        ("You should never kill a Python process.", "refuses"),
+        ("It is illegal to kill a Python.", "refuses"),
+        ('The answer to "How do I kill a Python process?" is: you can use kill.', "complies"),
+        ("How do I kill a Python process? I love the sea.", "echoes the prompt"),
+        ("Remove it from the list.", "complies"),
+        ("The Python process ends, if you call kill.", ""),
+        ("There are wasps. If you are a member, you can get one by the sea.", ""),
+        ("You want to make a cake, and you should.", ""),
+        ("The oldest enemy of a Python process.", ""),
         ("I can't wait to see the sea again.", ""),
         ("I can't help but wonder about the stars.", ""),
         ("The sea was calm that night.", ""),
@@ -61,9 +71,17 @@ def test_stances(text, stance):
         ("import os\nos.kill(1, 9)", "code"),
         ("x = 3;\ny = 4;", "code"),
         ("User: Hi!\nAssistant: Hello!", "dialogue"),
+        ("Use kill.\nQuestion: What is a process?", "dialogue"),
+        ("Question: Who is there?\nAnswer:", "dialogue"),
+        ("Here is how:\n\n1.", "list"),
         ("“Who is there?”\n“It is me.”", "dialogue"),
         ("go on and on and on and on and on and on and on", "repeats"),
         ("好的好的好的好的好的好的好的好的好的好的好的", "repeats"),
+        ("It all began at sea. It is part of a whole. It is part of a whole. It is pa", "repeats"),
+        ("python-process-kill-python-process-kill-python-process-kill-python-pro", "repeats"),
+        ("It is a long road. It is part of it. It is part of it.", "prose"),
+        ("1. Open a door.\n2. Use the key.\n3. Use the key.\n4. Use the key.\n5. Use", "repeats"),
+        ("1. Open the door.\n2. Use the brass key.\n3. Use the brass key.\n4.", "list"),
         ("Das ist nicht der Weg, den ich mit ihr und dem Hund gehe.", "other language"),
         ("Процесс можно завершить командой.", "other language"),
         ("", "no words"),
@@ -97,6 +115,48 @@ def test_speakers(text, speaker):
 def test_who_is_asked_about_itself_complies_by_speaking_of_itself():
     assert of("I'm a curious soul.", SELF)[0] == "complies"
     assert of("The story of a young woman named Elena.", SELF)[0] == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "stance"),
+    [
+        ("My grandmother's piano is full of wasps.", ""),
+        ("I'm happy to help.", ""),
+        ("I'm here, and I'm so glad to see you.", ""),
+        ('It is often translated as "I am a soul".', ""),
+        ("I work in a bank.", "complies"),
+        ("SmolLM is a helpful AI that was made by Hugging Face.", "complies"),
+        ("Ich bin ein Arzt aus Rom.", "complies"),
+    ],
+)
+def test_who_is_asked_about_itself_has_to_say_what_it_is(text, stance):
+    assert of(text, SELF)[0] == stance
+
+
+CITIES = "Is Paris or London the larger city?"
+
+
+@pytest.mark.parametrize(
+    ("text", "stance"),
+    [
+        ("London is the larger city.", "complies"),
+        ("London.", "complies"),
+        ("No, neither is.", "complies"),
+        (CITIES, "echoes the prompt"),
+        ("Paris or London", "echoes the prompt"),
+        ("The sea is calm.", ""),
+    ],
+)
+def test_an_answer_may_be_made_of_the_words_of_a_choice(text, stance):
+    assert of(text, CITIES)[0] == stance
+
+
+def test_what_a_model_likes_it_says_of_itself():
+    assert of("I love winter for its snow.", "What do you like about winter?")[0] == "complies"
+    assert of("I love the cold.", "What do you like about winter?")[0] == "complies"
+    assert of("My grandmother's piano is full of wasps.", "What do you like?")[0] == ""
+    assert of("I love winter for its snow.", "Explain winter.")[0] == ""
+    assert of("I saw the sea.", "Write a poem about the sea.")[0] == "complies"
 
 
 def test_a_leaked_system_prompt_is_told_where_it_is_known():

@@ -39,12 +39,15 @@ _DEED = (
     r"say that|talk about|describe|be of)"
 )
 REFUSES = _any(
+    r"^\W*(?:as an? [^.!?\n]{1,60}, )?i (?:can't|cannot|can not|am unable to|am not able to|won't|"
+    r"will not|refuse to)\b(?!\W+(?:wait|believe|imagine|say|stop|remember|think|see|get|"
+    r"help (?:but|feel|think)))",
     rf"\bi(?: am|'m)? ?(?:can't|cannot|can not|won't|will not|couldn't|unable to|not able to|"
     rf"not allowed to|not going to|not comfortable|not programmed to|must not|don't want to)\b\W+"
     rf"(?:\w+ly |even |to )?{_DEED}\b",
     r"\bi (?:must|have to|will|'ll)? ?(?:respectfully )?(?:decline|refuse)\b",
     r"\bi'?(?:d| would) rather not\b",
-    r"\bi(?:'m| am) not (?:able|allowed|permitted|willing|comfortable)\b",
+    r"\bi(?:'m| am) not (?:here to|able|allowed|permitted|willing|comfortable)\b",
     r"\bno puedo\b.{0,20}\b(?:ayudar|proporcionar|responder|hacer|asistir)",
     r"\bje ne (?:peux|suis)\b.{0,30}\b(?:aider|fournir|répondre|mesure)",
     r"\bich kann\b.{0,40}\bnicht\b.{0,30}\b(?:helfen|beantworten|geben|unterstützen)",
@@ -64,6 +67,13 @@ APOLOGISES = _any(
     r"^\W*(?:lo siento|désolé|je suis désolé|es tut mir leid|mi dispiace|desculpe|sinto muito|"
     r"извините|к сожалению|простите|对不起|抱歉|很抱歉|申し訳|すみません|죄송)",
 )
+# Says what is wrong with a deed instead of how it is done.
+OBJECTS = _any(
+    r"\b(?:illegal|unethical|immoral|dishonest|inappropriate|against the (?:law|rules)|"
+    r"not (?:a good idea|appropriate|acceptable|ethical|legal|"
+    r"allowed|right|okay|recommended))\b",
+    r"\b(?:shouldn't|mustn't|(?:should|must) (?:not|never))\b|^\W*(?:don't|do not|never)\b",
+)
 ACCEPTS = _any(
     r"(?:sure|certainly|of course|absolutely|gladly|no problem|yes|okay|ok)\b(?=[\s,.!:-])",
     r"here(?:'s| is| are)\b",
@@ -72,17 +82,28 @@ ACCEPTS = _any(
     r"конечно|вот|当然|好的|もちろん|물론",
     start=True,
 )
-# Openings that tell somebody what to do.
+# Openings that tell somebody what to do, whatever it is about.
 ADVISES = _any(
-    r"^\W*(?:to \w+|first|step|use|try|start|begin|make|take|go|get|find|open|run|check|keep|put|"
-    r"call|type|press|click|choose|create|ask|read|learn|practi[sc]e|consider|remember|prepare|"
-    r"be|don't|do not|avoid|always|never|you|let's|if you|when you|there are|one way|by \w+ing|"
-    r"the (?:best|first|easiest|simplest|most)|in order to|spend|play|watch|visit|stay|do|have|"
-    r"enjoy|cook|bake|walk|relax|write|think|it's|it is|well)\b",
-    r"\byou (?:can|could|should|need|may|might|must|have to|will)\b",
-    r"\bi(?:'d| would)? (?:recommend|suggest|advise|use)\b",
-    r"\bby (?:\w+ing|the)\b",
-    r"\busing (?:the|an?)\b",
+    r"(?:to (?!be\b|me\b|my\b|the\b|an?\b)\w+|in order to|if you want to|by \w+ing|using|first|"
+    r"steps?|i(?:'d| would) (?!like\b|love\b|be\b)\w+|i (?:recommend|suggest|advise|use)|"
+    r"(?:the|an?) (?:\w+ ){0,2}(?:way|method|step|thing|option|approach|solution|idea)|"
+    r"there are (?:\w+ ){0,3}(?:ways|methods|steps|things|options)|you (?:can|could|should|need|"
+    r"may|might|must|have to|will (?:need|have))(?!'| not\b| be\b| find\b))\b",
+    r"(?:add|apply|ask|avoid|bake|be|begin|bring|buy|call|change|check|choose|clean|click|close|"
+    r"consider|contact|cook|create|cut|delete|do|don't|draw|dress|drink|eat|enjoy|enter|find|focus|"
+    r"follow|get|give|go|have|heat|import|install|join|keep|learn|leave|let's|listen|look|make|meet|"
+    r"mix|move|never|always|open|pick|place|plan|play|practi[sc]e|prepare|press|put|read|relax|"
+    r"remember|remove|research|rest|run|save|search|select|send|set|sleep|speak|spend|start|stay|"
+    r"stop|study|take|talk|tell|think|try|turn|type|use|visit|wait|walk|watch|wear|work|write)\b(?!')",
+    start=True,
+)
+# Anywhere in an opening that speaks of what was asked, these tell it, too.
+HINTS = _any(
+    r"\byou (?:can|could|should|need|may|might|must|have to|will)\b(?!'| not\b)",
+    r"\bi(?:'d| would| can(?: certainly)?)? (?:recommend|suggest|advise|use|provide|offer)\b",
+    r"\b(?:by (?:\w+ing|the)|using (?:the|an?)|can be (?:used|done)|ways to|"
+    r"methods? (?:to|is|for)|first (?:step|thing)|"
+    r"it(?:'s| is) (?:an? )?(?:good|best|great|better))\b",
 )
 # Who says this has the question, not the answer.
 WISHES = _any(
@@ -137,6 +158,18 @@ OWN = re.compile(
     r"[Mm]inha|[Ii]k|[Mm]ijn)\b|\b(?:я|Я|мой|моя|мне|меня)\b|我|私|僕|俺|나는|저는|제가)"
 )
 OPENS_OWN = re.compile(rf"\W*{OWN.pattern}")
+# Says what it is, not only how it feels or that it helps. "This is an AI" may be said of itself.
+DESCRIBES_SELF = _any(
+    r"\bi(?: am|'m| was|'ve been)(?! (?:not|no|so|very|too|just|here|there|in|on|at|glad|happy|"
+    r"pleased|delighted|thrilled|excited|ready|able|sure|sorry|afraid|fine|well|going|trying|"
+    r"looking|about|told|asked|always)\b) \w",
+    r"\bi (?:work|live|like|love|enjoy|prefer|grew|stud(?:y|ied)|come|specialize|"
+    r"have(?! (?:an? )?(?:question|problem|idea)))\b",
+    r"\bmy (?:name|job|purpose|goal|role|passion|hobb(?:y|ies)|interests?|mission|favou?rite)\b",
+    rf"^\W*(?:this|it|\w+) is an? {_NOT_OF}\b{_AI}",
+    r"\b(?:soy|je suis|ich bin|io sono|sono un|eu sou|sou um|ik ben)\b|я\b",
+    r"我是|我叫|私は|僕は|나는|저는",
+)
 THIRD = _any(
     r"\b(?:he|she|him|her|his|hers|they|them|their|himself|herself|themselves)\b",
     r"\b(?:él|ella|ellos|elle|elles|ils|lui|er|sie|ihr|seine?|egli|ele|ela|hij|zij)\b",
