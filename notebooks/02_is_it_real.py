@@ -359,9 +359,11 @@ check.direction(direction, shows, shows_not)
 # %%
 labelled = tm.contrastive(shows, shows_not, radius=RADIUS, positions=slice(-1, None))
 cosine = float(tm.analysis.cosine_similarity(labelled, found[CHOSEN]))
-labelled_set = tm.generate(model, PROMPT, labelled, n_samples=N_SAMPLES, **more)
+labelled_set = tm.generate(model, PROMPT, labelled, n_samples=3 * N_SAMPLES, **more)
 print(f"cosine with the chosen vector {cosine:.2f}; greedy: {labelled_set['completion'][0]}")
-tm.analysis.rates(labelled_set, as_a_person, by=["vector"])
+beside = pd.concat([second_set[second_set["vector"] < 0], labelled_set], ignore_index=True)
+of_labelled = tm.analysis.rates(beside, as_a_person, by=["vector"], random=random_set)
+of_labelled.drop(columns="vector").replace({"steering": {"vector": "labelled vector"}})
 
 # %% [markdown]
 # ## Exercise 4: does the library hold that direction?
