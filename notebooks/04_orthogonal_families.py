@@ -234,16 +234,19 @@ by_block(whole[20], "distance")
 
 # %%
 def kinds_of_text(frame, size=50):
-    own = frame[frame["kind"] == "family"].reset_index(drop=True)
+    """In blocks of fifty: the family, and as many random vectors of the same norms."""
     told = frame.set_index("kind")["completion"]
     rows = []
-    for first in range(0, len(own), size):
-        some = own[first : first + size]
-        told_rows = share_like(
-            [str(x) for x in some["completion"]], told["reference"], told["unsteered"]
-        )
-        rows.append({"from vector": first, **told_rows, "mean norm": some["norm"].mean()})
-    return pd.DataFrame(rows).set_index("from vector").round(2)
+    for first in range(0, int(frame["index"].max()) + 1, size):
+        block = frame[frame["index"].between(first, first + size - 1)]
+        for kind in ("family", "random"):
+            some = block[block["kind"] == kind]
+            shares = share_like(
+                [str(x) for x in some["completion"]], told["reference"], told["unsteered"]
+            )
+            norm = some["norm"].mean()
+            rows.append({"from vector": first, "vectors": kind, **shares, "mean norm": norm})
+    return pd.DataFrame(rows).set_index(["from vector", "vectors"]).round(2)
 
 
 kinds_of_text(whole[20])
