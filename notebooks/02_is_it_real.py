@@ -243,9 +243,21 @@ pooled = tm.analysis.rates(on_others, as_a_person, by=["vector"], random=random_
 tm.plots.behaviour_rates(pooled, "Speaks as a person, on four other prompts together")
 
 # %% [markdown]
-# A few samples a prompt give wide intervals; the figure pools the prompts. Look into the table before you speak of
+# A few samples a prompt give wide intervals; this figure pools the prompts. Look into the table before you speak of
 # "all prompts": on some of them the unsteered model, too, speaks as a person, which leaves no room. If the pooled bars do
 # not differ, the claim is one about the prompt that the vector was found on. Say so.
+#
+# Not to bring out *this* behaviour is not to do nothing. How far does each vector move the next token, on the prompt of
+# the search (the first row) and on the others? Vector 0 is the chosen one, the six others are random.
+
+# %%
+both = tm.concatenate([found[CHOSEN], random[:6]])
+moved = tm.analysis.transfer(model, both, [PROMPT, *OTHER_PROMPTS], max_new_tokens=MAX_NEW_TOKENS)
+tm.plots.transfer_heatmap(moved, "KL to unsteered: the chosen vector (0) and six random ones")
+
+# %% [markdown]
+# A chosen vector that stays far above the random ones on other prompts acts there, too, though not as the claim says: point
+# at a cell to read what it writes.
 #
 # ## Other seeds
 #
@@ -295,7 +307,6 @@ pd.concat(
 # What does it cost on prompts that have nothing to do with the claim, and on ordinary prose? Random vectors beside it.
 
 # %%
-both = tm.concatenate([found[CHOSEN], random[:6]])
 costs = tm.evaluation.side_effects(model, both, [PROMPT, *OTHER_PROMPTS], chat=True)
 costs.assign(vectors=["chosen"] + 6 * ["random"])[
     ["vectors", "kl_target", "kl_unrelated", "specificity", "loss_increase"]
