@@ -374,6 +374,7 @@ lines(
 
 # %%
 everyone = grouped.texts[(grouped.texts["vector"] >= 0) & (grouped.texts["scale"] == 1)]
+everyone = everyone.sort_values("vector")
 names = grouped.groups.set_index("behaviour")["name"]
 with torch.no_grad():
     plane = tm.analysis.effect_plane(
