@@ -313,7 +313,7 @@ def test_a_permutation_test():
 
     wrong = {
         "which list comes first": lambda a, b: permuted(a, b, one_sided=True),
-        "half of the time": lambda a, b: 2 / 252 if max(a + b) > 10 else 1.0,
+        "half of the time": lambda a, b: {15: 2 / 252, 19: 2 / 15}.get(max(a + b), 1.0),
         "not right": lambda a, b: 0.05,
         "P|p-value of 0": lambda a, b: 0.0,
         "between 0 and 1": lambda a, b: 1.5,
