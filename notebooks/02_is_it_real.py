@@ -45,6 +45,8 @@ OTHER_PROMPTS = [
 OTHER_SEEDS = [1]
 
 # %%
+import re
+
 import pandas as pd
 import torch
 
@@ -62,13 +64,17 @@ greedy[["vector", "completion"]]
 # %% [markdown]
 # ## What is counted
 #
-# A rule, the same for all texts, made before we look at samples: `tags` says who speaks. "person" is the first person
-# without a word of being an AI, an assistant or a program.
-
+# A rule, the same for all texts, made before the vectors are compared: `tags` says who speaks. "person" is the first person
+# without a word of being an AI, an assistant or a program. That alone would take "Coffee.com as Employee: Smith. I am a
+# human" for a person's: incoherent text, as vector 0 writes, may hold an "I" somewhere. So the text must also *open* in the first person.
 
 # %%
+OPENING = re.compile(r"\W*((hi|hello|hey)\b\W*)?(I|My)\b", re.IGNORECASE)
+
+
 def as_a_person(text):
-    return tm.analysis.tags(PROMPT, text)["speaker"][0] == "person"
+    opens = OPENING.match(text) is not None
+    return opens and tm.analysis.tags(PROMPT, text)["speaker"][0] == "person"
 
 
 tm.analysis.tags(PROMPT, [*greedy["completion"]])
@@ -196,7 +202,7 @@ print(
 # Report the second number. The first one was the best of several, so luck is in it. Two intervals that do not overlap
 # are clear evidence of a difference; two that do overlap are no evidence that there is none.
 #
-# The rule makes mistakes: a text that is cut off before it says "AI" counts as a person's. It makes them for all three
+# The rule makes mistakes: a text that is cut off before it says "AI" counts as a person's, and "I" may open nonsense, too. It makes them for all three
 # bars alike, which is one more reason for baselines.
 #
 # ### Is the greedy text typical?
