@@ -217,14 +217,13 @@ graded = tm.analysis.behaviours(model, pd.concat([unsteered, some], ignore_index
 swept = graded.texts[graded.texts["vector"] >= 0]
 swept = swept.assign(different=swept["coherent"].astype(bool) & (swept["behaviour"] > 0))
 shares = swept.groupby("scale")[["coherent", "different"]].mean().astype(float)
-calibrated = tm.calibrate_radius(f)
 lines(
     {
         "coherent": (shares.index, shares["coherent"]),
         "coherent and different from unsteered": (shares.index, shares["different"]),
     },
     "Too short, useful, too long: eight vectors by scale", "scale (× RADIUS)",
-    "share of completions", log="x", mark={"auto": calibrated / RADIUS},
+    "share of completions", log="x",
 )  # fmt: skip
 
 # %%
@@ -263,12 +262,12 @@ check.coherent_up_to(largest_scale, swept, least=0.5)
 # ```
 # </details>
 #
-# `radius="auto"` (the dotted line in the figure) starts from another side: it takes the norm at which random vectors stop
-# to act linearly, which needs no text. It is a place to start, not the best norm. To read completions at half and at twice that norm, set
+# `radius="auto"` starts from another side: it takes the norm at which random vectors stop to act linearly, which
+# needs no text. It is a place to start, not the best norm. To read completions at half and at twice that norm, set
 # `RADIUS` in the parameters and run the notebook again.
 
 # %%
-print(f"calibrated radius {calibrated:.3g}; here RADIUS = {RADIUS:g}")
+print(f"calibrated radius {tm.calibrate_radius(f):.3g}; here RADIUS = {RADIUS:g}")
 
 # %% [markdown]
 # ## Behaviours, and both signs
@@ -369,29 +368,8 @@ lines(
 )  # fmt: skip
 
 # %% [markdown]
-# The same as a map, with the random vectors (100 and up). All effects are brought to one norm, and each is a point, coloured by
-# the group of its completion. Is a colour at one place?
-
-# %%
-everyone = grouped.texts[(grouped.texts["vector"] >= 0) & (grouped.texts["scale"] == 1)]
-everyone = everyone.sort_values("vector")
-names = grouped.groups.set_index("behaviour")["name"]
-with torch.no_grad():
-    plane = tm.analysis.effect_plane(
-        f.delta(torch.cat([found.vectors, random.vectors]), positions=LAST)
-    )
-tm.plots.effect_map(
-    plane.places,
-    everyone["vector"].tolist(),
-    [names.get(number, "filtered out") for number in everyone["behaviour"]],
-    shares=plane.shares,
-    title="Map of effects, by the group of the completion",
-)
-
-# %% [markdown]
-# The axes say how much of the differences they hold: little, so points that lie together need not be alike. A high cosine means
-# a similar change at one layer and three tokens. What is written afterwards may still differ. The
-# pairs at the right of the scatter plot, with both texts:
+# A high cosine means a similar change at one layer and three tokens. What is written afterwards may still differ. The
+# pairs at the right of the figure, with both texts:
 
 # %%
 nearest = effects[rows, columns].topk(3).indices
