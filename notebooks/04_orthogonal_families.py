@@ -234,19 +234,16 @@ by_block(whole[20], "distance")
 
 # %%
 def kinds_of_text(frame, size=50):
-    """In blocks of fifty: the family, and as many random vectors of the same norms."""
+    own = frame[frame["kind"] == "family"].reset_index(drop=True)
     told = frame.set_index("kind")["completion"]
     rows = []
-    for first in range(0, int(frame["index"].max()) + 1, size):
-        block = frame[frame["index"].between(first, first + size - 1)]
-        for kind in ("family", "random"):
-            some = block[block["kind"] == kind]
-            shares = share_like(
-                [str(x) for x in some["completion"]], told["reference"], told["unsteered"]
-            )
-            norm = some["norm"].mean()
-            rows.append({"from vector": first, "vectors": kind, **shares, "mean norm": norm})
-    return pd.DataFrame(rows).set_index(["from vector", "vectors"]).round(2)
+    for first in range(0, len(own), size):
+        some = own[first : first + size]
+        told_rows = share_like(
+            [str(x) for x in some["completion"]], told["reference"], told["unsteered"]
+        )
+        rows.append({"from vector": first, **told_rows, "mean norm": some["norm"].mean()})
+    return pd.DataFrame(rows).set_index("from vector").round(2)
 
 
 kinds_of_text(whole[20])
@@ -275,8 +272,9 @@ tm.plots.kl_curve(
 kinds_of_text(whole[4])
 
 # %% [markdown]
-# (The tables in `results/` have no texts of random vectors. In `02_is_it_real`, 8 of 24 texts under random vectors of norm 12 count as a person's, by another rule; so read the
-# fall from block to block, not one block alone.)
+# Is that the family, or what any vector of such a norm does? `results/family_4.csv` has a random vector of the same norm for each member, with its text. In the
+# first block 27 of 50 texts of the family hold "year-old" (54%), and 3 of 50 of the random ones (6%); 4 of the family's (8%) hold "AI", and 34 of the random ones (68%).
+# `results/README.md` has all blocks. So it is the directions, not the norm. (These words were chosen after reading θ₀'s text; the table above counts by another rule.)
 #
 # So choose a measure that can see the difference you ask about, and check that it separates θ₀ from nothing before you draw a curve of
 # it.
