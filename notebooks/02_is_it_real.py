@@ -199,7 +199,7 @@ print(
 )
 
 # %% [markdown]
-# Report the second number. The first one was the best of several, so luck is in it. Two intervals that do not overlap
+# Report the second number. The first one was the best of several, so luck is in it, whichever of the two happens to be higher. Two intervals that do not overlap
 # are clear evidence of a difference; two that do overlap are no evidence that there is none.
 #
 # The rule makes mistakes: a text that is cut off before it says "AI" counts as a person's, and "I" may open nonsense, too. It makes them for all three
@@ -262,8 +262,9 @@ moved = tm.analysis.transfer(model, both, [PROMPT, *OTHER_PROMPTS], max_new_toke
 tm.plots.transfer_heatmap(moved, "KL to unsteered: the chosen vector (0) and six random ones")
 
 # %% [markdown]
-# A chosen vector that stays far above the random ones on other prompts acts there, too, though not as the claim says: point
-# at a cell to read what it writes.
+# A chosen vector that stays far above the random ones on other prompts acts there, too, though not as the claim says, or not so that the
+# rule sees it: point at a cell to read what it writes. ("A native of the vibrant city of Nova Haven, I'm a 28-year-old" is a person to a
+# reader, and not to the rule, which wants the first person at the opening.)
 #
 # ## Other seeds
 #
