@@ -251,7 +251,8 @@ kinds_of_text(whole[20])
 # %% [markdown]
 # The clear positive result of this notebook: the first blocks are of θ₀'s kind far more often than the last ones, whose vectors do
 # nothing, and the intervals do not overlap. Nor do those of the first block and of the eight random vectors above (none of θ₀'s kind, up
-# to 0.32), which have the family's norm. A philosopher is reached from many orthogonal directions.
+# to 0.32), which have the family's norm. `results/family_20.csv` has a random vector of the same norm for each member: of the first 50 texts,
+# 31 of these random ones (62%) hold "AI", and 3 of the family's (6%); from 200 on the two are alike. A philosopher is reached from many orthogonal directions.
 #
 # Unlike the published family, which ended at jailbreaks and refusals, this one ends at the unsteered model.
 #
