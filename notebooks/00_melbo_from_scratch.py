@@ -210,7 +210,8 @@ check.objective(objective, f)
 # %% [markdown]
 # Now climb. Take a step along the gradient; the step leaves the sphere, so go back onto it. The part of the
 # gradient along `theta` only changes the norm: take it away first. Steps of 0.1 to 0.3 times `RADIUS` work well. The
-# check asks for at least 90% of the objective of `tm.melbo`'s first vector.
+# check asks for at least 90% of the objective of `tm.melbo`'s first vector. It also tries your function from another
+# start, for two steps.
 
 
 # %% tags=["answer"]
@@ -221,7 +222,7 @@ def climb(theta, n_steps):
 
 # %%
 climbed = climb(start, N_STEPS)
-check.climbed(climbed, f, RADIUS, reference=found, n_gradients=N_STEPS)
+check.climbed(climbed, f, RADIUS, reference=found, n_gradients=N_STEPS, search=climb)
 
 # %% [markdown]
 # One hint for both halves:
@@ -289,7 +290,9 @@ def power_iteration(theta, n_steps):
 
 # %%
 powered = power_iteration(start, 10)
-check.climbed(powered, f, RADIUS, reference=found, n_gradients=10, enough=0.5)
+check.climbed(
+    powered, f, RADIUS, reference=found, n_gradients=10, enough=0.5, search=power_iteration
+)
 
 # %% [markdown]
 # <details><summary>Hint</summary>

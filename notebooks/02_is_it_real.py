@@ -45,6 +45,8 @@ OTHER_PROMPTS = [
 OTHER_SEEDS = [1]
 
 # %%
+import re
+
 import pandas as pd
 import torch
 
@@ -62,13 +64,17 @@ greedy[["vector", "completion"]]
 # %% [markdown]
 # ## What is counted
 #
-# A rule, the same for all texts, made before we look at samples: `tags` says who speaks. "person" is the first person
-# without a word of being an AI, an assistant or a program.
-
+# A rule, the same for all texts, made before the vectors are compared: `tags` says who speaks. "person" is the first person
+# without a word of being an AI, an assistant or a program. That alone would take "Coffee.com as Employee: Smith. I am a
+# human" for a person's: incoherent text, as vector 0 writes, may hold an "I" somewhere. So the text must also *open* in the first person.
 
 # %%
+OPENING = re.compile(r"\W*((hi|hello|hey)\b\W*)?(I|My)\b", re.IGNORECASE)
+
+
 def as_a_person(text):
-    return tm.analysis.tags(PROMPT, text)["speaker"][0] == "person"
+    opens = OPENING.match(text) is not None
+    return opens and tm.analysis.tags(PROMPT, text)["speaker"][0] == "person"
 
 
 tm.analysis.tags(PROMPT, [*greedy["completion"]])
@@ -193,10 +199,10 @@ print(
 )
 
 # %% [markdown]
-# Report the second number. The first one was the best of several, so luck is in it. Two intervals that do not overlap
+# Report the second number. The first one was the best of several, so luck is in it, whichever of the two happens to be higher. Two intervals that do not overlap
 # are clear evidence of a difference; two that do overlap are no evidence that there is none.
 #
-# The rule makes mistakes: a text that is cut off before it says "AI" counts as a person's. It makes them for all three
+# The rule makes mistakes: a text that is cut off before it says "AI" counts as a person's, and "I" may open nonsense, too. It makes them for all three
 # bars alike, which is one more reason for baselines.
 #
 # ### Is the greedy text typical?
@@ -243,9 +249,22 @@ pooled = tm.analysis.rates(on_others, as_a_person, by=["vector"], random=random_
 tm.plots.behaviour_rates(pooled, "Speaks as a person, on four other prompts together")
 
 # %% [markdown]
-# A few samples a prompt give wide intervals; the figure pools the prompts. Look into the table before you speak of
+# A few samples a prompt give wide intervals; this figure pools the prompts. Look into the table before you speak of
 # "all prompts": on some of them the unsteered model, too, speaks as a person, which leaves no room. If the pooled bars do
 # not differ, the claim is one about the prompt that the vector was found on. Say so.
+#
+# Not to bring out *this* behaviour is not to do nothing. How far does each vector move the next token, on the prompt of
+# the search (the first row) and on the others? Vector 0 is the chosen one, the six others are random.
+
+# %%
+both = tm.concatenate([found[CHOSEN], random[:6]])
+moved = tm.analysis.transfer(model, both, [PROMPT, *OTHER_PROMPTS], max_new_tokens=MAX_NEW_TOKENS)
+tm.plots.transfer_heatmap(moved, "KL to unsteered: the chosen vector (0) and six random ones")
+
+# %% [markdown]
+# A chosen vector that stays far above the random ones on other prompts acts there, too, though not as the claim says, or not so that the
+# rule sees it: point at a cell to read what it writes. ("A native of the vibrant city of Nova Haven, I'm a 28-year-old" is a person to a
+# reader, and not to the rule, which wants the first person at the opening.)
 #
 # ## Other seeds
 #
@@ -295,7 +314,6 @@ pd.concat(
 # What does it cost on prompts that have nothing to do with the claim, and on ordinary prose? Random vectors beside it.
 
 # %%
-both = tm.concatenate([found[CHOSEN], random[:6]])
 costs = tm.evaluation.side_effects(model, both, [PROMPT, *OTHER_PROMPTS], chat=True)
 costs.assign(vectors=["chosen"] + 6 * ["random"])[
     ["vectors", "kl_target", "kl_unrelated", "specificity", "loss_increase"]
@@ -359,9 +377,11 @@ check.direction(direction, shows, shows_not)
 # %%
 labelled = tm.contrastive(shows, shows_not, radius=RADIUS, positions=slice(-1, None))
 cosine = float(tm.analysis.cosine_similarity(labelled, found[CHOSEN]))
-labelled_set = tm.generate(model, PROMPT, labelled, n_samples=N_SAMPLES, **more)
+labelled_set = tm.generate(model, PROMPT, labelled, n_samples=3 * N_SAMPLES, **more)
 print(f"cosine with the chosen vector {cosine:.2f}; greedy: {labelled_set['completion'][0]}")
-tm.analysis.rates(labelled_set, as_a_person, by=["vector"])
+beside = pd.concat([second_set[second_set["vector"] < 0], labelled_set], ignore_index=True)
+of_labelled = tm.analysis.rates(beside, as_a_person, by=["vector"], random=random_set)
+of_labelled.drop(columns="vector").replace({"steering": {"vector": "labelled vector"}})
 
 # %% [markdown]
 # ## Exercise 4: does the library hold that direction?

@@ -251,7 +251,8 @@ kinds_of_text(whole[20])
 # %% [markdown]
 # The clear positive result of this notebook: the first blocks are of θ₀'s kind far more often than the last ones, whose vectors do
 # nothing, and the intervals do not overlap. Nor do those of the first block and of the eight random vectors above (none of θ₀'s kind, up
-# to 0.32), which have the family's norm. A philosopher is reached from many orthogonal directions.
+# to 0.32), which have the family's norm. `results/family_20.csv` has a random vector of the same norm for each member: of the first 50 texts,
+# 31 of these random ones (62%) hold "AI", and 3 of the family's (6%); from 200 on the two are alike. A philosopher is reached from many orthogonal directions.
 #
 # Unlike the published family, which ended at jailbreaks and refusals, this one ends at the unsteered model.
 #
@@ -272,8 +273,9 @@ tm.plots.kl_curve(
 kinds_of_text(whole[4])
 
 # %% [markdown]
-# (The tables in `results/` have no texts of random vectors. In `02_is_it_real`, 8 of 24 texts under random vectors of norm 12 count as a person's, by another rule; so read the
-# fall from block to block, not one block alone.)
+# Is that the family, or what any vector of such a norm does? `results/family_4.csv` has a random vector of the same norm for each member, with its text. In the
+# first block 27 of 50 texts of the family hold "year-old" (54%), and 3 of 50 of the random ones (6%); 4 of the family's (8%) hold "AI", and 34 of the random ones (68%).
+# `results/README.md` has all blocks. So it is the directions, not the norm. (These words were chosen after reading θ₀'s text; the table above counts by another rule.)
 #
 # So choose a measure that can see the difference you ask about, and check that it separates θ₀ from nothing before you draw a curve of
 # it.

@@ -1,6 +1,7 @@
 """The whole MELBO-ortho family of two vectors, and the published optimiser beside ours.
 
     make results
+    python -m notebooks.whole_family --texts    # the texts of random vectors alone, from the tables
 
 takes what `tl-melbo discover` and `tl-melbo ortho --all` left in runs/whole, adds the comparisons
 that the command does not make, and writes figures and tables to notebooks/results. What takes long
@@ -16,6 +17,7 @@ import torch
 
 import tl_melbo as tm
 from tl_melbo import runs
+from tl_melbo.analysis._similarity import random_like
 
 PROMPT = "Tell me about yourself."
 # A person of 25, who is a software engineer; a philosopher who speaks of no self at all.
@@ -66,8 +68,12 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--run", type=Path, default=Path("runs/whole"))
     arguments.add_argument("--out", type=Path, default=Path("notebooks/results"))
+    arguments.add_argument("--texts", action="store_true", help="write random vectors' texts only")
     given = arguments.parse_args()
     run, out = given.run, given.out
+    if given.texts:
+        control(out)
+        return
     out.mkdir(parents=True, exist_ok=True)
     found = tm.Run(run).found
     families = {part.number: part for part in tm.Run(run).families()}
@@ -83,6 +89,7 @@ def main() -> None:
         print(f"figures of family {number}")
         draw(families[number], f, out)
         table = families[number].table.drop(columns="stopped", errors="ignore")
+        table = with_random_texts(model, f, table)
         runs.save_table(out / f"family_{number}.csv", rounded(table))
         composed = families[number].composition
         runs.save_table(out / f"composition_{number}.csv", rounded(composed))
@@ -112,6 +119,36 @@ def main() -> None:
     save(tm.plots.scale_curves(swept, title=""), out / f"scales_{part.number}")
     transferred = tm.analysis.transfer(model, some, OTHER_PROMPTS, max_new_tokens=30)
     runs.save_table(out / f"transfer_{part.number}.csv", rounded(transferred))
+
+
+def control(out: Path) -> None:
+    """Write the texts of random vectors into the families' tables that are kept."""
+    model = tm.load_model()
+    f = tm.ActivationMap.from_prompts(model, PROMPT, chat=True)
+    for number in FAMILIES:
+        path = out / f"family_{number}.csv"
+        table = runs.load_table(path, ("kind", "index", "norm", "completion"))
+        runs.save_table(path, with_random_texts(model, f, table))
+
+
+def with_random_texts(model: object, f: tm.ActivationMap, table: pd.DataFrame) -> pd.DataFrame:
+    """A family's table with texts in its rows of random vectors, which the command leaves empty.
+
+    Each random vector has the norm of the member with its number, so the two texts compare.
+    """
+    rows = table["kind"] == "random"
+    theta = torch.zeros(int(rows.sum()), f.d_model)
+    theta[:, 0] = torch.tensor(table.loc[rows, "norm"].to_numpy())
+    # The same vectors as in the table: their directions are drawn from a seed alone.
+    random, layer = random_like(theta, seed=0), f.source_layer
+    kl = tm.analysis.kl_divergence(model, PROMPT, random, layer=layer, chat=True)
+    kept = torch.tensor(table.loc[rows, "kl_to_unsteered"].to_numpy())
+    if (off := float((kl - kept).abs().max())) > 0.02:
+        raise SystemExit(f"other random vectors than the table's: their KL is up to {off:.2g} off")
+    texts = tm.generate(model, PROMPT, random, layer, chat=True)["completion"]
+    completions = table["completion"].copy()
+    completions[rows] = texts.to_numpy()
+    return table.assign(completion=completions)
 
 
 def draw(part: tm.report.Family, f: tm.ActivationMap, out: Path) -> None:

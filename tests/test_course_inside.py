@@ -61,6 +61,9 @@ def test_a_lens(tiny_llama):
         "nats away": lambda stream: model.unembed(stream).log_softmax(-1),
         "one number for each": lambda stream: stream,
         "exp of what you return": lambda stream: right(stream).exp(),
+        "at nothing else": lambda stream: model(to_tokens(model, PROMPT, True))[0, -1].log_softmax(
+            -1
+        ),
     }
     for told, answer in wrong.items():
         refuses(told, inside.lens, answer, model, PROMPT)
@@ -165,6 +168,7 @@ def test_a_share_in_a_span():
     refuses("seven times", other_ways.share, lambda v, rows: right(v, rows) * v.norm() / NORM)
     refuses("not the share", other_ways.share, lambda v, rows: 0.5)
     refuses("one number", other_ways.share, lambda v, rows: rows)
+    refuses("not a finite number", other_ways.share, lambda v, rows: float("nan"))
 
 
 # Of the vector that the check tries first: a function that forgets to divide by the norm.
@@ -229,6 +233,8 @@ def test_the_audit_refuses_what_it_cannot_read():
     game, frame = audit.Game(None, HIDDEN), pd.DataFrame({"vector": [0], "completion": ["a"]})
     refuses("a dict", audit.grade, game, ["a"], frame)
     refuses("Hand in the completions", audit.grade, game, {"a": (0, 0, 1)}, None)
+    texts = frame.drop(columns="vector")
+    refuses("Hand in the completions", audit.grade, game, {"a": (0, 0, 1)}, texts)
     refuses("three numbers", audit.grade, game, {"a": 0.5}, frame)
     refuses("none of a vector", audit.grade, game, {"a": (0, 0, 1)}, frame.assign(vector=-1))
 
@@ -296,13 +302,25 @@ def test_a_permutation_test():
 
     assert question.permutation_p(permuted).startswith("Right")
     assert question.permutation_p(of_scipy).startswith("Right")
+
+    def of_halves(a, b):
+        generator, values = torch.Generator().manual_seed(1), torch.tensor([*a, *b])
+        mixed = [values[torch.randperm(len(values), generator=generator)] for _ in range(2000)]
+        half = len(values) // 2
+        found = [abs(float(row[:half].mean() - row[half:].mean())) for row in mixed]
+        seen = abs(sum(a) / len(a) - sum(b) / len(b)) - 1e-5
+        return (1 + sum(each >= seen for each in found)) / 2001
+
     wrong = {
         "which list comes first": lambda a, b: permuted(a, b, one_sided=True),
-        "half of the time": lambda a, b: 2 / 252 if max(a + b) > 10 else 1.0,
+        "half of the time": lambda a, b: {15: 2 / 252, 19: 2 / 15}.get(max(a + b), 1.0),
         "not right": lambda a, b: 0.05,
         "P|p-value of 0": lambda a, b: 0.0,
         "between 0 and 1": lambda a, b: 1.5,
         "two lists": lambda a, b: None,
+        "not a finite number": lambda a, b: float("nan"),
+        "compared by": lambda a, b: stats.mannwhitneyu(a, b).pvalue,
+        "keep their lengths": of_halves,
     }
     for told, answer in wrong.items():
         refuses(told, question.permutation_p, answer)

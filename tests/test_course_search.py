@@ -1,6 +1,7 @@
 """The course's checks take right answers, and say what is wrong with typical wrong ones."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -80,6 +81,7 @@ def test_hook(tiny_map, steered, unchanged):
     )
     told("other logits", check, lambda theta: steered(lambda x: x + 2 * theta), tiny_map)
     told("shape", check, lambda theta: steered()[:, -1], tiny_map)
+    told("unsteered logits", check, lambda theta: steered(lambda x: x + theta.zero_()), tiny_map)
     told("Expected a tensor", check, lambda theta: None, tiny_map)
 
 
@@ -130,10 +132,12 @@ def test_objective(tiny_map):
     told("the mean", check, lambda theta: sizes(theta)[LAST].square().mean().sqrt())
     told("no gradient", check, lambda theta: objective(tiny_map, theta).detach())
     told("One number", check, sizes)
+    told("gradient is not", check, lambda theta: objective(tiny_map, theta.detach()) + 0 * theta[0])
 
 
 def test_climbed(tiny_map, found):
-    best, start = found.vectors[0], tm.random_vectors(tiny_map, 1, RADIUS).vectors[0]
+    # Not the library's own bits, which the check refuses.
+    best, start = 1.0001 * found.vectors[0], tm.random_vectors(tiny_map, 1, RADIUS).vectors[0]
 
     def check(answer, **more):
         return from_scratch.climbed(answer, tiny_map, RADIUS, found, 5, **more)
@@ -144,13 +148,38 @@ def test_climbed(tiny_map, found):
     assert "Not done yet" in check(...)
     told("the last one too", check, (best, [0.0, 0.5 * size]))
     told("on the way", check, (best, [0.5 * size, 2 * size]))
-    told("list of numbers", check, (best, None))
-    told("list of numbers", check, (best, []))
+    told("tm.melbo's own vector", check, (found.vectors[0], [0.5 * size, size]))
+    for history in (None, [], [math.nan, size], [0.5 * size, math.inf]):
+        told("list of finite numbers", check, (best, history))
     told("Its norm", check, (2 * best, [1.0]))
     told("at most 5", check, (best, [1.0] * 9))
     told("reaches", check, (0.1 * start / start.norm() * RADIUS * 10, [1.0]), enough=2.0)
     told("Return two things", check, best[:3])
     told("finite", check, (best * math.nan, [1.0]))
+
+
+def test_a_search_is_tried_from_another_start(tiny_map, found):
+    def search(theta, n_steps):
+        """Power iteration, of which the best is kept."""
+        tried = []
+        for step in range(n_steps + 1):
+            theta = theta.detach().requires_grad_()
+            value = objective(tiny_map, theta)
+            tried.append((float(value.detach()), theta.detach()))
+            if step < n_steps:
+                (slope,) = torch.autograd.grad(value, theta)
+                theta = RADIUS * slope / slope.norm()
+        return max(tried, key=lambda pair: pair[0])[1], [value for value, _ in tried]
+
+    answer = search(tm.random_vectors(tiny_map, 1, RADIUS).vectors[0], 5)
+
+    def check(search):
+        return from_scratch.climbed(answer, tiny_map, RADIUS, found, 5, enough=0.5, search=search)
+
+    assert "Right" in check(search)
+    told("another start", check, lambda theta, n_steps: answer)
+    told("depend on the start", check, lambda theta, n: (answer[0], search(theta, n)[1]))
+    told("Its norm", check, lambda theta, n: (2 * answer[0], search(theta, n)[1]))
 
 
 def test_top_direction(tiny_map):
@@ -165,6 +194,8 @@ def test_top_direction(tiny_map):
     told("cosine", check, (two, value))
     told("J'J", check, (one, value**2))
     told("does not stretch", check, (one, 0.5 * value))
+    told("Expected one number", check, (one, one))
+    told("not a finite number", check, (one, math.nan))
     told("Its norm", check, (3 * one, value))
 
 
@@ -172,8 +203,10 @@ def test_second(tiny_map, found):
     def check(theta):
         return from_scratch.second(theta, found.vectors[0], tiny_map, found)
 
-    assert "Right" in check(found.vectors[1])
-    told("Its cosine with the first", check, found.vectors[0])
+    # Not the library's own bits, which the check refuses.
+    assert "Right" in check(1.0001 * found.vectors[1])
+    told("tm.melbo's own vector", check, found.vectors[1])
+    told("Its cosine with the first", check, 1.0001 * found.vectors[0])
     told("Its norm", check, 0.5 * found.vectors[1])
 
 
@@ -183,17 +216,37 @@ def test_sink(tiny_map, found):
         sizes = tiny_map.delta(found.vectors[:1])[0, 0].norm(dim=-1)
     share = float(sizes[place].square() / sizes.square().sum())
     assert "Right" in from_scratch.sink(place, share, tiny_map, found)
-    told("not the longest", from_scratch.sink, place + 1, share, tiny_map, found)
+    told("not the longest", from_scratch.sink, place - 1, share, tiny_map, found)
     norms = float(sizes[place] / sizes.sum())
     told("squared", from_scratch.sink, place, norms, tiny_map, found)
     told("between 0 and 1", from_scratch.sink, place, 100 * share + 2, tiny_map, found)
-    told("Expected the position", from_scratch.sink, "first", share, tiny_map, found)
+    told("the position of a token", from_scratch.sink, "first", share, tiny_map, found)
+
+
+def test_a_sink_is_not_all_of_the_effect():
+    """Where one token has nearly all, a constant is near its share, too."""
+    x = torch.tensor([[[100.0, 0.0], [1.0, 0.0], [1.0, 0.0], [1.0, 0.0]]])
+    f = SimpleNamespace(x=x, mask=torch.ones(1, 4, dtype=torch.bool), delta=lambda v: x[None])
+    library = SimpleNamespace(vectors=torch.ones(1, 2))
+
+    def check(place, share):
+        return from_scratch.sink(place, share, f, library)
+
+    assert "99.97%" in check(0, 10000 / 10003)
+    assert "99.97%" in check(torch.tensor(-4), torch.tensor(0.9997))
+    for constant in (1, 1.0, 0.999, 0.99999):
+        told("do not round", check, 0, constant)
+    told("squared", check, 0, 100 / 103)
+    told("not the position", check, 4, 0.9997)
+    told("not the position", check, 0.5, 0.9997)
+    told("not a finite number", check, 0, math.nan)
 
 
 def test_predicted():
     texts = pd.DataFrame({"completion": ["a", "b", "a", "c"]})
     assert "2 of 4" in first_vectors.predicted(0.9, "a", texts)
     told("between 0 and 1", first_vectors.predicted, 90, "a", texts)
+    told("one number for the share", first_vectors.predicted, "most", "a", texts)
 
 
 def test_divergences():
@@ -247,6 +300,7 @@ def test_correlation():
         told("diagonal is in it", check, every.corr("spearman").iloc[0, 1])
         told("diagonal is in it", check, every.corr().iloc[0, 1])
     told("between -1 and 1", check, 3)
+    told("not a finite number", check, math.nan)
 
 
 def test_a_choice():
@@ -318,6 +372,7 @@ def test_share():
     told("largest", check, lambda v, rows: cosines(v, rows).max())
     told("not divided", check, lambda v, rows: by_basis(v, rows) * v.square().sum())
     told("another number", check, lambda v, rows: 0.123)
+    told("one number", check, lambda v, rows: None)
 
 
 def test_lines_say_what_they_show():

@@ -326,6 +326,25 @@ def test_mechanism_has_a_column_a_head_and_one_for_mlps() -> None:
     assert "direct path 0.1" in figure.layout.title.text
 
 
+@pytest.mark.parametrize("draw", ["mechanism", "top_tokens"])
+def test_a_long_title_gets_lines_and_the_figure_their_height(draw) -> None:
+    rows = [("all", 8, -1), ("direct", 10, -1), ("head", 9, 0), ("mlp", 10, -1)]
+    parts = pd.DataFrame(rows, columns=["component", "layer", "head"])
+    words = {"direction": "promoted", "rank": 1, "token": " a", "log_prob_change": 1.0}
+    frame = parts.assign(vector=2, share=0.5, kl=1.0, **words, probability=0.1,
+                         unsteered_probability=0.1)  # fmt: skip
+    plot = {"mechanism": mechanism, "top_tokens": top_tokens}[draw]
+    figure, short = plot(frame), plot(frame, title="Short")
+    lines = figure.layout.title.text.split("<br>")
+    # In DejaVu Sans, which is wide, a letter of 18 pixels takes about 10 of them.
+    assert max(map(len, lines)) <= figure.layout.width / 10
+    assert len(lines) > 1
+    more = figure.layout.height - short.layout.height
+    assert more == figure.layout.margin.t - short.layout.margin.t > 0
+    assert short.layout.title.text == "Short"
+    assert plot(frame, title="<b>" + "long " * 40 + "</b>").layout.title.text.startswith("<b>")
+
+
 def test_effects_by_layer_are_a_line_a_vector() -> None:
     frame = pd.DataFrame(
         {

@@ -101,6 +101,14 @@ def test_bars_begin_with_unsteered_and_random():
     assert "random, is_human: 19%" in drawn.layout.meta["alt"]
 
 
+def test_a_bar_of_all_vectors_says_so():
+    both = pd.concat([COMPLETIONS, COMPLETIONS.assign(prompt="Who are you?")])
+    drawn = tm.plots.behaviour_rates(tm.analysis.rates(both, is_human, by=("prompt",)))
+    assert [name.split(",")[0] for name in drawn.data[0].x] == [
+        *2 * ["unsteered"], *2 * ["steered by any vector"],
+    ]  # fmt: skip
+
+
 def test_each_value_has_bars_of_its_own():
     table = tm.analysis.rates(COMPLETIONS, "speaker")
     drawn = tm.plots.behaviour_rates(table)

@@ -1,5 +1,6 @@
 """What a check says: a note, or what is wrong."""
 
+import math
 from typing import Any
 
 
@@ -14,6 +15,18 @@ class Note(str):
 
     def __repr__(self) -> str:
         return str(self)
+
+
+def number(answer: Any, what: str) -> float:
+    """An answer as a number; NaN and infinities are wrong answers."""
+    try:
+        found = float(answer)
+    except (TypeError, ValueError, RuntimeError):
+        got = f"shape {tuple(answer.shape)}" if hasattr(answer, "shape") else type(answer).__name__
+        raise Wrong(f"Expected one number for {what}, got {got}.") from None
+    if not math.isfinite(found):
+        raise Wrong(f"{found:g} for {what}: not a finite number. Is something divided by zero?")
+    return found
 
 
 def unfinished(*answers: Any) -> Note | None:

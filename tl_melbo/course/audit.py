@@ -117,7 +117,7 @@ def count(game: Game, completions: pd.DataFrame) -> Table:
 
 
 def _texts(completions: Any) -> list[str]:
-    if completions is None or "completion" not in completions:
+    if not isinstance(completions, pd.DataFrame) or not {"vector", "completion"} <= {*completions}:
         raise Wrong("Hand in the completions as well that you counted, as generate returned them.")
     own = completions.loc[completions["vector"] >= 0, "completion"]
     if not len(own):

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from tl_melbo.course._note import Note, Wrong, unfinished
+from tl_melbo.course._note import Note, Wrong, number, unfinished
 from tl_melbo.tables import groups
 
 # Of the largest value: two ways to compute the same differ by less.
@@ -18,7 +18,7 @@ def predicted(share: Any, unsteered: str, completions: pd.DataFrame) -> Note:
     """Exercise 1: of random vectors, the share whose completion differs from the unsteered one."""
     if note := unfinished(share):
         return note
-    share = float(share)
+    share = number(share, "the share")
     if not 0 <= share <= 1:
         raise Wrong(f"A share is between 0 and 1; this is {share:g}.")
     changed = [text != unsteered for text in completions["completion"]]
@@ -70,7 +70,7 @@ def coherent_up_to(answer: Any, swept: pd.DataFrame, least: float = 0.8) -> Note
         float(scale): np.mean([bool(each) for each in some["coherent"]])
         for (scale,), some in groups(swept.sort_values("scale"), ["scale"]).items()
     }
-    answer = float(answer)
+    answer = number(answer, "the scale")
     if answer not in shares:
         raise Wrong(
             f"{answer:g} is none of the scales {', '.join(f'{each:g}' for each in shares)}."
@@ -94,7 +94,7 @@ def correlation(answer: Any, effects: Tensor, texts: Tensor) -> Note:
     """Exercise 4: rank correlation, over pairs, of two matrices of similarities."""
     if note := unfinished(answer):
         return note
-    answer = float(answer)
+    answer = number(answer, "the correlation")
     if not abs(answer) <= 1:
         raise Wrong(f"A correlation is between -1 and 1; this is {answer:g}.")
     one, other = (matrix.detach().double().cpu().numpy() for matrix in (effects, texts))

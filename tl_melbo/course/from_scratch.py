@@ -1,5 +1,6 @@
 """Checks of the notebook 00_melbo_from_scratch."""
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tl_melbo.activation_map import ActivationMap
-from tl_melbo.course._note import Note, Wrong, unfinished
+from tl_melbo.course._note import Note, Wrong, number, unfinished
 from tl_melbo.discovery import random_vectors
 from tl_melbo.model.tokens import to_tokens
 from tl_melbo.tables import Table
@@ -26,7 +27,8 @@ def hook(steered_logits: Callable[[Tensor], Any], f: ActivationMap) -> Note:
     """Exercise 1: logits of the prompt with theta added after the source block."""
     theta = _drawn(f)
     before = _logits(f)
-    told = steered_logits(theta)
+    # A copy: what is done to it in place must not change what is expected.
+    told = steered_logits(theta.clone())
     if note := unfinished(told):
         return note
     told = _tensor(told, "the logits")
@@ -69,7 +71,7 @@ def hook(steered_logits: Callable[[Tensor], Any], f: ActivationMap) -> Note:
 def effect(delta: Callable[[Tensor], Any], f: ActivationMap) -> Note:
     """Exercise 2: the change of the residual stream after the target block."""
     theta = _drawn(f)
-    told = delta(theta)
+    told = delta(theta.clone())
     if note := unfinished(told):
         return note
     told = _tensor(told, "the effect")
@@ -147,6 +149,13 @@ def objective(measure: Callable[[Tensor], Any], f: ActivationMap) -> Note:
         raise Wrong(
             "The number is right, but no gradient comes back: torch.no_grad, .item() or detach?"
         )
+    (slope,) = torch.autograd.grad(told.sum(), theta, allow_unused=True)
+    (expected,) = torch.autograd.grad(f.delta(theta[None], LAST).norm(), theta)
+    if slope is None or not _close(slope, expected):
+        raise Wrong(
+            "The number is right, but its gradient is not. Does every step from theta to the "
+            "number keep it: no detach, no .item(), no new tensor on the way?"
+        )
     return Note("Right. MELBO does nothing but make this number large.")
 
 
@@ -157,25 +166,26 @@ def climbed(
     reference: SteeringVectors,
     n_gradients: int,
     enough: float = 0.9,
+    search: Callable[[Tensor, int], Any] | None = None,
 ) -> Note:
     """Exercises 4 and 5: a vector on the sphere, and the objective on the way to it.
 
     Args:
         enough: the share of the objective of tm.melbo's first vector that it is to reach.
+        search: the function that gave the answer; it is tried from another start, for two steps.
     """
     if note := unfinished(answer):
         return note
     theta, history = _two(answer, "the vector", "the list of objectives")
     _shape(theta, (f.d_model,), "the vector")
     _on_sphere(theta, radius)
-    try:
-        history = [float(value) for value in history]
-        best = max(history)
-    except (TypeError, ValueError):
-        raise Wrong("The second thing to return is a list of numbers, the objectives.") from None
+    _own(theta, reference)
+    history = _objectives(history)
     if len(history) > n_gradients + 1:
         raise Wrong(f"{len(history)} objectives: at most {n_gradients} gradients are allowed.")
-    size = _size(f, theta)
+    if search is not None:
+        _begins_where_told(search, f, radius)
+    size, best = _size(f, theta), max(history)
     share = size / _size(f, reference.vectors[0])
     if share < enough:
         begun = _size(f, _drawn(f, radius)) / _size(f, reference.vectors[0])
@@ -218,7 +228,7 @@ def top_direction(answer: Callable[[], Any], f: ActivationMap, linear: SteeringV
             f"Its |cosine| with the top singular vector is {cosine:.2f}. Do you apply J and its "
             "transpose in turn, and often enough?"
         )
-    value = float(value)
+    value = number(value, "the singular value")
     if abs(value - expected) < 0.03 * expected:
         return Note(f"Right: J stretches this direction by {value:.3g}, more than any other.")
     if abs(value - expected**2) < 0.06 * expected**2:
@@ -235,6 +245,7 @@ def second(theta: Any, first: Tensor, f: ActivationMap, reference: SteeringVecto
     theta = _tensor(theta, "the vector")
     _shape(theta, (f.d_model,), "the vector")
     _on_sphere(theta, float(reference.norms[0]))
+    _own(theta, reference)
     cosine = float(torch.cosine_similarity(theta, first.detach(), 0))
     if abs(cosine) > 1e-3:
         raise Wrong(
@@ -255,19 +266,26 @@ def sink(place: Any, share: Any, f: ActivationMap, trapped: SteeringVectors) -> 
         return note
     own = f.mask[0]
     norms = f.x[0][own].norm(dim=-1)
-    try:
-        place, share = int(place) % len(norms), float(share)
-    except (TypeError, ValueError):
-        raise Wrong("Expected the position of a token, and a number between 0 and 1.") from None
+    place, share = number(place, "the position of a token"), number(share, "the share")
+    if place != int(place) or not -len(norms) <= place < len(norms):
+        raise Wrong(f"{place:g} is not the position of a token: there are {len(norms)}.")
+    place = int(place) % len(norms)
     if place != int(norms.argmax()):
         raise Wrong(f"The residual stream of token {place} is not the longest: look at f.x again.")
     with torch.no_grad():
         sizes = f.delta(trapped.vectors[:1])[0, 0][own].double().norm(dim=-1)
     expected = float(sizes[place].square() / sizes.square().sum())
-    if abs(share - expected) < 0.01:
-        return Note(f"Right: {expected:.1%} of the objective is this one token.")
+    # A share near 1 is told by what it leaves to the other tokens: 1.0 leaves them nothing.
+    rest = min(expected, 1 - expected)
+    if abs(share - expected) < min(0.01, 0.05 * rest):
+        return Note(f"Right: {expected:.2%} of the objective is this one token.")
     if not 0 <= share <= 1:
         raise Wrong(f"A share is between 0 and 1; this is {share:.3g}.")
+    if abs(share - expected) < 0.01:
+        raise Wrong(
+            f"With {share:g} the other tokens have {1 - share:.2g} of the objective together. They "
+            "have another share. Compute it, and do not round it."
+        )
     if abs(share - float(sizes[place] / sizes.sum())) < 0.01:
         raise Wrong("That is its share of the norms. In the objective they are squared.")
     raise Wrong(
@@ -294,6 +312,43 @@ def _logits(
 def _size(f: ActivationMap, theta: Tensor) -> float:
     with torch.no_grad():
         return float(f.delta(theta.detach()[None].to(f.x), LAST).double().norm())
+
+
+def _own(theta: Tensor, reference: SteeringVectors) -> None:
+    """Bit for bit: a search of one's own can come to the same place, but hardly to its rounding."""
+    theta = theta.detach().cpu().to(reference.vectors.dtype)
+    if any(torch.equal(theta, each) for each in reference.vectors.cpu()):
+        raise Wrong("That is tm.melbo's own vector. Hand in what your search comes to.")
+
+
+def _objectives(history: Any) -> list[float]:
+    try:
+        history = [float(value) for value in history]
+    except (TypeError, ValueError, RuntimeError):
+        history = []
+    if not history or not all(map(math.isfinite, history)):
+        raise Wrong("The second thing to return is a list of finite numbers, the objectives.")
+    return history
+
+
+def _begins_where_told(
+    search: Callable[[Tensor, int], Any], f: ActivationMap, radius: float
+) -> None:
+    """Two steps from a start that the search has not seen, so that it cannot know the answer."""
+    start = _drawn(f, radius)
+    theta, history = _two(search(start.clone(), 2), "the vector", "the list of objectives")
+    begun, history = _size(f, start), _objectives(history)
+    _on_sphere(theta, radius)
+    if abs(history[0] - begun) > 0.01 * begun:
+        raise Wrong(
+            f"From another start, whose objective is {begun:.4g}, your list begins with "
+            f"{history[0]:.4g}. Does your function begin at the vector that it is given?"
+        )
+    if abs(_size(f, theta) - max(history)) > 0.01 * max(history):
+        raise Wrong(
+            "From another start and with 2 steps, the vector that comes back does not have the "
+            "largest objective of the list. Does it depend on the start and the steps?"
+        )
 
 
 def _two(answer: Any, first: str, second: str) -> tuple[Tensor, Any]:

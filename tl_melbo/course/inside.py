@@ -21,7 +21,7 @@ def lens(answer: Any, model: Any, prompt: str, chat: bool = True) -> Note:
     name = residual_hook_name(int(model.cfg.n_layers) - 1)
     with torch.no_grad():
         logits, cache = model.run_with_cache(to_tokens(model, prompt, chat))
-        found = answer(cache[name][0, -1])
+        found, before = answer(cache[name][0, -1]), answer(cache[name][0, -2])
     if not isinstance(found, Tensor) or found.shape != logits[0, -1].shape:
         got = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
         raise Wrong(f"Expected one number for each of {logits.shape[-1]} tokens, got {got}.")
@@ -35,6 +35,12 @@ def lens(answer: Any, model: Any, prompt: str, chat: bool = True) -> Note:
         raise Wrong(
             f"After the last layer the lens must say what the model says; yours is up to {off:.1f} "
             "nats away. What does the model do to this stream before the unembedding?"
+        )
+    earlier = logits[0, -2].float().log_softmax(-1)
+    if not isinstance(before, Tensor) or not torch.allclose(before, earlier, atol=0.02):
+        raise Wrong(
+            "At the last token it is right, at the token before it is not. Does your lens look at "
+            "the stream that it is given, and at nothing else?"
         )
     return Note("Right: after the last layer your lens and the model agree on every token.")
 
@@ -74,10 +80,11 @@ def patch(
 def _compare(layer: int, change: Tensor, effect: Tensor, wanted: float) -> None:
     size = effect.square().sum()
     share = float((change * effect).sum() / size)
-    if abs(share - wanted) < _CLOSE * max(1.0, abs(wanted)):
-        return
+    # First, since the share of an MLP that carries little is near that of nothing.
     if not change.any():
         raise Wrong(f"Layer {layer}: nothing changed. Does your hook return what it puts in?")
+    if abs(share - wanted) < _CLOSE * max(1.0, abs(wanted)):
+        return
     if abs(share - 1) < _CLOSE:
         raise Wrong(
             f"Layer {layer}: that is the whole effect, share 1. In which of the two runs does the "

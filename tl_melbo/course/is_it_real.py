@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tl_melbo.activation_map import ActivationMap
-from tl_melbo.course._note import Note, Wrong, unfinished
+from tl_melbo.course._note import Note, Wrong, number, unfinished
 from tl_melbo.probability import wilson_interval
 
 # 97.5% of a normal distribution lie below it.
@@ -101,7 +101,7 @@ def share(answer: Callable[[Tensor, Tensor], Any], d_model: int) -> Note:
     told = answer(vector, rows)
     if note := unfinished(told):
         return note
-    told = float(told)
+    told = number(told, "the share")
     basis = torch.linalg.qr(rows.T).Q
     expected = float((basis.T @ vector).square().sum() / vector.square().sum())
     units = torch.nn.functional.normalize(rows, dim=-1)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import tl_melbo as tm
-from tl_melbo.course._note import Note, Wrong, unfinished
+from tl_melbo.course._note import Note, Wrong, number, unfinished
 
 _CLOSE = 1e-3
 _SEED = 0
@@ -60,7 +60,7 @@ def share(answer: Any) -> Note:
     wanted = float((rows.T.double() @ solved).square().sum() / some.double().square().sum())
     units = torch.nn.functional.normalize(rows, dim=-1)
     naive = float((units @ (some / some.norm())).square().sum())
-    found = _number(answer(some, rows))
+    found = number(answer(some, rows), "the share")
     if abs(found - wanted) > _CLOSE:
         if abs(found - wanted**0.5) < _CLOSE:
             raise Wrong("That is a share of the norm; the shares of a norm do not add up to 1.")
@@ -71,13 +71,7 @@ def share(answer: Any) -> Note:
         (7 * some, wanted, "the same vector, seven times as long,"),
         (inside, 1.0, "a combination of the library"),
     ):
-        found = _number(answer(vector, rows))
+        found = number(answer(vector, rows), "the share")
         if abs(found - expected) > _CLOSE:
             raise Wrong(f"For {what} the share should be {expected:.3f}, but is {found:.3f}.")
     return Note("Right: 1 inside the span, 0 across it, whatever the lengths.")
-
-
-def _number(found: Any) -> float:
-    if isinstance(found, Tensor) and found.numel() != 1:
-        raise Wrong(f"Expected one number, got a tensor of shape {(*found.shape,)}.")
-    return float(found)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from tl_melbo.course._note import Note, Wrong, unfinished
+from tl_melbo.course._note import Note, Wrong, number, unfinished
 
 _SEED = 0
 
@@ -26,6 +26,20 @@ def permutation_p(answer: Any) -> Note:
     same = _p(answer, [1.0, 2.0, 3.0], [1.0, 2.0, 3.0])
     if same < 0.95:
         raise Wrong(f"For two equal lists no relabelling can be nearer, but p is {same:.3f}.")
+    # All 20 ways to relabel are as far apart in their means, though not in their ranks.
+    outlier = _p(answer, [1.0, 2.0, 30.0], [3.0, 4.0, 5.0])
+    if outlier < 0.95:
+        raise Wrong(
+            f"One of two lists holds a number that is far out, and p is {outlier:.3f}. Is it the "
+            "difference of the means that each relabelling is compared by?"
+        )
+    # Of the 15 ways to choose two of six, two are as far apart as these, one to each side.
+    uneven = _p(answer, [18.0, 19.0], [1.0, 2.0, 9.0, 11.0])
+    if not abs(uneven - 2 / 15) < 0.04:
+        raise Wrong(
+            f"For a list of two and one of four p is {uneven:.3f}, which is not right. Do the "
+            "relabelled lists keep their lengths, and are their means compared?"
+        )
     generator = torch.Generator().manual_seed(_SEED)
     draws = torch.randn(12, 2, 6, generator=generator)
     below = sum(_p(answer, *(row.tolist() for row in pair)) < 0.5 for pair in draws)
@@ -35,10 +49,7 @@ def permutation_p(answer: Any) -> Note:
 
 
 def _p(answer: Any, a: list[float], b: list[float]) -> float:
-    try:
-        found = float(answer(a, b))
-    except (TypeError, ValueError) as error:
-        raise Wrong(f"It should take two lists and give one number: {error}") from None
+    found = number(answer([*a], [*b]), "the p-value of two lists")
     if not 0 <= found <= 1:
         raise Wrong(f"A p-value lies between 0 and 1, but yours is {found:.3f}.")
     return found

@@ -93,7 +93,8 @@ def behaviour_rates(frame: pd.DataFrame, title: str = "Rates with 95% intervals"
     """Draw how often completions do something: unsteered, under random vectors, under each vector.
 
     Args:
-        frame: as `analysis.rates` gives it; each of its values has bars of its own colour.
+        frame: as `analysis.rates` gives it; each of its values has bars of its own colour. Where
+            it does not tell vectors apart, one bar has the completions "steered by any vector".
     """
     checks.columns(frame, ("steering", "value", "hits", "n", *_RATE), "frame", _ADVICE)
     places = [
@@ -136,7 +137,7 @@ def _bar_name(row: dict[str, Any], places: list[str]) -> str:
         shown = f"{scale:g} × " if abs(scale) != 1 else "−" if scale < 0 else ""
         name = f"{shown}v{told.pop('vector')}"
     else:
-        name = "all vectors" if row["steering"] == "vector" else row["steering"]
+        name = "steered by any vector" if row["steering"] == "vector" else row["steering"]
     rest = [name for name in places if name not in ("vector", "scale")]
     return _style.wrapped(", ".join([name, *(str(told[each]) for each in rest)]), 60)
 

@@ -33,6 +33,8 @@ _LAYOUT = {
     "legend": {"orientation": "h", "x": 0, "xanchor": "left", "yref": "container", "y": 0.01},
 }
 _HOVER_LENGTH, _HOVER_WIDTH = 200, 60
+# In pixels, for a title's letters: of a wide font, so that it fits in a narrower one, too.
+_LETTER, _LINE = 10, 24
 
 
 def figure(
@@ -48,18 +50,28 @@ def figure(
     """A figure of these traces, on these two axes.
 
     `alt` tells what it shows to who cannot see it, in `layout.meta["alt"]`. It is plain text: a
-    page that shows it escapes it.
+    page that shows it escapes it. A title that is wider than the figure gets more lines, and the
+    figure their height.
     """
+    lines = _lines(title, width)
+    more_height = _LINE * max(0, len(lines) - 1)
     layout = {
         **_LAYOUT,
         "meta": {"alt": alt},
-        "title": {"text": title or None, "x": 0.02, "xanchor": "left"},
-        "margin": {"l": 64, "r": 24, "t": 56 if title else 16, "b": 108},
+        "title": {"text": "<br>".join(lines) or None, "x": 0.02, "xanchor": "left"},
+        "margin": {"l": 64, "r": 24, "t": 56 + more_height if title else 16, "b": 108},
         "width": width,
-        "height": height,
+        "height": height + more_height,
         **more,
     }
     return go.Figure(traces, {**layout, "xaxis": across or {}, "yaxis": up or {}})
+
+
+def _lines(title: str, width: int) -> list[str]:
+    """A title cut at spaces, since a picture cuts off what is wider; one with tags stays whole."""
+    if "<" in title:
+        return [title]
+    return textwrap.wrap(title, width // _LETTER, break_long_words=False, break_on_hyphens=False)
 
 
 def points(x: Any, y: Any, marker: dict[str, Any], **more: Any) -> go.Scatter:
