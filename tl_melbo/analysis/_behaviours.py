@@ -75,8 +75,9 @@ class Behaviours:
     @property
     def n_distinct(self) -> int:
         """How many behaviours of vectors are coherent and not the baseline, over all prompts."""
-        n_steered = self.groups["vectors"].map(len) + self.groups["negatives"].map(len)
-        return int(((self.groups["behaviour"] > _UNSTEERED) & (n_steered > 0)).sum())
+        columns = (self.groups[name] for name in ("behaviour", "vectors", "negatives"))
+        groups = zip(*columns, strict=True)
+        return sum(n > _UNSTEERED and bool(some or others) for n, some, others in groups)
 
     @property
     def per_100_vectors(self) -> float:

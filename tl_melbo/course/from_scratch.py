@@ -25,8 +25,7 @@ _ENOUGH = 0.9
 
 def hook(steered_logits: Callable[[Tensor], Any], f: ActivationMap) -> Note:
     """Exercise 1: logits of the prompt with theta added after the source block."""
-    theta = _drawn(f)
-    before = _logits(f)
+    theta, before = _drawn(f), _logits(f)
     # A copy: what is done to it in place must not change what is expected.
     told = steered_logits(theta.clone())
     if note := unfinished(told):

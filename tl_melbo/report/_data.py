@@ -188,7 +188,7 @@ def _grouped(
             row["filtered"] = shown(told["filtered_out"]) if told["filtered_out"] else ""
             row["tags"] = _tags(told)
             row["baseline"] = bool(told["baseline"])
-    own = groups.texts[groups.texts["vector"] < n_found].sort_values("perplexity")
+    own = pd.DataFrame(groups.texts[groups.texts["vector"] < n_found]).sort_values("perplexity")
     clearest = own.drop_duplicates(["prompt", "behaviour"]).set_index(["prompt", "behaviour"])
     examples = clearest["completion"].to_dict()
     cards = [

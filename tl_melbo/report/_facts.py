@@ -65,17 +65,17 @@ def groups_told(groups: Behaviours | None, data: Mapping[str, Any], n_found: int
     """What the template says of the behaviours in words; it counts what the page shows."""
     if groups is None:
         return {"n_distinct": None, "n_incoherent": 0, "grouped_by_words": False}
-    is_random = groups.texts["vector"] >= n_found
+    told = zip(groups.texts["vector"], groups.texts["behaviour"], strict=True)
+    steered = [(int(vector), int(number)) for vector, number in told if vector >= 0]
+    random = [(vector, number) for vector, number in steered if vector >= n_found]
     return {
         "n_distinct": sum(not card["baseline"] for card in data["behaviours"]),
         "n_incoherent": sum(bool(row["filtered"]) for row in data["rows"]),
         "grouped_by_words": groups.embedder == "words",
-        "n_random": groups.texts["vector"][is_random].nunique(),
-        "n_random_texts": int(is_random.sum()),
-        "n_of_random": groups.texts["behaviour"][
-            is_random & (groups.texts["behaviour"] > 0)
-        ].nunique(),
-        "n_texts": int((~is_random & (groups.texts["vector"] >= 0)).sum()),
+        "n_texts": len(steered) - len(random),
+        "n_random": len({vector for vector, _ in random}),
+        "n_random_texts": len(random),
+        "n_of_random": len({number for _, number in random if number > 0}),
     }
 
 
