@@ -49,7 +49,7 @@ def generate(
     temperature: float | None = None,
     seed: int = 0,
     chat: bool | None = None,
-    batch_size: int = 32,
+    batch_size: int = 128,
     engine: Engine | None = None,
     on_batch: OnBatch | None = None,
 ) -> "pd.DataFrame":
@@ -68,6 +68,7 @@ def generate(
         chat: None takes the format that the vectors were found with.
         engine: what writes instead of the model, such as `tm.engines.vllm(folder)`; it must have
             the model's log-probabilities. Its samples are drawn from other numbers than ours.
+        batch_size: texts written at once; each step reads all weights, however many there are.
         on_batch: called with the texts written, and those in all, after each batch.
 
     Returns:

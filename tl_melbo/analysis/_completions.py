@@ -38,7 +38,7 @@ def collect_completions(
     temperature: float | None = None,
     layer: int | None = None,
     chat: bool | None = None,
-    batch_size: int = 32,
+    batch_size: int = 128,
     engine: Engine | None = None,
     on_batch: OnBatch | None = None,
 ) -> pd.DataFrame:
