@@ -9,6 +9,7 @@ import torch
 
 import tl_melbo as tm
 from tl_melbo.analysis._completions import collect_completions
+from tl_melbo.memory import map_batches
 from tl_melbo.model.tokens import to_tokens
 
 pytestmark = pytest.mark.boundary
@@ -97,6 +98,22 @@ def test_the_samples_of_a_prompt_share_its_reading(tiny_llama, monkeypatch):
         assert read == [(1, length - 1), (16, 1), (16, 1)]
     else:
         assert read == [(16, length), (16, 1)]
+
+
+def test_of_long_texts_fewer_are_written_at_once(tiny_llama, monkeypatch):
+    sizes = []
+
+    def batches(function, rows, size, tell):
+        sizes.append(size)
+        return map_batches(function, rows, size, tell)
+
+    monkeypatch.setattr("tl_melbo.generation.map_batches", batches)
+    length = to_tokens(tiny_llama, PROMPT).shape[1] + 2
+    monkeypatch.setattr("tl_melbo.generation._FEWEST_AT_ONCE", 2)
+    for most, size in ((2**14, 128), (5 * length, 5), (length, 2)):
+        monkeypatch.setattr("tl_melbo.generation._MOST_TOKENS", most)
+        tm.generate(tiny_llama, PROMPT, two_vectors(), layer=2, max_new_tokens=2)
+        assert sizes.pop() == size
 
 
 def test_unsteered_samples(tiny_llama):

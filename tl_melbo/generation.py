@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 # Of samples, where nothing else is asked for.
 DEFAULT_TEMPERATURE = 0.7
+# Keys and values of long texts fill the memory: where there are more tokens, fewer texts at once.
+_MOST_TOKENS, _FEWEST_AT_ONCE = 2**14, 32
 OnBatch = Callable[[int, int], None]
 _Write = Callable[[Tokens, "_Rows"], tuple[list[str], list[bool]]]
 
@@ -68,7 +70,8 @@ def generate(
         chat: None takes the format that the vectors were found with.
         engine: what writes instead of the model, such as `tm.engines.vllm(folder)`; it must have
             the model's log-probabilities. Its samples are drawn from other numbers than ours.
-        batch_size: texts written at once; each step reads all weights, however many there are.
+        batch_size: the most texts written at once; of long ones fewer, but 32. Each step reads all
+            weights, however many texts there are.
         on_batch: called with the texts written, and those in all, after each batch.
 
     Returns:
@@ -137,7 +140,10 @@ def _by_model(
         if on_batch is not None:
             tell = partial(_tell, on_batch, number, len(prompts), len(labels))
         steered = _Rows(rows, places[order], torch.stack(drawn)[order])
-        parts, batch_size = map_batches(partial(write, tokens), steered, batch_size, tell)
+        length = tokens.shape[1] + max_new_tokens
+        at_once = min(batch_size, max(_FEWEST_AT_ONCE, _MOST_TOKENS // length))
+        parts, fitting = map_batches(partial(write, tokens), steered, at_once, tell)
+        batch_size = batch_size if fitting == at_once else fitting
         written = [each for some in parts for each in zip(*some, strict=True)]
         for row in order.argsort().tolist():
             texts.append(written[row][0])
