@@ -64,7 +64,7 @@ install: $(INSTALLED) ## Set up .venv: the package, all extras, the development 
 
 demo: $(INSTALLED) ## Find 16 vectors for "Tell me about yourself.", sample texts under both signs of each, write a page
 	@$(PY) -c 'from tl_melbo.cli import app; app(prog_name="tl-melbo")' \
-		discover "Tell me about yourself." --n-vectors 16 --radius 12 --samples 3 --out runs/demo --overwrite
+		discover "Tell me about yourself." --n-vectors 16 --radius 12 --samples 2 --out runs/demo --overwrite
 	@test -f runs/demo/report.html || { echo 'runs/demo/report.html was not written' >&2; exit 1; }
 
 picture: browser $(INSTALLED) ## A picture of the demo's page, docs/pictures/page.png, for the README
