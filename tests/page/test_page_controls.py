@@ -163,11 +163,14 @@ def test_rename_star_merge_and_note_last(opened: Any, page: Path, tmp_path: Path
     ]
     click(opened, f"{first} .star")
     click(opened, f"{first} summary")
+    # A card is filled when it has opened, which takes a moment.
+    wait_for(opened, f"return document.querySelector('{first} .rename') !== null")
     click(opened, f"{first} .rename").send_keys("Pirates <b>\t")
     click(opened, f"{first} .note").send_keys("Arr.\t")
     assert texts(opened, f"{first} .name") == ["Pirates <b>"]
     assert any("Pirates <b>" in text for text in texts(opened, "#vectors a.behaviour"))
     click(opened, f"{second} summary")
+    wait_for(opened, f"return document.querySelector('{second} select') !== null")
     from selenium.webdriver.support.ui import Select
 
     choice = opened.find_element("css selector", f"{second} select")
