@@ -84,10 +84,7 @@ def write(
     """
     if not len(found):
         raise ValueError("found: holds no vectors; there is nothing to show")
-    _check_frames(found, completions, side_effects, baselines, adapter_texts)
-    if random_texts is not None:
-        advice = "pass what Run.random_texts returns"
-        checks.columns(random_texts, COMPLETION_COLUMNS, "random_texts", advice)
+    _check_frames(found, completions, side_effects, baselines, adapter_texts, random_texts)
     _tokens.check_tokens(top_tokens, token_divergence)
     kept = notes_given(notes)
     texts = _prompts(found, completions, prompts)
@@ -211,6 +208,7 @@ def _check_frames(
     side_effects: pd.DataFrame | None,
     baselines: pd.DataFrame | None,
     adapter_texts: pd.DataFrame | None,
+    random_texts: pd.DataFrame | None,
 ) -> None:
     last = len(found) - 1
     if completions is not None:
@@ -228,6 +226,9 @@ def _check_frames(
     if adapter_texts is not None:
         advice = "pass what Run.adapter_texts returns"
         checks.columns(adapter_texts, ("vector", "prompt", "completion"), "adapter_texts", advice)
+    if random_texts is not None:
+        advice = "pass what Run.random_texts returns"
+        checks.columns(random_texts, COMPLETION_COLUMNS, "random_texts", advice)
     if side_effects is not None:
         advice = "pass what analysis.side_effects returns"
         checks.columns(side_effects, COLUMNS, "side_effects", advice, numbers=True)
