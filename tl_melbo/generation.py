@@ -269,9 +269,10 @@ def _past(model: Model, plain: Any, tokens: Tokens, steered: _Rows) -> dict[str,
     with adding(model, plain, steered.added[distinct]):
         # One row runs up to the first steered layer, and the vectors make many of it.
         name, past = read_ahead(plain, tokens[:, :-1])
-    if not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in past.layers):
+    layers, known = getattr(past, "layers", ()), (DynamicLayer, DynamicSlidingWindowLayer)
+    if not layers or not all(type(layer) in known for layer in layers):
         return {}
-    for layer in past.layers:
+    for layer in layers:
         layer.batch_select_indices(rows.to(tokens.device) % len(layer.keys))
     return {name: past}
 

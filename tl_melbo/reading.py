@@ -45,10 +45,10 @@ def adding(model: Model, plain: Any, rows: Additions) -> Iterator[Any]:
 
 
 def read_ahead(plain: Any, tokens: Tokens) -> tuple[str, Any]:
-    """The keys and values of tokens, and what this version of transformers calls them."""
+    """The keys and values of tokens, None if none are kept, and what transformers calls them."""
     known = inspect.signature(type(plain).forward).parameters
     name = "cache" if "cache" in known else "past_key_values"
-    return name, getattr(plain(tokens, use_cache=True, logits_to_keep=1), name)
+    return name, getattr(plain(tokens, use_cache=True, logits_to_keep=1), name, None)
 
 
 @contextmanager
