@@ -108,10 +108,13 @@ def test_of_long_texts_fewer_are_written_at_once(tiny_llama, monkeypatch):
         return map_batches(function, rows, size, tell)
 
     monkeypatch.setattr("tl_melbo.generation.map_batches", batches)
-    length = to_tokens(tiny_llama, PROMPT).shape[1] + 2
-    monkeypatch.setattr("tl_melbo.generation._FEWEST_AT_ONCE", 2)
-    for most, size in ((2**14, 128), (5 * length, 5), (length, 2)):
-        monkeypatch.setattr("tl_melbo.generation._MOST_TOKENS", most)
+    n_prompt = to_tokens(tiny_llama, PROMPT).shape[1]
+    # Of six layers, two heads of eight keys and as many values, in float32.
+    a_text = 6 * 2 * 8 * 2 * 4 * (n_prompt + 2)
+    if not hasattr(tiny_llama, "original_model"):
+        a_text += 4 * n_prompt * tiny_llama.cfg.d_vocab
+    for free, size in ((2**40, 128), (4 * 5 * a_text, 5), (a_text, 1)):
+        monkeypatch.setattr("tl_melbo.generation.free_memory", lambda _, free=free: free)
         tm.generate(tiny_llama, PROMPT, two_vectors(), layer=2, max_new_tokens=2)
         assert sizes.pop() == size
 

@@ -19,8 +19,8 @@ from tl_melbo.additions import Additions, VectorAdditions
 from tl_melbo.engines import Engine
 from tl_melbo.engines._request import texts_by
 from tl_melbo.errors import warn_of_rows
-from tl_melbo.memory import map_batches
-from tl_melbo.model.bridge import Model, model_name, plain_model
+from tl_melbo.memory import free_memory, map_batches
+from tl_melbo.model.bridge import Model, model_device, model_name, plain_model
 from tl_melbo.model.tokens import check_room, end_tokens, to_tokens
 from tl_melbo.reading import adding, read_ahead
 from tl_melbo.shapes import Tokens, shape_checked
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
 # Of samples, where nothing else is asked for.
 DEFAULT_TEMPERATURE = 0.7
-# Keys and values of long texts fill the memory: where there are more tokens, fewer texts at once.
-_MOST_TOKENS, _FEWEST_AT_ONCE = 2**14, 32
 OnBatch = Callable[[int, int], None]
 _Write = Callable[[Tokens, "_Rows"], tuple[list[str], list[bool]]]
 
@@ -70,8 +68,9 @@ def generate(
         chat: None takes the format that the vectors were found with.
         engine: what writes instead of the model, such as `tm.engines.vllm(folder)`; it must have
             the model's log-probabilities. Its samples are drawn from other numbers than ours.
-        batch_size: the most texts written at once; of long ones fewer, but 32. Each step reads all
-            weights, however many texts there are.
+        batch_size: the most texts written at once; fewer where their keys and values would fill
+            more than a quarter of the free memory. Each step reads all weights, however many texts
+            there are.
         on_batch: called with the texts written, and those in all, after each batch.
 
     Returns:
@@ -105,7 +104,7 @@ def generate(
     else:
         write = _writer(model, max_new_tokens, temperature)
         drawn = (max_new_tokens, seed, batch_size, on_batch)
-        completions, bad = _by_model(write, prompt_tokens, rows, labels, *drawn)
+        completions, bad = _by_model(model, write, prompt_tokens, rows, labels, *drawn)
     frame = Table(labels * len(texts), columns=["vector", "scale", "sample"])
     frame["prompt"] = [text for text in texts for _ in labels]
     frame["completion"] = completions
@@ -119,6 +118,7 @@ def generate(
 
 
 def _by_model(
+    model: Model,
     write: _Write,
     prompts: Sequence[Tokens],
     rows: Additions,
@@ -140,8 +140,7 @@ def _by_model(
         if on_batch is not None:
             tell = partial(_tell, on_batch, number, len(prompts), len(labels))
         steered = _Rows(rows, places[order], torch.stack(drawn)[order])
-        length = tokens.shape[1] + max_new_tokens
-        at_once = min(batch_size, max(_FEWEST_AT_ONCE, _MOST_TOKENS // length))
+        at_once = min(batch_size, _fitting(model, tokens.shape[1], max_new_tokens))
         parts, fitting = map_batches(partial(write, tokens), steered, at_once, tell)
         batch_size = batch_size if fitting == at_once else fitting
         written = [each for some in parts for each in zip(*some, strict=True)]
@@ -149,6 +148,17 @@ def _by_model(
             texts.append(written[row][0])
             not_finite.append(written[row][1])
     return texts, not_finite
+
+
+def _fitting(model: Model, n_prompt: int, n_new: int) -> int:
+    """How many texts fill a quarter of the free memory with keys and values."""
+    cfg, weight = model.cfg, next(model.parameters())
+    heads = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
+    a_text = 2 * int(cfg.n_layers) * int(heads) * int(cfg.d_head) * (n_prompt + n_new)
+    if not hasattr(model, "original_model"):
+        a_text += n_prompt * int(cfg.d_vocab)  # a HookedTransformer makes logits of whole prompts
+    free = free_memory(model_device(model)) / 4
+    return max(1, int(free / (weight.element_size() * max(1, a_text))))
 
 
 def _tell(on_batch: OnBatch, prompt: int, prompts: int, rows: int, share: float) -> None:
@@ -228,14 +238,18 @@ def _writer(model: Model, max_new_tokens: int, temperature: float) -> _Write:
         eos_token_id=ends or None, pad_token_id=(ends or [None])[0], **options
     )
     # With no settings but ours: some models bring a penalty or a temperature along.
-    writes = copy.copy(bridged if plain is None else plain)
+    shares, writes = plain is not None, copy.copy(bridged if plain is None else plain)
     if writes is not None:
         writes.generation_config = GenerationConfig()
 
     def write(tokens: Tokens, steered: _Rows) -> tuple[list[str], list[bool]]:
+        nonlocal shares
+        past: dict[str, Any] = {}
         rows = tokens.expand(len(steered), -1)
         choice = _Choice(steered.draws, torch.tensor(ends, device=tokens.device), temperature)
-        past = {} if plain is None else _past(model, plain, tokens, steered)
+        if shares and tokens.shape[1] > 1:
+            past = _past(model, plain, tokens, steered)
+            shares = bool(past)
         with adding(model, plain, steered.added[steered.places]):
             if writes is None:  # a HookedTransformer
                 with model.unembed.register_forward_hook(choice.of_logits):
@@ -257,24 +271,15 @@ def _writer(model: Model, max_new_tokens: int, temperature: float) -> _Write:
 
 
 def _past(model: Model, plain: Any, tokens: Tokens, steered: _Rows) -> dict[str, Any]:
-    """The keys and values of the prompt but for its last token, read once for each vector.
-
-    Empty where there is nothing to read, or where the model keeps something else.
-    """
-    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-
-    if tokens.shape[1] < 2:
-        return {}
+    """The keys and values of the prompt but for its last token, read once for each vector."""
     distinct, rows = steered.places.unique(return_inverse=True)
     with adding(model, plain, steered.added[distinct]):
         # One row runs up to the first steered layer, and the vectors make many of it.
-        name, past = read_ahead(plain, tokens[:, :-1])
-    layers, known = getattr(past, "layers", ()), (DynamicLayer, DynamicSlidingWindowLayer)
-    if not layers or not all(type(layer) in known for layer in layers):
-        return {}
-    for layer in layers:
-        layer.batch_select_indices(rows.to(tokens.device) % len(layer.keys))
-    return {name: past}
+        past = read_ahead(plain, tokens[:, :-1])
+    for cache in past.values():
+        for layer in cache.layers:
+            layer.batch_select_indices(rows.to(tokens.device) % len(layer.keys))
+    return past
 
 
 class _Choice:

@@ -44,11 +44,19 @@ def adding(model: Model, plain: Any, rows: Additions) -> Iterator[Any]:
         yield plain
 
 
-def read_ahead(plain: Any, tokens: Tokens) -> tuple[str, Any]:
-    """The keys and values of tokens, None if none are kept, and what transformers calls them."""
+def read_ahead(plain: Any, tokens: Tokens) -> dict[str, Any]:
+    """The keys and values of tokens, by what transformers calls them.
+
+    Empty where the model keeps none, or something else as well: rows cannot share what is not of
+    single tokens.
+    """
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
     known = inspect.signature(type(plain).forward).parameters
     name = "cache" if "cache" in known else "past_key_values"
-    return name, getattr(plain(tokens, use_cache=True, logits_to_keep=1), name, None)
+    cache = getattr(plain(tokens, use_cache=True, logits_to_keep=1), name, None)
+    layers, shared = getattr(cache, "layers", ()), (DynamicLayer, DynamicSlidingWindowLayer)
+    return {name: cache} if layers and all(type(layer) in shared for layer in layers) else {}
 
 
 @contextmanager

@@ -95,26 +95,27 @@ class _Reader:
         """The perplexity of each text, all after one prompt, which is read once."""
         rows = [torch.tensor(text) for text in texts]
         written = torch.nn.utils.rnn.pad_sequence(rows, True, _NO_TOKEN).to(before.device)
-        past: tuple[str, Any] | None = None
+        past: dict[str, Any] = {}
         if self.plain is not None and before.shape[1] > 1:
             with torch.no_grad():
                 past = read_ahead(self.plain, before[:, :-1])
 
         def of_batch(batch: Int[Tensor, "text pos"]) -> Tensor:
             batch = batch[:, : int((batch != _NO_TOKEN).sum(-1).max())]
-            read, prompts = batch[:, :-1].clamp_min(0), before.expand(len(batch), -1)
+            asked = before[:, -1:] if past else before
+            rows = torch.cat([asked.expand(len(batch), -1), batch[:, :-1].clamp_min(0)], 1)
+            wanted = batch.shape[1]
+            given = copy.deepcopy(past)
+            for cache in given.values():
+                cache.batch_repeat_interleave(len(batch))
             with torch.no_grad():
                 if self.plain is None:
                     with at_rest(self.model):
-                        logits = self.model(torch.cat([prompts, read], 1))
-                    return mean_losses(logits[:, before.shape[1] - 1 :], batch)
-                given = {}
-                if past is not None:
-                    name, cache = copy.deepcopy(past)
-                    cache.batch_repeat_interleave(len(batch))
-                    given = {name: cache}
-                rows = torch.cat([prompts[:, -1:], read], 1)
-                return mean_losses(self.plain(rows, **given).logits, batch)
+                        logits = self.model(rows)
+                else:
+                    given |= {"use_cache": bool(past), "logits_to_keep": wanted}
+                    logits = self.plain(rows, **given).logits
+            return mean_losses(logits[:, -wanted:], batch)
 
         at_once = rows_at_once(self.model, written.shape[1], self.batch_size)
         parts, _ = map_batches(of_batch, written, at_once)
