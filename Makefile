@@ -74,9 +74,8 @@ picture: browser $(INSTALLED) ## A picture of the demo's page, docs/pictures/pag
 # Two families until nothing is left, and the published optimiser beside ours: about an hour. An
 # interrupted call goes on where it was.
 results: browser $(INSTALLED) ## The whole families of two vectors: figures and tables in notebooks/results
-	@test -f runs/whole/vectors.safetensors || \
-		$(PY) -c 'from tl_melbo.cli import app; app(prog_name="tl-melbo")' \
-			discover "Tell me about yourself." --n-vectors 32 --radius 12 --out runs/whole
+	@$(PY) -c 'from tl_melbo.cli import app; app(prog_name="tl-melbo")' \
+		discover "Tell me about yourself." --n-vectors 32 --radius 12 --out runs/whole
 	@for vector in 4 20; do \
 		$(PY) -c 'from tl_melbo.cli import app; app(prog_name="tl-melbo")' \
 			ortho runs/whole --vector $$vector --all || exit; \

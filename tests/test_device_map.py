@@ -93,6 +93,12 @@ def test_a_name_of_no_module_is_told(model_folder, name, hint):
         tm.load_model(model_folder, device_map={"": "cpu", name: "cpu"})
 
 
+def test_a_weight_has_a_place_of_its_own(model_folder):
+    """As in maps that accelerate infers."""
+    model = tm.load_model(model_folder, device_map={"": "cpu", "lm_head.weight": "cpu"})
+    assert not meta(model)
+
+
 def test_auto_is_as_without(model_folder):
     """On a machine where all of it has room, nothing is spread."""
     auto = tm.load_model(model_folder, device_map="auto")

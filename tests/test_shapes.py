@@ -40,6 +40,10 @@ import tl_melbo as tm
             lambda f: tm.generate(f.model, "Hi!", scales=[1.0, 2, True]),
             r"generate\(\): scales\[2\] is True \(bool\), expected float",
         ),
+        (
+            lambda f: tm.Run("nowhere").texts(f.model, max_new_tokens="a"),
+            r"^Run\.texts\(\): argument 'max_new_tokens' is 'a' \(str\), expected int",
+        ),
     ],
 )
 def test_one_line_says_what_came_and_what_is_allowed(tiny_llama, call, message):

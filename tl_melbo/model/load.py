@@ -277,11 +277,13 @@ def _check_modules(source: str | Path, device_map: Mapping[str, Any]) -> None:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError, KeyError, RuntimeError):
         return  # told when the model itself is loaded
-    known = [name for name, _ in model.named_modules()]
+    modules = [name for name, _ in model.named_modules()]
+    # A map that accelerate infers may name weights by themselves.
+    known = {*modules, *model.state_dict(), *dict(model.named_buffers())}
     for name in device_map:
         if name not in known:
-            allowed = told([each for each in known if each and each.count(".") < 3])
-            hint = did_you_mean(str(name), known) or "'' is the whole model."
+            allowed = told([each for each in modules if each and each.count(".") < 3])
+            hint = did_you_mean(str(name), modules) or "'' is the whole model."
             raise ValueError(
                 f"device_map: the model has no module {name!r}; {hint} Allowed are {allowed}"
             )
