@@ -118,8 +118,16 @@ def told_hits(some: pd.DataFrame) -> dict[str, str]:
 
 
 def interval(values: "pd.Series[Any]") -> str:
-    """The mean, and in brackets what 95% of the means are when searches are drawn anew."""
-    numbers = values.to_numpy(dtype=float)
-    drawn = np.random.default_rng(0).choice(numbers, (10_000, len(numbers)))
-    low, high = np.quantile(drawn.mean(1), (0.025, 0.975))
-    return f"{numbers.mean():.1f} ({low:.1f} to {high:.1f})"
+    """The mean, and in brackets what 95% of the means are when prompts are drawn anew.
+
+    For each prompt that is drawn, its searches are drawn anew, too: those of one prompt are alike.
+    `values` has the columns of `CELL` as its index.
+    """
+    prompts = [some for _, some in values.sort_index().groupby(level=CELL[:2])]
+    drawn, rng = (len(prompts), 10_000), np.random.default_rng(0)
+    sums = [rng.choice(some.to_numpy(float), (*drawn, len(some))).sum(-1) for some in prompts]
+    which, sizes = rng.integers(len(prompts), size=drawn), np.array([*map(len, prompts)])
+    chosen = np.take_along_axis(np.stack(sums), which[None], 0)[0]
+    means = chosen.sum(0) / sizes[which].sum(0)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return f"{values.mean():.1f} ({low:.1f} to {high:.1f})"

@@ -42,6 +42,11 @@ SIGMA = {"linear": lambda z: z, "quadratic": torch.square, "exponential": torch.
 METHODS = ("random", "melbo", "exponential", "linear", "quadratic")
 # After the others.
 LATER = "soft"
+CONTRASTS = (
+    ("exponential", "linear"), ("quadratic", "linear"), ("melbo", "exponential"),
+    (LATER, "exponential"), ("exponential", "random"),
+)  # fmt: skip
+KEY = [*CELL, "method"]
 # Nothing in it is drawn: its line is copied from the first seed's.
 UNSEEDED = "linear"
 # Vectors on the sphere that no method has seen: how well does a model of the effect predict theirs?
@@ -64,7 +69,7 @@ def main() -> None:
     # Cells in which a method lacks would unbalance the table.
     rows = pd.read_csv(KEPT).groupby(CELL).filter(lambda some: {*METHODS} <= {*some["method"]})
     for name, some in rows.groupby("model", sort=False):
-        print(f"\n{name}\n\n{markdown(table(some))}")
+        print(f"\n{name}\n\n{markdown(table(some))}\n\n{markdown(contrasts(some))}")
 
 
 def fill_cell(name: str, load: Any, prompt: str, seed: int, methods: tuple[str, ...]) -> None:
@@ -149,6 +154,29 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(
         [line(name, by_method[name], *others) for name in (*METHODS, LATER) if name in by_method]
     )
+
+
+def contrasts(rows: pd.DataFrame) -> pd.DataFrame:
+    """Differences in distinct behaviours a hundred vectors, of the same searches."""
+    found = (100 * rows["distinct"] / rows["vectors"]).groupby([rows[name] for name in KEY]).first()
+    by_method: Any = found.unstack()
+    lines = []
+    for method, other in CONTRASTS:
+        if method not in by_method:
+            continue
+        more = (by_method[method] - by_method[other]).dropna()
+        each = more.groupby(level="prompt", sort=False).mean()
+        lines.append(
+            {
+                "of the same searches": f"{method} - {other}",
+                "difference a hundred vectors": interval(more),
+                "of each prompt": ", ".join(f"{value:.1f}" for value in each),
+                "more, equal, fewer": ", ".join(
+                    str(int((np.sign(more) == sign).sum())) for sign in (1, 0, -1)
+                ),
+            }
+        )
+    return pd.DataFrame(lines)
 
 
 def line(

@@ -6,6 +6,7 @@ from scipy.stats import binomtest
 
 from benchmarks.adapters import by_rules
 from benchmarks.backdoor import ratios, table
+from benchmarks.cases import CELL, interval
 
 
 def rows(method, seed, hits, seconds, n=100):
@@ -74,3 +75,18 @@ def test_the_judge_by_rules_says_what_has_changed(seconds, expected):
         for n, (first, second) in enumerate(zip(firsts, seconds, strict=True), start=1)
     )
     assert by_rules(f"Below are 2 pairs.\n\n{asked}\n\nIn one sentence, how?") == expected
+
+
+def test_the_searches_of_a_prompt_are_drawn_together():
+    """Of prompts that differ, and searches of each that are alike, prompts alone tell how sure."""
+    cells = [("bundled", prompt, seed) for prompt in "abcd" for seed in range(25)]
+    index = pd.MultiIndex.from_tuples(cells, names=CELL)
+    values = pd.Series([float(ord(prompt) - ord("a")) for _, prompt, _ in cells], index)
+    assert interval(values) == interval(values[::-1])
+    told = interval(values)
+    # 1.5 is the mean of 0, 1, 2, 3; of four that are drawn, the mean's deviation is 0.56.
+    assert told.startswith("1.5 (")
+    low, high = (float(word) for word in told[5:-1].split(" to "))
+    assert (low, high) == (0.5, 2.5)
+    alone = interval(values[:25])  # one prompt: nothing is known of others
+    assert alone == "0.0 (0.0 to 0.0)"
