@@ -82,6 +82,8 @@ def drawn(case: cases.Case, seed: int, with_groups: bool) -> pd.DataFrame:
 def agreement(rows: pd.DataFrame) -> Iterator[str]:
     """For each model, how many texts have the reader's stance and form; then the others."""
     read = pd.DataFrame(rows[rows["form"] != ""])
+    # XX
+    read["stance"] = read["stance"].replace("complies", "")
     found = [
         tm.analysis.tags(row["prompt"], row["completion"], row["system"] or None)[TOLD].iloc[0]
         for row in read.to_dict("records")
