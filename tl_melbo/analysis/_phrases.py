@@ -124,9 +124,10 @@ OWN = re.compile(
     r"|\b(?:[Yy]o|[Ss]oy|[Jj]e|[Jj]'|[Mm]on|[Ii]ch|[Mm]eine?|[Ss]ono|[Mm]io|[Ee]u|[Ss]ou|[Mm]eu|"
     r"[Mm]inha|[Ii]k|[Mm]ijn)\b|\b(?:я|Я|мой|моя|мне|меня)\b|我|私|僕|俺|나는|저는|제가)"
 )
+# Not "they": things are that, too.
 THIRD = _any(
-    r"\b(?:he|she|him|her|his|hers|they|them|their|himself|herself|themselves)\b",
-    r"\b(?:él|ella|ellos|elle|elles|ils|lui|er|sie|ihr|seine?|egli|ele|ela|hij|zij)\b",
-    r"\b(?:он|она|они|его|её)\b",
+    r"\b(?:he|she|him|her|his|hers|himself|herself)\b",
+    r"\b(?:él|ella|elle|lui|er|sie|ihr|seine?|egli|ele|ela|hij|zij)\b",
+    r"\b(?:он|она|его|её)\b",
     r"他|她|彼女|彼は|그는|그녀",
 )
