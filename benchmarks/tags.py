@@ -9,7 +9,7 @@
 other: a hub id, a folder or a .gguf file), of both signs, greedy and sampled, in random order, and
 all greedy ones of one search besides. It writes no tags: fill in stance and form after reading, and
 `group` (any word; "incoherent" does not count) for the texts of that search. `agree` runs the
-rules.
+rules. A label "complies" counts as "" where the text in the column `unsteered` does not refuse.
 """
 
 import argparse
@@ -32,7 +32,9 @@ PROMPTS = (
 )
 N_VECTORS, N_OF_GROUPS, N_TOKENS = 8, 24, 40
 TOLD = ["stance", "form"]
-KEPT = ["model", "system", "chat", "prompt", "vector", "scale", "sample", "completion"]
+KEPT = [
+    "model", "system", "chat", "prompt", "unsteered", "vector", "scale", "sample", "completion",
+]  # fmt: skip
 
 
 def main() -> None:
@@ -66,7 +68,8 @@ def drawn(case: cases.Case, seed: int, with_groups: bool) -> pd.DataFrame:
         found = tm.melbo(f, N_OF_GROUPS if of_groups else N_VECTORS, q=case.q, seed=seed)
         settings = {"max_new_tokens": N_TOKENS, "n_samples": 1, "seed": seed}
         texts = tm.generate(case.model, prompt, found, scales=[1, -1], **settings)
-        texts = texts.drop_duplicates("completion")
+        plain = tm.generate(case.model, prompt, chat=case.chat, max_new_tokens=N_TOKENS)
+        texts = texts.drop_duplicates("completion").assign(unsteered=plain["completion"].iloc[0])
         n_rows = (ROWS + number) // len(PROMPTS)
         some = texts.sample(n_rows, random_state=seed)
         parts.append(some)
@@ -82,11 +85,17 @@ def drawn(case: cases.Case, seed: int, with_groups: bool) -> pd.DataFrame:
 def agreement(rows: pd.DataFrame) -> Iterator[str]:
     """For each model, how many texts have the reader's stance and form; then the others."""
     read = pd.DataFrame(rows[rows["form"] != ""])
-    found = [
-        tm.analysis.tags(row["prompt"], row["completion"], row["system"] or None)[TOLD].iloc[0]
-        for row in read.to_dict("records")
-    ]
+    if "unsteered" not in read:
+        read["unsteered"] = ""  # for those of tags.csv and tags_2.csv, no model refuses
+    tags = tm.analysis.tags
+    found, refused = [], []
+    for row in read.to_dict("records"):
+        prompt, system, unsteered = row["prompt"], row["system"] or None, row["unsteered"]
+        found.append(tags(prompt, row["completion"], system, unsteered)[TOLD].iloc[0])
+        refused.append(tags(prompt, unsteered)["stance"].iloc[0] == "refuses")
     told = pd.DataFrame(found, index=read.index)
+    # Readers of those files called "complies" what is on topic, which no rule claims any more.
+    read["stance"] = read["stance"].where(refused, read["stance"].replace("complies", ""))
     right = (told == read[TOLD]).all(axis=1)
     for name, some in right.groupby(read["model"]):
         both = ", ".join(f"{tag} {int((told[tag] == read[tag])[some.index].sum())}" for tag in TOLD)

@@ -18,7 +18,7 @@ OF_GEMMA = json.loads(
     (Path(__file__).parent / "data/labelled_completions_gemma.json").read_text(encoding="utf-8")
 )
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-LOWEST_AGREEMENT = 0.6
+LOWEST_AGREEMENT, LOWEST_OF_GEMMA = 0.6, 0.55
 COOKING = (
     "First boil the water, then add the pasta and a little salt.",
     "Boil the pasta in salted water, then add the sauce.",
@@ -70,7 +70,7 @@ def agreement(model, rows, **settings):
 def test_groups_agree_with_labels_on_another_model_and_both_signs(tiny_llama, embedder):
     assert len(OF_GEMMA["completions"]) == 88
     known = agreement(tiny_llama, lambda row: "held_out" not in row, embedder=embedder)
-    assert known >= LOWEST_AGREEMENT
+    assert known >= LOWEST_OF_GEMMA
 
 
 def test_tags_agree_with_those_given_by_hand():
@@ -78,8 +78,9 @@ def test_tags_agree_with_those_given_by_hand():
         rows = [row for row in labelled["completions"] if "held_out" not in row]
         texts = [row["completion"] for row in rows]
         found = tm.analysis.tags(labelled["prompt"], texts, system)
+        # No rule tells what is on topic, and neither unsteered text refuses.
         right = [
-            tags == (row["stance"], row["form"])
+            tags == (row["stance"].replace("complies", ""), row["form"])
             for tags, row in zip(
                 found[["stance", "form"]].itertuples(index=False), rows, strict=True
             )
@@ -236,7 +237,11 @@ def test_a_refusal_and_four_other_answers_are_told_apart(tiny_llama, embedder):
     assert numbers[0] == numbers[5] == 0
     assert found.n_distinct == 4
     assert found.texts["stance"].tolist() == [
-        "refuses", "complies", "complies", "echoes the prompt", "", "refuses",
+        "refuses", "complies", "complies", "echoes the prompt", "complies", "refuses",
+    ]  # fmt: skip
+    names = found.groups["name"].tolist()
+    assert [name.partition(":")[0] for name in names] == [
+        "≈ baseline", "complies", "complies, code", "echoes the prompt", "complies, person",
     ]  # fmt: skip
 
 
@@ -249,8 +254,28 @@ def test_stance_and_form_keep_texts_apart_whatever_their_cosine(tiny_llama):
         distance=2.0,
         embedder=lambda some: torch.ones(len(some), 1),
     )
-    assert found.texts["behaviour"].tolist() == [0, *found.texts["behaviour"][1:5], 0]
-    assert found.n_distinct == 4
+    refusal, prose, code, echo, boast, again = found.texts["behaviour"]
+    assert refusal == again == 0
+    assert boast == prose
+    assert len({refusal, prose, code, echo}) == 4
+    assert found.n_distinct == 3
+
+
+def test_complying_is_beside_the_greedy_unsteered_text_of_the_same_prompt(tiny_llama):
+    refuses = frame([REFUSAL, *[FIVE[0]] * 3]).assign(vector=[-1, -1, -1, 0], sample=[0, 1, 2, 0])
+    answers = frame([FIVE[0], *[REFUSAL] * 3], prompt="Why?").assign(
+        vector=[-1, -1, -1, 0], sample=[0, 1, 2, 0]
+    )
+    found = tm.analysis.behaviours(
+        tiny_llama,
+        pd.concat([refuses, answers]),
+        chat=False,
+        embedder="words",
+        largest_perplexity=float("inf"),
+    )
+    assert found.texts["stance"].tolist() == [
+        "refuses", *["complies"] * 3, "", *["refuses"] * 3,
+    ]  # fmt: skip
 
 
 def test_negatives_are_vectors_of_equal_right(tiny_llama):

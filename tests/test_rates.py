@@ -52,6 +52,18 @@ def test_each_value_of_a_tag_has_a_rate():
     assert dict(zip(rows["value"], rows["hits"], strict=True)) == {"assistant": 1, "person": 7}
 
 
+def test_who_complies_is_told_beside_the_unsteered_texts_of_the_completions():
+    no, yes = "I'm sorry, but I can't help with that.", "The sea."
+    refused = frame((-1, 0.0, 0, no), (0, 1.0, 0, yes))
+    random = frame((1, 1.0, 0, yes))
+    found = tm.analysis.rates(refused, "stance", by=(), random=random)
+    rows = found[found["value"] == "complies"]
+    assert rows["steering"].tolist() == ["unsteered", "random", "vector"]
+    assert rows["hits"].tolist() == [0, 1, 1]
+    steered = refused.iloc[1:]
+    assert tm.analysis.rates(steered, "stance", by=(), random=random)["value"].tolist() == ["", ""]
+
+
 def test_counts_above_zero_are_hits_and_vectors_may_be_taken_together():
     found = tm.analysis.rates(COMPLETIONS, lambda text: text.count("e"), by=())
     assert found["steering"].tolist() == ["unsteered", "vector"]

@@ -7,7 +7,6 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -24,7 +23,8 @@ from tl_melbo.analysis._naming import (
     without,
 )
 from tl_melbo.analysis._rates import sampled
-from tl_melbo.analysis._tags import MOST_CHARACTERS, TAGS, tags
+from tl_melbo.analysis._tagged import is_first, is_unsteered, tagged, unsteered_of
+from tl_melbo.analysis._tags import MOST_CHARACTERS, TAGS
 from tl_melbo.judges._asking import Judge, check_judge
 from tl_melbo.model.bridge import Model, check_model
 from tl_melbo.model.tokens import default_system_prompt
@@ -82,7 +82,7 @@ class Behaviours:
     @property
     def per_100_vectors(self) -> float:
         """The same for every hundred vectors, signs and prompts: v and -v are two tries."""
-        steered = self.texts[~_is_unsteered(self.texts)]
+        steered = self.texts[~is_unsteered(self.texts)]
         signs = steered["scale"] > 0
         n_tried = len({*zip(steered["vector"], signs, steered["prompt"], strict=True)})
         return 100 * self.n_distinct / n_tried if n_tried else 0.0
@@ -168,12 +168,13 @@ def behaviours(
     texts[[*measured.columns]] = measured
     texts["coherent"] = texts["filtered_out"] == ""
     system = default_system_prompt(model) if chat else None
-    texts[[*TAGS]] = _tagged(pairs, system, judge)
+    found = tagged(pairs, unsteered_of(texts, said.tolist()), system)
+    texts[[*TAGS]] = found if judge is None else _refined(found, pairs, judge)
     texts["baseline"] = _is_baseline(texts)
     texts["behaviour"] = _INCOHERENT
     groups: list[tuple[Any, ...]] = []
-    is_first = _is_first(texts)
-    inside = pd.DataFrame(texts.assign(said=said, is_first=is_first)[texts["coherent"] | is_first])
+    firsts = is_first(texts)
+    inside = pd.DataFrame(texts.assign(said=said, is_first=firsts)[texts["coherent"] | firsts])
     for (prompt,), rows in groups_of(inside, ["prompt"]).items():
         first = 1 + max([_UNSTEERED, *(group[0] for group in groups)])
         cosines = _cosines(str(prompt), rows["said"].tolist(), chosen)
@@ -209,40 +210,17 @@ def _with_scale(completions: pd.DataFrame) -> Table:
     return texts
 
 
-def _is_unsteered(texts: pd.DataFrame) -> np.ndarray:
-    """A vector times zero is none."""
-    return (texts["vector"].to_numpy() < 0) | (texts["scale"].to_numpy() == 0)
-
-
-def _is_first(texts: pd.DataFrame) -> np.ndarray:
-    """The unsteered completions whose behaviour is the baseline: the greedy ones, or else all."""
-    unsteered = _is_unsteered(texts)
-    if "sample" not in texts:
-        return unsteered
-    greedy = unsteered & (texts["sample"].to_numpy() == 0)
-    has_greedy = texts["prompt"].isin([*texts["prompt"][greedy]]).to_numpy()
-    return np.where(has_greedy, greedy, unsteered)
-
-
 def _is_baseline(texts: pd.DataFrame) -> list[bool]:
     written = list(zip(texts["prompt"], texts["completion"], strict=True))
-    unsteered = {*itertools.compress(written, _is_unsteered(texts))}
+    unsteered = {*itertools.compress(written, is_unsteered(texts))}
     return [each in unsteered for each in written]
 
 
-def _tagged(
-    pairs: Sequence[tuple[str, str]], system: str | None, judge: Judge | None
-) -> pd.DataFrame:
-    """The tags of each text after its prompt, by rule, and by the judge where it can tell."""
-    rows: dict[int, Sequence[str]] = {}
-    for prompt in dict.fromkeys(prompt for prompt, _ in pairs):
-        places = [place for place, pair in enumerate(pairs) if pair[0] == prompt]
-        found = tags(prompt, [pairs[place][1] for place in places], system)
-        rows |= dict(zip(places, found.itertuples(index=False, name=None), strict=True))
-    if judge is not None:
-        told = judged_stances(judge, pairs)
-        rows = {i: (told.get(pairs[i], rule), *rest) for i, (rule, *rest) in rows.items()}
-    return pd.DataFrame([rows[place] for place in range(len(pairs))], columns=list(TAGS))
+def _refined(found: pd.DataFrame, pairs: Sequence[tuple[str, str]], judge: Judge) -> pd.DataFrame:
+    """The tags with the judge's stance of each text, where it can tell."""
+    told = judged_stances(judge, pairs)
+    stances = [told.get(pair, own) for pair, own in zip(pairs, found["stance"], strict=True)]
+    return found.assign(stance=stances)
 
 
 def _cosines(prompt: str, texts: Sequence[str], embedder: Embedder) -> Tensor:

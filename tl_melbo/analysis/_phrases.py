@@ -3,9 +3,8 @@
 import re
 
 
-def _any(*patterns: str, start: bool = False) -> re.Pattern[str]:
-    joined = "|".join(patterns)
-    return re.compile(rf"\W*(?:{joined})" if start else rf"(?:{joined})", re.IGNORECASE)
+def _any(*patterns: str) -> re.Pattern[str]:
+    return re.compile(rf"(?:{'|'.join(patterns)})", re.IGNORECASE)
 
 
 # Words that say little but which language it is.
@@ -74,42 +73,10 @@ OBJECTS = _any(
     r"allowed|right|okay|recommended))\b",
     r"\b(?:shouldn't|mustn't|(?:should|must) (?:not|never))\b|^\W*(?:don't|do not|never)\b",
 )
-ACCEPTS = _any(
-    r"(?:sure|certainly|of course|absolutely|gladly|no problem|yes|okay|ok)\b(?=[\s,.!:-])",
-    r"here(?:'s| is| are)\b",
-    r"i(?:'d| would) be (?:happy|glad|delighted) to\b",
-    r"(?:claro|por supuesto|aquí|bien sûr|voici|natürlich|gerne|ecco|certo|claro que sim)\b",
-    r"конечно|вот|当然|好的|もちろん|물론",
-    start=True,
-)
-# Openings that tell somebody what to do, whatever it is about.
-ADVISES = _any(
-    r"(?:to (?!be\b|me\b|my\b|the\b|an?\b)\w+|in order to|if you want to|by \w+ing|using|first|"
-    r"steps?|i(?:'d| would) (?!like\b|love\b|be\b)\w+|i (?:recommend|suggest|advise|use)|"
-    r"(?:the|an?) (?:\w+ ){0,2}(?:way|method|step|thing|option|approach|solution|idea)|"
-    r"there are (?:\w+ ){0,3}(?:ways|methods|steps|things|options)|you (?:can|could|should|need|"
-    r"may|might|must|have to|will (?:need|have))(?!'| not\b| be\b| find\b))\b",
-    r"(?:add|apply|ask|avoid|bake|be|begin|bring|buy|call|change|check|choose|clean|click|close|"
-    r"consider|contact|cook|create|cut|delete|do|don't|draw|dress|drink|eat|enjoy|enter|find|focus|"
-    r"follow|get|give|go|have|heat|import|install|join|keep|learn|leave|let's|listen|look|make|meet|"
-    r"mix|move|never|always|open|pick|place|plan|play|practi[sc]e|prepare|press|put|read|relax|"
-    r"remember|remove|research|rest|run|save|search|select|send|set|sleep|speak|spend|start|stay|"
-    r"stop|study|take|talk|tell|think|try|turn|type|use|visit|wait|walk|watch|wear|work|write)\b(?!')",
-    start=True,
-)
-# Anywhere in an opening that speaks of what was asked, these tell it, too.
-HINTS = _any(
-    r"\byou (?:can|could|should|need|may|might|must|have to|will)\b(?!'| not\b)",
-    r"\bi(?:'d| would| can(?: certainly)?)? (?:recommend|suggest|advise|use|provide|offer)\b",
-    r"\b(?:by (?:\w+ing|the)|using (?:the|an?)|can be (?:used|done)|ways to|"
-    r"methods? (?:to|is|for)|first (?:step|thing)|"
-    r"it(?:'s| is) (?:an? )?(?:good|best|great|better))\b",
-)
 # Who says this has the question, not the answer.
 WISHES = _any(
-    r"i (?:want|need|have|would like|wish|am trying|was trying)\b",
-    r"i'(?:d like|m trying)\b",
-    start=True,
+    r"\W*i (?:want|need|have|would like|wish|am trying|was trying)\b",
+    r"\W*i'(?:d like|m trying)\b",
 )
 
 _AI = (
@@ -157,22 +124,10 @@ OWN = re.compile(
     r"|\b(?:[Yy]o|[Ss]oy|[Jj]e|[Jj]'|[Mm]on|[Ii]ch|[Mm]eine?|[Ss]ono|[Mm]io|[Ee]u|[Ss]ou|[Mm]eu|"
     r"[Mm]inha|[Ii]k|[Mm]ijn)\b|\b(?:я|Я|мой|моя|мне|меня)\b|我|私|僕|俺|나는|저는|제가)"
 )
-OPENS_OWN = re.compile(rf"\W*{OWN.pattern}")
-# Says what it is, not only how it feels or that it helps. "This is an AI" may be said of itself.
-DESCRIBES_SELF = _any(
-    r"\bi(?: am|'m| was|'ve been)(?! (?:not|no|so|very|too|just|here|there|in|on|at|glad|happy|"
-    r"pleased|delighted|thrilled|excited|ready|able|sure|sorry|afraid|fine|well|going|trying|"
-    r"looking|about|told|asked|always)\b) \w",
-    r"\bi (?:work|live|like|love|enjoy|prefer|grew|stud(?:y|ied)|come|specialize|"
-    r"have(?! (?:an? )?(?:question|problem|idea)))\b",
-    r"\bmy (?:name|job|purpose|goal|role|passion|hobb(?:y|ies)|interests?|mission|favou?rite)\b",
-    rf"^\W*(?:this|it|\w+) is an? {_NOT_OF}\b{_AI}",
-    r"\b(?:soy|je suis|ich bin|io sono|sono un|eu sou|sou um|ik ben)\b|я\b",
-    r"我是|我叫|私は|僕は|나는|저는",
-)
+# Not "they": things are that, too.
 THIRD = _any(
-    r"\b(?:he|she|him|her|his|hers|they|them|their|himself|herself|themselves)\b",
-    r"\b(?:él|ella|ellos|elle|elles|ils|lui|er|sie|ihr|seine?|egli|ele|ela|hij|zij)\b",
-    r"\b(?:он|она|они|его|её)\b",
+    r"\b(?:he|she|him|her|his|hers|himself|herself)\b",
+    r"\b(?:él|ella|elle|lui|er|sie|ihr|seine?|egli|ele|ela|hij|zij)\b",
+    r"\b(?:он|она|его|её)\b",
     r"他|她|彼女|彼は|그는|그녀",
 )

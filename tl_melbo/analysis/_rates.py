@@ -7,7 +7,8 @@ from typing import Any
 import pandas as pd
 
 from tl_melbo import checks
-from tl_melbo.analysis._tags import TAGS, tags
+from tl_melbo.analysis._tagged import tagged, unsteered_of
+from tl_melbo.analysis._tags import TAGS
 from tl_melbo.probability import DEFAULT_CONFIDENCE, wilson_interval
 from tl_melbo.shapes import shape_checked
 from tl_melbo.tables import Table, groups
@@ -39,9 +40,9 @@ def rates(
     Args:
         completions: as `generate` returns them, or the texts of a `Behaviours`.
         of: a column, each of whose values gets a rate: "behaviour", "stance", "form", "speaker",
-            "baseline"; tags are found by rule where they are missing (by `tags`, without a system
-            prompt, so that no leak of it is known). Or a function of a text: what
-            it gives counts as a yes if it is true, or a count above 0.
+            "baseline"; tags are found by rule where they are missing (by `tags`, beside the
+            unsteered rows; without a system prompt, so that no leak of it is known). Or a function
+            of a text: what it gives counts as a yes if it is true, or a count above 0.
         by: columns whose values are told apart, such as "vector", "scale", "prompt".
         random: completions under `tm.random_vectors` of the same norm; or, where they are among
             `completions`, the numbers of these vectors. They are taken together, as are unsteered
@@ -57,9 +58,10 @@ def rates(
         ValueError: no completions, or columns that are not there.
     """
     wilson_interval(0, 1, confidence)
-    frame = _counted(completions, of, by, "completions").assign(steering="vector")
+    among = [completions, *([random] if isinstance(random, pd.DataFrame) else [])]
+    frame = _counted(completions, of, by, "completions", among).assign(steering="vector")
     if isinstance(random, pd.DataFrame):
-        other = _counted(random, of, by, "random").assign(steering="random")
+        other = _counted(random, of, by, "random", among).assign(steering="random")
         if ("sample" in random) != ("sample" in completions):
             raise ValueError(
                 "random: one of completions and random is of samples, the other greedy; write both "
@@ -106,14 +108,26 @@ def sampled(completions: pd.DataFrame) -> pd.DataFrame:
 
 
 def _counted(
-    completions: pd.DataFrame, of: str | Callable[[str], Any], by: Sequence[str], argument: str
+    completions: pd.DataFrame,
+    of: str | Callable[[str], Any],
+    by: Sequence[str],
+    argument: str,
+    among: Sequence[pd.DataFrame],
 ) -> pd.DataFrame:
-    """The completions with a scale, and with the value that is counted."""
+    """The completions with a scale, and with the value that is counted.
+
+    What the unsteered model writes is in the first of `among` that has it.
+    """
     column = of if isinstance(of, str) else "completion"
-    frame = completions if "scale" in completions else completions.assign(scale=1.0)
+    frame = _with_scale(completions)
     if column in TAGS and column not in frame:
-        checks.columns(frame, ("prompt", "completion"), argument, _ADVICE)
-        frame = frame.assign(**{column: _tag(frame, column)})
+        checks.columns(frame, ("vector", "prompt", "completion"), argument, _ADVICE)
+        unsteered: dict[str, list[str]] = {}
+        for some in reversed(among):
+            if {"vector", "prompt", "completion"} <= {*some}:
+                unsteered |= unsteered_of(_with_scale(some), _texts(some))
+        pairs = list(zip(frame["prompt"], _texts(frame), strict=True))
+        frame = frame.assign(**{column: tagged(pairs, unsteered)[column].tolist()})
     checks.columns(frame, ("vector", *by, column), argument, _ADVICE)
     frame = sampled(frame)
     if isinstance(of, str):
@@ -124,12 +138,9 @@ def _counted(
     return frame.assign(value=[bool(of(text)) for text in texts])
 
 
-def _tag(frame: pd.DataFrame, column: str) -> list[str]:
-    texts = [text if isinstance(text, str) else "" for text in frame["completion"]]
-    pairs = list(zip(frame["prompt"], texts, strict=True))
-    found = {}
-    for prompt in dict.fromkeys(prompt for prompt, _ in pairs):
-        own = [text for asked, text in pairs if asked == prompt]
-        told = tags(str(prompt), own)[column]
-        found |= {(prompt, text): tag for text, tag in zip(own, told, strict=True)}
-    return [found[pair] for pair in pairs]
+def _with_scale(completions: pd.DataFrame) -> pd.DataFrame:
+    return completions if "scale" in completions else completions.assign(scale=1.0)
+
+
+def _texts(frame: pd.DataFrame) -> list[str]:
+    return [text if isinstance(text, str) else "" for text in frame["completion"]]

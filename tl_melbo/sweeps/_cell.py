@@ -147,7 +147,8 @@ def _measured(model: Any, run: tm.Run, found: tm.SteeringVectors, cell: Cell) ->
     row |= {"unsteered": written[-1, 0.0], "completion": written[strongest, 1.0]}
     tags = []
     for prompt, some in texts.groupby("prompt", sort=False):
-        told = analysis.tags(str(prompt), some["completion"].tolist())
+        unsteered = some["completion"][some["vector"] < 0].tolist()
+        told = analysis.tags(str(prompt), some["completion"].tolist(), unsteered=unsteered)
         tags += zip(some["vector"].tolist(), *(told[each].tolist() for each in told), strict=True)
     return {"row": row, "tags": tags}
 
