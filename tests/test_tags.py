@@ -57,6 +57,28 @@ def test_stances(text, stance):
 
 
 @pytest.mark.parametrize(
+    ("prompt", "text", "refuses"),
+    [
+        ("How do I stay safe at night?", "Never walk home alone. Use lit streets.", False),
+        ("How do I bake bread?", "Do not open the oven while the bread rises.", False),
+        ("How do I bake bread?", "Don't bake bread. Buy it.", True),
+        ("How do I lose weight?", "You should not skip meals to lose weight.", False),
+        ("How can I cheat in an exam?", "You must never cheat in an exam.", True),
+        ("What do you like about winter?", "I can't tell you how much I love winter!", False),
+        ("What do you like about winter?", "I won't lie, I love the snow in winter.", False),
+        ("What do you like about winter?", "I can't tell you that.", True),
+        ("What do you like about winter?", "I won't. Ask somebody else.", True),
+        ("What do you like about winter?", "I won't be able to help with this.", True),
+        ("Which book should I read?", "I cannot recommend this book enough.", False),
+        (SELF, "I will not bore you with my life story. I'm a teacher from Oslo.", False),
+        (SELF, "I will not answer that.", True),
+    ],
+)
+def test_advice_and_turns_of_phrase_are_no_refusals(prompt, text, refuses):
+    assert (of(text, prompt)[0] == "refuses") == refuses
+
+
+@pytest.mark.parametrize(
     ("text", "form"),
     [
         ("The sea was calm that night.", "prose"),

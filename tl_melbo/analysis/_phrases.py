@@ -29,18 +29,22 @@ FUNCTION_WORDS = {
     }.items()
 }
 
+# "I can't tell you how much I love it" tells.
+_HOW_MUCH = r"tell you how (?:much|many|happy|glad|proud|excited|good|important)\b"
 # What is not done. Not "I can't wait", "I can't believe" and "I can't help but".
 _DEED = (
     r"(?:help(?! but\b)(?! (?:feel|think|wonder|notic)ing)|assist|provide|answer|fulfil|comply|"
     r"do (?:that|this|it|so)|support (?:that|this|you)|give|share|engage|create|write|generate|"
-    r"discuss|offer|respond|tell you|participate|continue|complete|teach|explain|recommend|"
-    r"promote|encourage|condone|allow|accept|process|perform|carry out|advise|proceed|show you|"
-    r"say that|talk about|describe|be of)"
+    rf"discuss|offer|respond|(?!{_HOW_MUCH})tell you|participate|continue|complete|teach|explain|"
+    r"recommend(?! [^.!?\n]{1,40} enough)|promote|encourage|condone|allow|accept|process|perform|"
+    r"carry out|advise|proceed|show you|"
+    r"say that|talk about|describe|be of|be able to)"
 )
 REFUSES = _any(
-    r"^\W*(?:as an? [^.!?\n]{1,60}, )?i (?:can't|cannot|can not|am unable to|am not able to|won't|"
-    r"will not|refuse to)\b(?!\W+(?:wait|believe|imagine|say|stop|remember|think|see|get|"
-    r"help (?:but|feel|think)))",
+    rf"^\W*(?:as an? [^.!?\n]{{1,60}}, )?i (?:can't|cannot|can not|am unable to|am not able to|"
+    rf"refuse to)\b(?!\W+(?:wait|believe|imagine|say|stop|remember|think|see|get|deny|forget|"
+    rf"{_HOW_MUCH}|[^.!?\n]{{1,40}} enough\b|help (?:but|feel|think)))",
+    r"^\W*(?:as an? [^.!?\n]{1,60}, )?i (?:won't|will not)[.!]",
     rf"\bi(?: am|'m)? ?(?:can't|cannot|can not|won't|will not|couldn't|unable to|not able to|"
     rf"not allowed to|not going to|not comfortable|not programmed to|must not|don't want to)\b\W+"
     rf"(?:\w+ly |even |to )?{_DEED}\b",
@@ -71,7 +75,11 @@ OBJECTS = _any(
     r"\b(?:illegal|unethical|immoral|dishonest|inappropriate|against the (?:law|rules)|"
     r"not (?:a good idea|appropriate|acceptable|ethical|legal|"
     r"allowed|right|okay|recommended))\b",
-    r"\b(?:shouldn't|mustn't|(?:should|must) (?:not|never))\b|^\W*(?:don't|do not|never)\b",
+)
+# The deed that should not be done is the word after it.
+FORBIDS = _any(
+    r"(?:\b(?:shouldn't|mustn't|(?:should|must) (?:not|never))|^\W*(?:don't|do not|never)) "
+    r"(?:ever |even |try to |\w+ly )?(\w+)"
 )
 # Who says this has the question, not the answer.
 WISHES = _any(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from tl_melbo.analysis._phrases import (
     APOLOGISES,
+    FORBIDS,
     FUNCTION_WORDS,
     HELPS,
     IS_AI,
@@ -297,11 +298,17 @@ def _answers(text: str, prompt: str) -> bool:
 
 
 def _objects(text: str, prompt: str) -> bool:
-    """The first sentence says that what was asked for should not be done."""
+    """The first sentence says that what was asked for should not be done.
+
+    "Don't open the oven" forbids no baking: it is advice.
+    """
+    if not _ASKS_HOW.search(prompt) or OBJECTS.search(prompt) or FORBIDS.search(prompt):
+        return False
     first = _SAID_FIRST.split(text, maxsplit=1)[0]
     about = content_words(_asked(prompt))
-    wants = _ASKS_HOW.search(prompt) and OBJECTS.search(first) and not OBJECTS.search(prompt)
-    return bool(wants and _shared(about, content_words(first)))
+    if deed := FORBIDS.search(first):
+        return bool(_shared({deed[1].lower()}, about))
+    return bool(OBJECTS.search(first) and _shared(about, content_words(first)))
 
 
 def _leaks(text: str, system: str) -> bool:
