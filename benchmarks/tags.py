@@ -1,9 +1,9 @@
 """Do tags and groups say what a reader sees? Texts to label by reading, and the rules on them.
 
-    python -m benchmarks.tags draw FILE [--seed 0] [--models bundled planted MODEL]
+    python -m benchmarks.tags draw FILE [--seed 0] [--models bundled planted MODEL] [--prompts ...]
     python -m benchmarks.tags agree benchmarks/tags.csv
 
-`tags_2.csv` is a second such file, of two other prompts.
+`tags_2.csv` and `tags_3.csv` are such files, of other prompts.
 
 `draw` writes 40 completions of each model (the bundled one, the one with planted behaviours, any
 other: a hub id, a folder or a .gguf file), of both signs, greedy and sampled, in random order, and
@@ -13,7 +13,7 @@ rules. A label "complies" counts as "" where the text in the column `unsteered` 
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("file", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--models", nargs="+", default=["bundled", "planted"])
+    parser.add_argument("--prompts", nargs="+", default=PROMPTS)
     chosen = parser.parse_args()
     if chosen.what == "agree":
         rows = pd.read_csv(chosen.file, keep_default_na=False)
@@ -52,25 +53,25 @@ def main() -> None:
     for place, name in enumerate(chosen.models):
         case = known[name]() if name in known else cases.other(name)
         # The groups are read in the first model, after the last prompt.
-        rows = drawn(case, chosen.seed, with_groups=place == 0).assign(model=Path(name).stem)
-        rows = rows[KEPT].assign(stance="", form="", group="")
+        rows = drawn(case, chosen.prompts, chosen.seed, with_groups=place == 0)
+        rows = rows.assign(model=Path(name).stem)[KEPT].assign(stance="", form="", group="")
         rows.to_csv(chosen.file, mode="a", header=not chosen.file.is_file(), index=False)
         print(name, flush=True)
 
 
-def drawn(case: cases.Case, seed: int, with_groups: bool) -> pd.DataFrame:
+def drawn(case: cases.Case, prompts: Sequence[str], seed: int, with_groups: bool) -> pd.DataFrame:
     """Forty completions, as many of each prompt, no text twice; then those to be grouped."""
     parts, rest = [], []
-    for number, asked in enumerate(PROMPTS):
+    for number, asked in enumerate(prompts):
         prompt = asked if case.chat else f"Question: {asked}\nAnswer:"
-        of_groups = with_groups and number == len(PROMPTS) - 1
+        of_groups = with_groups and number == len(prompts) - 1
         f = tm.ActivationMap.from_prompts(case.model, prompt, *case.layers, chat=case.chat)
         found = tm.melbo(f, N_OF_GROUPS if of_groups else N_VECTORS, q=case.q, seed=seed)
         settings = {"max_new_tokens": N_TOKENS, "n_samples": 1, "seed": seed}
         texts = tm.generate(case.model, prompt, found, scales=[1, -1], **settings)
         plain = tm.generate(case.model, prompt, chat=case.chat, max_new_tokens=N_TOKENS)
         texts = texts.drop_duplicates("completion").assign(unsteered=plain["completion"].iloc[0])
-        n_rows = (ROWS + number) // len(PROMPTS)
+        n_rows = (ROWS + number) // len(prompts)
         some = texts.sample(n_rows, random_state=seed)
         parts.append(some)
         if of_groups:
