@@ -179,9 +179,10 @@ def linearities(
     found = []
     for some in cut:
         said, described = described[: 2 * n_batches], described[2 * n_batches :]
-        pair = {"of_adapter": said[:n_batches], "of_vectors": said[n_batches:]}
-        score, left_out = linearity_score(*pair.values(), embedder), len(texts[0]) - len(some)
-        found.append(Linearity(**vars(score), **pair, texts=Table(some), left_out=left_out))
+        one, other = said[:n_batches], said[n_batches:]
+        score = linearity_score(one, other, embedder)
+        found.append(Linearity(**vars(score), of_adapter=one, of_vectors=other, texts=Table(some),
+                               left_out=len(texts[0]) - len(some)))  # fmt: skip
     return found
 
 

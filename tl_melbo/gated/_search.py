@@ -172,7 +172,11 @@ class Finding(Iterator[GatedFactors]):
             tqdm(total=steps + 1, desc="gated factors", unit="step", disable=not progress) as bar,
             own_arithmetic(gated),
         ):
-            fit = Fit(gated, positions, 1.0, lambda *_: bar.update(), unit=gated.unit)
+
+            def tell(step: int, objective: float) -> None:
+                bar.update()
+
+            fit = Fit(gated, positions, 1.0, tell, unit=gated.unit)
             unit = gated.unit(start.double())
             found, history = fit.iterated("exponential", unit, steps, True)
         _check_finite(found)
@@ -240,7 +244,7 @@ def gated_factors(
     gated = GatedMap(f, band, radius)
     drawn = torch.Generator().manual_seed(seed)
     start = torch.randn(n_factors, gated.size, generator=drawn, dtype=torch.float32)
-    return Finding(gated, positions, start, seed, steps, progress)
+    return Finding(gated, checked_slice(positions), start, seed, steps, progress)
 
 
 def _band(model: Model, layers: Sequence[int] | None, target: int | None) -> tuple[list[int], int]:

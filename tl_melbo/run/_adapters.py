@@ -13,7 +13,7 @@ from tl_melbo.generation import generate
 from tl_melbo.model.bridge import Model
 from tl_melbo.run import _files
 from tl_melbo.shapes import shape_checked
-from tl_melbo.stored import Kept
+from tl_melbo.stored import Kept, Library
 from tl_melbo.story import differences
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def all_kept(folder: Path) -> dict[str, Any]:
     return parts
 
 
-def _check_same(path: Path, found: Kept | None, story: Any) -> None:
+def _check_same(path: Path, found: Library | None, story: Any) -> None:
     if found is None:
         return
     what = path.stem
