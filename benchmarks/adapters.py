@@ -38,13 +38,18 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="only from what is kept")
     chosen = parser.parse_args()
     run = tm.Run(FOLDER)
+    paths = [run.folder / f"judged-{number}.json" for number in range(chosen.adapters)]
     if not chosen.table:
         model = tm.load_model()
-        for number in range(chosen.adapters):
-            adapters = trained(run, model, number + 1)
-            judged(model, adapters[number], run.folder / f"judged-{number}.json")
+        adapters = trained(run, model, chosen.adapters)
+        missing = [number for number, path in enumerate(paths) if not path.is_file()]
+        if missing:
+            for number, known in zip(missing, described(model, adapters[missing]), strict=True):
+                keep(paths[number], known)
+            told("the texts and the judge by rules")
+        for path in paths:
+            judged(model, path)
     adapters = tm.Adapter.load(run.folder / "adapters.safetensors")[: chosen.adapters]
-    paths = [run.folder / f"judged-{number}.json" for number in range(len(adapters))]
     known = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
     frame = rows(adapters[: len(known)], known)
     frame.to_csv(CSV, index=False)
@@ -66,30 +71,25 @@ def trained(run: tm.Run, model: Any, n_adapters: int) -> tm.Adapter:
     return run.adapters(model, n_adapters, on_step=tell, **TRAINING)
 
 
-def judged(model: Any, adapter: tm.Adapter, path: Path) -> None:
-    """Write under an adapter and its vectors, ask both judges, and keep all of it in a file."""
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if "rules" not in known:
-        known = described(model, adapter)
-        keep(path, known)
-        told(path, "described by rules")
+def judged(model: Any, path: Path) -> None:
+    """Ask the local judge what the judge by rules was asked, and keep that in the same file."""
+    known = json.loads(path.read_text(encoding="utf-8"))
     if "local" not in known:
         judge = tm.judges.local(model, max_new_tokens=40)
         answers = [judge(question).strip() for question in known["questions"]]
-        known["local"] = [answer or "No answer." for answer in answers]
-        keep(path, known)
-        told(path, "described by the local model")
+        keep(path, known | {"local": [answer or "No answer." for answer in answers]})
+        told(f"{path.stem} by the local model")
 
 
-def described(model: Any, adapter: tm.Adapter) -> dict[str, Any]:
-    """The texts of both sides, what the judge by rules says, and what it was asked."""
+def described(model: Any, adapters: tm.Adapter) -> list[dict[str, Any]]:
+    """Of each: the texts of both sides, what the judge by rules says, and what it was asked."""
     held_out = tm.adapters.situations().query("split == 'held_out'")
     place = held_out.groupby("situation").cumcount()
     # Vectors are taken from other prompts than those on which they are judged.
     for_vectors = held_out["prompt"][place == 0].tolist()[::2]
     for_texts = held_out["prompt"][place == 2].tolist()
     options: dict[str, Any] = {"max_new_tokens": N_TOKENS, "positions": slice(1, None)}
-    vectors = adapter.vectors(model, for_vectors, "addition", **options)
+    vectors = adapters.vectors(model, for_vectors, "addition", **options)
     asked: list[str] = []
 
     def judge(question: str) -> str:
@@ -97,14 +97,19 @@ def described(model: Any, adapter: tm.Adapter) -> dict[str, Any]:
         return by_rules(question)
 
     options = {"n_batches": N_BATCHES, "max_new_tokens": N_TOKENS}
-    found = tm.evaluation.linearity(model, adapter, vectors, for_texts, judge=judge, **options)
-    return {
-        "constant_share": float(vectors.columns["constant_share"].mean()),
-        "texts": found.texts.to_dict("records"),
-        "questions": asked,
-        "rules": [*found.of_adapter, *found.of_vectors],
-        **coherence(model, found.texts),
-    }
+    scores = tm.evaluation.linearities(model, adapters, vectors, for_texts, judge=judge, **options)
+    return [
+        {
+            "constant_share": float(share.mean()),
+            "texts": found.texts.to_dict("records"),
+            "questions": asked[2 * N_BATCHES * number :][: 2 * N_BATCHES],
+            "rules": [*found.of_adapter, *found.of_vectors],
+            **coherence(model, found.texts),
+        }
+        for number, (found, share) in enumerate(
+            zip(scores, vectors.columns["constant_share"], strict=True)
+        )
+    ]
 
 
 def coherence(model: Any, texts: pd.DataFrame) -> dict[str, float]:
@@ -123,8 +128,8 @@ def coherence(model: Any, texts: pd.DataFrame) -> dict[str, float]:
     return shares
 
 
-def told(path: Path, what: str) -> None:
-    print(f"{path.stem} {what}, {time.process_time():.0f} CPU s since the start", flush=True)
+def told(what: str) -> None:
+    print(f"{what}: done, {time.process_time():.0f} CPU s since the start", flush=True)
 
 
 def keep(path: Path, known: dict[str, Any]) -> None:

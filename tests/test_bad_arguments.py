@@ -270,7 +270,8 @@ def shared_calls():
             {"path": "page.html", "model": model, "found": found, "completions": completions,
              "activation_map": f, "families": (), "side_effects": measured, "prompts": None,
              "title": "x", "layer": 1, "chat": False, "batch_size": 2, "baselines": None,
-             "adapter_texts": None, "notes": None, "run_folder": None, **SHORT},
+             "adapter_texts": None, "factors": None, "factor_texts": None, "notes": None,
+             "run_folder": None, **SHORT},
         ),
         "calibrate_radius": (
             tm.calibrate_radius,

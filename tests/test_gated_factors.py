@@ -233,7 +233,12 @@ def test_vectors_do_what_constant_gates_do(tiny, tmp_path):
             torch.testing.assert_close(steered, model(tokens), rtol=1e-3, atol=1e-3)
         after = tm.LayeredVectors.from_tensor(vectors.vectors, [1])
         with tm.steered(model, after):
-            assert not torch.allclose(steered, model(tokens), atol=1e-2)
+            difference = (steered - model(tokens)).abs().max()
+    # Where the MLP reads what the block reads, attention's output goes to the block's end as it is.
+    if model.cfg.parallel_attn_mlp:
+        assert difference < 1e-4
+    else:
+        assert difference > 0.1
     vectors.save(tmp_path / "v.safetensors")
     read = tm.LayeredVectors.load(tmp_path / "v.safetensors")
     assert (2 * read[0]).place == "attention"

@@ -88,6 +88,31 @@ def test_one_direction_scores_higher_than_another(tiny_llama, unchanged):
     assert same.of_adapter != same.of_vectors
 
 
+def test_several_adapters_score_what_each_scores_alone(tiny_llama, monkeypatch):
+    written, generate = [], tm.generate
+
+    def spy(model, prompts, *args, **options):
+        frame = generate(model, prompts, *args, **options)
+        written.append(len(frame))
+        return frame
+
+    monkeypatch.setattr("tl_melbo.evaluation._linearity.generate", spy)
+    sides = [tm.concatenate([vector(seed) for seed in seeds]) for seeds in ((0, 1), (0, 2))]
+    options = {"judge": frequent_words, "n_batches": 3, "max_new_tokens": 4, "embedder": points}
+    found = tm.evaluation.linearities(tiny_llama, *sides, PROMPTS, **options)
+    assert sorted(written) == [6, 12, 12]  # unsteered once
+    for number, each in enumerate(found):
+        pair = (side[number] for side in sides)
+        alone = tm.evaluation.linearity(tiny_llama, *pair, PROMPTS, **options)
+        assert each.texts.equals(alone.texts)
+        assert (each.of_adapter, each.of_vectors) == (alone.of_adapter, alone.of_vectors)
+        assert (each.score, each.left_out) == (alone.score, alone.left_out)
+    with pytest.raises(ValueError, match="adapters, vectors: 2 and 1"):
+        tm.evaluation.linearities(tiny_llama, sides[0], vector(0), PROMPTS, **options)
+    with pytest.raises(ValueError, match="both sides of adapter 0, but n_batches=7"):
+        tm.evaluation.linearities(tiny_llama, *sides, PROMPTS, **{**options, "n_batches": 7})
+
+
 def test_both_sides_are_equally_long(tiny_llama):
     asked = []
     judge = lambda text: asked.append(text) or "They differ."  # noqa: E731

@@ -1,4 +1,4 @@
-"""Adapters in a run's folder, and from the shell."""
+"""Adapters and gated factors in a run's folder, and adapters from the shell."""
 
 import json
 
@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 import tl_melbo as tm
 from tests.tiny_models import tiny_bridge
 from tl_melbo import cli
-from tl_melbo.errors import DifferentSearch
+from tl_melbo.errors import Damaged, DifferentSearch
 
 PROMPTS = ["Once upon a time", "Hello there, my friend, how", "I"]
 PROMPT = PROMPTS[0]
@@ -50,6 +50,47 @@ def test_kill_and_continue(tmp_path):
     assert len(tm.Adapter.load(run.folder / "adapters.safetensors")) == len(other) == 1
 
 
+def test_factors_are_kept_and_read_back(tiny_llama, tmp_path, monkeypatch):
+    run, settings = tm.Run(tmp_path / "run"), {"layers": [0, 1], "target_layer": 3, "steps": 1}
+    arguments, path = (tiny_llama, PROMPTS[:2], 3), run.folder / "factors.safetensors"
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.autograd, "grad", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run.gated_factors(*arguments, **settings)
+    assert not run.folder.exists()
+    found = run.gated_factors(*arguments, **settings)
+    expected = tm.gated_factors(*arguments, **settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.autograd, "grad", stop)  # nothing is found again
+        again = run.gated_factors(*arguments, **settings)
+        with pytest.raises(KeyboardInterrupt):
+            run.gated_factors(*arguments, seed=1, overwrite=True, **settings)
+    for each in (found, again, tm.GatedFactors.load(path)):
+        assert torch.equal(each.A, expected.A)
+        assert torch.equal(each.B, expected.B)
+        assert torch.equal(each.history, expected.history)
+        assert each.columns.keys() == expected.columns.keys()
+        assert each.story["hyperparameters"] == expected.story["hyperparameters"]
+    for other, told in (({"radius": 2.0}, r"radius=1\.0 \(here 2\.0\)"), ({"seed": 1}, "seed=0")):
+        with pytest.raises(DifferentSearch, match=rf"other factors: found with {told}"):
+            run.gated_factors(*arguments, **other, **settings)
+    with pytest.raises(DifferentSearch, match=r"n_factors=3 \(here 2\)"):
+        run.gated_factors(*arguments[:2], 2, **settings)
+    with pytest.raises(TypeError, match="did you mean 'radius'"):
+        run.gated_factors(*arguments, raduis=1)
+    found[:2].save(path)
+    with pytest.raises(DifferentSearch, match="not all from 0 on"):
+        run.gated_factors(*arguments, **settings)
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(Damaged, match=r"factors\.safetensors.*pass overwrite=True"):
+        run.gated_factors(*arguments, **settings)
+    assert len(run.gated_factors(*arguments, overwrite=True, **settings)) == 3
+
+
 def test_the_command_trains_keeps_and_writes(model_folder, cached_models, tmp_path):
     runner, out = CliRunner(), tmp_path / "run"
     command = ["adapters", *PROMPTS[:2], "--out", str(out), "--model", str(model_folder)]
@@ -69,17 +110,29 @@ def test_the_command_trains_keeps_and_writes(model_folder, cached_models, tmp_pa
 
 
 def test_the_page_shows_what_the_folder_holds(tiny_llama, tmp_path, by_words):
-    """Notes that a reader put there, and adapters with their texts."""
+    """Notes that a reader put there, and adapters and factors with their texts."""
     f = tm.ActivationMap.from_prompts(tiny_llama, PROMPT, 1, 4)
     run = tm.Run(tmp_path / "run")
     run.melbo(f, 2, radius=4.0, steps=2)
     adapter = run.adapters(tiny_llama, 1, PROMPT, max_new_tokens=2, steps=1)
     run.adapter_texts(tiny_llama, adapter, PROMPT, max_new_tokens=2)
+    factors = run.gated_factors(tiny_llama, PROMPT, 2, layers=[0], target_layer=2, steps=1)
+    texts = run.factor_texts(tiny_llama, factors, PROMPT, max_new_tokens=2)
+    assert texts["vector"].tolist() == [-1, 0, 1]
+    assert (run.folder / "factors.csv").read_text(encoding="utf-8").count(PROMPT) == 3
     notes = {"version": 1, "vectors": {"1": {"name": "a pirate"}}}
     (run.folder / "notes.json").write_text(json.dumps(notes), encoding="utf-8")
     run.page(tiny_llama, f, max_new_tokens=2)
     page = (run.folder / "report.html").read_text(encoding="utf-8")
-    for words in ("a pirate", "<h2>Adapters", '"adapter-texts"', '"folder":"run"'):
+    for words in (
+        "a pirate",
+        "<h2>Adapters",
+        '"adapter-texts"',
+        "<h2>Gated factors",
+        '"factors":',
+        '"factor-texts"',
+        '"folder":"run"',
+    ):
         assert words in page
     run.page(tiny_llama, f, notes={"version": 1})
     assert "a pirate" not in (run.folder / "report.html").read_text(encoding="utf-8")

@@ -100,6 +100,32 @@ def test_the_samples_of_a_prompt_share_its_reading(tiny_llama, monkeypatch):
         assert read == [(16, length), (16, 1)]
 
 
+def test_prompts_of_one_length_are_written_together(tiny, monkeypatch):
+    prompts = [PROMPT, "Hi!", "Once upon a day", "Once upon a night", "Hi?", PROMPT]
+    lengths = [to_tokens(tiny, prompt).shape[1] for prompt in prompts]
+    assert len({*lengths}) < len(prompts)
+    embedding, read = torch.nn.functional.embedding, []
+
+    def spy(tokens, *args, **kwargs):
+        read.append(tuple(tokens.shape))
+        return embedding(tokens, *args, **kwargs)
+
+    told = []
+    options = {"layer": 2, "n_samples": 1, "max_new_tokens": 3}
+    expected = [tm.generate(tiny, each, two_vectors(), **options) for each in prompts]
+    monkeypatch.setattr(torch.nn.functional, "embedding", spy)
+    found = tm.generate(
+        tiny, prompts, two_vectors(), on_batch=lambda *counts: told.append(counts), **options
+    )
+    greedy = found[found["sample"] == 0].reset_index(drop=True)
+    alone = pd.concat(expected)
+    assert greedy.equals(alone[alone["sample"] == 0].reset_index(drop=True))
+    assert found["prompt"].tolist() == alone["prompt"].tolist()
+    rows = [4 * lengths.count(length) for length in sorted({*lengths})]
+    assert told == [(sum(rows[: i + 1]), 24) for i in range(len(rows))]
+    assert max(shape[0] for shape in read) == max(rows)
+
+
 def test_of_long_texts_fewer_are_written_at_once(tiny_llama, monkeypatch):
     sizes = []
 

@@ -32,8 +32,10 @@ if TYPE_CHECKING:
 
 # Of samples, where nothing else is asked for.
 DEFAULT_TEMPERATURE = 0.7
+# Prompts of one length are written together, up to so many texts.
+_TEXTS_OF_SEVERAL = 32
 OnBatch = Callable[[int, int], None]
-_Write = Callable[[Tokens, "_Rows"], tuple[list[str], list[bool]]]
+_Write = Callable[["_Rows"], tuple[list[str], list[bool]]]
 
 
 @shape_checked
@@ -129,25 +131,26 @@ def _by_model(
     on_batch: OnBatch | None,
 ) -> tuple[list[str], list[bool]]:
     """One text a prompt and label, and whether its logits were not finite."""
-    texts: list[str] = []
-    not_finite: list[bool] = []
     # The samples of a vector are neighbours: they share the reading of their prompt.
     places = torch.arange(len(labels)) % len(rows)
     order = places.argsort(stable=True)
-    for number, tokens in enumerate(prompts):
-        drawn = [_draws(max_new_tokens, each[-1] > 0, seed, number, *each) for each in labels]
+    found, total = {}, len(prompts) * len(labels)
+    for numbers in _of_one_length(prompts, min(batch_size, _TEXTS_OF_SEVERAL) // len(labels)):
+        keys = [(number, label) for number in numbers for label in order.tolist()]
+        named = [(number, *labels[label]) for number, label in keys]
+        drawn = [_draws(max_new_tokens, each[-1] > 0, seed, *each) for each in named]
+        tokens = torch.cat([prompts[number] for number, _ in keys])
+        steered = _Rows(rows, places[order].repeat(len(numbers)), torch.stack(drawn), tokens)
         tell = None
         if on_batch is not None:
-            tell = partial(_tell, on_batch, number, len(prompts), len(labels))
-        steered = _Rows(rows, places[order], torch.stack(drawn)[order])
+            tell = partial(_tell, on_batch, len(found), len(keys), total)
         at_once = min(batch_size, _fitting(model, tokens.shape[1], max_new_tokens))
-        parts, fitting = map_batches(partial(write, tokens), steered, at_once, tell)
+        parts, fitting = map_batches(write, steered, at_once, tell)
         batch_size = batch_size if fitting == at_once else fitting
         written = [each for some in parts for each in zip(*some, strict=True)]
-        for row in order.argsort().tolist():
-            texts.append(written[row][0])
-            not_finite.append(written[row][1])
-    return texts, not_finite
+        found.update(zip(keys, written, strict=True))
+    texts, not_finite = zip(*(found[key] for key in sorted(found)), strict=True)
+    return list(texts), list(not_finite)
 
 
 def _fitting(model: Model, n_prompt: int, n_new: int) -> int:
@@ -161,8 +164,16 @@ def _fitting(model: Model, n_prompt: int, n_new: int) -> int:
     return max(1, int(free / (weight.element_size() * max(1, a_text))))
 
 
-def _tell(on_batch: OnBatch, prompt: int, prompts: int, rows: int, share: float) -> None:
-    on_batch(round((prompt + share) * rows), prompts * rows)
+def _of_one_length(prompts: Sequence[Tokens], at_once: int) -> Iterator[list[int]]:
+    """The numbers of prompts of as many tokens, at least one and at most so many at a time."""
+    numbers = sorted(range(len(prompts)), key=lambda number: prompts[number].shape[1])
+    for _, alike in itertools.groupby(numbers, lambda number: prompts[number].shape[1]):
+        while some := list(itertools.islice(alike, max(1, at_once))):
+            yield some
+
+
+def _tell(on_batch: OnBatch, done: int, rows: int, total: int, share: float) -> None:
+    on_batch(done + round(share * rows), total)
 
 
 def written(model: Model, tokens: Tokens, max_new_tokens: int, engine: Engine | None = None) -> str:
@@ -172,10 +183,9 @@ def written(model: Model, tokens: Tokens, max_new_tokens: int, engine: Engine | 
     if engine is not None:
         label = [(-1, 0.0, 0)]
         return texts_by(engine, model, [tokens], nothing, label, 0.0, 0, max_new_tokens, None)[0]
-    unsteered = _Rows(
-        nothing, torch.zeros(1, dtype=torch.long), _draws(max_new_tokens, False)[None]
-    )
-    texts, not_finite = _writer(model, max_new_tokens, 0.0)(tokens, unsteered)
+    drawn = _draws(max_new_tokens, False)[None]
+    unsteered = _Rows(nothing, torch.zeros(1, dtype=torch.long), drawn, tokens)
+    texts, not_finite = _writer(model, max_new_tokens, 0.0)(unsteered)
     warn_of_rows(not_finite, f"what {model_name(model)} writes", "")
     return texts[0]
 
@@ -205,17 +215,19 @@ def _draws(n_tokens: int, is_sampled: bool, *name: float) -> Tensor:
 
 @dataclass(frozen=True)
 class _Rows:
-    """What is added to each row, by its place in `added`, and from where its tokens are drawn."""
+    """What is added to each row, by its place in `added`; whence it draws; what it goes on from."""
 
     added: Additions
     places: Tensor
     draws: Tensor
+    tokens: Tokens
 
     def __len__(self) -> int:
         return len(self.draws)
 
     def __getitem__(self, rows: slice) -> "_Rows":
-        return _Rows(self.added, self.places[rows], self.draws[rows])
+        parts = (self.places[rows], self.draws[rows], self.tokens[rows])
+        return _Rows(self.added, *parts)
 
 
 @contextmanager
@@ -242,13 +254,13 @@ def _writer(model: Model, max_new_tokens: int, temperature: float) -> _Write:
     if writes is not None:
         writes.generation_config = GenerationConfig()
 
-    def write(tokens: Tokens, steered: _Rows) -> tuple[list[str], list[bool]]:
+    def write(steered: _Rows) -> tuple[list[str], list[bool]]:
         nonlocal shares
         past: dict[str, Any] = {}
-        rows = tokens.expand(len(steered), -1)
-        choice = _Choice(steered.draws, torch.tensor(ends, device=tokens.device), temperature)
-        if shares and tokens.shape[1] > 1:
-            past = _past(model, plain, tokens, steered)
+        rows = steered.tokens
+        choice = _Choice(steered.draws, torch.tensor(ends, device=rows.device), temperature)
+        if shares and rows.shape[1] > 1:
+            past = _past(model, plain, steered)
             shares = bool(past)
         with adding(model, plain, steered.added[steered.places]):
             if writes is None:  # a HookedTransformer
@@ -262,7 +274,7 @@ def _writer(model: Model, max_new_tokens: int, temperature: float) -> _Write:
                     logits_processor=LogitsProcessorList([choice]),
                     **past,
                 )
-        new = out[:, tokens.shape[1] :].tolist()
+        new = out[:, rows.shape[1] :].tolist()
         kept = [list(itertools.takewhile(lambda token: token not in ends, row)) for row in new]
         texts = [str(model.tokenizer.decode(row, skip_special_tokens=True)) for row in kept]
         return texts, choice.not_finite.tolist()
@@ -270,15 +282,20 @@ def _writer(model: Model, max_new_tokens: int, temperature: float) -> _Write:
     return write
 
 
-def _past(model: Model, plain: Any, tokens: Tokens, steered: _Rows) -> dict[str, Any]:
-    """The keys and values of the prompt but for its last token, read once for each vector."""
-    distinct, rows = steered.places.unique(return_inverse=True)
-    with adding(model, plain, steered.added[distinct]):
+def _past(model: Model, plain: Any, steered: _Rows) -> dict[str, Any]:
+    """The keys and values of prompts but for their last tokens, read once for each vector."""
+    device = steered.tokens.device
+    read = torch.cat([steered.places[:, None].to(device), steered.tokens[:, :-1]], 1)
+    distinct, rows = read.unique(dim=0, return_inverse=True)
+    places, tokens = distinct[:, 0].cpu(), distinct[:, 1:]
+    if (tokens == tokens[0]).all():
         # One row runs up to the first steered layer, and the vectors make many of it.
-        past = read_ahead(plain, tokens[:, :-1])
+        tokens = tokens[:1]
+    with adding(model, plain, steered.added[places]):
+        past = read_ahead(plain, tokens)
     for cache in past.values():
         for layer in cache.layers:
-            layer.batch_select_indices(rows.to(tokens.device) % len(layer.keys))
+            layer.batch_select_indices(rows % len(layer.keys))
     return past
 
 

@@ -9,6 +9,7 @@ from tl_melbo.evaluation._hits import count_hits, hit_rate, layer_sweep
 from tl_melbo.evaluation._linearity import (
     Linearity,
     Score,
+    linearities,
     linearity,
     linearity_null,
     linearity_score,
@@ -35,6 +36,7 @@ __all__ = [
     "dose_response",
     "hit_rate",
     "layer_sweep",
+    "linearities",
     "linearity",
     "linearity_null",
     "linearity_score",

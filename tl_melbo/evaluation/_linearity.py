@@ -17,6 +17,7 @@ from tl_melbo.generation import generate
 from tl_melbo.judges._asking import Judge, ask, check_judge
 from tl_melbo.model.bridge import Model, check_model
 from tl_melbo.shapes import Float, shape_checked
+from tl_melbo.steering import steering_rows
 from tl_melbo.tables import Table
 
 _CONFIDENCE = 0.95
@@ -106,43 +107,108 @@ def linearity(
     Source: "Unsupervised discovery of steering vectors" (2025). The null and the equal lengths are
     this package's.
     """
+    for name, steering in (("adapter", adapter), ("vectors", vectors)):
+        if len(steering_rows(model, steering, layer, [1.0])) > 1:
+            raise ValueError(f"{name}: more than one; pass one, as found[5], or all to linearities")
+    (found,) = linearities(
+        model, adapter, vectors, prompts, judge=judge, n_batches=n_batches, layer=layer,
+        max_new_tokens=max_new_tokens, chat=chat, embedder=embedder, seed=seed,
+        batch_size=batch_size,
+    )  # fmt: skip
+    return found
+
+
+@shape_checked
+def linearities(
+    model: Model,
+    adapters: Any,
+    vectors: Any,
+    prompts: Sequence[str],
+    *,
+    judge: Judge,
+    n_batches: int = 6,
+    layer: int | None = None,
+    max_new_tokens: int = 50,
+    chat: bool | None = None,
+    embedder: Embedder | None = None,
+    seed: int = 0,
+    batch_size: int = 32,
+) -> list[Linearity]:
+    """`linearity` of each of several adapters, as `linearity_null` needs them.
+
+        adapters = tm.divergence_adapter(model, n_adapters=8)
+        scores = tm.evaluation.linearities(model, adapters, adapters.vectors(model), ...)
+
+    The unsteered texts are written once, and those of the adapters side by side.
+
+    Args:
+        vectors: as many rows as adapters, in the same order. The rest is as in `linearity`.
+
+    Raises:
+        ValueError, NoAnswer: as in `linearity`; another number of vectors.
+    """
     check_model(model)
     check_judge(judge)
     checks.at_least(1, n_batches=n_batches)
     checks.seed(seed)
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-    frames = {}
-    sides: dict[str, Any] = {"adapter": adapter, "vectors": vectors}
-    for name, steering in sides.items():
-        frames[name] = generate(model, prompts, steering, layer, chat=chat, **options)
-        if frames[name]["vector"].max() > 0:
-            raise ValueError(f"{name}: more than one; pass one, as found[5]")
-    ways = {frame.attrs["chat"] for frame in frames.values()}
-    if len(ways) > 1:
-        raise ValueError("chat: adapter and vectors differ in it; pass chat=True or chat=False")
-    frames["unsteered"] = generate(model, prompts, chat=ways.pop(), **options)
-    texts = pd.DataFrame({"prompt": frames["unsteered"]["prompt"]})
-    texts = texts.assign(**{name: frame["completion"] for name, frame in frames.items()})
-    cut = _equally_long(model, texts)
-    if len(cut) < n_batches:
+    sides: dict[str, Any] = {"adapter": adapters, "vectors": vectors}
+    counts = [len(steering_rows(model, each, layer, [1.0])) for each in sides.values()]
+    if len({*counts}) > 1:
         raise ValueError(
-            f"prompts: {len(cut)} of {len(texts)} have a text on both sides, but "
-            f"n_batches={n_batches}; pass more prompts, or ask for fewer batches"
+            f"adapters, vectors: {counts[0]} and {counts[1]}; pass the vectors of each adapter, in "
+            "the same order"
         )
-    questions = [
-        _question(batch, name)
-        for name in ("adapter", "vectors")
-        for batch in _batches(cut, n_batches, f"{seed} {name}")
-    ]
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    texts, questions = _texts(model, sides, prompts, counts[0], layer, chat, options), []
+    cut = [_equally_long(model, some) for some in texts]
+    for number, some in enumerate(cut):
+        if len(some) < n_batches:
+            of = f" of adapter {number}" if len(cut) > 1 else ""
+            raise ValueError(
+                f"prompts: {len(some)} of {len(texts[0])} have a text on both sides{of}, but "
+                f"n_batches={n_batches}; pass more prompts, or ask for fewer batches"
+            )
+        for name in sides:
+            batches = _batches(some, n_batches, f"{seed} {name}")
+            questions += [_question(batch, name) for batch in batches]
     described = ask(judge, questions)
     if empty := [number for number, text in enumerate(described) if not text]:
         raise NoAnswer(
             f"judge: descriptions {empty} of {len(described)} are empty; ask another judge"
         )
-    of_adapter, of_vectors = described[:n_batches], described[n_batches:]
-    found = linearity_score(of_adapter, of_vectors, embedder)
-    return Linearity(**vars(found), of_adapter=of_adapter, of_vectors=of_vectors, texts=Table(cut),
-                     left_out=len(texts) - len(cut))  # fmt: skip
+    found = []
+    for some in cut:
+        said, described = described[: 2 * n_batches], described[2 * n_batches :]
+        one, other = said[:n_batches], said[n_batches:]
+        score = linearity_score(one, other, embedder)
+        found.append(Linearity(**vars(score), of_adapter=one, of_vectors=other, texts=Table(some),
+                               left_out=len(texts[0]) - len(some)))  # fmt: skip
+    return found
+
+
+def _texts(
+    model: Model,
+    sides: dict[str, Any],
+    prompts: Sequence[str],
+    count: int,
+    layer: int | None,
+    chat: bool | None,
+    options: dict[str, Any],
+) -> list[pd.DataFrame]:
+    """Of each adapter: what is written under it, under its vectors and unsteered."""
+    frames = {
+        name: generate(model, prompts, steering, layer, chat=chat, **options)
+        for name, steering in sides.items()
+    }
+    ways = {frame.attrs["chat"] for frame in frames.values()}
+    if len(ways) > 1:
+        raise ValueError("chat: adapter and vectors differ in it; pass chat=True or chat=False")
+    unsteered = generate(model, prompts, chat=ways.pop(), **options)
+    texts = []
+    for number in range(count):
+        each = {name: [*frame["completion"][number::count]] for name, frame in frames.items()}
+        texts.append(pd.DataFrame({"prompt": unsteered["prompt"], **each}))
+    return [some.assign(unsteered=unsteered["completion"]) for some in texts]
 
 
 def _equally_long(model: Model, texts: pd.DataFrame) -> pd.DataFrame:

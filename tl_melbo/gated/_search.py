@@ -4,6 +4,7 @@ Source: "Mechanistically eliciting latent behaviors in language models", arXiv 2
 read through notes on it and a port of it.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,6 +18,7 @@ from tl_melbo import checks, story
 from tl_melbo.activation_map import ActivationMap
 from tl_melbo.discovery._dct_fit import MEASURE, Factors, Fit
 from tl_melbo.discovery._map import own_arithmetic
+from tl_melbo.discovery._search import collecting
 from tl_melbo.errors import NotFinite, told
 from tl_melbo.gated._factors import GatedAdditions, GatedFactors
 from tl_melbo.memory import map_batches
@@ -30,7 +32,7 @@ from tl_melbo.model.bridge import (
     model_name,
 )
 from tl_melbo.replay import Group, push, run_layers
-from tl_melbo.shapes import Delta, checked_slice, shape_checked
+from tl_melbo.shapes import Delta, checked_slice
 from tl_melbo.steering import hooked
 
 
@@ -130,7 +132,64 @@ class GatedMap:
             yield
 
 
-@shape_checked
+class Finding(Iterator[GatedFactors]):
+    """All factors, which are found together; its story is complete before that."""
+
+    def __init__(
+        self,
+        gated: GatedMap,
+        positions: slice,
+        start: Tensor,
+        seed: int,
+        steps: int,
+        progress: bool,
+    ) -> None:
+        settings = {"radius": gated.radius, "positions": story.slice_to_json(positions)}
+        settings |= {"n_factors": len(start), "layers": gated.layers, "steps": steps}
+        self.story = story.make(
+            "gated_factors",
+            **gated.story(),
+            layers=gated.layers,
+            seed=seed,
+            hyperparameters=settings,
+            measure=MEASURE,
+            about="Each factor is a steering vector in attention of several blocks, with a gate "
+            "that each token sets; all were found together, as soft factors of the effect.",
+        )
+        self._found = self._run(gated, positions, start, steps, progress)
+
+    def __next__(self) -> GatedFactors:
+        return next(self._found)
+
+    def collect(self) -> GatedFactors:
+        """The factors."""
+        return next(self)
+
+    def _run(
+        self, gated: GatedMap, positions: slice, start: Tensor, steps: int, progress: bool
+    ) -> Iterator[GatedFactors]:
+        with (
+            tqdm(total=steps + 1, desc="gated factors", unit="step", disable=not progress) as bar,
+            own_arithmetic(gated),
+        ):
+
+            def tell(step: int, objective: float) -> None:
+                bar.update()
+
+            fit = Fit(gated, positions, 1.0, tell, unit=gated.unit)
+            unit = gated.unit(start.double())
+            found, history = fit.iterated("exponential", unit, steps, True)
+        _check_finite(found)
+        inputs, columns, history = found.ordered(history)
+        gates, rows = gated.mean_gates(inputs).float(), gated.additions(inputs)
+        columns["mean_gate"] = gates.abs()
+        # (-a, -b) adds what (a, b) adds: of the two, the one that is open on average.
+        signs = torch.where(gates < 0, -1.0, 1.0)[:, :, None]
+        A, B = rows.A * signs, rows.B * signs
+        yield GatedFactors(A, B, story=self.story, columns=columns, history=history)
+
+
+@functools.partial(collecting, kind=GatedFactors)
 def gated_factors(
     model: Model,
     prompts: str | Sequence[str],
@@ -145,7 +204,7 @@ def gated_factors(
     chat: bool = False,
     batch_size: int | None = None,
     progress: bool = False,
-) -> GatedFactors:
+) -> Finding:
     """Find factors: steering vectors of a band of early blocks, each with an input gate.
 
     A factor adds R (z . a) b to attention's output projection of each block of the band, where z is
@@ -183,35 +242,9 @@ def gated_factors(
     band, target = _band(model, layers, target_layer)
     f = ActivationMap._hooked_between(model, prompts, chat, band[0] - 1, target, batch_size)
     gated = GatedMap(f, band, radius)
-    with tqdm(total=steps + 1, desc="gated factors", unit="step", disable=not progress) as bar:
-
-        def tell(step: int, objective: float) -> None:
-            bar.update()
-
-        fit = Fit(gated, positions, 1.0, tell, unit=gated.unit)
-        drawn = torch.Generator().manual_seed(seed)
-        start = torch.randn(n_factors, gated.size, generator=drawn, dtype=torch.float32)
-        with own_arithmetic(gated):
-            found, history = fit.iterated("exponential", gated.unit(start.double()), steps, True)
-    _check_finite(found)
-    inputs, columns, history = found.ordered(history)
-    settings = {"layers": band, "radius": radius, "positions": story.slice_to_json(positions)}
-    facts = story.make(
-        "gated_factors",
-        **gated.story(),
-        layers=band,
-        seed=seed,
-        hyperparameters={"n_factors": n_factors, **settings, "steps": steps},
-        measure=MEASURE,
-        about="Each factor is a steering vector in attention of several blocks, with a gate that "
-        "each token sets; all were found together, as soft factors of the effect.",
-    )
-    gates, rows = gated.mean_gates(inputs).float(), gated.additions(inputs)
-    columns["mean_gate"] = gates.abs()
-    # (-a, -b) adds what (a, b) adds: of the two, the one that is open on average.
-    signs = torch.where(gates < 0, -1.0, 1.0)[:, :, None]
-    A, B = rows.A * signs, rows.B * signs
-    return GatedFactors(A, B, story=facts, columns=columns, history=history)
+    drawn = torch.Generator().manual_seed(seed)
+    start = torch.randn(n_factors, gated.size, generator=drawn, dtype=torch.float32)
+    return Finding(gated, checked_slice(positions), start, seed, steps, progress)
 
 
 def _band(model: Model, layers: Sequence[int] | None, target: int | None) -> tuple[list[int], int]:

@@ -15,6 +15,7 @@ from tl_melbo.analysis._family import Family
 from tl_melbo.analysis._random_baseline import random_baseline
 from tl_melbo.analysis._side_effects import COLUMNS
 from tl_melbo.files import replacing
+from tl_melbo.gated import GatedFactors
 from tl_melbo.model.bridge import Model
 from tl_melbo.model.tokens import as_seen
 from tl_melbo.report import _data, _facts, _parts, _tokens
@@ -43,6 +44,8 @@ def write(
     token_divergence: pd.DataFrame | None = None,
     adapters: Adapter | None = None,
     adapter_texts: pd.DataFrame | None = None,
+    factors: GatedFactors | None = None,
+    factor_texts: pd.DataFrame | None = None,
     notes: str | Path | Notes | None = None,
     prompts: str | Sequence[str] | None = None,
     max_new_tokens: int = 50,
@@ -67,6 +70,7 @@ def write(
         random_texts: as `Run.random_texts` gives them: the control of the behaviours.
         top_tokens, token_divergence: as the analyses of these names give them for these vectors.
         adapters, adapter_texts: trained in the same folder, and what the model writes under each.
+        factors, factor_texts: gated factors, likewise.
         notes: stars, names and remarks, as a path or as `read_notes` gives them.
         prompts: what to complete; None takes those of `completions`, or those of the metadata.
         title: the page's heading; None takes the prompt.
@@ -84,7 +88,8 @@ def write(
     """
     if not len(found):
         raise ValueError("found: holds no vectors; there is nothing to show")
-    _check_frames(found, completions, side_effects, baselines, adapter_texts, random_texts)
+    under = {"adapter_texts": adapter_texts, "factor_texts": factor_texts}
+    _check_frames(found, completions, side_effects, baselines, random_texts, under)
     _tokens.check_tokens(top_tokens, token_divergence)
     kept = notes_given(notes)
     texts = _prompts(found, completions, prompts)
@@ -108,6 +113,7 @@ def write(
         keys = _tokens.keys_of(data["rows"], texts)
         effects = _parts.effects_of(found, activation_map)
         tables = [_parts.adapter_tables(adapters, adapter_texts)]
+        tables.append(_parts.adapter_tables(factors, factor_texts, "factor"))
         tables += map(_parts.family_tables, families)
         data |= {
             "library": _data.library_id(found),
@@ -207,8 +213,8 @@ def _check_frames(
     completions: pd.DataFrame | None,
     side_effects: pd.DataFrame | None,
     baselines: pd.DataFrame | None,
-    adapter_texts: pd.DataFrame | None,
     random_texts: pd.DataFrame | None,
+    under: Mapping[str, pd.DataFrame | None],
 ) -> None:
     last = len(found) - 1
     if completions is not None:
@@ -223,9 +229,10 @@ def _check_frames(
         checks.columns(baselines, ("kl",), "baselines", "pass the kl of each", numbers=True)
         known = [name for name in ("objective",) if name in baselines]
         checks.columns(baselines, known, "baselines", "pass the objective of each", numbers=True)
-    if adapter_texts is not None:
-        advice = "pass what Run.adapter_texts returns"
-        checks.columns(adapter_texts, ("vector", "prompt", "completion"), "adapter_texts", advice)
+    for name, texts in under.items():
+        if texts is not None:
+            advice = f"pass what Run.{name} returns"
+            checks.columns(texts, ("vector", "prompt", "completion"), name, advice)
     if random_texts is not None:
         advice = "pass what Run.random_texts returns"
         checks.columns(random_texts, COMPLETION_COLUMNS, "random_texts", advice)

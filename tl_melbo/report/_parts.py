@@ -1,4 +1,4 @@
-"""The parts of the page beside its vectors: figures, MELBO-ortho families, adapters."""
+"""The parts of the page beside its vectors: figures, MELBO-ortho families, adapters, factors."""
 
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from tl_melbo.adapters import Adapter
 from tl_melbo.analysis import cosine_similarity
 from tl_melbo.analysis._effect_plane import effect_plane, largest_cosine
 from tl_melbo.analysis._family import Family
+from tl_melbo.gated import GatedFactors
 from tl_melbo.report import _facts
 from tl_melbo.report._data import Column
 from tl_melbo.report._render import figures_json
@@ -160,27 +161,31 @@ def family_tables(part: Family) -> dict[str, Any]:
     }
 
 
-def adapter_tables(adapters: Adapter | None, texts: pd.DataFrame | None) -> dict[str, Any]:
-    """What was measured of the adapters, and what the model writes under each."""
+def adapter_tables(
+    adapters: Adapter | GatedFactors | None, texts: pd.DataFrame | None, called: str = "adapter"
+) -> dict[str, Any]:
+    """What was measured of the adapters or factors, and what the model writes under each."""
     tables = {}
     if adapters is not None:
         frame = adapters.table()
         hint = "Measured at the end of its training; losses, KL and entropies in nats a token"
+        if called == "factor":
+            hint = "Measured at the end of the search, on the residual stream"
         columns = [Column(name, name.replace("_", " "), "number", hint) for name in frame]
-        tables["adapters"] = table(columns, frame)
+        tables[f"{called}s"] = table(columns, frame)
     if texts is not None:
         numbers = [] if adapters is None else adapters.columns["index"].tolist()
-        called = [
+        names = [
             "unsteered" if place < 0 else str(numbers[place] if place < len(numbers) else place)
             for place in texts["vector"]
         ]
         columns = [
-            Column("called", "Adapter", "word", "Its number; the unsteered model first"),
+            Column("called", called.capitalize(), "word", "Its number; the unsteered model first"),
             Column("prompt", "Prompt", "text", "What the model was asked"),
             Column("completion", "Completion", "text", "Sampled at temperature 1"),
         ]
-        frame = texts.assign(called=called).sort_values(["prompt", "vector"], kind="stable")
-        tables["adapter-texts"] = table(columns, frame)
+        frame = texts.assign(called=names).sort_values(["prompt", "vector"], kind="stable")
+        tables[f"{called}-texts"] = table(columns, frame)
     return tables
 
 

@@ -1,25 +1,33 @@
-"""Adapters in the folder of a run: each is saved before the next is trained."""
+"""Adapters and gated factors in the folder of a run: each part is saved before the next."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tl_melbo import checks
-from tl_melbo.adapters import Adapter, divergence_adapter, join
+from tl_melbo.adapters import Adapter, divergence_adapter
+from tl_melbo.concatenation import one_after_another
 from tl_melbo.errors import Damaged, DifferentSearch
+from tl_melbo.gated import GatedFactors, gated_factors
 from tl_melbo.generation import generate
 from tl_melbo.model.bridge import Model
 from tl_melbo.run import _files
 from tl_melbo.shapes import shape_checked
+from tl_melbo.stored import Kept, Library
 from tl_melbo.story import differences
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-ADAPTERS, TEXTS = "adapters.safetensors", "adapters.csv"
-# What `Run.adapters` itself passes.
-_OWN = ("model", "prompts", "n_adapters", "first", "progress")
+# What holds each kind, and the texts under it.
+_FILES = {
+    Adapter: ("adapters.safetensors", "adapters.csv"),
+    GatedFactors: ("factors.safetensors", "factors.csv"),
+}
+_COLUMNS = ("vector", "prompt", "completion")
+# What `Run.adapters` and `Run.gated_factors` pass themselves.
+_OWN = ("model", "prompts", "n_adapters", "n_factors", "first", "progress")
 
 OnAdapter = Callable[[int, int], None]
 
@@ -55,74 +63,120 @@ def keep_adapters(
     """
     checks.argument_names("adapters", settings, divergence_adapter, _OWN)
     checks.at_least(1, n_adapters=n_adapters)
-    path = self.folder / ADAPTERS
-    tell = on_adapter or (lambda *_: None)
     with self.writing():
-        found = None if overwrite else load_adapters(path)
+        found = None if overwrite else load_kept(self.folder, Adapter)
         known = 0 if found is None else len(found)
         options = {"first": known, "progress": progress, **settings}
         training = divergence_adapter.parts(model, prompts, max(1, n_adapters - known), **options)
-        _check_same(path, found, training.story)
-        tell(known, n_adapters)
-        if found is not None and known >= n_adapters:
-            return found[:n_adapters]
-        parts = [] if found is None else [found]
-        for adapter in training:
-            parts.append(adapter)
-            join(parts).save(path)
-            tell(known + len(parts) - (known > 0), n_adapters)
-    return join(parts)
+        path = self.folder / _FILES[Adapter][0]
+        return _kept(path, found, training, n_adapters, on_adapter or (lambda *_: None))
 
 
-def load_adapters(path: Path) -> Adapter | None:
-    """The adapters that an earlier call left; None if there are none."""
+@shape_checked
+def keep_factors(
+    self: Any,
+    model: Model,
+    prompts: str | Sequence[str],
+    n_factors: int = 64,
+    *,
+    progress: bool = False,
+    overwrite: bool = False,
+    **settings: Any,
+) -> GatedFactors:
+    """Find the factors of `tm.gated_factors`, or read them back where the folder holds them.
+
+        run.gated_factors(model, "Tell me about yourself.", 16, radius=0.25, chat=True)
+
+    They are kept in `factors.safetensors` once all are found, which they are together: a search
+    that is stopped leaves nothing, and one for another number of factors is another search.
+
+    Args:
+        overwrite: find them anew; those that are there go when the new ones are found.
+        settings: further arguments of `tm.gated_factors`.
+
+    Raises:
+        DifferentSearch: the folder holds factors that were found in another way.
+        BlockingIOError: another process is writing.
+    """
+    checks.argument_names("gated_factors", settings, gated_factors, _OWN)
+    with self.writing():
+        found = None if overwrite else load_kept(self.folder, GatedFactors)
+        search = gated_factors.parts(model, prompts, n_factors, progress=progress, **settings)
+        path = self.folder / _FILES[GatedFactors][0]
+        return _kept(path, found, search, n_factors, lambda *_: None)
+
+
+def _kept(path: Path, found: Kept | None, search: Any, count: int, tell: OnAdapter) -> Kept:
+    """So many of a search: those that are there, then the others, each part saved as it comes."""
+    _check_same(path, found, search.story)
+    parts = [] if found is None else [found]
+    tell(sum(map(len, parts)), count)
+    if found is None or len(found) < count:
+        for part in search:
+            parts.append(part)
+            one_after_another(parts, parts[0].story).save(path)
+            tell(sum(map(len, parts)), count)
+    return one_after_another(parts, parts[0].story)[:count]
+
+
+def load_kept(folder: Path, kind: type[Kept]) -> Kept | None:
+    """The adapters or factors that an earlier call left; None if there are none."""
+    path = folder / _FILES[kind][0]
     if not path.is_file():
         return None
     try:
-        return Adapter.load(path)
+        return kind.load(path)
     except Damaged as error:
         advice = "or pass overwrite=True to replace it, or choose another folder"
         raise Damaged(f"{error}; {advice}", path) from error
 
 
-def adapters_kept(folder: Path) -> dict[str, Any]:
-    """What a folder holds of adapters, as `report.write` takes it: they, and texts under them."""
-    found, path = load_adapters(folder / ADAPTERS), folder / TEXTS
-    known = found is not None and path.is_file()
-    texts = _files.load_table(path, ("vector", "prompt", "completion")) if known else None
-    return {"adapters": found, "adapter_texts": texts}
+def all_kept(folder: Path) -> dict[str, Any]:
+    """What a folder holds of adapters and factors, as `report.write` takes it, with their texts."""
+    parts = {}
+    for kind, name in ((Adapter, "adapter"), (GatedFactors, "factor")):
+        found, path = load_kept(folder, kind), folder / _FILES[kind][1]
+        known = found is not None and path.is_file()
+        parts[f"{name}s"] = found
+        parts[f"{name}_texts"] = _files.load_table(path, _COLUMNS) if known else None
+    return parts
 
 
-def _check_same(path: Path, found: Adapter | None, story: Any) -> None:
+def _check_same(path: Path, found: Library | None, story: Any) -> None:
     if found is None:
         return
+    what = path.stem
     advice = "ask for the same to continue, pass overwrite=True to begin anew, or choose another"
     if differing := differences(found.story, story):
-        raise DifferentSearch.of(f"{path}: other adapters", differing, f"{advice} folder")
-    if found.columns["index"].tolist() != list(range(len(found))):
+        raise DifferentSearch.of(f"{path}: other {what}", differing, f"{advice} folder")
+    # Of what is found together, all are there.
+    expected = story["hyperparameters"].get("n_factors", len(found))
+    if found.columns["index"].tolist() != list(range(expected)):
         reason = "not all from 0 on, in their order"
         raise DifferentSearch(f"{path}: {reason}; {advice} folder", [], reason)
 
 
 @shape_checked
-def write_adapter_texts(
+def write_texts_under(
     self: Any,
     model: Model,
-    adapter: Adapter,
+    steering: Adapter | GatedFactors,
     prompts: str | Sequence[str],
     max_new_tokens: int = 50,
 ) -> "pd.DataFrame":
-    """Sample under each adapter after each prompt, and save that in `adapters.csv`.
+    """Sample under each adapter, or each gated factor, after each prompt, and save that.
+
+    It is saved in `adapters.csv` or `factors.csv`.
 
     Returns:
-        The frame of `tm.generate`, at temperature 1; vector -1 is the model without an adapter.
+        The frame of `tm.generate`, at temperature 1; vector -1 is the model as it is.
     """
     import pandas as pd
 
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": 1.0}
-    options["chat"] = bool(adapter.story.get("chat"))
-    frames = [generate(model, prompts, each, **options) for each in (None, adapter)]
+    options["chat"] = bool(steering.story.get("chat"))
+    frames = [generate(model, prompts, each, **options) for each in (None, steering)]
     texts = pd.concat(frames, ignore_index=True)
     with self.writing():
-        _files.save_table(self.folder / TEXTS, texts)
+        _files.save_table(self.folder / _FILES[type(steering)][1], texts)
     return texts

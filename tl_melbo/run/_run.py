@@ -15,7 +15,7 @@ from tl_melbo.discovery import EffectMap, Method, join, melbo, melbo_ortho
 from tl_melbo.errors import DifferentSearch
 from tl_melbo.files import writable_folder
 from tl_melbo.run import _files
-from tl_melbo.run._adapters import adapters_kept, keep_adapters, write_adapter_texts
+from tl_melbo.run._adapters import all_kept, keep_adapters, keep_factors, write_texts_under
 from tl_melbo.run._files import COMPLETIONS, REFERENCE, SIDE_EFFECTS, VECTORS, family_folder
 from tl_melbo.run._texts import OnCount, write_random_texts, write_texts
 from tl_melbo.shapes import shape_checked
@@ -203,7 +203,8 @@ class Run:
         """Find the family of `tm.melbo_ortho`: see `keep`."""
         return self.keep(melbo_ortho, f, n_vectors, theta0=theta0, **settings)
 
-    adapters, adapter_texts = keep_adapters, write_adapter_texts
+    adapters, gated_factors = keep_adapters, keep_factors
+    adapter_texts = factor_texts = write_texts_under
     texts, random_texts = write_texts, write_random_texts
 
     def load(
@@ -326,7 +327,7 @@ class Run:
                 "families": self.families(),
                 "side_effects": self._table(SIDE_EFFECTS, found),
                 "random_texts": self.random_texts(model, f),
-                **adapters_kept(self.folder),
+                **all_kept(self.folder),
                 "notes": notes,
                 # A page may be passed on: it tells no absolute path.
                 "run_folder": self.folder.name if self.folder.is_absolute() else str(self.folder),
