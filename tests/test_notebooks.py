@@ -217,6 +217,7 @@ def test_jupyterlab_shows_figures_and_tokens(lab, driver):
         "Emulation.setDeviceMetricsOverride",
         {"width": 1280, "height": 6000, "deviceScaleFactor": 1, "mobile": False},
     )
+    driver.get("about:blank")  # a JupyterLab that is left complains of that
     for log in ("browser", "performance"):
         driver.get_log(log)
     driver.get(f"{lab}/lab/tree/01_first_vectors.ipynb?reset")
