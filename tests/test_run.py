@@ -538,6 +538,29 @@ def test_random_vectors_write_as_the_found_ones_do(tiny_llama, f, tmp_path, monk
     assert again["completion"].tolist() == longer["completion"].tolist()
 
 
+def test_the_control_is_kept_as_other_tables_are(tiny_llama, f, tmp_path):
+    run = tm.Run(tmp_path)
+    run.melbo(f, 2, **SETTINGS)
+    run.texts(tiny_llama, max_new_tokens=2)
+    path = tmp_path / "random_completions.csv"
+    path.write_text("my own notes")
+    for call in (run.check, lambda: run.random_texts(tiny_llama, f)):
+        with pytest.raises(ValueError, match="random_completions.csv: no run left it"):
+            call()
+    assert path.read_text() == "my own notes"
+    texts = run.random_texts(tiny_llama, f, overwrite=True)
+    path.write_text("vector\n1\n")
+    with pytest.raises(tm.errors.Damaged, match="random_completions"):
+        run.check()
+    anew = run.random_texts(tiny_llama, f, overwrite=True)
+    assert anew.equals(texts)
+    run.check()
+    # Another library's control goes with it.
+    run.melbo(f, 2, **{**SETTINGS, "radius": 1.0}, overwrite=True)
+    assert not path.exists()
+    run.check()
+
+
 def test_texts_of_replaced_vectors_are_nobodys(f, tmp_path):
     """Also where the settings are gone, which told whose they were."""
     run = tm.Run(tmp_path)

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from filelock import FileLock, Timeout
 
-from tl_melbo.errors import Damaged
+from tl_melbo.errors import Damaged, DifferentSearch
 from tl_melbo.files import clear_partial, replacing, writable_folder
 from tl_melbo.text import defused, undefused
 from tl_melbo.vectors import SteeringVectors
@@ -199,3 +199,12 @@ def _check_completions(table: pd.DataFrame) -> None:
         raise ValueError("a prompt is blank")
     if {*table["prompt"]} != {*table.loc[table["vector"] == -1, "prompt"]}:
         raise ValueError("a prompt has no baseline (vector -1)")
+
+
+def another_search(place: Path, reason: str, differing: list[Any]) -> DifferentSearch:
+    return DifferentSearch(
+        f"{place}: holds vectors of another search, {reason}; ask for the same to continue it, "
+        "pass overwrite=True to begin anew, or choose another folder",
+        differing,
+        reason,
+    )

@@ -16,8 +16,8 @@ from tl_melbo.errors import DifferentSearch
 from tl_melbo.files import writable_folder
 from tl_melbo.run import _files
 from tl_melbo.run._adapters import all_kept, keep_adapters, keep_factors, write_texts_under
-from tl_melbo.run._files import COMPLETIONS, REFERENCE, SIDE_EFFECTS, VECTORS, family_folder
-from tl_melbo.run._texts import OnCount, write_random_texts, write_texts
+from tl_melbo.run._files import COMPLETIONS, RANDOM, REFERENCE, SIDE_EFFECTS, VECTORS, family_folder
+from tl_melbo.run._texts import OnCount, load_control, write_random_texts, write_texts
 from tl_melbo.shapes import shape_checked
 from tl_melbo.story import differences
 from tl_melbo.vectors import SteeringVectors
@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 
 _BUNDLED = "the bundled one"
 # The setting that tells whose table it is.
-_OWNER = {COMPLETIONS: "texts_of", SIDE_EFFECTS: "side_effects_of"}
+_OWNER = {
+    COMPLETIONS: "texts_of", SIDE_EFFECTS: "side_effects_of", RANDOM: "random_texts_of",
+}  # fmt: skip
 # What `Run.keep` itself passes to a method.
 _OWN = ("f", "n_vectors", "previous", "progress", "overwrite", "on_vector", "on_share")
 
@@ -93,19 +95,20 @@ class Run:
         With `side_effects`, also that measuring them replaces no table of the user's own. The
         family of vector `without` is left out.
         """
-        names = (COMPLETIONS, _files.REPORT, _files.SETTINGS, SIDE_EFFECTS)
+        names = (COMPLETIONS, _files.REPORT, _files.SETTINGS, SIDE_EFFECTS, RANDOM)
         theirs = [name for name in names if (self.folder / name).exists()]
         if theirs and not (self.folder / VECTORS).is_file():
             raise ValueError(
                 f"{self.folder}: holds {', '.join(theirs)}, but no {VECTORS}, so not the rest of a "
                 "run; choose another folder, or pass overwrite=True to replace them"
             )
-        if side_effects:
-            self._check_may_measure()
+        for name in (RANDOM, *([SIDE_EFFECTS] if side_effects else [])):
+            self._check_own(name)
         found = _files.load_vectors(self.folder)
         if found is not None:
             self._table(COMPLETIONS, found)
             self._table(SIDE_EFFECTS, found)
+            load_control(self, found)
             self.families(without)
 
     def check_same(self, story: Mapping[str, Any], theta0: SteeringVectors | None = None) -> int:
@@ -127,7 +130,7 @@ class Run:
         ours = {**story, "model": asked, "hyperparameters": chosen}
         if differing := differences(theirs, ours):
             reason = f"found with {', '.join(map(str, differing))}"
-            raise _another_search(place, reason, differing)
+            raise _files.another_search(place, reason, differing)
         return _n_tried(found)
 
     @shape_checked
@@ -179,7 +182,7 @@ class Run:
             except DifferentSearch as error:
                 if not error.reason:  # of other vectors than those in the folder
                     raise
-                raise _another_search(place, error.reason, error.differences) from None
+                raise _files.another_search(place, error.reason, error.differences) from None
             search.progress, search.on_share = progress, on_share or search.on_share
             tell(0 if found is None else len(found), n_vectors)
             for part in search:
@@ -258,7 +261,7 @@ class Run:
         with self.writing():
             found = self.found
             if not overwrite:
-                self._check_may_measure()
+                self._check_own(SIDE_EFFECTS)
             table = None if overwrite else self._table(SIDE_EFFECTS, found)
             if table is None:
                 prompts = list(dict.fromkeys(found.story["prompts"]))
@@ -313,9 +316,10 @@ class Run:
     ) -> "pd.DataFrame":
         """Write `report.html` about all that the folder holds, and return the page's table.
 
-        Completions that lack are written first; the options are those of `texts`. `notes` are as
-        `report.write` takes them; None takes `notes.json` of the folder, if it is there. With
-        `token_divergence` the page shows where along its text each vector parts from the model.
+        Completions that lack are written first, then those of `random_texts`; the options are those
+        of `texts`. `notes` are as `report.write` takes them; None takes `notes.json` of the folder,
+        if it is there. With `token_divergence` the page shows where along its text each vector
+        parts from the model.
         """
         from tl_melbo import analysis, report
 
@@ -323,10 +327,11 @@ class Run:
             if notes is None and (self.folder / _files.NOTES).is_file():
                 notes = report.read_notes(self.folder / _files.NOTES)
             texts, found = self.texts(model, **options), self.found
+            control = {k: v for k, v in options.items() if k in ("overwrite", "on_batch")}
             parts = {
                 "families": self.families(),
                 "side_effects": self._table(SIDE_EFFECTS, found),
-                "random_texts": self.random_texts(model, f),
+                "random_texts": self.random_texts(model, f, **control),
                 **all_kept(self.folder),
                 "notes": notes,
                 # A page may be passed on: it tells no absolute path.
@@ -349,8 +354,9 @@ class Run:
                 (place / name).unlink(missing_ok=True)
             theta0.save(place / REFERENCE)
             return
-        if known.get("side_effects_of"):
-            (self.folder / SIDE_EFFECTS).unlink(missing_ok=True)
+        for name in (SIDE_EFFECTS, RANDOM):
+            if known.get(_OWNER[name]):
+                (self.folder / name).unlink(missing_ok=True)
         if any((self.folder / name).exists() for name in (_files.SETTINGS, COMPLETIONS)):
             # None, unlike nothing, is nobody's.
             _files.save_settings(self.folder, {"texts_of": None})
@@ -371,9 +377,9 @@ class Run:
         same = owner == digest and {*table["vector"]} - {-1} == {*range(len(found))}
         return table if same else None
 
-    def _check_may_measure(self) -> None:
-        path = self.folder / SIDE_EFFECTS
-        if path.is_file() and self.settings.get("side_effects_of") is None:
+    def _check_own(self, name: str) -> None:
+        path = self.folder / name
+        if path.is_file() and self.settings.get(_OWNER[name]) is None:
             raise ValueError(
                 f"{path}: no run left it; move it elsewhere, or pass overwrite=True to replace it "
                 "and the run"
@@ -389,12 +395,3 @@ class Run:
 def _n_tried(found: SteeringVectors | None) -> int:
     """How many vectors a search has been through, lost ones included."""
     return 0 if found is None else int(found.columns["index"].max()) + 1
-
-
-def _another_search(place: Path, reason: str, differing: list[Any]) -> DifferentSearch:
-    return DifferentSearch(
-        f"{place}: holds vectors of another search, {reason}; ask for the same to continue it, "
-        "pass overwrite=True to begin anew, or choose another folder",
-        differing,
-        reason,
-    )

@@ -14,8 +14,11 @@ if TYPE_CHECKING:
 
     from tl_melbo.activation_map import ActivationMap
     from tl_melbo.model.bridge import Model
+    from tl_melbo.vectors import SteeringVectors
 
 OnCount = Callable[[int, int], None]
+# The settings of completions that their control shares.
+_WRITTEN = ("max_new_tokens", "n_samples", "temperature")
 
 
 @shape_checked
@@ -67,7 +70,12 @@ def write_texts(
 
 @shape_checked
 def write_random_texts(
-    self: Any, model: "Model", f: "ActivationMap", *, on_batch: OnCount | None = None
+    self: Any,
+    model: "Model",
+    f: "ActivationMap",
+    *,
+    overwrite: bool = False,
+    on_batch: OnCount | None = None,
 ) -> "pd.DataFrame | None":
     """The control of `texts`: completions under random vectors of the same norm, as many of each.
 
@@ -77,14 +85,27 @@ def write_random_texts(
 
     with self.writing():
         found, known = self.found, self.settings
-        names = ("max_new_tokens", "n_samples", "temperature")
-        written = {name: known[name] for name in names if known.get(name) is not None}
-        key = [_files.digest(found), *(known.get(name) for name in names)]
-        if known.get("random_texts_of") == key and (self.folder / RANDOM).is_file():
-            return _files.load_table(self.folder / RANDOM)
+        texts = None if overwrite else load_control(self, found)
+        if texts is not None:
+            return texts
+        if not overwrite:
+            self._check_own(RANDOM)
+        written = {name: known[name] for name in _WRITTEN if known.get(name) is not None}
         prompts = list(dict.fromkeys(found.story["prompts"]))
         texts = random_texts(model, f, found, prompts, on_batch=on_batch, **written)
         if texts is not None:
             _files.save_table(self.folder / RANDOM, texts)
-            self.note(random_texts_of=key)
+            self.note(random_texts_of=_key(found, known))
     return texts
+
+
+def load_control(run: Any, found: "SteeringVectors") -> "pd.DataFrame | None":
+    """The texts of random vectors, if they are there and were written as those of the vectors."""
+    path, known = run.folder / RANDOM, run.settings
+    if known.get("random_texts_of") != _key(found, known) or not path.is_file():
+        return None
+    return _files.load_table(path)
+
+
+def _key(found: "SteeringVectors", settings: dict[str, Any]) -> list[Any]:
+    return [_files.digest(found), *(settings.get(name) for name in _WRITTEN)]
