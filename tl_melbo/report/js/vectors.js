@@ -1,10 +1,36 @@
 // The one table: vectors and their negatives as rows of equal right.
-import { $, $$, clamped, el, number, plural } from "./dom.js";
-import { data, isBaseline, isNear, manyPrompts, nameOf, noteKey, rowOf, textAt } from "./data.js";
-import { change, follow, state, toggled } from "./state.js";
+import { $, $$, clamped, el, number, soft } from "./dom.js";
+import {
+  data,
+  isBaseline,
+  isNear,
+  manyPrompts,
+  nameOf,
+  noteKey,
+  rowOf,
+  textAt,
+  textsAt,
+} from "./data.js";
+import { change, filters, follow, noFilters, state, toggled } from "./state.js";
 import { cardName, homeOf, noteOf, onNotes } from "./notes.js";
-import { forPrinting, inOrder, lazily, markSorted, nextSort, sortHeads } from "./tables.js";
-import { behaviourWords, cardLink, sparkline, starButton, tagList, vectorLink } from "./marks.js";
+import {
+  forPrinting,
+  inOrder,
+  lazily,
+  markSorted,
+  nextSort,
+  rowsShown,
+  sortHeads,
+} from "./tables.js";
+import {
+  behaviourWords,
+  cardLink,
+  showStar,
+  sparkline,
+  starButton,
+  tagList,
+  vectorLink,
+} from "./marks.js";
 import { detailsOf, scaleOf } from "./details.js";
 
 const columns = [
@@ -49,24 +75,16 @@ function passes(row) {
   if (s.b.size && ![...s.b].some((key) => homeOf(key) === homeOf(row.behaviour))) return false;
   if (s.tag.size && !Object.entries(row.tags).some(([kind, tag]) => s.tag.has(`${kind}:${tag}`)))
     return false;
-  if (s.low !== "" && !(kl === "∞" || (typeof kl === "number" && kl >= Number(s.low)))) return false;
+  if (s.low !== "" && !(kl === "∞" || (typeof kl === "number" && kl >= Number(s.low))))
+    return false;
   if (s.high !== "" && !(typeof kl === "number" && kl <= Number(s.high))) return false;
   return !s.q || searched(row).includes(s.q.toLowerCase());
 }
 
 function searched(row) {
-  const texts = row.texts[scaleOf(row)] ?? [];
-  const note = noteOf("vectors", noteKey(row));
-  return [
-    ...texts.map((place) => data.texts[place] ?? ""),
-    nameOf(row),
-    behaviourWords(row),
-    note.name,
-    note.note,
-    ...Object.values(row.tags),
-  ]
-    .join("\n")
-    .toLowerCase();
+  const { name, note } = noteOf("vectors", noteKey(row));
+  const own = [nameOf(row), behaviourWords(row), name, note, ...Object.values(row.tags)];
+  return [...textsAt(row, scaleOf(row)), ...own].join("\n").toLowerCase();
 }
 
 function numberCell(row, column) {
@@ -84,8 +102,7 @@ function numberCell(row, column) {
 function behaviourCell(row) {
   const cell = el("td", { class: "word behaviour", "data-label": "Behaviour" });
   if (row.behaviour) cell.append(cardLink(row.behaviour));
-  else if (row.filtered)
-    cell.append(el("span", { class: "soft", text: `filtered out: ${row.filtered}` }));
+  else if (row.filtered) cell.append(soft(behaviourWords(row)));
   const tags = tagList(row.tags);
   if (tags) cell.append(" ", tags);
   return cell;
@@ -102,14 +119,8 @@ function vectorCell(row) {
     on: { click: () => change(toggled("open", `v${row.key}`)) },
   });
   const given = el("span", { class: "given", text: noteOf("vectors", noteKey(row)).name });
-  return el(
-    "td",
-    { class: "word vector" },
-    open,
-    vectorLink(row.key),
-    starButton("vectors", noteKey(row), what),
-    given,
-  );
+  const star = starButton("vectors", noteKey(row), what);
+  return el("td", { class: "word vector" }, open, vectorLink(row.key), star, given);
 }
 
 function cellOf(row, column) {
@@ -123,21 +134,11 @@ function cellOf(row, column) {
   }
   if (column.name === "vector") return vectorCell(row);
   if (column.name === "behaviour") return behaviourCell(row);
-  if (column.name === "prompt")
-    return el("td", {
-      class: "word prompt",
-      "data-label": "Prompt",
-      text: data.prompts[row.prompt],
-    });
-  if (column.name === "search")
-    return el(
-      "td",
-      { class: "spark", "data-label": "Search" },
-      row.sign > 0 ? (sparkline(row.vector) ?? "") : "",
-    );
-  if (column.name === "completion")
-    return el("td", { class: "text completion", "data-label": "Completion" });
-  return numberCell(row, column);
+  if (column.kind === "number") return numberCell(row, column);
+  const cell = el("td", { class: `${column.kind} ${column.name}`, "data-label": column.label });
+  if (column.name === "prompt") cell.append(data.prompts[row.prompt]);
+  if (column.name === "search" && row.sign > 0) cell.append(sparkline(row.vector) ?? "");
+  return cell;
 }
 
 function makeRow(row) {
@@ -154,18 +155,16 @@ function makeRow(row) {
   showText(made, row);
   showOpen(made, row);
   $("td.pick input", made).checked = state.sel.has(row.key);
-  const details = made.details;
-  return details ? [made, details] : [made];
+  return [made, made.details].filter(Boolean);
 }
 
 function showText(made, row) {
   const scale = scaleOf(row);
-  const token = `${scale}`;
-  if (made.dataset.scale === token) return;
-  made.dataset.scale = token;
+  if (made.dataset.scale === scale) return;
+  made.dataset.scale = scale;
   const cell = $("td.completion", made);
   const text = textAt(row, scale);
-  if (text === null) cell.replaceChildren(el("span", { class: "soft", text: "–" }));
+  if (text === null) cell.replaceChildren(soft("–"));
   else if (isBaseline(row, scale))
     cell.replaceChildren(el("span", { class: "soft same", text: "= baseline" }));
   else cell.replaceChildren(clamped(text));
@@ -180,11 +179,8 @@ function showOpen(made, row) {
   opener.setAttribute("aria-expanded", String(open));
   opener.textContent = open ? "▾" : "▸";
   if (open && !made.details) {
-    made.details = el(
-      "tr",
-      { class: "details" },
-      el("td", { colspan: columns.length }, detailsOf(row)),
-    );
+    const cell = el("td", { colspan: columns.length }, detailsOf(row));
+    made.details = el("tr", { class: "details" }, cell);
     if (made.isConnected) made.after(made.details);
   }
   if (made.details) made.details.hidden = !open;
@@ -196,30 +192,16 @@ function refill() {
   shown = chosen();
   list?.stop();
   list = lazily(body, shown, makeRow);
-  $("#count").textContent =
-    shown.length === data.rows.length
-      ? plural(shown.length, "row")
-      : `${shown.length} of ${plural(data.rows.length, "row")}`;
+  $("#count").textContent = rowsShown(shown, data.rows);
   $("#none").hidden = shown.length > 0;
   markSorted($("#vectors thead"), state.sort);
 }
 
 // What decides which rows there are, and their order.
 function wanted() {
-  const { q, sort, low, high, star, prompt, b, tag, hide } = state;
-  const byText = q || hide.size || sort.endsWith("completion");
-  return JSON.stringify([
-    q,
-    sort,
-    low,
-    high,
-    star,
-    prompt,
-    [...b],
-    [...tag],
-    [...hide],
-    byText ? [state.scale, ...state.own] : 0,
-  ]);
+  const byText = state.q || state.hide.size || state.sort.endsWith("completion");
+  const chosen = [...filters(), state.sort, byText ? [state.scale, ...state.own] : 0];
+  return JSON.stringify(chosen, (_, value) => (value instanceof Set ? [...value] : value));
 }
 
 function show() {
@@ -242,8 +224,7 @@ export function goToRow(key) {
   const row = rowOf.get(key);
   if (!row) return null;
   if (!shown.includes(row)) {
-    const { hide, b, tag } = { hide: new Set(), b: new Set(), tag: new Set() };
-    change({ hide, b, tag, q: "", low: "", high: "", star: false, prompt: "" }, true);
+    change(noFilters(), true);
   }
   list.upTo(shown.indexOf(row) + 1);
   return document.getElementById(`v${key}`);
@@ -261,11 +242,8 @@ export function beginVectors() {
     if (now.length !== shown.length || now.some((row, place) => row !== shown[place])) refill();
     for (const made of $$("tr.row", body)) {
       const row = rowOf.get(made.dataset.key);
-      const note = noteOf("vectors", noteKey(row));
-      $(".given", made).textContent = note.name;
-      const star = $(".star", made);
-      star.textContent = note.star ? "★" : "☆";
-      star.setAttribute("aria-pressed", String(note.star));
+      $(".given", made).textContent = noteOf("vectors", noteKey(row)).name;
+      showStar($(".star", made), "vectors", noteKey(row));
       const link = $("a.behaviour", made);
       if (link && row.behaviour) {
         link.textContent = cardName(homeOf(row.behaviour));
