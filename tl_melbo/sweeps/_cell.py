@@ -73,7 +73,8 @@ class Worker:
                 record |= {"status": "done", "max_new_tokens": cell.max_new_tokens, **found}
             except Exception as error:
                 record |= failed(error)
-        return {**record, "warnings": _told(caught), "seconds": time.perf_counter() - begun}
+        told = "\n".join(dict.fromkeys(str(each.message) for each in caught))
+        return {**record, "warnings": told, "seconds": time.perf_counter() - begun}
 
     def _searched(
         self, cell: Cell, place: Path, send: Callable[[], None], tell: Tell
@@ -142,8 +143,7 @@ def _measured(model: Any, run: tm.Run, found: tm.SteeringVectors, cell: Cell) ->
     texts = texts[texts["vector"] < len(found)]
     first = texts[texts["prompt"] == cell.facts["prompt"][0]]
     strongest = int(kl.nan_to_num(-1.0).argmax())
-    places = zip(first["vector"], first["scale"], strict=True)
-    written = dict(zip(places, first["completion"], strict=True))
+    written = first.set_index(["vector", "scale"])["completion"].to_dict()
     row |= {"unsteered": written[-1, 0.0], "completion": written[strongest, 1.0]}
     tags = []
     for prompt, some in texts.groupby("prompt", sort=False):
@@ -155,10 +155,6 @@ def _measured(model: Any, run: tm.Run, found: tm.SteeringVectors, cell: Cell) ->
 def _number(value: Tensor) -> float | None:
     number = float(value)
     return number if math.isfinite(number) else None
-
-
-def _told(caught: list[warnings.WarningMessage]) -> str:
-    return "\n".join(dict.fromkeys(str(each.message) for each in caught))
 
 
 @contextmanager

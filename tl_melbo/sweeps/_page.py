@@ -27,7 +27,8 @@ def render(table: pd.DataFrame, records: Mapping[str, Mapping[str, Any]]) -> str
         _TEMPLATE.read_text(encoding="utf-8"),
         SWEEP_SCRIPTS,
         figures=[
-            (name, _alt(figures[name]), drawn) for name, drawn in figures_json(figures).items()
+            (name, figures[name].layout.meta["alt"], drawn)
+            for name, drawn in figures_json(figures).items()
         ],
         columns=columns,
         rows=table.astype(object).where(table.notna(), None).to_dict("records"),
@@ -79,7 +80,3 @@ def _behaviours(
         )
         for tag in _TAGS
     }
-
-
-def _alt(figure: Any) -> str:
-    return figure.layout.meta["alt"]
