@@ -75,7 +75,7 @@ function isDrawing(line) {
   return solid >= 2 && letters < solid / 2;
 }
 
-export function fill(holder, text) {
+function fill(holder, text) {
   const parts = pieces(text);
   holder.replaceChildren(
     ...parts.map(({ mono, text: shown }) =>

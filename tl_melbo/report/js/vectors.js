@@ -1,5 +1,5 @@
 // The one table: vectors and their negatives as rows of equal right.
-import { $, $$, clamped, el, number, soft } from "./dom.js";
+import { $, $$, button, clamped, el, number, soft } from "./dom.js";
 import {
   data,
   isBaseline,
@@ -87,58 +87,44 @@ function searched(row) {
   return [...textsAt(row, scaleOf(row)), ...own].join("\n").toLowerCase();
 }
 
-function numberCell(row, column) {
-  const value = row.values[column.name];
-  const cell = el(
-    "td",
-    { class: `number ${column.name}`, "data-label": column.label },
-    number(value, column.name === "kl" ? 2 : 3),
-  );
-  if (row.times !== null && value !== null && column === data.columns[1])
-    cell.append(el("span", { class: "soft times", text: ` ${number(row.times, 2)} × random` }));
-  return cell;
-}
-
-function behaviourCell(row) {
-  const cell = el("td", { class: "word behaviour", "data-label": "Behaviour" });
-  if (row.behaviour) cell.append(cardLink(row.behaviour));
-  else if (row.filtered) cell.append(soft(behaviourWords(row)));
-  const tags = tagList(row.tags);
-  if (tags) cell.append(" ", tags);
-  return cell;
-}
-
-function vectorCell(row) {
-  const what = `vector ${nameOf(row)}`;
-  const open = el("button", {
-    type: "button",
-    class: "open",
-    "aria-expanded": "false",
-    "aria-label": `Details of ${what}`,
-    text: "▸",
-    on: { click: () => change(toggled("open", `v${row.key}`)) },
-  });
-  const given = el("span", { class: "given", text: noteOf("vectors", noteKey(row)).name });
-  const star = starButton("vectors", noteKey(row), what);
-  return el("td", { class: "word vector" }, open, vectorLink(row.key), star, given);
-}
-
-function cellOf(row, column) {
-  if (column.name === "pick") {
-    const box = el("input", {
+// What stands in each cell. A completion comes with its scale.
+const contents = {
+  pick: (row) => [
+    el("input", {
       type: "checkbox",
       "aria-label": `Compare vector ${nameOf(row)}`,
       on: { change: () => change(toggled("sel", row.key)) },
-    });
-    return el("td", { class: "pick" }, box);
-  }
-  if (column.name === "vector") return vectorCell(row);
-  if (column.name === "behaviour") return behaviourCell(row);
-  if (column.kind === "number") return numberCell(row, column);
-  const cell = el("td", { class: `${column.kind} ${column.name}`, "data-label": column.label });
-  if (column.name === "prompt") cell.append(data.prompts[row.prompt]);
-  if (column.name === "search" && row.sign > 0) cell.append(sparkline(row.vector) ?? "");
-  return cell;
+    }),
+  ],
+  vector: (row) => {
+    const what = `vector ${nameOf(row)}`;
+    const act = () => change(toggled("open", `v${row.key}`));
+    const open = button("▸", act, { class: "open", "aria-label": `Details of ${what}` });
+    const given = el("span", { class: "given", text: noteOf("vectors", noteKey(row)).name });
+    return [open, vectorLink(row.key), starButton("vectors", noteKey(row), what), given];
+  },
+  prompt: (row) => [data.prompts[row.prompt]],
+  behaviour: (row) => {
+    const tags = tagList(row.tags);
+    const link = row.behaviour ? cardLink(row.behaviour) : null;
+    return [link ?? (row.filtered ? soft(behaviourWords(row)) : null), tags && " ", tags];
+  },
+  search: (row) => [row.sign > 0 ? sparkline(row.vector) : null],
+  completion: () => [],
+};
+
+function measured(row, column) {
+  const value = row.values[column.name];
+  const shown = number(value, column.name === "kl" ? 2 : 3);
+  if (row.times === null || value === null || column !== data.columns[1]) return [shown];
+  const times = el("span", { class: "soft times", text: ` ${number(row.times, 2)} × random` });
+  return [shown, times];
+}
+
+function cellOf(row, column) {
+  const label = column.hidden ? null : column.label;
+  const options = { class: `${column.kind} ${column.name}`, "data-label": label };
+  return el("td", options, ...(contents[column.name] ?? measured)(row, column));
 }
 
 function makeRow(row) {
@@ -152,10 +138,14 @@ function makeRow(row) {
       return;
     change(toggled("open", `v${row.key}`));
   });
+  showState(made, row);
+  return [made, made.details].filter(Boolean);
+}
+
+function showState(made, row) {
   showText(made, row);
   showOpen(made, row);
   $("td.pick input", made).checked = state.sel.has(row.key);
-  return [made, made.details].filter(Boolean);
 }
 
 function showText(made, row) {
@@ -212,10 +202,7 @@ function show() {
     return;
   }
   for (const made of $$("tr.row", body)) {
-    const row = rowOf.get(made.dataset.key);
-    showText(made, row);
-    showOpen(made, row);
-    $("td.pick input", made).checked = state.sel.has(row.key);
+    showState(made, rowOf.get(made.dataset.key));
   }
 }
 
