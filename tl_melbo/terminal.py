@@ -151,7 +151,7 @@ def print_found(table: "pd.DataFrame", measure: Mapping[str, Any] | None) -> Non
 
 def print_family(table: "pd.DataFrame") -> None:
     """Print what was measured of a family, as `analysis.family` gives it."""
-    rows = table[table["kind"].isin(["unsteered", "reference", "family"])]
+    rows: Any = table[table["kind"].isin(["unsteered", "reference", "family"])]
     names = {"unsteered": "none", "reference": "theta0"}
     rows = rows.assign(index=rows["kind"].map(names).fillna(rows["index"].astype(str)))
     _print_frame(rows, ["index", "norm", "distance", "kl_to_reference"])
@@ -167,7 +167,8 @@ def print_atlas(table: "pd.DataFrame") -> None:
 def print_sweep(table: "pd.DataFrame") -> None:
     """Print the searches of a sweep: those that failed, and those whose KL is largest."""
     failed = table[table["status"] == "failed"].head(_MOST_ROWS)
-    done = table[table["status"] == "done"].nlargest(_MOST_ROWS - len(failed), "kl_max")
+    done: Any = table[table["status"] == "done"]
+    done = done.nlargest(_MOST_ROWS - len(failed), "kl_max")
     rows = table.loc[[*failed.index, *done.index]]
     texts = rows["error"].where(rows["status"] == "failed", rows["completion"]).fillna("")
     varied = [name for name in ("model", "method") if len({*table[name]}) > 1]

@@ -39,7 +39,8 @@ def lines(
             values = [float(value) for curve in curves.values() for value in curve[i]]
             positive = [value for value in values if value > 0] or [1.0]
             axes[i] = log_axis((across, up)[i], min(positive), max(positive))
-    drawn = figure(traces, title, f"{up}. {'; '.join(told)}.", *axes, height=420)
+    alt = f"{up}. {'; '.join(told)}."
+    drawn = figure(traces, title, alt, axes[0], axes[1], height=420)
     drawn.update_layout(showlegend=len(traces) > 1)
     for name, place in (mark or {}).items():
         drawn.add_vline(place, line=_style.DOTTED)

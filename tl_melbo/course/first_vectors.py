@@ -61,7 +61,7 @@ def coherent_up_to(answer: Any, swept: pd.DataFrame, least: float = 0.8) -> Note
     """Exercise 3: the largest scale up to which so large a share of the completions is coherent."""
     if note := unfinished(answer):
         return note
-    shares = swept["coherent"].astype(bool).groupby(swept["scale"]).mean()
+    shares: Any = swept["coherent"].astype(bool).groupby(swept["scale"]).mean()
     answer = number(answer, "the scale")
     if answer not in shares:
         scales = ", ".join(f"{each:g}" for each in shares.index)

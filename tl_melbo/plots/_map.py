@@ -57,7 +57,7 @@ def effect_map(
                 f"{argument}: {len(things)} for {len(places)} places; pass one for each"
             )
     seen = [name for name in dict.fromkeys(named) if name and name not in _ASIDE]
-    looks = dict(zip(seen, cycle(_LOOKS), strict=False))
+    looks: dict[str | None, tuple[str, str]] = dict(zip(seen, cycle(_LOOKS), strict=False))
     xy, traces = places.detach().cpu().double().tolist(), []
     for name in dict.fromkeys(named):
         colour, symbol = looks.get(name, (_PALE_GREY, _ASIDE.get(str(name), "circle")))

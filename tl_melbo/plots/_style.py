@@ -113,7 +113,7 @@ def layers_heatmap(
         for each in (value, "hover")
     )
     numbers = z.to_numpy(dtype=float, na_value=np.nan)
-    high = cells[value].max()
+    high = float(np.nanmax(cells[value]))
     drawn = heatmap(numbers, hover.to_numpy(), name, low, high, x=[*z.columns], y=[*z.index])
     top: Any = cells.loc[cells[value].idxmax()]
     alt = (

@@ -46,7 +46,7 @@ def sweep_layers(
         for pair, some in groups(rows, place).items()
     ]
     cells = pd.DataFrame(pairs, columns=[*place, value, "hover"]).sort_values(place)
-    name, low = _title(rows, value), min(0.0, cells[value].min())
+    name, low = _title(rows, value), min(0.0, float(np.nanmin(cells[value])))
     return _style.layers_heatmap(cells, value, name, name, title, 620, low)
 
 

@@ -66,7 +66,7 @@ def groups_told(groups: Behaviours | None, data: Mapping[str, Any], n_found: int
     if groups is None:
         return {"n_distinct": None, "n_incoherent": 0, "grouped_by_words": False}
     vectors = groups.texts["vector"]
-    random = groups.texts[vectors >= n_found]
+    random = pd.DataFrame(groups.texts[vectors >= n_found])
     return {
         "n_distinct": sum(not card["baseline"] for card in data["behaviours"]),
         "n_incoherent": sum(bool(row["filtered"]) for row in data["rows"]),

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -141,7 +142,7 @@ def _measured(model: Any, run: tm.Run, found: tm.SteeringVectors, cell: Cell) ->
         return {"row": row, "tags": []}
     texts = run.texts(model, max_new_tokens=cell.max_new_tokens)
     texts = texts[texts["vector"] < len(found)]
-    first = texts[texts["prompt"] == cell.facts["prompt"][0]]
+    first = pd.DataFrame(texts[texts["prompt"] == cell.facts["prompt"][0]])
     strongest = int(kl.nan_to_num(-1.0).argmax())
     written = first.set_index(["vector", "scale"])["completion"].to_dict()
     row |= {"unsteered": written[-1, 0.0], "completion": written[strongest, 1.0]}

@@ -21,7 +21,7 @@ _COLUMNS = (
 
 def render(table: pd.DataFrame, records: Mapping[str, Mapping[str, Any]]) -> str:
     """The page of a sweep's table, and of the tags that its records hold."""
-    figures = {**_figures(table), **_behaviours(table, records)}
+    figures: dict[str, Any] = {**_figures(table), **_behaviours(table, records)}
     columns = [name for name in _COLUMNS if name in table and {*table[name].dropna()}]
     return filled(
         _TEMPLATE.read_text(encoding="utf-8"),
