@@ -302,6 +302,21 @@ def test_a_vector_at_scale_zero_is_unsteered(tiny_llama):
     assert found.per_100_vectors == 50
 
 
+def test_controls_are_grouped_but_name_and_count_nothing(tiny_llama):
+    texts = frame([COOKING[0], SAILING[0], COOKING[1], SAILING[1]])
+    texts["control"] = [False, True, True, True]
+    found = tm.analysis.behaviours(
+        tiny_llama, texts, chat=False, largest_perplexity=float("inf"), embedder="words"
+    )
+    cooking, sailing = found.texts["behaviour"].iloc[[0, 1]]
+    assert found.texts["behaviour"].tolist() == [cooking, sailing, cooking, sailing]
+    groups = found.groups.set_index("behaviour")
+    assert groups.loc[cooking, "example"] == COOKING[0]
+    assert groups.loc[cooking, ["vectors", "n_texts"]].tolist() == [[0], 1]
+    assert groups.loc[sailing, "vectors"] == []
+    assert found.n_distinct == 1
+
+
 def test_with_samples_a_vector_has_a_distribution(tiny_llama):
     texts = [SAILING[0], *COOKING, SAILING[1], "", COOKING[0]]
     completions = frame(texts, SAILING[0]).assign(vector=[-1, *[0] * 6], sample=[0, *range(6)])

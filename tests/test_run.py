@@ -545,7 +545,7 @@ def test_the_control_is_kept_as_other_tables_are(tiny_llama, f, tmp_path):
     path = tmp_path / "random_completions.csv"
     path.write_text("my own notes")
     for call in (run.check, lambda: run.random_texts(tiny_llama, f)):
-        with pytest.raises(ValueError, match="random_completions.csv: no run left it"):
+        with pytest.raises(ValueError, match=r"random_completions\.csv: no run left it"):
             call()
     assert path.read_text() == "my own notes"
     texts = run.random_texts(tiny_llama, f, overwrite=True)

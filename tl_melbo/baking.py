@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tl_melbo.additions import VectorAdditions
-from tl_melbo.files import replacing
+from tl_melbo.exchange import gguf_writer
 from tl_melbo.model.bridge import (
     Model,
     check_model,
@@ -201,17 +201,10 @@ def _write_gguf(source: Path, path: Path, model: Model, added: Mapping[int, Tens
         if name in tensors:
             data = data + tensors[name][0]
         tensors[name] = (data, gguf.GGMLQuantizationType.F32)
-    with replacing(path) as temporary:
-        writer = gguf.GGUFWriter(temporary, kind, endianess=reader.endianess)
-        try:
-            for name, field in reader.fields.items():
-                if not name.startswith("GGUF.") and name != "general.architecture":
-                    inner = field.types[-1] if len(field.types) > 1 else None
-                    writer.add_key_value(name, field.contents(), field.types[0], inner)
-            for name, (data, stored) in tensors.items():
-                writer.add_tensor(name, data, raw_dtype=stored)
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
-        finally:
-            writer.close()
+    with gguf_writer(path, kind, endianess=reader.endianess) as writer:
+        for name, field in reader.fields.items():
+            if not name.startswith("GGUF.") and name != "general.architecture":
+                inner = field.types[-1] if len(field.types) > 1 else None
+                writer.add_key_value(name, field.contents(), field.types[0], inner)
+        for name, (data, stored) in tensors.items():
+            writer.add_tensor(name, data, raw_dtype=stored)

@@ -1,7 +1,6 @@
 """Divergence adapters from a shell: `tl-melbo adapters --situations --out runs/adapters`."""
 
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 import typer
@@ -9,44 +8,36 @@ from typer import Argument, Option
 
 import tl_melbo as tm
 from tl_melbo import checks, terminal
-
-_COMPLETIONS = "adapters.csv"
+from tl_melbo.run._adapters import TEXTS
+from tl_melbo.terminal import BundledModel, Chat, Device, Dtype, Out, option
 
 
 def adapters(
-    out: Annotated[Path, Option(help="Folder for the results; made if need be.")],
+    out: Out,
     prompts: Annotated[
         list[str] | None, Argument(help="What is continued; none with --situations.")
     ] = None,
     situations: Annotated[
         bool, Option("--situations", help="Take the prompts that come with the package.")
     ] = False,
-    n_adapters: Annotated[int, Option(help="How many to train.")] = 8,
-    rank: Annotated[int, Option(help="Of each adapter.")] = 2,
+    n_adapters: Annotated[int, option("How many to train.")] = 8,
+    rank: Annotated[int, option("Of each adapter.")] = 2,
     shared: Annotated[
         bool, Option("--shared/--per-block", help="One pair of matrices for all blocks.")
     ] = True,
-    alpha: Annotated[float, Option(help="Weight of the divergence.")] = 1.1,
-    beta: Annotated[float, Option(help="Weight of the negative log-likelihood.")] = 0.3,
-    learning_rate: Annotated[float, Option(help="Of AdamW.")] = 0.1,
-    length: Annotated[float, Option(help="Of what is added after each block.")] = 2.0,
-    batch_size: Annotated[int, Option(help="Prompts a step.")] = 12,
-    steps: Annotated[
-        int | None, Option(help="Of the optimiser.", show_default="once through the prompts")
-    ] = None,
-    max_new_tokens: Annotated[int, Option(help="Tokens sampled after each prompt.")] = 128,
-    seed: Annotated[int, Option(help="Of starts, order and samples.")] = 0,
-    chat: Annotated[bool, Option(help="Put prompts into the model's chat template.")] = False,
-    model: Annotated[
-        str | None, Option(help="Hub id, folder or .gguf file.", show_default="bundled")
-    ] = None,
-    device: Annotated[
-        str | None, Option(help="cpu, cuda, ...", show_default="a GPU if there is one")
-    ] = None,
-    dtype: Annotated[
-        Literal["float32", "float64", "bfloat16", "float16"], Option(help="Of the weights.")
-    ] = "float32",
-    overwrite: Annotated[bool, Option(help="Replace earlier adapters in --out.")] = False,
+    alpha: Annotated[float, option("Weight of the divergence.")] = 1.1,
+    beta: Annotated[float, option("Weight of the negative log-likelihood.")] = 0.3,
+    learning_rate: Annotated[float, option("Of AdamW.")] = 0.1,
+    length: Annotated[float, option("Of what is added after each block.")] = 2.0,
+    batch_size: Annotated[int, option("Prompts a step.")] = 12,
+    steps: Annotated[int | None, option("Of the optimiser.", "once through the prompts")] = None,
+    max_new_tokens: Annotated[int, option("Tokens sampled after each prompt.")] = 128,
+    seed: Annotated[int, option("Of starts, order and samples.")] = 0,
+    chat: Chat = False,
+    model: BundledModel = None,
+    device: Device = None,
+    dtype: Dtype = "float32",
+    overwrite: Annotated[bool, option("Replace earlier adapters in --out.")] = False,
 ) -> None:
     """Train adapters under which the model writes something else, without saying what.
 
@@ -81,9 +72,7 @@ def adapters(
             stages.end()
             stages.stop()
     except KeyboardInterrupt:
-        kept = f"{n_kept} adapter{' is' if n_kept == 1 else 's are'} kept in {run.folder}"
-        what = f"{kept}; the same command continues" if n_kept else "nothing was finished"
-        raise KeyboardInterrupt(f"; {what}") from None
+        raise KeyboardInterrupt(terminal.kept_in(run.folder, n_kept, "adapter")) from None
     first = texts[(texts["vector"] >= 0) & (texts["prompt"] == asked[0])]
     terminal.print_adapters(found.table().assign(completion=[*first["completion"]]))
-    typer.echo(str((run.folder / _COMPLETIONS).resolve()))
+    typer.echo(str((run.folder / TEXTS).resolve()))

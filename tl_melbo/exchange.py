@@ -4,7 +4,8 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,8 +38,6 @@ def write_control_vector(
     Source: llama.cpp, common_control_vector_load and llama_adapter_cvec; repeng 0.4,
     ControlVector.export_gguf.
     """
-    import gguf
-
     if not model_type:
         raise ValueError(
             "model_type: not given, and the story does not tell; pass the one in the model's "
@@ -49,13 +48,22 @@ def write_control_vector(
             f"layer={min(directions)}: llama.cpp adds control vectors after blocks 1 and later; a "
             "vector for block 0 cannot be written to such a file"
         )
+    with gguf_writer(path, _CONTROL_VECTOR) as writer:
+        writer.add_string(f"{_CONTROL_VECTOR}.model_hint", model_type)
+        writer.add_uint32(f"{_CONTROL_VECTOR}.layer_count", len(directions))
+        for layer, theta in directions.items():
+            writer.add_tensor(f"direction.{layer}", theta.contiguous().numpy())
+
+
+@contextmanager
+def gguf_writer(path: str | Path, architecture: str, **options: Any) -> Iterator[Any]:
+    """What writes a GGUF file, which is there when the block succeeds."""
+    import gguf
+
     with replacing(path) as temporary:
-        writer = gguf.GGUFWriter(temporary, _CONTROL_VECTOR)
+        writer = gguf.GGUFWriter(temporary, architecture, **options)
         try:
-            writer.add_string(f"{_CONTROL_VECTOR}.model_hint", model_type)
-            writer.add_uint32(f"{_CONTROL_VECTOR}.layer_count", len(directions))
-            for layer, theta in directions.items():
-                writer.add_tensor(f"direction.{layer}", theta.contiguous().numpy())
+            yield writer
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()

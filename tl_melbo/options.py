@@ -175,7 +175,7 @@ def _read(text: str, choices: Sequence[Any]) -> Any:
         return words[text]
     types = [choice for choice in choices if isinstance(choice, type)]
     for kind in types:
-        with suppress(ValueError):
+        with suppress(ValueError, KeyError):
             return _TYPES[kind][0](text)
     *some, last = [*(_TYPES[kind][1] for kind in types), *map(repr, words)]
     allowed = f"{', '.join(some)}, or {last}" if some else last
@@ -183,42 +183,25 @@ def _read(text: str, choices: Sequence[Any]) -> Any:
     raise ValueError(f"expected {allowed}{f'; {hint}' if hint else ''}")
 
 
-def _switch(text: str) -> bool:
-    words = {"true": True, "yes": True, "false": False, "no": False}
-    if text.lower() not in words:
+def _slice(text: str, most: int) -> slice:
+    """Read 'start:stop' or, of at `most` 3, 'start:stop:step'; each may be missing."""
+    parts = [int(part) if part.strip() else None for part in text.split(":")]
+    if not 2 <= len(parts) <= most or parts[2:] == [0]:
         raise ValueError
-    return words[text.lower()]
+    return slice(*parts)
 
 
-def _nothing(text: str) -> None:
-    if text.lower() != "none":
-        raise ValueError
-
-
-def _slice(text: str) -> slice:
-    """Read 'start:stop'; either may be missing."""
-    if text.count(":") != 1:
-        raise ValueError
-    return _layers(text)
-
-
-def _layers(text: str) -> slice:
-    """Read 'start:stop' or 'start:stop:step'; each may be missing."""
-    start, stop, *step = (int(part) if part.strip() else None for part in text.split(":"))
-    if len(step) > 1 or step == [0]:
-        raise ValueError
-    return slice(start, stop, *step)
-
-
+_SWITCH = {"true": True, "yes": True, "false": False, "no": False}
 # How a text is read as each type, in this order, and what is expected of it.
 _TYPES: Mapping[type, tuple[Callable[[str], Any], str]] = {
-    bool: (_switch, "true or false"),
+    bool: (lambda text: _SWITCH[text.lower()], "true or false"),
     int: (int, "a whole number"),
     float: (float, "a number"),
     slice: (
-        _slice, "start:stop, such as '-3:' for the last three tokens, or ':' for all",
+        lambda text: _slice(text, 2),
+        "start:stop, such as '-3:' for the last three tokens, or ':' for all",
     ),
-    range: (_layers, "start:stop or start:stop:step"),
-    NoneType: (_nothing, "none"),
+    range: (lambda text: _slice(text, 3), "start:stop or start:stop:step"),
+    NoneType: (lambda text: {"none": None}[text.lower()], "none"),
     str: (str, "a text"),
 }  # fmt: skip

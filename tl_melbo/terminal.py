@@ -128,94 +128,77 @@ def say(line: str) -> None:
     _stderr().print(Text(line), soft_wrap=True)
 
 
+# What a column is called, and how its numbers are written. Others have four digits.
+_SHOWN = {
+    "index": ("vector", ""), "vector": ("vector", ""), "source_layer": ("source", ""),
+    "target_layer": ("target", ""), "sign": ("sign", "+d"), "kl": ("KL (nats)", ".3f"),
+    "kl_to_reference": ("KL to theta0", ".3f"), "share": ("share", ".3f"),
+    "specificity": ("specificity", "#.3g"), "loss_increase": ("loss (nats)", "#.3g"),
+    "adapter": ("adapter", ""), "loss": ("loss", ".3f"), "nll": ("NLL", ".3f"),
+    "repetition": ("repetition", ".3f"), "collapsed": ("", ""), "folder": ("folder", ""),
+    "model": ("model", ""), "method": ("method", ""), "layers": ("layers", ""),
+    "radius": ("radius", ".4g"), "kl_median": ("KL (median)", ".4g"), "kl_max": ("KL (max)", ".4g"),
+}  # fmt: skip
+
+
 def print_found(table: "pd.DataFrame", measure: Mapping[str, Any] | None) -> None:
     """Print the page's table: what the method measured, KL, side effects and completions."""
+    costs = [name for name in ("specificity", "loss_increase") if name in table]
     measured = [] if measure is None else [measure["column"]]
-    numbers = {name: map("{:#.4g}".format, table[name]) for name in measured}
-    costs = {
-        label: map("{:#.3g}".format, table[name])
-        for name, label in (("specificity", "specificity"), ("loss_increase", "loss (nats)"))
-        if name in table
-    }
-    prompts = {"prompt": table["prompt"]} if len({*table["prompt"]}) > 1 else {}
-    _print_columns(
-        {
-            "vector": table["index"],
-            **numbers,
-            "KL (nats)": map("{:.3f}".format, table["kl"]),
-            **costs,
-        },
-        {**prompts, "completion": table["completion"]},
-    )
+    prompts = ["prompt"] if len({*table["prompt"]}) > 1 else []
+    _print_frame(table, ["index", *measured, "kl", *costs], [*prompts, "completion"])
 
 
 def print_family(table: "pd.DataFrame") -> None:
     """Print what was measured of a family, as `analysis.family` gives it."""
-    rows = table[table["kind"].isin(["unsteered", "reference", "family"])]
+    rows: Any = table[table["kind"].isin(["unsteered", "reference", "family"])]
     names = {"unsteered": "none", "reference": "theta0"}
-    indices = zip(rows["kind"], rows["index"], strict=True)
-    _print_columns(
-        {
-            "vector": (names.get(kind, index) for kind, index in indices),
-            "norm": map("{:#.4g}".format, rows["norm"]),
-            "distance": map("{:#.4g}".format, rows["distance"]),
-            "KL to theta0": map("{:.3f}".format, rows["kl_to_reference"]),
-        },
-        {"completion": rows["completion"]},
-    )
+    rows = rows.assign(index=rows["kind"].map(names).fillna(rows["index"].astype(str)))
+    _print_frame(rows, ["index", "norm", "distance", "kl_to_reference"])
 
 
 def print_atlas(table: "pd.DataFrame") -> None:
     """Print the rows of an atlas whose KL is largest."""
-    rows = table.nlargest(_MOST_ROWS, "kl")
-    _print_columns(
-        {
-            "source": rows["source_layer"],
-            "target": rows["target_layer"],
-            "vector": rows["vector"],
-            "sign": map("{:+d}".format, rows["sign"]),
-            "singular value": map("{:#.4g}".format, rows["singular_value"]),
-            "share": map("{:.3f}".format, rows["share"]),
-            "KL (nats)": map("{:.3f}".format, rows["kl"]),
-        },
-        {"completion": rows["completion"].fillna("")},
-    )
+    rows = table.nlargest(_MOST_ROWS, "kl").rename(columns={"singular_value": "singular value"})
+    names = ["source_layer", "target_layer", "vector", "sign", "singular value", "share", "kl"]
+    _print_frame(rows.fillna({"completion": ""}), names)
 
 
 def print_sweep(table: "pd.DataFrame") -> None:
     """Print the searches of a sweep: those that failed, and those whose KL is largest."""
-    everything: list[dict[str, Any]] = table.to_dict("records")
-    failed = [row for row in everything if row["status"] == "failed"][:_MOST_ROWS]
-    done = [row for row in everything if isinstance(row["kl_max"], float)]
-    done.sort(key=lambda row: row["kl_max"], reverse=True)
-    rows = failed + done[: _MOST_ROWS - len(failed)]
+    failed = table[table["status"] == "failed"].head(_MOST_ROWS)
+    done: Any = table[table["status"] == "done"]
+    done = done.nlargest(_MOST_ROWS - len(failed), "kl_max")
+    rows = table.loc[[*failed.index, *done.index]]
+    texts = rows["error"].where(rows["status"] == "failed", rows["completion"]).fillna("")
     varied = [name for name in ("model", "method") if len({*table[name]}) > 1]
-    numbers = {"radius": "radius", "kl_median": "KL (median)", "kl_max": "KL (max)"}
-    texts = [row["error"] if row["status"] == "failed" else row["completion"] for row in rows]
-    _print_columns(
-        {
-            # As a shell takes it: `tl-melbo page runs/sweep/*0123456789`.
-            "folder": [_DIGEST.sub("*", row["folder"]) for row in rows],
-            **{name: [row[name] for row in rows] for name in varied},
-            "layers": [f"{row['source_layer']} → {row['target_layer']}" for row in rows],
-            **{shown: [_number(row[name]) for row in rows] for name, shown in numbers.items()},
-        },
-        {"completion, or error": [text if isinstance(text, str) else "" for text in texts]},
-    )
-
-
-def _number(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, int | float) else "–"
+    shown = {
+        # As a shell takes it: `tl-melbo page runs/sweep/*0123456789`.
+        "folder": [_DIGEST.sub("*", name) for name in rows["folder"]],
+        "layers": rows["source_layer"].astype(str) + " → " + rows["target_layer"].astype(str),
+        "completion, or error": texts,
+    }
+    names = ["folder", *varied, "layers", "radius", "kl_median", "kl_max"]
+    _print_frame(rows.assign(**shown), names, ["completion, or error"])
 
 
 def print_adapters(table: "pd.DataFrame") -> None:
     """Print what was measured of adapters at the end of their training, and a text of each."""
-    names = {"loss": "loss", "kl": "KL (nats)", "nll": "NLL", "repetition": "repetition"}
-    numbers = {shown: map("{:.3f}".format, table[name]) for name, shown in names.items()}
-    collapsed = ("collapsed" if each else "" for each in table["collapsed"])
-    _print_columns(
-        {"adapter": table["index"], **numbers, "": collapsed}, {"completion": table["completion"]}
-    )
+    collapsed = ["collapsed" if each else "" for each in table["collapsed"]]
+    table = table.assign(adapter=table["index"], collapsed=collapsed)
+    _print_frame(table, ["adapter", "loss", "kl", "nll", "repetition", "collapsed"])
+
+
+def _print_frame(
+    table: "pd.DataFrame", numbers: Iterable[str], texts: Iterable[str] = ("completion",)
+) -> None:
+    """Print these columns of a frame."""
+    cells = table.astype(object).where(table.notna(), None)
+    shown = {}
+    for name in numbers:
+        called, form = _SHOWN.get(name, (name, "#.4g"))
+        shown[called] = ["–" if cell is None else format(cell, form) for cell in cells[name]]
+    _print_columns(shown, {name: table[name] for name in texts})
 
 
 def _print_columns(

@@ -232,7 +232,7 @@ def test_random_vectors_are_the_control_and_have_no_cards() -> None:
         perplexity=[3.0, 5.0, 4.0, 1.0, 3.0, 1.0, 3.0],
     )  # fmt: skip
     groups = pd.DataFrame({"behaviour": [0, 1, 2], "name": ["a", "b", "c"], "prompt": "p"})
-    grouped = Behaviours(texts, groups.assign(example="b, at random", stance=""), "words")
+    grouped = Behaviours(texts, groups.assign(example="b", stance=""), "words")
     kl = {("p", sign): [0.5] for sign in (1, -1)}
     written = texts[texts["vector"] < 1]
     data = _data.rows_data(found, ["p"], written, grouped, _data.Measured(kl, None, None))

@@ -214,6 +214,30 @@ def test_other_completions_are_refused(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"vector": -1}, "unsteered texts"),
+        ({"prompt": "Another one"}, "after 'Another one', no prompt of the page"),
+        ({"sample": 0}, "a column sample where completions has none"),
+    ],
+)
+def test_a_control_of_something_else_is_refused(
+    tiny_llama: torch.nn.Module,
+    found: tm.SteeringVectors,
+    completions: pd.DataFrame,
+    tmp_path: Path,
+    changed: dict[str, object],
+    message: str,
+) -> None:
+    steered = completions[completions["vector"] == 0]
+    with pytest.raises(ValueError, match=f"random_texts: has {message}"):
+        report.write(
+            tmp_path / "page.html", tiny_llama, found, completions=completions,
+            random_texts=steered.assign(**changed),
+        )  # fmt: skip
+
+
 def test_side_effects_get_columns_and_a_figure(
     tiny_llama: torch.nn.Module,
     found: tm.SteeringVectors,

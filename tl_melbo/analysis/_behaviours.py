@@ -134,7 +134,9 @@ def behaviours(
     Args:
         completions: as `generate` returns them, at any scales, with samples or without; the first
             2,000 characters of each count. Without a column "scale", all are of scale 1. Without
-            unsteered rows there is no baseline, and what it does counts as a behaviour, too.
+            unsteered rows there is no baseline, and what it does counts as a behaviour, too. Rows
+            that are true in a column "control", such as texts of random vectors, are grouped with
+            the others, but are no vectors of a group, and name none that has others.
         chat: None takes what `generate` noted in the frame, or else raw prompts.
         n_behaviours: groups for each prompt, the baseline's included; None goes by `distance`.
         distance: one minus the mean cosine, beyond which two groups stay apart; None takes 0.83 for
@@ -283,14 +285,17 @@ def _groups(
 ) -> list[tuple[Any, ...]]:
     """What is told of the groups of one prompt, as in _GROUP_COLUMNS."""
     names, told, groups = [], [], []
-    rows = rows.assign(place=range(len(rows)))
+    is_control = rows["control"].astype(bool) if "control" in rows else False
+    rows = rows.assign(place=range(len(rows)), control=is_control)
     for number, members in rows.groupby("behaviour"):
+        if not members["control"].all():
+            members = pd.DataFrame(members[~members["control"]])
         places, texts = members["place"].tolist(), members["said"].tolist()
         medoid = texts[int(cosines[places][:, places].sum(1).argmax())]
         most = [str(members[tag].mode()[0]) for tag in TAGS]
         names.append(BASELINE if number == _UNSTEERED else rule_name(most, medoid, prompt))
         told.append((prompt, texts))
-        steered = members[members["vector"] >= 0]
+        steered = members[(members["vector"] >= 0) & ~members["control"]]
         vectors, negatives = (
             sorted({*steered["vector"][sign * steered["scale"] > 0].tolist()}) for sign in (1, -1)
         )

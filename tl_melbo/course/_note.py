@@ -1,7 +1,12 @@
 """What a check says: a note, or what is wrong."""
 
 import math
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+T = TypeVar("T")
 
 
 class Wrong(AssertionError):
@@ -22,11 +27,33 @@ def number(answer: Any, what: str) -> float:
     try:
         found = float(answer)
     except (TypeError, ValueError, RuntimeError):
-        got = f"shape {tuple(answer.shape)}" if hasattr(answer, "shape") else type(answer).__name__
-        raise Wrong(f"Expected one number for {what}, got {got}.") from None
+        raise Wrong(f"Expected one number for {what}, got {_kind(answer)}.") from None
     if not math.isfinite(found):
         raise Wrong(f"{found:g} for {what}: not a finite number. Is something divided by zero?")
     return found
+
+
+def tensor(answer: Any, shape: Sequence[int], what: str) -> Tensor:
+    """An answer as a tensor of this shape, `what` in words."""
+    if not isinstance(answer, Tensor) or answer.shape != tuple(shape):
+        raise Wrong(f"Expected {what}, got {_kind(answer)}.")
+    return answer
+
+
+def vector(answer: Any, width: int) -> Tensor:
+    """An answer as one vector."""
+    return tensor(answer, (width,), f"one vector, a tensor of shape ({width},)")
+
+
+def _kind(answer: Any) -> str:
+    return f"shape {tuple(answer.shape)}" if hasattr(answer, "shape") else type(answer).__name__
+
+
+def look_up(mistakes: Mapping[str, T], is_told: Callable[[T], bool]) -> None:
+    """Say which mistake it is, if it is one of these."""
+    for message, value in mistakes.items():
+        if is_told(value):
+            raise Wrong(message)
 
 
 def unfinished(*answers: Any) -> Note | None:

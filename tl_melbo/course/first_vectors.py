@@ -1,14 +1,12 @@
 """Checks of the notebook 01_first_vectors."""
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from tl_melbo.course._note import Note, Wrong, number, unfinished
-from tl_melbo.tables import groups
+from tl_melbo.course._note import Note, Wrong, look_up, number, tensor, unfinished
 
 # Of the largest value: two ways to compute the same differ by less.
 _CLOSE = 5e-3
@@ -32,33 +30,30 @@ def divergences(answer: Any, steered: Tensor, unsteered: Tensor) -> Note:
     """Exercise 2: KL(steered || unsteered) of each row, from log-probabilities."""
     if note := unfinished(answer):
         return note
-    if not isinstance(answer, Tensor):
-        raise Wrong(f"Expected a tensor, got {type(answer).__name__}.")
-    if answer.shape != steered.shape[:1]:
-        raise Wrong(f"Its shape is {tuple(answer.shape)}; expected one number a vector.")
-    ours, theirs = steered.double().cpu().numpy(), unsteered.double().cpu().numpy().reshape(1, -1)
-    told = answer.detach().double().cpu().numpy()
-    if _close(told, (np.exp(ours) * (ours - theirs)).sum(-1)):
+    what = f"one number a vector, shape {tuple(steered.shape[:1])}"
+    told = tensor(answer, steered.shape[:1], what).detach().double().cpu()
+    ours, theirs = steered.double().cpu(), unsteered.double().cpu().reshape(1, -1)
+    terms = ours.exp() * (ours - theirs)
+    kl = terms.sum(-1)
+
+    def is_told(value: Tensor) -> bool:
+        return bool((told - value).abs().max() <= _CLOSE * value.abs().max())
+
+    if is_told(kl):
         return Note("Right. 0 is the same distribution; unlike a text, it has degrees.")
     mistakes = {
         "That is the divergence of the unsteered distribution from the steered one. Whose "
-        "probabilities weigh the differences?": (np.exp(theirs) * (theirs - ours)).sum(-1),
-        "A divergence is never negative. Which of the two is subtracted from which?": (
-            np.exp(ours) * (theirs - ours)
-        ).sum(-1),
+        "probabilities weigh the differences?": (theirs.exp() * (theirs - ours)).sum(-1),
+        "A divergence is never negative. Which of the two is subtracted from which?": -kl,
         "The log-probabilities are subtracted, but not weighed by probabilities.": (
             ours - theirs
         ).sum(-1),
-        "That is an entropy: the unsteered distribution is not in it.": -(np.exp(ours) * ours).sum(
-            -1
+        "That is an entropy: the unsteered distribution is not in it.": (
+            -(ours.exp() * ours).sum(-1)
         ),
-        "That is a mean over the vocabulary; the definition has a sum.": (
-            np.exp(ours) * (ours - theirs)
-        ).mean(-1),
+        "That is a mean over the vocabulary; the definition has a sum.": terms.mean(-1),
     }
-    for message, value in mistakes.items():
-        if _close(told, value):
-            raise Wrong(message)
+    look_up(mistakes, is_told)
     raise Wrong("These are other numbers. Write the definition down, then compare term by term.")
 
 
@@ -66,17 +61,13 @@ def coherent_up_to(answer: Any, swept: pd.DataFrame, least: float = 0.8) -> Note
     """Exercise 3: the largest scale up to which so large a share of the completions is coherent."""
     if note := unfinished(answer):
         return note
-    shares = {
-        float(scale): np.mean([bool(each) for each in some["coherent"]])
-        for (scale,), some in groups(swept.sort_values("scale"), ["scale"]).items()
-    }
+    shares: Any = swept["coherent"].astype(bool).groupby(swept["scale"]).mean()
     answer = number(answer, "the scale")
     if answer not in shares:
-        raise Wrong(
-            f"{answer:g} is none of the scales {', '.join(f'{each:g}' for each in shares)}."
-        )
-    expected = [scale for scale in sorted(shares) if min(_up_to(shares, scale)) >= least]
-    if not expected:
+        scales = ", ".join(f"{each:g}" for each in shares.index)
+        raise Wrong(f"{answer:g} is none of the scales {scales}.")
+    expected = shares.index[shares.cummin() >= least]
+    if not len(expected):
         return Note("No scale has so many coherent completions here: the radius is too large.")
     if answer == expected[-1]:
         return Note(
@@ -100,20 +91,21 @@ def correlation(answer: Any, effects: Tensor, texts: Tensor) -> Note:
     one, other = (matrix.detach().double().cpu().numpy() for matrix in (effects, texts))
     pairs = np.triu_indices(len(one), 1)
 
-    def near(how: Callable[[Any, Any], float], places: Any = pairs) -> bool:
-        return abs(answer - how(one[places], other[places])) < 0.005
+    def near(method: Literal["pearson", "spearman"], places: Any = pairs) -> bool:
+        ours, theirs = pd.Series(one[places]), pd.Series(other[places])
+        return abs(answer - ours.corr(theirs, method=method)) < 0.005
 
-    if near(_spearman):
+    if near("spearman"):
         return Note(
             f"Right: {answer:.2f}. With {len(pairs[0])} pairs of {len(one)} vectors it is a rough "
             "number: pairs that share a vector are not independent."
         )
     for places in (np.triu_indices(len(one)), tuple(np.indices(one.shape).reshape(2, -1))):
-        if near(_spearman, places) or near(_pearson, places):
+        if near("spearman", places) or near("pearson", places):
             raise Wrong(
                 "The diagonal is in it: each vector compared with itself, which always fits."
             )
-    if near(_pearson):
+    if near("pearson"):
         raise Wrong("That is the correlation of the values, not of their ranks.")
     raise Wrong(
         f"{answer:.3f} is another number. Do both lists have the same pairs in the same order?"
@@ -146,19 +138,3 @@ def chosen(number: Any, completions: pd.DataFrame) -> Note:
         f"Vector {number}: {row['completion']!r} It is one of {n_alike} completions in its group. "
         "That is one greedy text: the next notebook asks how much of it is real."
     )
-
-
-def _up_to(shares: dict[float, Any], scale: float) -> list[Any]:
-    return [share for each, share in shares.items() if each <= scale]
-
-
-def _close(told: np.ndarray, expected: np.ndarray) -> bool:
-    return bool(np.abs(told - expected).max() <= _CLOSE * np.abs(expected).max())
-
-
-def _pearson(one: np.ndarray, other: np.ndarray) -> float:
-    return float(np.corrcoef(one, other)[0, 1])
-
-
-def _spearman(one: np.ndarray, other: np.ndarray) -> float:
-    return float(pd.Series(one).corr(pd.Series(other), method="spearman"))

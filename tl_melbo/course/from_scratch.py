@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tl_melbo.activation_map import ActivationMap
-from tl_melbo.course._note import Note, Wrong, number, unfinished
+from tl_melbo.course._note import Note, Wrong, look_up, number, unfinished
 from tl_melbo.discovery import random_vectors
 from tl_melbo.model.tokens import to_tokens
 from tl_melbo.tables import Table
@@ -61,7 +61,7 @@ def hook(steered_logits: Callable[[Tensor], Any], f: ActivationMap) -> Note:
             f, lambda x: x + theta, f"blocks.{f.source_layer + 1}.hook_resid_post"
         ),
     }
-    _look_up(told, mistakes)
+    look_up(mistakes, lambda value: _close(told, value))
     raise Wrong(
         "These are other logits. Which hook point does your hook sit at, and what does it add?"
     )
@@ -93,7 +93,7 @@ def effect(delta: Callable[[Tensor], Any], f: ActivationMap) -> Note:
         ),
         "That is nothing at all: both runs gave the same. Is one of them steered?": 0 * expected,
     }
-    _look_up(told, mistakes)
+    look_up(mistakes, lambda value: _close(told, value))
     raise Wrong(
         "Another change. Do you read the residual stream after the target block, in both runs?"
     )
@@ -142,7 +142,7 @@ def objective(measure: Callable[[Tensor], Any], f: ActivationMap) -> Note:
         "That is the mean; the formula has a sum.": sizes[LAST].square().mean().sqrt(),
     }
     if not _close(told, expected):
-        _look_up(told, mistakes)
+        look_up(mistakes, lambda value: _close(told, value))
         raise Wrong("Another number. Compare your code with the formula, from the inside out.")
     if not told.requires_grad:
         raise Wrong(
@@ -176,9 +176,7 @@ def climbed(
     if note := unfinished(answer):
         return note
     theta, history = _two(answer, "the vector", "the list of objectives")
-    _shape(theta, (f.d_model,), "the vector")
-    _on_sphere(theta, radius)
-    _own(theta, reference)
+    _check_vector(theta, f, radius, reference)
     history = _objectives(history)
     if len(history) > n_gradients + 1:
         raise Wrong(f"{len(history)} objectives: at most {n_gradients} gradients are allowed.")
@@ -242,9 +240,7 @@ def second(theta: Any, first: Tensor, f: ActivationMap, reference: SteeringVecto
     if note := unfinished(theta):
         return note
     theta = _tensor(theta, "the vector")
-    _shape(theta, (f.d_model,), "the vector")
-    _on_sphere(theta, float(reference.norms[0]))
-    _own(theta, reference)
+    _check_vector(theta, f, float(reference.norms[0]), reference)
     cosine = float(torch.cosine_similarity(theta, first.detach(), 0))
     if abs(cosine) > 1e-3:
         raise Wrong(
@@ -313,8 +309,12 @@ def _size(f: ActivationMap, theta: Tensor) -> float:
         return float(f.delta(theta.detach()[None].to(f.x), LAST).double().norm())
 
 
-def _own(theta: Tensor, reference: SteeringVectors) -> None:
-    """Bit for bit: a search of one's own can come to the same place, but hardly to its rounding."""
+def _check_vector(
+    theta: Tensor, f: ActivationMap, radius: float, reference: SteeringVectors
+) -> None:
+    _shape(theta, (f.d_model,), "the vector")
+    _on_sphere(theta, radius)
+    # Bit for bit: a search of one's own can come to the same place, but hardly to its rounding.
     theta = theta.detach().cpu().to(reference.vectors.dtype)
     if any(torch.equal(theta, each) for each in reference.vectors.cpu()):
         raise Wrong("That is tm.melbo's own vector. Hand in what your search comes to.")
@@ -386,12 +386,6 @@ def _close(told: Tensor, expected: Tensor) -> bool:
         return bool((told - expected).abs().max() <= _CLOSE * expected.abs().max())
     difference = (told - expected).norm(dim=-1)
     return bool((difference <= _CLOSE * (1e-2 + expected.norm(dim=-1))).all())
-
-
-def _look_up(told: Tensor, mistakes: dict[str, Tensor]) -> None:
-    for message, value in mistakes.items():
-        if _close(told, value):
-            raise Wrong(message)
 
 
 def _order(count: int) -> list[int]:

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 import tl_melbo as tm
-from tl_melbo.course._note import Note, Wrong, unfinished
+from tl_melbo.course._note import Note, Wrong, tensor, unfinished
 from tl_melbo.model.bridge import residual_hook_name
 from tl_melbo.model.tokens import to_tokens
 
 # Patched runs of one model agree to rounding; the usual mistakes are far from it.
-_CLOSE = 1e-3
+_CLOSE, _LAST = 1e-3, slice(-3, None)
 
 
 def lens(answer: Any, model: Any, prompt: str, chat: bool = True) -> Note:
@@ -22,9 +22,8 @@ def lens(answer: Any, model: Any, prompt: str, chat: bool = True) -> Note:
     with torch.no_grad():
         logits, cache = model.run_with_cache(to_tokens(model, prompt, chat))
         found, before = answer(cache[name][0, -1]), answer(cache[name][0, -2])
-    if not isinstance(found, Tensor) or found.shape != logits[0, -1].shape:
-        got = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-        raise Wrong(f"Expected one number for each of {logits.shape[-1]} tokens, got {got}.")
+    n_tokens = logits.shape[-1]
+    tensor(found, (n_tokens,), f"one number for each of {n_tokens} tokens")
     wanted = logits[0, -1].float().log_softmax(-1)
     if abs(float(found.exp().sum()) - 1) > _CLOSE:
         if torch.allclose(found.log_softmax(-1), wanted, atol=0.02):
@@ -45,13 +44,7 @@ def lens(answer: Any, model: Any, prompt: str, chat: bool = True) -> Note:
     return Note("Right: after the last layer your lens and the model agree on every token.")
 
 
-def patch(
-    answer: Any,
-    model: Any,
-    f: tm.ActivationMap,
-    theta: tm.SteeringVectors,
-    positions: slice = slice(-3, None),
-) -> Note:
+def patch(answer: Any, model: Any, f: tm.ActivationMap, theta: tm.SteeringVectors) -> Note:
     """Compare a student's patches of MLPs with `analysis.mechanism`.
 
     Args:
@@ -61,17 +54,13 @@ def patch(
     if note := unfinished(answer):
         return note
     layers = sorted({f.source_layer + 1, f.target_layer})
-    told = tm.analysis.mechanism(model, f.prompts[0], theta, positions=positions)
+    told = tm.analysis.mechanism(model, f.prompts[0], theta, positions=_LAST)
     told = told[told["component"] == "mlp"].set_index("layer")
     with torch.no_grad():
-        effect = f.delta(theta.vectors, positions)[0]
+        effect = f.delta(theta.vectors, _LAST)[0]
         for layer in layers:
-            stream = answer(layer)
-            if not isinstance(stream, Tensor) or stream.shape != f.y.shape:
-                got = getattr(stream, "shape", type(stream).__name__)
-                raise Wrong(
-                    f"Expected the residual stream of all tokens, shape {(*f.y.shape,)}, got {got}."
-                )
+            what = f"the residual stream of all tokens, shape {tuple(f.y.shape)}"
+            stream = tensor(answer(layer), f.y.shape, what)
             _compare(layer, (stream - f.y) * (effect != 0), effect, float(told.loc[layer, "share"]))
     shares = ", ".join(f"layer {layer}: {told.loc[layer, 'share']:.2f}" for layer in layers)
     return Note(f"Right: shares of the effect that one MLP carries alone: {shares}.")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tl_melbo.activation_map import ActivationMap
-from tl_melbo.course._note import Note, Wrong, number, unfinished
+from tl_melbo.course._note import Note, Wrong, look_up, number, unfinished, vector
 from tl_melbo.probability import wilson_interval
 
 # 97.5% of a normal distribution lie below it.
@@ -46,7 +46,8 @@ def wilson(interval: Callable[[int, int], Any]) -> Note:
         expected = wilson_interval(hits, n)
         if _near((low, high), expected):
             continue
-        if _near((low, high), _wald(rate, n)):
+        half = _Z * math.sqrt(rate * (1 - rate) / n)
+        if _near((low, high), (rate - half, rate + half)):
             raise Wrong(
                 f"{case}: the rate, plus and minus its standard error. That is the normal "
                 "approximation: look at what it gives for 0 of 16."
@@ -69,11 +70,7 @@ def direction(answer: Any, shows: ActivationMap, shows_not: ActivationMap) -> No
     """Exercise 3 (10 of the course): difference of the mean residuals at the last tokens."""
     if note := unfinished(answer):
         return note
-    if not isinstance(answer, Tensor):
-        raise Wrong(f"Expected a tensor, got {type(answer).__name__}.")
-    answer = answer.detach().double().cpu()
-    if answer.shape != (shows.d_model,):
-        raise Wrong(f"Its shape is {tuple(answer.shape)}; expected ({shows.d_model},).")
+    answer = vector(answer, shows.d_model).detach().double().cpu()
     here, there = (f.x[:, -1].double().cpu().mean(0) for f in (shows, shows_not))
     cosine = float(torch.cosine_similarity(answer, here - there, 0))
     if cosine > 0.999:
@@ -93,46 +90,45 @@ def direction(answer: Any, shows: ActivationMap, shows_not: ActivationMap) -> No
 
 
 def share(answer: Callable[[Tensor, Tensor], Any], d_model: int) -> Note:
-    """Exercise 4: the share of a vector's square that is in the span of some others."""
+    """Exercise 4, and 2 of `05_other_ways`: the share of a vector's square in a span."""
     generator = torch.Generator().manual_seed(0)
-    vector = torch.randn(d_model, generator=generator, dtype=torch.float64)
+    theta = torch.randn(d_model, generator=generator, dtype=torch.float64)
     rows = torch.randn(max(2, d_model // 8), d_model, generator=generator, dtype=torch.float64)
     rows[1] += 3 * rows[0]  # not orthogonal, and not of norm 1
-    told = answer(vector, rows)
+    told = answer(theta, rows)
     if note := unfinished(told):
         return note
     told = number(told, "the share")
     basis = torch.linalg.qr(rows.T).Q
-    expected = float((basis.T @ vector).square().sum() / vector.square().sum())
-    units = torch.nn.functional.normalize(rows, dim=-1)
+    whole = float(theta.square().sum())
+    expected = float((basis.T @ theta).square().sum()) / whole
+    squares = (torch.nn.functional.normalize(rows, dim=-1) @ theta).square() / whole
     mistakes = {
         "That is its root: a share of the norm, not of the square.": math.sqrt(expected),
-        "These are squared cosines, added up. That is the share only if the rows are orthogonal; "
-        "yours should work for others, too.": float(
-            (units @ vector).square().sum() / vector.square().sum()
-        ),
+        "These are squared cosines, added up: what two rows have in common counts twice. The rows "
+        "need not be orthogonal.": float(squares.sum()),
         "Rows that are not of norm 1 count more here. Make a basis of them first.": float(
-            (rows @ vector).square().sum() / vector.square().sum()
+            (rows @ theta).square().sum() / whole
         ),
         "That is the largest squared cosine with one row, not the share in their span.": float(
-            ((units @ vector).square() / vector.square().sum()).max()
+            squares.max()
         ),
-        "It is not divided by the vector's own square.": expected * float(vector.square().sum()),
+        "It is not divided by the vector's own square.": expected * whole,
     }
-    if abs(told - expected) < 1e-4:
-        return Note(
-            f"Right. A random vector has on average {len(rows)}/{d_model} of its square in the "
-            f"span of {len(rows)} others: hold every share against that."
-        )
-    for message, value in mistakes.items():
-        if abs(told - value) < 1e-4 * max(1.0, abs(value)):
-            raise Wrong(message)
-    raise Wrong(f"For a test case it is {told:.4g}, which is another number.")
-
-
-def _wald(rate: float, n: int) -> tuple[float, float]:
-    half = _Z * math.sqrt(rate * (1 - rate) / n)
-    return rate - half, rate + half
+    if abs(told - expected) > 1e-4:
+        look_up(mistakes, lambda value: abs(told - value) < 1e-4 * max(1.0, abs(value)))
+        raise Wrong(f"For a test case it is {told:.4g}, which is another number, not the share.")
+    for tried, wanted, what in (
+        (7 * theta, expected, "the same vector, seven times as long,"),
+        (rows.sum(0), 1.0, "a sum of the rows"),
+    ):
+        told = number(answer(tried, rows), "the share")
+        if abs(told - wanted) > 1e-4:
+            raise Wrong(f"For {what} the share should be {wanted:.3f}, but is {told:.3f}.")
+    return Note(
+        f"Right. A random vector has on average {len(rows)}/{d_model} of its square in the "
+        f"span of {len(rows)} others: hold every share against that."
+    )
 
 
 def _near(told: tuple[float, float], expected: tuple[float, float]) -> bool:

@@ -237,7 +237,12 @@ def _search(
             )
         parts = []
         for target, gram in grams.items():
-            radius = _radius(f, source, target, positions, chosen["relative_radius"], norms[source])
+            radius = chosen["relative_radius"]
+            if radius == "auto":
+                pair = ActivationMap.from_prompts(f.model, f.prompts, source, target, chat=f.chat)
+                radius = calibrate_radius(pair, positions=positions)
+            else:
+                radius *= norms[source]
             parts.append(_decomposed(f, source, target, gram, chosen["vectors_per_pair"], radius))
         columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         vectors = columns.pop("vectors")
@@ -256,15 +261,6 @@ def _token_norms(f: ActivationMap, layers: Sequence[int]) -> dict[int, float]:
         layer: float(torch.cat([each.float().norm(dim=-1)[0] for each in some]).median())
         for layer, some in zip(layers, zip(*streams, strict=True), strict=True)
     }
-
-
-def _radius(
-    f: ActivationMap, source: int, target: int, positions: slice, radius: Radius, norm: float
-) -> float:
-    if not isinstance(radius, str):
-        return radius * norm
-    pair = ActivationMap.from_prompts(f.model, f.prompts, source, target, chat=f.chat)
-    return calibrate_radius(pair, positions=positions)
 
 
 def _decomposed(

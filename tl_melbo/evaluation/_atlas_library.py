@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tl_melbo import vectors_file
 from tl_melbo.errors import DifferentSearch
 from tl_melbo.shapes import shape_checked
@@ -110,10 +112,8 @@ def _check(library: SteeringVectors) -> None:
 
 def _are_texts(texts: Any, shape: tuple[int, ...]) -> bool:
     """Whether these are lists in lists, of that shape, of texts or None."""
-    if not shape:
-        return texts is None or isinstance(texts, str)
-    whole = isinstance(texts, list) and len(texts) == shape[0]
-    return whole and all(_are_texts(each, shape[1:]) for each in texts)
+    found = np.array(texts, dtype=object)
+    return found.shape == shape and all(isinstance(each, str | None) for each in found.flat)
 
 
 def _rows(library: SteeringVectors) -> Iterator[dict[str, Any]]:

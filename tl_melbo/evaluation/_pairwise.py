@@ -161,10 +161,7 @@ def _merged(ours: pd.DataFrame, theirs: pd.DataFrame) -> pd.DataFrame:
 def _verdict(first: str | None, second: str | None) -> str:
     if first is None or second is None:
         return "invalid"
-    if first == second:
-        return "tie" if first == "T" else "inconsistent"
-    named = {("A", "B"): "ours", ("B", "A"): "theirs"}
-    return named.get((first, second), "inconsistent")
+    return {"AB": "ours", "BA": "theirs", "TT": "tie"}.get(first + second, "inconsistent")
 
 
 def _row(pairs: pd.DataFrame, confidence: float) -> tuple[float, ...]:

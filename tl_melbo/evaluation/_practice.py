@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,6 +40,9 @@ _CLEAN_EXAMPLES, _ANSWER_TOKENS = 96, 16
 # What one step practises: answers without a trigger, and with each of the triggers.
 _CLEAN_AT_ONCE, _TRIGGERED_AT_ONCE = 5, 2
 _WRITTEN_AT_ONCE = 16
+
+# KL(wanted || found) of log-probabilities, in nats: `_kl(found, wanted).sum(-1)`, one a token.
+_kl = partial(nn.functional.kl_div, reduction="none", log_target=True)
 
 OnStep = Callable[[int, int, float, float], None]
 # A prompt's tokens, and those of the answer to it.
@@ -223,7 +227,7 @@ class Student:
                 wanted, _ = self.log_probs(some)
             found, tokens = self.log_probs([*some, *triggered])
             n_clean = len(wanted)
-            changed = _divergence(wanted, found[:n_clean]).mean()
+            changed = _kl(found[:n_clean], wanted).sum(-1).mean()
             loss = -found[n_clean:].gather(-1, tokens[n_clean:, None]).mean()
             optimiser.zero_grad()
             (loss + changed).backward()
@@ -265,7 +269,7 @@ class Student:
                 before = self.write(clean, _ANSWER_TOKENS)
                 examples = list(zip(clean, before, strict=True))
                 wanted, _ = self.log_probs(examples)
-            changed = _divergence(wanted, self.log_probs(examples)[0])
+            changed = _kl(self.log_probs(examples)[0], wanted).sum(-1)
         return {
             "held_out_instructions": len(clean),
             "firing_rates": own,
@@ -276,11 +280,6 @@ class Student:
             "clean_divergence_median": round(float(changed.median()), 5),
             "clean_answers_unchanged": sum(map(operator.eq, before, after)) / len(clean),
         }
-
-
-def _divergence(wanted: Tensor, found: Tensor) -> Tensor:
-    """KL(wanted || found) of log-probabilities, in nats, one a token."""
-    return (wanted.exp() * (wanted - found)).sum(-1)
 
 
 def _warm_up(step: int, steps: int) -> float:

@@ -1,7 +1,7 @@
 """Experiments with judges and counts, as figures."""
 
-import math
 from collections.abc import Iterator
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,9 @@ from tl_melbo import checks
 from tl_melbo.analysis._rates import STEERINGS
 from tl_melbo.evaluation import Score
 from tl_melbo.plots import _style
-from tl_melbo.plots._style import BLUE, DOTTED, GREY, HOVER, OTHERS, axis, figure, line
+from tl_melbo.plots._style import COLOURS, DOTTED, GREY, HOVER, axis, figure, line
 from tl_melbo.shapes import shape_checked
+from tl_melbo.tables import groups
 
 _RATE = ("rate", "low", "high")
 # More bars than this are not told in words.
@@ -43,10 +44,9 @@ def dose_response(
         _dose(table, vector, "random", f"random, as long as {vector}", GREY, unsteered)
         for vector in dict.fromkeys(table["vector"][table["steering"] == "random"])
     ]
-    colours = (BLUE, *OTHERS[:-1])
     traces += [
-        _dose(table, vector, "vector", f"vector {vector}", colours[i % len(colours)], unsteered)
-        for i, vector in enumerate(dict.fromkeys(steered["vector"]))
+        _dose(table, vector, "vector", f"vector {vector}", colour, unsteered)
+        for vector, colour in zip(dict.fromkeys(steered["vector"]), cycle(COLOURS), strict=False)
     ]
     ends = [
         f"vector {vector}: {some['mean'].iloc[0]:.3g} at {some['scale'].iloc[0]:g}, "
@@ -73,10 +73,10 @@ def _dose(
         for row in rows.to_dict("records")
     ]
     symbols = np.where(rows["coherent"] < _COHERENT, "circle-open", "circle")
-    trace = line(rows["scale"], rows["mean"], {"width": 2, "color": colour}, customdata=hover)
-    trace.update(mode="lines+markers", name=name, hovertemplate=HOVER)
-    trace.update(marker={"size": 8, "symbol": symbols}, error_y=_bars(rows, "mean", colour))
-    return trace
+    look, dots = {"width": 2, "color": colour}, {"size": 8, "symbol": symbols}
+    told = {"name": name, "customdata": hover, "hovertemplate": HOVER}
+    bars = _bars(rows, "mean", colour)
+    return line(rows["scale"], rows["mean"], look, dots, error_y=bars, **told)
 
 
 def _bars(rows: pd.DataFrame, middle: str, colour: str) -> dict[str, object]:
@@ -104,8 +104,8 @@ def behaviour_rates(frame: pd.DataFrame, title: str = "Rates with 95% intervals"
     # Unsteered and random come first, however the frame is sorted.
     rows.sort(key=lambda row: STEERINGS.index(row["steering"]))
     bars = [_bar_name(row, places) for row in rows]
-    colours, traces = (BLUE, *OTHERS[:-1]), []
-    for i, value in enumerate(dict.fromkeys(frame["value"])):
+    traces = []
+    for value, colour in zip(dict.fromkeys(frame["value"]), cycle(COLOURS), strict=False):
         own = [(name, row) for name, row in zip(bars, rows, strict=True) if row["value"] == value]
         some = pd.DataFrame([row for _, row in own])
         shown = _style.wrapped(str(value) or "not told")
@@ -114,9 +114,9 @@ def behaviour_rates(frame: pd.DataFrame, title: str = "Rates with 95% intervals"
             f"{row['rate']:.0%} ({row['low']:.0%} to {row['high']:.0%})"
             for name, row in own
         ]
-        trace = go.Bar(x=[name for name, _ in own], y=some["rate"], name=shown)
-        trace.update(customdata=hover, hovertemplate=HOVER, error_y=_bars(some, "rate", "#24292f"))
-        traces.append(trace.update(marker={"color": colours[i % len(colours)]}))
+        told = {"name": shown, "customdata": hover, "hovertemplate": HOVER}
+        look = {"marker": {"color": colour}, "error_y": _bars(some, "rate", "#24292f")}
+        traces.append(go.Bar(x=[name for name, _ in own], y=some["rate"], **told, **look))
     told = "; ".join(
         f"{name}, {row['value'] or 'not told'}: {row['rate']:.0%}"
         for name, row in zip(bars[:_MOST_TOLD], rows[:_MOST_TOLD], strict=True)
@@ -154,14 +154,11 @@ def pairwise(
     """
     numbers = ("n", "ours", "theirs", "tie", "inconsistent", "invalid", "share", "low", "high")
     checks.columns(table, ("vector", "scale", *numbers), "table", _ADVICE)
-    colours = (BLUE, *OTHERS[:-1])
-    groups = list(table.groupby("vector", dropna=False))
     traces: list[go.Scatter] = []
-    for i, (vector, rows) in enumerate(groups):
-        name = (
-            "all pairs" if isinstance(vector, float) and math.isnan(vector) else f"vector {vector}"
-        )
-        traces += _shares(rows.sort_values("scale"), name, colours[i % len(colours)])
+    by_vector = groups(table.sort_values("vector"), ["vector"]).items()
+    for ((vector,), rows), colour in zip(by_vector, cycle(COLOURS), strict=False):
+        name = "all pairs" if pd.isna(vector) else f"vector {vector}"
+        traces += _shares(rows.sort_values("scale"), name, colour)
     told = [
         f"scale {row['scale']:g}: {row['ours']} won, {row['theirs']} lost, "
         f"{row['n'] - row['ours'] - row['theirs']} undecided"
@@ -182,13 +179,13 @@ def _shares(rows: pd.DataFrame, name: str, colour: str) -> Iterator[go.Scatter]:
         f"{row['tie']} ties, {row['inconsistent']} inconsistent, {row['invalid']} invalid"
         for row in rows.to_dict("records")
     ]
-    won = line(scales, rows["share"], {"width": 2, "color": colour}, customdata=hover)
-    won.update(mode="lines+markers", name=f"{name}: won, of those decided", hovertemplate=HOVER)
-    yield won.update(marker={"size": 8}, error_y=_bars(rows, "share", colour))
+    told = {"customdata": hover, "hovertemplate": HOVER}
+    look, bars = {"width": 2, "color": colour}, _bars(rows, "share", colour)
+    won = {"name": f"{name}: won, of those decided", "error_y": bars}
+    yield line(scales, rows["share"], look, {"size": 8}, **won, **told)
     undecided = 1 - (rows["ours"] + rows["theirs"]) / rows["n"]
     look = {"width": 1.4, "color": colour, "dash": "dash"}
-    rest = line(scales, undecided, look, customdata=hover, hovertemplate=HOVER)
-    yield rest.update(mode="lines+markers", name=f"{name}: not decided", marker={"size": 5})
+    yield line(scales, undecided, look, {"size": 5}, name=f"{name}: not decided", **told)
 
 
 @shape_checked
@@ -211,9 +208,7 @@ def description_heatmap(score: Score, title: str = "Descriptions") -> go.Figure:
         ]
         for i in range(z.shape[0])
     ]  # fmt: skip
-    look = {"zmin": -1, "zmax": 1, "colorscale": _style.DIVERGING}
-    look["colorbar"] = _style.colour_bar("cosine", side="bottom")
-    heatmap = go.Heatmap(z=z, customdata=hover, hovertemplate=HOVER, **look)
+    heatmap = _style.heatmap(z, hover, "cosine", -1, 1, _style.DIVERGING)
     whole = _style.whole_numbers(len(z))
     across = axis("description of the vectors' texts", showgrid=False, **whole)
     down = axis("description of the adapter's texts", showgrid=False, autorange="reversed", **whole)

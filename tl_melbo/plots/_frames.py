@@ -48,7 +48,7 @@ _MEASURES = {
 _PRESENCE = ("mean_projection", "mean_projection_control", "p_value", "p_adjusted")
 # Times the median: above that an axis is logarithmic.
 _WIDE = 5
-_SIGNS, _MOST_TEXTS = {"along": 1, "against": -1}, 4
+_SIGNS, _MOST_TEXTS = {1: "along", -1: "against"}, 4
 # Combination, scaling, and what to call them.
 _KINDS = (
     ("mean", "raw", "mean"),
@@ -120,10 +120,10 @@ def _composition_trace(
     ]
     look = {"size": 8, "color": colour, "symbol": "circle" if first else "circle-open"}
     told = {"customdata": hover, "hovertemplate": HOVER, "legendgroup": name, "showlegend": first}
-    trace = points(rows["size"], rows[measure], look, name=name, **told)
+    place = rows["size"], rows[measure]
     if first:
-        return trace.update(mode="lines+markers", line={"width": 1.8, "color": colour})
-    return trace.update(name=f"{name}, random")
+        return line(*place, {"width": 1.8, "color": colour}, look, name=name, **told)
+    return points(*place, look, name=f"{name}, random", **told)
 
 
 @shape_checked
@@ -180,10 +180,9 @@ def _scale_traces(swept: pd.DataFrame, median: pd.DataFrame, column: str) -> Ite
             f"{column} {row[column]:.4g}<br>{_style.wrapped(row['completion'])}"
             for row in rows.to_dict("records")
         ]
-        look = {"width": 1, "color": _style.PALE_BLUE}
-        trace = line(rows["scale"], rows[column], look, customdata=hover, **each)
-        trace.update(mode="lines+markers", marker={"size": 5}, hovertemplate=HOVER)
-        yield trace.update(showlegend=number == 0)
+        look, dots = {"width": 1, "color": _style.PALE_BLUE}, {"size": 5}
+        told = {"customdata": hover, "hovertemplate": HOVER, "showlegend": number == 0}
+        yield line(rows["scale"], rows[column], look, dots, **each, **told)
     middle = {"name": "median", "legendgroup": "median", "showlegend": True, "hoverinfo": "skip"}
     yield line(median.index, median[column], {"width": 2.6, "color": BLUE}, **middle)
 
@@ -203,11 +202,8 @@ def transfer_heatmap(
         for row in transferred.to_dict("records")
     ]
     z = transferred["kl"].to_numpy().reshape(-1, n_vectors)
-    look = {"zmin": 0, "zmax": z.max(), "colorscale": _style.SEQUENTIAL}
-    look["colorbar"] = _style.colour_bar("KL to unsteered (nats)", side="bottom")
-    shown = {"customdata": np.array(hover).reshape(z.shape), "hovertemplate": HOVER}
-    numbers = transferred["vector"].to_numpy()[:n_vectors]
-    heatmap = go.Heatmap(z=z, x=numbers, **look, **shown)
+    told, numbers = np.array(hover).reshape(z.shape), transferred["vector"].to_numpy()[:n_vectors]
+    heatmap = _style.heatmap(z, told, "KL to unsteered (nats)", 0, z.max(), x=numbers)
     # By number, not by name: two prompts may begin alike.
     names = [_style.wrapped(prompt, 40) for prompt in prompts]
     ticks = {"tickvals": list(range(len(prompts))), "ticktext": names}
@@ -234,44 +230,26 @@ def atlas_heatmap(
     """
     columns = ("source_layer", "target_layer", "vector", "sign", "norm", "completion")
     checks.columns(table, (*columns, *get_args(AtlasValue)), "table", "pass Atlas.table")
-    rows = table[table["vector"] == vector]
-    if rows.empty:
-        raise ValueError(f"vector={vector}: the table has {sorted({*table['vector']})}")
+    rows = _style.of_vector(table, vector, "table")
     cells = pd.DataFrame([_atlas_cell(pair) for _, pair in rows.groupby([*columns[:2]])])
-    z, hover = (
-        cells.pivot(index="target_layer", columns="source_layer", values=name)
-        for name in (value, "hover")
-    )
-    look = {"zmin": 0, "zmax": cells[value].max(), "colorscale": _style.SEQUENTIAL}
-    look["colorbar"] = _style.colour_bar(_ATLAS_TITLES[value], side="bottom")
-    shown = {"customdata": hover.to_numpy(), "hovertemplate": HOVER, "hoverongaps": False}
-    heatmap = go.Heatmap(z=z.to_numpy(), x=z.columns, y=z.index, **look, **shown)
-    across = axis("source layer", showgrid=False, type="category")
-    up = axis("target layer", showgrid=False, type="category")
-    top: Any = cells.loc[cells[value].idxmax()]
-    alt = (
-        f"{_ATLAS_TITLES[value]} of vector {vector} for {len(cells)} pairs of layers: "
-        f"{span(cells[value])}, the largest from layer {top['source_layer']} to "
-        f"{top['target_layer']}."
-    )
-    return figure(heatmap, title, alt, across, up, 720, 720)
+    name = _ATLAS_TITLES[value]
+    return _style.layers_heatmap(cells, value, name, f"{name} of vector {vector}", title, 720)
 
 
 def _atlas_cell(pair: Any) -> dict[str, Any]:
     """The numbers of one pair of layers, and what hovering tells of it."""
     row: dict[str, Any] = pair.to_dict("records")[0]
-    by_sign = {name: pair["kl"][pair["sign"] == sign].mean() for name, sign in _SIGNS.items()}
-    names = {sign: name for name, sign in _SIGNS.items()}
-    texts = zip(pair["sign"].map(names), pair["completion"], strict=True)
+    kl = pair.groupby(pair["sign"].map(_SIGNS), sort=False)["kl"].mean()
+    texts = zip(pair["sign"].map(_SIGNS), pair["completion"], strict=True)
     texts = [f"{name}: {text}" for name, text in texts if isinstance(text, str)]
     hover = (
         f"layer {row['source_layer']} to {row['target_layer']}, vector {row['vector']}"
         f"<br>singular value {row['singular_value']:.4g}, share {row['share']:.3g}"
-        f"<br>KL {', '.join(f'{kl:.3g} {name}' for name, kl in by_sign.items())}"
+        f"<br>KL {', '.join(f'{value:.3g} {name}' for name, value in kl.items())}"
         f" at norm {row['norm']:.4g}"
     )
     hover += "".join(f"<br><br>{_style.wrapped(text)}" for text in texts[:_MOST_TEXTS])
-    return {**row, "kl": max(by_sign.values()), "hover": hover}
+    return {**row, "kl": kl.max(), "hover": hover}
 
 
 @shape_checked
@@ -297,14 +275,11 @@ def presence_points(
         (pd.DataFrame(scanned[found & ~is_control]), f"adjusted p < {q:g}", OTHERS[0], "diamond"),
     ):
         traces.append(_presence_trace(rows, f"{name} ({len(rows)})", colour, symbol, 8))
-        told.append(
-            f"{len(rows)} {name}, AUROC {span(rows['auroc'])}" if len(rows) else f"0 {name}"
-        )
+        known = f", AUROC {span(rows['auroc'])}" if len(rows) else ""
+        told.append(f"{len(rows)} {name}{known}")
     for place in np.flatnonzero(is_control):
-        control, symbol = (
-            pd.DataFrame(scanned.iloc[[place]]),
-            "star" if found.iloc[place] else "star-open",
-        )
+        control = pd.DataFrame(scanned.iloc[[place]])
+        symbol = "star" if found.iloc[place] else "star-open"
         words = f"AUROC {control['auroc'].iloc[0]:.2f}, p {control['p_value'].iloc[0]:.2g}"
         name = f"positive control ({words})"
         traces.append(_presence_trace(control, name, OTHERS[1], symbol, 14))
@@ -362,16 +337,16 @@ def specificity_points(
     names = {"textposition": "top center", "textfont": {"size": 9, "color": GREY}}
     dots.update(mode="markers+text", text=measured["vector"], **names)
     low, high = 0.6 * min(*elsewhere, *target), 1.7 * max(*elsewhere, *target)
-    # At 1, 2 and 5 times the powers of ten; at the powers alone where those are many.
-    logarithmic: dict[str, Any] = {"type": "log", "tickformat": "~g"}
-    logarithmic["dtick"] = "D2" if high < 1e4 * low else 1
-    logarithmic["range"] = [math.log10(low), math.log10(high)]
-    across = axis("mean KL on unrelated prompts (nats)", **logarithmic)
+    ends = [math.log10(low), math.log10(high)]
+    across, up = (
+        _style.log_axis(f"{name} (nats)", low, high, range=ends)
+        for name in ("mean KL on unrelated prompts", "KL on the prompt")
+    )
     alt = (
         f"KL on the prompt against KL on unrelated prompts, {len(measured)} vectors. Specificity "
         f"{span(measured['specificity'])}; loss increase {span(losses)} nats a token."
     )
-    drawn = figure(dots, title, alt, across, axis("KL on the prompt (nats)", **logarithmic), 620)
+    drawn = figure(dots, title, alt, across, up, 620)
     diagonal = {"x0": low, "y0": low, "x1": high, "y1": high, "layer": "below"}
     drawn.add_shape(type="line", **diagonal, line=DOTTED | {"color": GREY})
     corner: dict[str, Any] = {"xref": "paper", "yref": "paper", "font": {"color": GREY}}

@@ -1,5 +1,6 @@
 """What a vector does inside the model, as figures: tokens, components, layers."""
 
+from itertools import cycle
 from typing import Any, Literal
 
 import numpy as np
@@ -8,7 +9,7 @@ import plotly.graph_objects as go
 
 from tl_melbo import checks
 from tl_melbo.plots import _style
-from tl_melbo.plots._style import BLUE, HOVER, OTHERS, axis, figure, line
+from tl_melbo.plots._style import BLUE, OTHERS, axis, figure, line
 from tl_melbo.shapes import shape_checked
 
 _ADVICE = "pass the frame as the analysis returned it"
@@ -31,7 +32,7 @@ def top_tokens(
     checks.columns(frame, ("vector", "direction", "rank", "token", *numbers), "frame", _ADVICE)
     row = "layer" if "layer" in frame else "vector"
     vector = int(frame["vector"].iloc[0]) if vector is None and row == "layer" else vector
-    own = frame if vector is None else _of_vector(frame, vector)
+    own = frame if vector is None else _style.of_vector(frame, vector)
     rows = list(dict.fromkeys(own[row]))
     # As many columns as either kind has, and one between.
     last = sum(max(some) for _, some in own.groupby("direction")["rank"])
@@ -47,9 +48,8 @@ def top_tokens(
             f"{each['log_prob_change']:+.2f} nats<br>probability {each['probability']:.3g}, "
             f"unsteered {each['unsteered_probability']:.3g}"
         )
-    look = _diverging(z, "change of log-probability (nats)")
-    told = {"text": text, "texttemplate": "%{text}", "textfont": {"size": 11}, "customdata": hover}
-    heatmap = go.Heatmap(z=z, y=[str(each) for each in rows], hovertemplate=HOVER, **told, **look)
+    told = {"text": text, "texttemplate": "%{text}", "textfont": {"size": 11}}
+    heatmap = _diverging(z, hover, "change of log-probability (nats)", y=[*map(str, rows)], **told)
     ends = {"tickvals": [0, last], "ticktext": ["promoted", "suppressed"]}
     # Layers go up, vectors down.
     order = None if row == "layer" else "reversed"
@@ -64,12 +64,10 @@ def top_tokens(
     return figure(heatmap, named, alt, axis(None, showgrid=False, **ends), down, *size)
 
 
-def _diverging(z: np.ndarray, name: str) -> dict[str, Any]:
-    """How a heatmap looks whose colours are white at zero."""
+def _diverging(z: np.ndarray, hover: Any, name: str, **more: Any) -> go.Heatmap:
+    """Cells whose colours are white at zero."""
     largest = float(np.nanmax(np.abs(z)))
-    look = {"zmin": -largest, "zmid": 0, "zmax": largest, "colorscale": _style.DIVERGING}
-    bar = _style.colour_bar(name, side="bottom")
-    return {**look, "hoverongaps": False, "colorbar": bar}
+    return _style.heatmap(z, hover, name, -largest, largest, _style.DIVERGING, **more)
 
 
 def _shown(token: str) -> str:
@@ -77,13 +75,6 @@ def _shown(token: str) -> str:
     token = f"·{token[1:]}" if token.startswith(" ") else token
     short = token if len(token) <= _LONGEST_TOKEN else f"{token[: _LONGEST_TOKEN - 1]}…"
     return _style.escaped(short)
-
-
-def _of_vector(frame: pd.DataFrame, vector: int) -> pd.DataFrame:
-    own = pd.DataFrame(frame[frame["vector"] == vector])
-    if own.empty:
-        raise ValueError(f"vector={vector}: the frame has {sorted({*frame['vector']})}")
-    return own
 
 
 @shape_checked
@@ -102,7 +93,7 @@ def mechanism(
     """
     checks.columns(frame, ("vector", "component", "layer", "head", "share", "kl"), "frame", _ADVICE)
     vector = int(frame["vector"].iloc[0]) if vector is None else vector
-    own = _of_vector(frame, vector)
+    own = _style.of_vector(frame, vector)
     by_kind = {str(kind): pd.DataFrame(some) for kind, some in own.groupby("component")}
     if missing := {"all", "direct", "head", "mlp"} - by_kind.keys():
         raise ValueError(f"frame: has no rows {sorted(missing)} of vector {vector}; {_ADVICE}")
@@ -114,8 +105,7 @@ def mechanism(
         place = layers.index(each["layer"]), each["head"] if each["head"] >= 0 else heads + 1
         z[place] = each[value]
         hover[place] = f"{_named(each)}<br>share {each['share']:.3f}<br>KL {each['kl']:.3g} nats"
-    look = _diverging(z, _CARRIED[value])
-    heatmap = go.Heatmap(z=z, y=layers, customdata=hover, hovertemplate=HOVER, **look)
+    heatmap = _diverging(z, hover, _CARRIED[value], y=layers)
     ticks = {"tickvals": [*range(heads), heads + 1], "ticktext": [*map(str, range(heads)), "MLP"]}
     across, up = axis("head", showgrid=False, **ticks), axis("layer", showgrid=False, dtick=1)
     best = parts.sort_values(value, ascending=False).head(3).to_dict("records")
@@ -144,9 +134,8 @@ def effect_by_layer(frame: pd.DataFrame, title: str | None = None) -> go.Figure:
     traces, told = [], []
     named = frame.groupby("vectors", sort=False)
     last = frame["layer"].max()
-    for (name, some), colour in zip(
-        named, (*OTHERS[:1], BLUE, *OTHERS[1:]) * len(named), strict=False
-    ):
+    colours = cycle((*OTHERS[:1], BLUE, *OTHERS[1:]))
+    for (name, some), colour in zip(named, colours, strict=False):
         # All of one group are one trace, with a gap after each vector.
         wide = some.pivot(index="vector", columns="layer", values="effect")
         wide["gap"] = np.nan
@@ -158,15 +147,13 @@ def effect_by_layer(frame: pd.DataFrame, title: str | None = None) -> go.Figure:
         shown = {"name": known, "customdata": numbers, "hovertemplate": hover}
         traces.append(line(x, wide.to_numpy().ravel(), look, opacity=0.7, **shown))
         ends = np.asarray(some[some["layer"] == last]["effect"])
-        told.append(
-            f"{name} ({len(wide)} vectors) {_style.span(ends)}, median {np.median(ends):.3g}"
-        )
+        size = f"{_style.span(ends)}, median {np.median(ends):.3g}"
+        told.append(f"{name} ({len(wide)} vectors) {size}")
     norms = frame["norm"]
     same = f", ‖θ‖ = {norms.mean():.3g}" if np.ptp(norms) <= 1e-3 * norms.max() else ""
     what = f"Effect size by layer: {' vs '.join(map(str, named.groups))}{same}"
     alt = f"{what}. After layer {last}: {'; '.join(told)}, in units of the residual stream."
     up = axis("effect (residual-stream units)", type="log", tickformat="~g", dtick="D2")
     across = axis("after layer", tickformat=",d")
-    return figure(
-        traces, _style.escaped(what) if title is None else title, alt, across, up, showlegend=True
-    )
+    title = _style.escaped(what) if title is None else title
+    return figure(traces, title, alt, across, up, showlegend=True)

@@ -7,10 +7,9 @@ import plotly.graph_objects as go
 from torch import Tensor
 
 from tl_melbo.plots._style import (
-    BLUE,
+    COLOURS,
     GREY,
     HOVER,
-    OTHERS,
     PALE_BLUE,
     axis,
     escaped,
@@ -22,8 +21,8 @@ from tl_melbo.text import printable
 
 # Seen on white and on black.
 _PALE_GREY = "#8c959f"
-_COLOURS = (BLUE, *OTHERS[:-1], PALE_BLUE)
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x")
+_LOOKS = [(colour, symbol) for symbol in _SYMBOLS for colour in (*COLOURS, PALE_BLUE)]
 _LONGEST_NAME = 40
 # Grey, whatever there is beside them.
 _ASIDE = {"≈ baseline": "circle", "filtered out": "x"}
@@ -57,11 +56,8 @@ def effect_map(
             raise ValueError(
                 f"{argument}: {len(things)} for {len(places)} places; pass one for each"
             )
-    looks = {}
     seen = [name for name in dict.fromkeys(named) if name and name not in _ASIDE]
-    symbols = [symbol for symbol in _SYMBOLS for _ in _COLOURS]
-    for name, colour, symbol in zip(seen, cycle(_COLOURS), cycle(symbols), strict=False):
-        looks[name] = colour, symbol
+    looks: dict[str | None, tuple[str, str]] = dict(zip(seen, cycle(_LOOKS), strict=False))
     xy, traces = places.detach().cpu().double().tolist(), []
     for name in dict.fromkeys(named):
         colour, symbol = looks.get(name, (_PALE_GREY, _ASIDE.get(str(name), "circle")))

@@ -6,6 +6,8 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 
 from tl_melbo.text import printable
@@ -18,6 +20,7 @@ SEQUENTIAL = "Viridis"
 BLUE, PALE_BLUE = "#0072b2", "#56b4e9"
 OTHERS = ("#d55e00", "#009e73", "#cc79a7", "#e69f00", "#57606a")
 GREY = OTHERS[-1]
+COLOURS = (BLUE, *OTHERS[:-1])
 DOTTED = {"width": 1, "dash": "dot"}
 # A logarithmic axis has no zero: what is smaller than this, in nats, is drawn there.
 SMALLEST_KL = 1e-6
@@ -79,9 +82,47 @@ def points(x: Any, y: Any, marker: dict[str, Any], **more: Any) -> go.Scatter:
     return go.Scatter(x=x, y=y, mode="markers", marker=marker, **more)
 
 
-def line(x: Any, y: Any, look: dict[str, Any], **more: Any) -> go.Scatter:
-    """A line through all places."""
-    return go.Scatter(x=x, y=y, mode="lines", line=look, **more)
+def line(
+    x: Any, y: Any, look: dict[str, Any], marker: dict[str, Any] | None = None, **more: Any
+) -> go.Scatter:
+    """A line through all places, with a dot at each if `marker` says how it looks."""
+    mode = "lines+markers" if marker else "lines"
+    return go.Scatter(x=x, y=y, mode=mode, line=look, marker=marker, **more)
+
+
+def heatmap(
+    z: Any, hover: Any, name: str, low: float, high: float, colours: str = SEQUENTIAL, **more: Any
+) -> go.Heatmap:
+    """Cells coloured from `low` to `high`, what hovering over each shows, and a bar with a name."""
+    look = {"colorscale": colours, "colorbar": colour_bar(name, side="bottom")}
+    told = {"customdata": hover, "hovertemplate": HOVER, "hoverongaps": False}
+    return go.Heatmap(z=z, zmin=low, zmax=high, **look, **told, **more)
+
+
+def layers_heatmap(
+    cells: pd.DataFrame, value: str, name: str, what: str, title: str, height: int, low: float = 0
+) -> go.Figure:
+    """A number of pairs of layers: the source across, the target up.
+
+    Args:
+        cells: a row a pair: source_layer, target_layer, the value, hover.
+        what: the number in words, with what it is of, for who cannot see it.
+    """
+    z, hover = (
+        cells.pivot(index="target_layer", columns="source_layer", values=each)
+        for each in (value, "hover")
+    )
+    numbers = z.to_numpy(dtype=float, na_value=np.nan)
+    high = float(np.nanmax(cells[value]))
+    drawn = heatmap(numbers, hover.to_numpy(), name, low, high, x=[*z.columns], y=[*z.index])
+    top: Any = cells.loc[cells[value].idxmax()]
+    alt = (
+        f"{what} for {len(cells)} pairs of layers: {span(cells[value])}, the largest from layer "
+        f"{top['source_layer']} to {top['target_layer']}."
+    )
+    across = axis("source layer", showgrid=False, type="category")
+    up = axis("target layer", showgrid=False, type="category")
+    return figure(drawn, title, alt, across, up, 720, height)
 
 
 def axis(title: str | None, **more: Any) -> dict[str, Any]:
@@ -89,6 +130,12 @@ def axis(title: str | None, **more: Any) -> dict[str, Any]:
     look = {"ticks": "outside", "ticklen": 4, "tickcolor": "#8c959f", "zeroline": False}
     named = {"title": {"text": title, "standoff": 8}} if title else {}
     return {**look, "gridcolor": "#eaeef2", **named, **more}
+
+
+def log_axis(title: str, low: float, high: float, **more: Any) -> dict[str, Any]:
+    """Ticks at 1, 2 and 5 times the powers of ten; at the powers alone where those are many."""
+    wide = high >= 1e4 * low
+    return axis(title, type="log", tickformat="~g", dtick=1 if wide else "D2", **more)
 
 
 def colour_bar(title: str, side: str = "top", **more: Any) -> dict[str, Any]:
@@ -104,6 +151,14 @@ def span(values: Any, digits: int = 3) -> str:
         return "nothing finite"
     low, high = f"{min(finite):.{digits}g}", f"{max(finite):.{digits}g}"
     return low if low == high else f"{low} to {high}"
+
+
+def of_vector(frame: pd.DataFrame, vector: int, called: str = "frame") -> pd.DataFrame:
+    """The rows of one vector; a ValueError where there are none."""
+    own = pd.DataFrame(frame[frame["vector"] == vector])
+    if own.empty:
+        raise ValueError(f"vector={vector}: the {called} has {sorted({*frame['vector']})}")
+    return own
 
 
 def whole_numbers(count: int) -> dict[str, Any]:

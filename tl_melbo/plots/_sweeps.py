@@ -1,5 +1,6 @@
 """The table of a sweep as figures: over layers, and over radius."""
 
+from itertools import cycle
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -8,7 +9,7 @@ import plotly.graph_objects as go
 
 from tl_melbo import checks
 from tl_melbo.plots import _style
-from tl_melbo.plots._style import BLUE, HOVER, OTHERS, axis, figure, line, span
+from tl_melbo.plots._style import COLOURS, GREY, HOVER, axis, figure, line, span
 from tl_melbo.shapes import shape_checked
 from tl_melbo.tables import groups
 
@@ -24,7 +25,7 @@ _TITLES = {
 }
 _SYMBOLS = ("circle", "diamond", "square", "triangle-up", "x")
 # Curves beyond these cannot be told apart.
-_MOST_CURVES = len(_SYMBOLS) * len((BLUE, *OTHERS))
+_LOOKS = [(colour, symbol) for symbol in _SYMBOLS for colour in (*COLOURS, GREY)]
 
 
 @shape_checked
@@ -39,28 +40,14 @@ def sweep_layers(
         table: of `tm.sweep`, or the rows of it that are to be compared.
     """
     rows = _searched(table, value)
+    place = ["source_layer", "target_layer"]
     pairs = [
-        {"source": source, "target": target, "z": some[value].median(), "hover": _told(some, value)}
-        for (source, target), some in groups(rows, ["source_layer", "target_layer"]).items()
+        (*pair, some[value].median(), _told(some, value))
+        for pair, some in groups(rows, place).items()
     ]
-    cells = pd.DataFrame(pairs).sort_values(["source", "target"])
-    z, hover = (
-        cells.pivot(index="target", columns="source", values=name) for name in ("z", "hover")
-    )
-    name = _title(rows, value)
-    look = {"zmin": min(0.0, cells["z"].min()), "zmax": cells["z"].max()}
-    look |= {"colorscale": _style.SEQUENTIAL, "colorbar": _style.colour_bar(name, side="bottom")}
-    shown = {"customdata": hover.to_numpy(), "hovertemplate": HOVER, "hoverongaps": False}
-    numbers = z.to_numpy(dtype=float, na_value=np.nan)
-    heatmap = go.Heatmap(z=numbers, x=z.columns.astype(str), y=z.index.astype(str), **look, **shown)
-    across = axis("source layer", showgrid=False, type="category")
-    up = axis("target layer", showgrid=False, type="category")
-    top: Any = cells.loc[cells["z"].idxmax()]
-    alt = (
-        f"{name} for {len(cells)} pairs of layers: {span(cells['z'])}, the largest from layer "
-        f"{top['source']} to {top['target']}."
-    )
-    return figure(heatmap, title, alt, across, up, 720, 620)
+    cells = pd.DataFrame(pairs, columns=[*place, value, "hover"]).sort_values(place)
+    name, low = _title(rows, value), min(0.0, float(np.nanmin(cells[value])))
+    return _style.layers_heatmap(cells, value, name, name, title, 620, low)
 
 
 @shape_checked
@@ -79,20 +66,19 @@ def sweep_radius(
     rows = pd.DataFrame(rows[rows["radius"].notna()])
     checks.columns(rows, ("radius",), "table", "its searches have no radius that is known")
     by = ["model", "method", "source_layer", "target_layer"]
-    if len(groups(rows, by)) > _MOST_CURVES:
+    if len(groups(rows, by)) > len(_LOOKS):
         by = by[:2]
     told, traces = [], []
-    for number, (key, some) in enumerate(groups(rows, by).items()):
+    curves = zip(groups(rows, by).items(), cycle(_LOOKS), strict=False)
+    for (key, some), (colour, symbol) in curves:
         name = _curve_name(dict(zip(by, key, strict=True)), rows)
         by_radius = groups(some.sort_values("radius"), ["radius"])
         x = [float(radius) for (radius,) in by_radius]
         y = [float(np.median(each[value])) for each in by_radius.values()]
-        colour = (BLUE, *OTHERS)[number % (1 + len(OTHERS))]
         hover = [f"{_style.wrapped(name)}<br>{_told(each, value)}" for each in by_radius.values()]
-        trace = line(x, y, {"width": 1.8, "color": colour}, customdata=hover, hovertemplate=HOVER)
-        symbol = _SYMBOLS[number // (1 + len(OTHERS)) % len(_SYMBOLS)]
-        trace.update(mode="lines+markers", marker={"size": 8, "symbol": symbol})
-        traces.append(trace.update(name=_style.wrapped(name, 60)))
+        shown = {"name": _style.wrapped(name, 60), "customdata": hover, "hovertemplate": HOVER}
+        look, dots = {"width": 1.8, "color": colour}, {"size": 8, "symbol": symbol}
+        traces.append(line(x, y, look, dots, **shown))
         told.append(f"{name}: {y[0]:.3g} at {x[0]:g} to {y[-1]:.3g} at {x[-1]:g}")
     named = _title(rows, value)
     alt = f"{named} against radius. {'; '.join(told)}."

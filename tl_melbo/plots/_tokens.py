@@ -83,9 +83,7 @@ def token_divergence(divergence: pd.DataFrame, vector: int = 0) -> RenderedHTML:
     checks.columns(
         divergence, ("vector", *_DIVERGENCE), "divergence", "pass analysis.token_divergence"
     )
-    own = pd.DataFrame(divergence[divergence["vector"] == vector])
-    if own.empty:
-        raise ValueError(f"vector={vector}: the frame has {sorted({*divergence['vector']})}")
+    own = _style.of_vector(divergence, vector)
     # The first completion ends where a position comes again.
     again = np.diff(own["position"].to_numpy(), prepend=-1) <= 0
     own = pd.DataFrame(own[np.cumsum(again) == 0])
@@ -113,9 +111,14 @@ def _coloured(
     tokens: Sequence[str], values: Sequence[float], hover: Sequence[str], largest: float
 ) -> str:
     """Tokens in the heatmaps' colours, as shares of the largest value."""
-    triples = zip(tokens, values, hover, strict=True)
-    spans = "".join(_span(token, value / largest, words) for token, value, words in triples)
-    return f'<div style="{_TEXT}">{spans}</div>'
+    spans = []
+    for token, value, words in zip(tokens, values, hover, strict=True):
+        share = value / largest
+        ink = "white" if abs(share) > _DARK else "black"
+        style = f"background:{_colour(share)};color:{ink};padding:1px;white-space:pre-wrap"
+        told, shown = html.escape(words), html.escape(token)
+        spans.append(f'<span style="{style}" title="{told}">{shown}</span>')
+    return f'<div style="{_TEXT}">{"".join(spans)}</div>'
 
 
 def _bar(least: float, low: str, high: str) -> str:
@@ -133,9 +136,3 @@ def _colour(share: float) -> str:
     if abs(share) < 1e-9:
         return "rgb(255,255,255)"
     return str(sample_colorscale(_style.DIVERGING, [min(1.0, (1 + share) / 2)])[0]).replace(" ", "")
-
-
-def _span(token: str, share: float, hover: str) -> str:
-    ink = "white" if abs(share) > _DARK else "black"
-    style = f"background:{_colour(share)};color:{ink};padding:1px;white-space:pre-wrap"
-    return f'<span style="{style}" title="{html.escape(hover)}">{html.escape(token)}</span>'

@@ -3,7 +3,7 @@
 import hashlib
 from base64 import b64encode
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,10 +16,9 @@ from tl_melbo.analysis._rates import sampled
 from tl_melbo.analysis._tags import TAGS
 from tl_melbo.probability import wilson_interval
 from tl_melbo.report import _facts
-from tl_melbo.report._text import TextPool, number, shown
+from tl_melbo.report._text import TextPool, number, pooled, shown
 from tl_melbo.vectors import SteeringVectors
 
-_COSTS = ("specificity", "loss_increase")
 _MOST_POINTS = 40
 
 
@@ -53,9 +52,9 @@ def numbers_of(found: SteeringVectors) -> list[int]:
     return numbers if len({*numbers}) == len(numbers) else [*range(len(numbers))]
 
 
-def row_key(vector_number: int, sign: int, prompt: int) -> str:
-    """What the page calls a row: "4", "4-" for the negative, "4p2" for the second prompt."""
-    return f"{vector_number}{'-' if sign < 0 else ''}{f'p{prompt + 1}' if prompt else ''}"
+def greedy_first(texts: pd.DataFrame) -> pd.DataFrame:
+    """The texts, samples after the greedy ones in their order."""
+    return texts.sort_values("sample", kind="stable") if "sample" in texts else texts
 
 
 def rows_data(
@@ -66,14 +65,15 @@ def rows_data(
     measured: Measured,
 ) -> dict[str, Any]:
     """Texts, rows and behaviours of the page."""
-    pool = TextPool()
+    pool: TextPool = {}
     written = _written(completions, pool)
     rows = [
-        row
+        _row(found, prompts, (vector, sign, prompt), texts, measured)
         for prompt in range(len(prompts))
         for vector in range(len(found))
         for sign in (1, -1)
-        if (row := _row(found, prompts, (vector, sign, prompt), written, measured))
+        # A negative without texts has no row.
+        if (texts := written.get((prompts[prompt], vector, sign), {})) or sign > 0
     ]
     cards = [] if groups is None else _grouped(groups, len(found), rows, prompts, pool)
     scales = sorted({float(scale) for row in rows for scale in row["texts"]})
@@ -85,7 +85,7 @@ def rows_data(
         "behaviours": cards,
         "columns": [column._asdict() for column in columns_of(found, measured)],
         "history": _history(found),
-        "texts": pool.texts(),
+        "texts": [*pool],
     }
 
 
@@ -100,21 +100,17 @@ def columns_of(found: SteeringVectors, measured: Measured) -> list[Column]:
     return [KL, Column(measure["column"], shown(label), "number", shown(hint)), *costs]
 
 
-Place = tuple[int, int, int]
 Written = dict[tuple[str, int, int], dict[str, list[int | None]]]
 
 
 def _written(completions: pd.DataFrame, pool: TextPool) -> Written:
     """Numbers of texts by prompt, vector and sign, then by size of scale; samples in order."""
-    frame = completions
-    if "sample" in frame:
-        frame = frame.sort_values("sample", kind="stable")
     written: Written = {}
-    for row in frame.to_dict("records"):
+    for row in greedy_first(completions).to_dict("records"):
         scale = float(row["scale"])
         is_unsteered = row["vector"] < 0
         signs = (0,) if is_unsteered else (1, -1) if scale == 0 else (1 if scale > 0 else -1,)
-        text = pool.add(row["completion"])
+        text = pooled(row["completion"], pool)
         for sign in signs:
             place = written.setdefault((row["prompt"], int(row["vector"]), sign), {})
             place.setdefault("0" if is_unsteered else f"{abs(scale):g}", []).append(text)
@@ -124,17 +120,14 @@ def _written(completions: pd.DataFrame, pool: TextPool) -> Written:
 def _row(
     found: SteeringVectors,
     prompts: list[str],
-    place: Place,
-    written: Written,
+    place: tuple[int, int, int],
+    texts: Mapping[str, Any],
     measured: Measured,
-) -> dict[str, Any] | None:
-    """One vector or its negative on one prompt; a negative without texts has no row."""
+) -> dict[str, Any]:
+    """One vector or its negative on one prompt."""
     vector, sign, prompt = place
-    texts = written.get((prompts[prompt], vector, sign), {})
-    if sign < 0 and not texts:
-        return None
-    measure, values = _facts.measure_shown(found), {}
-    values["kl"] = number(measured.kl[prompts[prompt], sign][vector])
+    measure = _facts.measure_shown(found)
+    values = {"kl": number(measured.kl[prompts[prompt], sign][vector])}
     row: dict[str, Any] = {"times": None}
     if measure is not None:
         reached = float(found.columns[measure["column"]][vector])
@@ -144,11 +137,12 @@ def _row(
         if sign > 0 and random:
             row["times"] = number(float(f"{reached / random:.2g}"))
     if measured.side_effects is not None and sign > 0:
-        for name in _COSTS:
+        for name, *_ in COSTS:
             values[name] = number(float(measured.side_effects[name].iloc[vector]))
     own = numbers_of(found)[vector]
     return row | {
-        "key": row_key(own, sign, prompt),
+        # "4", "4-" for the negative, "4p2" for the second prompt.
+        "key": f"{own}{'-' if sign < 0 else ''}{f'p{prompt + 1}' if prompt else ''}",
         "vector": vector,
         "number": own,
         "sign": sign,
@@ -175,7 +169,10 @@ def _grouped(
     """
     place = {(prompts[row["prompt"]], row["vector"], row["sign"]): row for row in rows}
     samples: dict[str | None, list[str]] = {}
-    for told, sample in _told_with_samples(groups.texts):
+    texts = greedy_first(groups.texts)
+    # Places among those of one vector, scale and prompt; 0 is the greedy one.
+    places = texts.groupby(["vector", "scale", "prompt"]).cumcount()
+    for told, sample in zip(texts.to_dict("records"), places, strict=True):
         sign = 1 if told["scale"] > 0 else -1
         row = place.get((told["prompt"], told["vector"], sign))
         if row is None:
@@ -188,27 +185,13 @@ def _grouped(
             row["filtered"] = shown(told["filtered_out"]) if told["filtered_out"] else ""
             row["tags"] = _tags(told)
             row["baseline"] = bool(told["baseline"])
-    own = pd.DataFrame(groups.texts[groups.texts["vector"] < n_found]).sort_values("perplexity")
-    clearest = own.drop_duplicates(["prompt", "behaviour"]).set_index(["prompt", "behaviour"])
-    examples = clearest["completion"].to_dict()
-    cards = [
-        _card(each, examples.get((each["prompt"], each["behaviour"])), rows, prompts, pool)
-        for each in groups.groups.to_dict("records")
-    ]
+    cards = [_card(each, rows, prompts, pool) for each in groups.groups.to_dict("records")]
     for card in cards:
         card["samples"] = [] if card["rows"] else samples.get(card["key"], [])
     _add_rates(cards, groups.of_vectors, prompts, place)
     _add_controls(cards, groups.texts, n_found, prompts)
     of_rows = [card for card in cards if card["rows"]]
     return of_rows + [card for card in cards if card["samples"]]
-
-
-def _told_with_samples(texts: pd.DataFrame) -> Iterator[tuple[dict[Any, Any], int]]:
-    """Each text with its place among those of its vector, scale and prompt; 0 is the greedy one."""
-    if "sample" in texts:
-        texts = texts.sort_values("sample", kind="stable")
-    places = texts.groupby(["vector", "scale", "prompt"]).cumcount()
-    return zip(texts.to_dict("records"), places, strict=True)
 
 
 def _card_key(behaviour: int, prompt: int) -> str | None:
@@ -220,17 +203,16 @@ def _card_key(behaviour: int, prompt: int) -> str | None:
 
 def _tags(told: Mapping[Any, Any]) -> dict[str, str]:
     known = {name: told.get(name) for name in TAGS}
-    return {name: shown(tag) for name, tag in known.items() if _is_tag(tag)}
-
-
-def _is_tag(tag: Any) -> bool:
-    """Whether a tag says something; "none" is that of a text that nobody speaks."""
-    return isinstance(tag, str) and tag not in ("", "none")
+    # "none" is the tag of a text that nobody speaks.
+    return {
+        name: shown(tag)
+        for name, tag in known.items()
+        if isinstance(tag, str) and tag not in ("", "none")
+    }
 
 
 def _card(
     group: Mapping[Any, Any],
-    example: str | None,
     rows: Sequence[Mapping[str, Any]],
     prompts: list[str],
     pool: TextPool,
@@ -244,7 +226,7 @@ def _card(
         "baseline": int(group["behaviour"]) == 0,
         "tags": _tags(group),
         "rows": [row["key"] for row in rows if row["behaviour"] == key],
-        "example": pool.add(example),
+        "example": pooled(group["example"], pool),
         "rates": [],
         "unsteered": None,
         "random": None,
@@ -260,13 +242,12 @@ def _add_rates(
     """In how many samples under a vector its behaviour shows, with the interval."""
     known = {card["key"]: card for card in cards}
     for told in of_vectors.to_dict("records"):
-        if told["behaviour"] < 0 or told["prompt"] not in prompts or int(told["n_samples"]) < 2:
-            continue
         card = known.get(_card_key(int(told["behaviour"]), prompts.index(told["prompt"])))
-        counts = {name: int(told[name]) for name in ("n", "n_samples")}
-        counts |= {name: number(float(told[name])) for name in ("rate", "low", "high")}
         row = place.get((told["prompt"], told["vector"], 1 if told["scale"] > 0 else -1))
-        if card is not None and row is not None and counts["n"]:
+        if card and row and told["n"] and told["n_samples"] > 1:
+            counts = {
+                name: number(told[name]) for name in ("n", "n_samples", "rate", "low", "high")
+            }
             card["rates"].append({"key": row["key"], **counts})
 
 

@@ -65,18 +65,17 @@ def groups_told(groups: Behaviours | None, data: Mapping[str, Any], n_found: int
     """What the template says of the behaviours in words; it counts what the page shows."""
     if groups is None:
         return {"n_distinct": None, "n_incoherent": 0, "grouped_by_words": False}
-    told = zip(groups.texts["vector"], groups.texts["behaviour"], strict=True)
-    steered = [(int(vector), int(number)) for vector, number in told if vector >= 0]
-    random = [(vector, number) for vector, number in steered if vector >= n_found]
+    vectors = groups.texts["vector"]
+    random = pd.DataFrame(groups.texts[vectors >= n_found])
     return {
         "n_distinct": sum(not card["baseline"] for card in data["behaviours"]),
         "n_incoherent": sum(bool(row["filtered"]) for row in data["rows"]),
         "grouped_by_words": groups.embedder == "words",
         "is_refused": "refuses" in {*groups.texts["stance"][groups.texts["vector"] < 0]},
-        "n_texts": len(steered) - len(random),
-        "n_random": len({vector for vector, _ in random}),
+        "n_texts": int(vectors.between(0, n_found - 1).sum()),
+        "n_random": random["vector"].nunique(),
         "n_random_texts": len(random),
-        "n_of_random": len({number for _, number in random if number > 0}),
+        "n_of_random": len({*random["behaviour"]} - {-1, 0}),
     }
 
 

@@ -25,6 +25,7 @@ from tl_melbo.report._render import render
 from tl_melbo.shapes import shape_checked
 from tl_melbo.steering import as_chat
 from tl_melbo.tables import Table
+from tl_melbo.text import printable, quoted
 from tl_melbo.vectors import SteeringVectors
 
 
@@ -88,11 +89,16 @@ def write(
     """
     if not len(found):
         raise ValueError("found: holds no vectors; there is nothing to show")
-    under = {"adapter_texts": adapter_texts, "factor_texts": factor_texts}
-    _check_frames(found, completions, side_effects, baselines, random_texts, under)
-    _tokens.check_tokens(top_tokens, token_divergence)
+    frames = {
+        "completions": completions, "side_effects": side_effects, "baselines": baselines,
+        "random_texts": random_texts, "adapter_texts": adapter_texts, "factor_texts": factor_texts,
+        "top_tokens": top_tokens, "token_divergence": token_divergence,
+    }  # fmt: skip
+    _check_frames(found, {name: frame for name, frame in frames.items() if frame is not None})
     kept = notes_given(notes)
     texts = _prompts(found, completions, prompts)
+    if random_texts is not None:
+        _check_control(random_texts, completions, texts)
     # Before the completions are written: it refuses vectors of no norm.
     cosines = cosine_similarity(found)
     options: dict[str, Any] = {"layer": layer, "chat": chat, "batch_size": batch_size}
@@ -110,7 +116,8 @@ def write(
         groups = _grouped(model, completions, random_texts, found, chat, batch_size)
         measured = Measured(kl, baselines, side_effects)
         data = _data.rows_data(found, texts, completions, groups, measured)
-        keys = _tokens.keys_of(data["rows"], texts)
+        rows = data["rows"]
+        keys = {(texts[row["prompt"]], row["vector"], row["sign"]): row["key"] for row in rows}
         effects = _parts.effects_of(found, activation_map)
         tables = [_parts.adapter_tables(adapters, adapter_texts)]
         tables.append(_parts.adapter_tables(factors, factor_texts, "factor"))
@@ -162,13 +169,13 @@ def _grouped(
 
     Random vectors are among them, numbered after the library's own.
     """
-    at_one = (completions["vector"] < 0) | (completions["scale"].abs() == 1)
-    some = pd.DataFrame(completions[at_one])
-    if some.empty:
-        return None
+    some = completions.assign(control=False)
     if random_texts is not None:
-        after = random_texts.assign(vector=random_texts["vector"] + len(found))
+        after = random_texts.assign(vector=random_texts["vector"] + len(found), control=True)
         some = pd.concat([some, after], ignore_index=True)
+    some = pd.DataFrame(some[(some["vector"] < 0) | (some["scale"].abs() == 1)])
+    if some["control"].all():
+        return None
     # Its logits are of whole texts: 8 at once take as much memory as many rows of others.
     return behaviours(model, some, chat=as_chat(found, chat), batch_size=min(batch_size, 8))
 
@@ -181,66 +188,74 @@ def _table(
 ) -> pd.DataFrame:
     """One row a prompt and vector, as `write` returns it."""
     names = {card["key"]: card["name"] for card in data["behaviours"]}
-    rows = {(row["prompt"], row["vector"]): row for row in data["rows"] if row["sign"] > 0}
-    if "sample" in completions:
-        completions = completions.sort_values("sample", kind="stable")
     named = ["prompt", "vector", "scale"]
-    first = completions.drop_duplicates(named).set_index(named)
+    first = _data.greedy_first(completions).drop_duplicates(named).set_index(named)
     texts = first["completion"].to_dict()
     prompts = list(dict.fromkeys(prompt for prompt, _ in measured.kl))
-    places = [(prompt, vector) for prompt in range(len(prompts)) for vector in range(len(found))]
+    rows = [row for row in data["rows"] if row["sign"] > 0]
+    places = [(prompts[row["prompt"]], row["vector"]) for row in rows]
     vectors = [vector for _, vector in places]
     table = Table({"index": found.columns["index"][vectors].tolist()})
-    table["prompt"] = [prompts[prompt] for prompt, _ in places]
+    table["prompt"] = [prompt for prompt, _ in places]
     if measure := _facts.measure_shown(found):
         table[measure["column"]] = found.columns[measure["column"]][vectors].tolist()
-    table["kl"] = [measured.kl[prompts[prompt], 1][vector] for prompt, vector in places]
+    table["kl"] = [measured.kl[prompt, 1][vector] for prompt, vector in places]
     if measured.side_effects is not None:
         costs = [column.name for column in _data.COSTS]
         table[costs] = measured.side_effects[costs].astype(float).to_numpy()[vectors]
-    behaviour = []
-    for row in map(rows.__getitem__, places):
-        aside = f"filtered out: {row['filtered']}" if row["filtered"] else None
-        behaviour.append(names.get(row["behaviour"], aside))
-    table["behaviour"] = behaviour
+    asides = [f"filtered out: {row['filtered']}" if row["filtered"] else None for row in rows]
+    table["behaviour"] = [*map(names.get, (row["behaviour"] for row in rows), asides)]
     for name, scale in (("completion", 1.0), ("negated_completion", -1.0)):
-        table[name] = [texts.get((prompts[prompt], vector, scale)) for prompt, vector in places]
+        table[name] = [texts.get((*place, scale)) for place in places]
     return table
 
 
-def _check_frames(
-    found: SteeringVectors,
-    completions: pd.DataFrame | None,
-    side_effects: pd.DataFrame | None,
-    baselines: pd.DataFrame | None,
-    random_texts: pd.DataFrame | None,
-    under: Mapping[str, pd.DataFrame | None],
+# The columns that each frame has, and where it comes from.
+_FRAMES: Mapping[str, tuple[Sequence[str], str]] = {
+    "completions": (COMPLETION_COLUMNS, "what report.collect_completions returns"),
+    "random_texts": (COMPLETION_COLUMNS, "what Run.random_texts returns"),
+    "adapter_texts": (("vector", "prompt", "completion"), "what Run.adapter_texts returns"),
+    "factor_texts": (("vector", "prompt", "completion"), "what Run.factor_texts returns"),
+    "top_tokens": (_tokens.TOP, "what analysis.top_tokens returns"),
+    "token_divergence": (_tokens.DIVERGENCE, "what analysis.token_divergence returns"),
+    "side_effects": (COLUMNS, "what analysis.side_effects returns"),
+    "baselines": (("kl",), "the kl of each, and the objective"),
+}
+
+
+def _check_control(
+    texts: pd.DataFrame, completions: pd.DataFrame | None, prompts: Sequence[str]
 ) -> None:
+    """Make sure that texts are of random vectors alone, and were written as the completions."""
+    advice = "pass what Run.random_texts returns"
+    if (texts["vector"] < 0).any():
+        raise ValueError(f"random_texts: has unsteered texts (vector -1); {advice}")
+    if unknown := {*texts["prompt"]} - {*prompts}:
+        what = quoted(printable(str(unknown.pop())))
+        raise ValueError(f"random_texts: has texts after {what}, no prompt of the page; {advice}")
+    if ("sample" in texts) != (completions is not None and "sample" in completions):
+        raise ValueError(
+            "random_texts: has a column sample where completions has none, or the reverse; "
+            "write as many samples of each"
+        )
+
+
+def _check_frames(found: SteeringVectors, frames: Mapping[str, pd.DataFrame]) -> None:
+    for name, frame in frames.items():
+        columns, source = _FRAMES[name]
+        if name == "baselines" and "objective" in frame:
+            columns = (*columns, "objective")
+        numbers = name in ("side_effects", "baselines")
+        checks.columns(frame, columns, name, f"pass {source}", numbers=numbers)
     last = len(found) - 1
-    if completions is not None:
-        advice = "pass what report.collect_completions returns"
-        checks.columns(completions, COMPLETION_COLUMNS, "completions", advice)
-        if unknown := sorted({*completions["vector"]} - {*range(-1, len(found))}):
-            raise ValueError(
-                f"completions: has texts of vectors {unknown[:10]}, but found holds 0 to {last}; "
-                "pass the completions of these vectors"
-            )
-    if baselines is not None:
-        checks.columns(baselines, ("kl",), "baselines", "pass the kl of each", numbers=True)
-        known = [name for name in ("objective",) if name in baselines]
-        checks.columns(baselines, known, "baselines", "pass the objective of each", numbers=True)
-    for name, texts in under.items():
-        if texts is not None:
-            advice = f"pass what Run.{name} returns"
-            checks.columns(texts, ("vector", "prompt", "completion"), name, advice)
-    if random_texts is not None:
-        advice = "pass what Run.random_texts returns"
-        checks.columns(random_texts, COMPLETION_COLUMNS, "random_texts", advice)
-    if side_effects is not None:
-        advice = "pass what analysis.side_effects returns"
-        checks.columns(side_effects, COLUMNS, "side_effects", advice, numbers=True)
-        if [*side_effects["vector"]] != [*range(len(found))]:
-            raise ValueError(
-                f"side_effects: {len(side_effects)} rows that are not those of vectors 0 to "
-                f"{last}, in order; measure the vectors of found"
-            )
+    texts, costs = frames.get("completions"), frames.get("side_effects")
+    if texts is not None and (unknown := sorted({*texts["vector"]} - {*range(-1, len(found))})):
+        raise ValueError(
+            f"completions: has texts of vectors {unknown[:10]}, but found holds 0 to {last}; "
+            "pass the completions of these vectors"
+        )
+    if costs is not None and [*costs["vector"]] != [*range(len(found))]:
+        raise ValueError(
+            f"side_effects: {len(costs)} rows that are not those of vectors 0 to {last}, in "
+            "order; measure the vectors of found"
+        )

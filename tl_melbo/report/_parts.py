@@ -86,7 +86,10 @@ def library_figures(
     if effects is not None:
         rows = [row for row in data["rows"] if row["prompt"] == 0]
         names = {card["key"]: card["name"] for card in data["behaviours"]}
-        order = [row for row in _by_behaviour(rows, names) if row["sign"] > 0]
+        # Rows of one behaviour side by side, in the order of the cards; those without one last.
+        cards = {key: place for place, key in enumerate(names)}
+        order = [row for row in rows if row["sign"] > 0]
+        order.sort(key=lambda row: cards.get(row["behaviour"], len(cards)))
         places = [row["vector"] for row in order]
         figures["effects"] = plots.cosine_heatmap(
             effects.cosines[places][:, places], "", labels=[row["key"] for row in order]
@@ -100,12 +103,6 @@ def library_figures(
             title="",
         )
     return figures_json(figures)
-
-
-def _by_behaviour(rows: list[dict[str, Any]], names: dict[str, str]) -> list[dict[str, Any]]:
-    """Rows of one behaviour side by side, in the order of the cards; those without one last."""
-    order = {key: place for place, key in enumerate(names)}
-    return sorted(rows, key=lambda row: order.get(row["behaviour"], len(order)))
 
 
 def family_part(part: Family, activation_map: ActivationMap | None) -> dict[str, Any]:

@@ -13,21 +13,13 @@ from tl_melbo.text import printable
 _LONGEST_SHOWN = 20_000
 
 
-class TextPool:
-    """Texts by number: many vectors, negated, write what the unsteered model writes."""
+# The number of each text: many vectors, negated, write what the unsteered model writes.
+TextPool = dict[str, int]
 
-    def __init__(self) -> None:
-        self._numbers: dict[str, int] = {}
 
-    def add(self, text: Any) -> int | None:
-        """The number of a text; None where there is none."""
-        if not isinstance(text, str):
-            return None
-        return self._numbers.setdefault(shown(text), len(self._numbers))
-
-    def texts(self) -> list[str]:
-        """All texts, by number."""
-        return [*self._numbers]
+def pooled(text: Any, pool: TextPool) -> int | None:
+    """The number of a text, which may be new; None where there is none."""
+    return pool.setdefault(shown(text), len(pool)) if isinstance(text, str) else None
 
 
 def shown(value: Any) -> str:

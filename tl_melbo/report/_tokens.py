@@ -1,32 +1,22 @@
 """What tokens tell of the rows: those that a vector promotes, and where its text diverges."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
-from tl_melbo import checks
 from tl_melbo.analysis._top_tokens import top_tokens_and_kl
 from tl_melbo.model.bridge import Model
 from tl_melbo.report._text import number, shown
 from tl_melbo.vectors import SteeringVectors
 
-_TOP = ("vector", "direction", "token", "log_prob_change")
-_DIVERGENCE = ("vector", "scale", "prompt", "position", "token", "kl")
+TOP = ("vector", "direction", "token", "log_prob_change")
+DIVERGENCE = ("vector", "scale", "prompt", "position", "token", "kl")
 _MOST_TOKENS, _MOST_TOP = 8, 3
+# The rows of the page, by prompt, vector and sign.
 Keys = Mapping[tuple[str, int, int], str]
 # By prompt and sign, one a vector.
 Divergences = dict[tuple[str, int], list[float]]
-
-
-def check_tokens(top_tokens: pd.DataFrame | None, divergence: pd.DataFrame | None) -> None:
-    """Refuse frames of others: ValueError."""
-    for frame, columns, name in (
-        (top_tokens, _TOP, "top_tokens"),
-        (divergence, _DIVERGENCE, "token_divergence"),
-    ):
-        if frame is not None:
-            checks.columns(frame, columns, name, f"pass what analysis.{name} returns")
 
 
 def measured_after(
@@ -40,11 +30,6 @@ def measured_after(
             frames.append(frame.assign(prompt=prompt, scale=float(sign)))
             kl[prompt, sign] = far.tolist()
     return pd.concat(frames, ignore_index=True), kl
-
-
-def keys_of(rows: Iterable[Mapping[str, Any]], prompts: list[str]) -> Keys:
-    """The rows of the page by prompt, vector and sign."""
-    return {(prompts[r["prompt"]], r["vector"], r["sign"]): r["key"] for r in rows}
 
 
 def top_tokens_data(

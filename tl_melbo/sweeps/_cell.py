@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -73,7 +74,8 @@ class Worker:
                 record |= {"status": "done", "max_new_tokens": cell.max_new_tokens, **found}
             except Exception as error:
                 record |= failed(error)
-        return {**record, "warnings": _told(caught), "seconds": time.perf_counter() - begun}
+        told = "\n".join(dict.fromkeys(str(each.message) for each in caught))
+        return {**record, "warnings": told, "seconds": time.perf_counter() - begun}
 
     def _searched(
         self, cell: Cell, place: Path, send: Callable[[], None], tell: Tell
@@ -140,10 +142,9 @@ def _measured(model: Any, run: tm.Run, found: tm.SteeringVectors, cell: Cell) ->
         return {"row": row, "tags": []}
     texts = run.texts(model, max_new_tokens=cell.max_new_tokens)
     texts = texts[texts["vector"] < len(found)]
-    first = texts[texts["prompt"] == cell.facts["prompt"][0]]
+    first = pd.DataFrame(texts[texts["prompt"] == cell.facts["prompt"][0]])
     strongest = int(kl.nan_to_num(-1.0).argmax())
-    places = zip(first["vector"], first["scale"], strict=True)
-    written = dict(zip(places, first["completion"], strict=True))
+    written = first.set_index(["vector", "scale"])["completion"].to_dict()
     row |= {"unsteered": written[-1, 0.0], "completion": written[strongest, 1.0]}
     tags = []
     for prompt, some in texts.groupby("prompt", sort=False):
@@ -156,10 +157,6 @@ def _measured(model: Any, run: tm.Run, found: tm.SteeringVectors, cell: Cell) ->
 def _number(value: Tensor) -> float | None:
     number = float(value)
     return number if math.isfinite(number) else None
-
-
-def _told(caught: list[warnings.WarningMessage]) -> str:
-    return "\n".join(dict.fromkeys(str(each.message) for each in caught))
 
 
 @contextmanager

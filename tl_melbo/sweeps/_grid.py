@@ -186,7 +186,11 @@ def _cell(chosen: Mapping[str, Any], where: str) -> Cell:
             "with no 'sweep.' at the start"
         )
     texts = {each: _texts(chosen[each], each, where) for each in ("prompt", "other")}
-    given = {key: _plain(value) for key, value in chosen.items() if key not in _PLACE}
+    given = {
+        key: slice_text(value) if isinstance(value, slice) else value
+        for key, value in chosen.items()
+        if key not in _PLACE
+    }
     try:
         checks.as_texts(texts["prompt"], "prompt")
         checks.at_least(1, max_new_tokens=place["max_new_tokens"])
@@ -213,10 +217,6 @@ def _read(where: str, name: str, value: Any) -> Any:
         return options.read(str(value), _PLACE[name], name)
     except ValueError as error:
         raise ValueError(f"{where}: {str(error).removeprefix('--')}") from None
-
-
-def _plain(value: Any) -> Any:
-    return slice_text(value) if isinstance(value, slice) else value
 
 
 def _texts(value: Any, name: str, where: str) -> list[str]:

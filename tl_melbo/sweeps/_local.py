@@ -1,5 +1,6 @@
 """Searches one after another, in this process."""
 
+from collections import Counter
 from collections.abc import Generator, Sequence
 from typing import Any
 
@@ -24,9 +25,7 @@ def take(queue: list[Cell], loaded: Any, others: Sequence[Any]) -> Cell:
 
     Otherwise of the model with the most cells for each worker that has it, this one included.
     """
-    left: dict[Any, int] = {}
-    for cell in queue:
-        left[cell.model] = left.get(cell.model, 0) + 1
+    left = Counter(cell.model for cell in queue)
     wanted = loaded
     if loaded not in left:
         wanted = max(left, key=lambda model: left[model] / (1 + others.count(model)))

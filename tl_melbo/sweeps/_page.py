@@ -21,13 +21,14 @@ _COLUMNS = (
 
 def render(table: pd.DataFrame, records: Mapping[str, Mapping[str, Any]]) -> str:
     """The page of a sweep's table, and of the tags that its records hold."""
-    figures = {**_figures(table), **_behaviours(table, records)}
+    figures: dict[str, Any] = {**_figures(table), **_behaviours(table, records)}
     columns = [name for name in _COLUMNS if name in table and {*table[name].dropna()}]
     return filled(
         _TEMPLATE.read_text(encoding="utf-8"),
         SWEEP_SCRIPTS,
         figures=[
-            (name, _alt(figures[name]), drawn) for name, drawn in figures_json(figures).items()
+            (name, figures[name].layout.meta["alt"], drawn)
+            for name, drawn in figures_json(figures).items()
         ],
         columns=columns,
         rows=table.astype(object).where(table.notna(), None).to_dict("records"),
@@ -79,7 +80,3 @@ def _behaviours(
         )
         for tag in _TAGS
     }
-
-
-def _alt(figure: Any) -> str:
-    return figure.layout.meta["alt"]

@@ -65,7 +65,8 @@ def run_ray(
     with _connected(ray, address, threads, workers):
         if gpus is None:
             gpus = float(ray.cluster_resources().get("GPU", 0) > 0)
-        task = task._replace(threads=threads, device=task.device or _device(gpus))
+        device = task.device or ("auto" if gpus > 1 else "cuda" if gpus else "cpu")
+        task = task._replace(threads=threads, device=device)
         fit = _room(ray, threads, gpus)
         count = min(len(cells), workers or fit)
         proof = uuid4().hex.encode()
@@ -181,10 +182,6 @@ class _Crew:
 def _told(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
-
-
-def _device(gpus: float) -> str:
-    return "auto" if gpus > 1 else "cuda" if gpus else "cpu"
 
 
 def _room(ray: Any, threads: int, gpus: float) -> int:

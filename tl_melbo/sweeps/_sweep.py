@@ -85,19 +85,16 @@ def sweep(
     checks.installed("pyarrow", "a sweep's table", "sweep")
     store = Store(out)
     task = Task(store.out, device, threads)
-    with store.writing(), _progress(cells, progress, on_progress) as tell:
+    with store.writing():
         records = _known(store, cells)
         todo = [cell for cell in cells if not is_done(cell, records.get(cell.folder))]
-        left = {cell.folder for cell in todo}
-        for cell in cells:
-            tell(cell, 0 if cell.folder in left else cell.n_vectors)
-        if todo:
-            if engine == "local":
-                ended = run_local(todo, task, tell)
-            else:
+        with _progress(cells, todo, progress, on_progress) as tell:
+            if engine == "ray" and todo:
                 from tl_melbo.sweeps._ray import run_ray
 
                 ended = run_ray(todo, task, tell, address=address, workers=workers, gpus=gpus)
+            else:
+                ended = run_local(todo, task, tell)
             with closing(ended):
                 for cell, record in ended:
                     records[cell.folder] = store.keep(cell.folder, record)
@@ -149,24 +146,24 @@ def _check_engine(
 
 @contextmanager
 def _progress(
-    cells: Sequence[Cell], shown: bool, on_progress: OnProgress | None
+    cells: Sequence[Cell], todo: Sequence[Cell], shown: bool, on_progress: OnProgress | None
 ) -> Iterator[Callable[[Cell, float], None]]:
-    """What is told of each cell, as one count of all vectors."""
-    total, done = sum(cell.n_vectors for cell in cells), {}
+    """What is told of each cell, as one count of all vectors; at first, of those that are done."""
+    done: dict[str, float] = {cell.folder: cell.n_vectors for cell in cells}
+    total = sum(done.values())
+    done |= dict.fromkeys((cell.folder for cell in todo), 0.0)
+    tell_all = on_progress or (lambda *_: None)
     # Methods may tell of parts of a vector.
     form = "{l_bar}{bar}| {n:.0f}/{total:.0f} vectors [{elapsed} elapsed, {remaining} left]"
-    with tqdm(total=total, desc="sweep", bar_format=form, disable=not shown) as bar:
+    options = {"total": total, "initial": sum(done.values()), "disable": not shown}
+    with tqdm(desc="sweep", bar_format=form, **options) as bar:
 
         def tell(cell: Cell, there: float) -> None:
             done[cell.folder] = min(there, cell.n_vectors)
-            whole = sum(done.values())
-            if len(done) == len(cells):  # all that is there already is known
-                if bar.n == 0:
-                    bar.initial = bar.n = whole
-                bar.update(whole - bar.n)
-                if on_progress is not None:
-                    on_progress(whole, total)
+            bar.update(sum(done.values()) - bar.n)
+            tell_all(sum(done.values()), total)
 
+        tell_all(sum(done.values()), total)
         yield tell
 
 

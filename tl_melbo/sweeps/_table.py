@@ -8,7 +8,6 @@ import pandas as pd
 from tl_melbo.sweeps._grid import Cell
 from tl_melbo.tables import Table
 
-_TEXTS = ("folder", "status", "error", "warnings", "measure", "unsteered", "completion")
 # In every table, whatever was searched.
 _MEASURED: Mapping[str, str] = {
     "found": "Int64", "measure": "string", "measure_median": "Float64", "measure_max": "Float64",
@@ -38,14 +37,8 @@ def table_of(cells: Sequence[Cell], records: Mapping[str, Mapping[str, Any]]) ->
 
 def _kind(name: str, rows: Sequence[Mapping[str, Any]]) -> Any:
     """The narrowest type that all values of a column have; Parquet wants one."""
-    if name in _MEASURED:
-        return _MEASURED[name]
+    if name in _MEASURED or name == "radius":
+        return _MEASURED.get(name, "Float64")
     values = [row[name] for row in rows if row.get(name) is not None]
-    if name in _TEXTS or not values:
-        return "Float64" if name == "radius" else "string"
-    if all(isinstance(value, bool) for value in values):
-        return "boolean"
-    if all(isinstance(value, int) for value in values):
-        return "Float64" if name == "radius" else "Int64"
-    numbers = all(isinstance(value, int | float) for value in values)
-    return "Float64" if numbers else pd.StringDtype()
+    kind = pd.array(values or [""]).dtype
+    return kind if kind.name in ("boolean", "Int64", "Float64") else "string"

@@ -1,5 +1,5 @@
 // Behaviours as cards that open to their vectors.
-import { $, button, clamped, el, percent, plural } from "./dom.js";
+import { $, button, clamped, el, percent, plural, soft } from "./dom.js";
 import { cardOf, data, isBaseline, manyPrompts, membersOf, normal, rowOf, textAt } from "./data.js";
 import { change, follow, state, toggled } from "./state.js";
 import { cardName, homeOf, mergeInto, noteOf, onNotes, setNote } from "./notes.js";
@@ -16,18 +16,26 @@ const rowKey = (member) => member.replace(/s\d+$/, "");
 const keysOf = (card) => [...new Set(merged(card).flatMap(membersOf).map(rowKey))];
 
 function counted({ n, n_samples, low, high }) {
-  return `${n} of ${n_samples} (${percent(low)}–${percent(high)})`;
+  return `${n} of ${n_samples}` + (low === undefined ? "" : ` (${percent(low)}–${percent(high)})`);
+}
+
+// A control of all that is merged, "unsteered" or "random"; of several the count alone.
+function controlOf(card, name) {
+  const parts = merged(card).map((each) => each[name]).filter(Boolean);
+  if (parts.length < 2) return parts[0];
+  return { n: parts.reduce((sum, { n }) => sum + n, 0), n_samples: parts[0].n_samples };
 }
 
 const capital = (text) => text[0].toUpperCase() + text.slice(1);
 
 function ratesOf(card) {
   const rates = merged(card).flatMap((each) => each.rates);
-  const control = card.random ? `random vectors in ${counted(card.random)}` : "";
+  const [random, unsteered] = [controlOf(card, "random"), controlOf(card, "unsteered")];
+  const control = random ? `random vectors in ${counted(random)}` : "";
   if (!rates.length) return control ? el("p", { class: "rate soft" }, capital(control)) : null;
   const best = rates.reduce((one, other) => (other.rate > one.rate ? other : one));
   const parts = ["Sampled: ", vectorLink(best.key), ` in ${counted(best)}`];
-  if (card.unsteered) parts.push(`; unsteered in ${counted(card.unsteered)}`);
+  if (unsteered) parts.push(`; unsteered in ${counted(unsteered)}`);
   if (control) parts.push(`; ${control}`);
   return el("p", { class: "rate soft" }, ...parts);
 }
@@ -38,96 +46,73 @@ function memberRow(member, card) {
   const sample = Number(member.slice(key.length + 1));
   const text = textAt(row, normal, sample);
   const rate = card.rates.find((each) => each.key === key);
-  const shown = !sample && isBaseline(row, normal)
-    ? el("span", { class: "soft", text: "= baseline" })
-    : clamped(text ?? "–");
+  const shown = !sample && isBaseline(row, normal) ? soft("= baseline") : clamped(text ?? "–");
   const told = rate ? el("span", { class: "soft rate", text: counted(rate) }) : null;
   return el("li", {}, el("span", { class: "member" }, vectorLink(key), told), shown);
 }
 
 function insideOf(card) {
-  const members = el(
-    "ul",
-    { class: "members" },
-    ...merged(card).flatMap((each) => membersOf(each).map((member) => memberRow(member, each))),
+  const members = merged(card).flatMap((each) =>
+    membersOf(each).map((member) => memberRow(member, each)),
   );
   const others = data.behaviours.filter(
     (each) => each !== card && homeOf(each.key) === each.key && each.prompt === card.prompt,
   );
-  const choice = el(
-    "select",
-    {},
-    el("option", { value: "", text: "…" }),
-    ...others.map((each) =>
-      el("option", { value: each.key, text: `${cardName(each.key)} (${each.key})` }),
-    ),
+  const names = others.map(({ key }) =>
+    el("option", { value: key, text: `${cardName(key)} (${key})` }),
   );
+  const choice = el("select", {}, el("option", { value: "", text: "…" }), ...names);
   choice.addEventListener("change", () => choice.value && mergeInto(card.key, choice.value));
   const tools = el("div", { class: "next" }, el("label", {}, "Merge into ", choice));
   if (noteOf("cards", card.key).merged.length) {
     const apart = () => setNote("cards", card.key, { merged: [], lost: [] });
     tools.append(button("Take apart", apart, { class: "chip" }));
   }
+  const only = () => goTo("all-vectors", { b: new Set([card.key]) });
   // The table has the greedy completions.
   if (merged(card).some((each) => each.rows.length))
-    tools.append(
-      button(
-        "Only these in the table",
-        () => goTo("all-vectors", { b: new Set([card.key]) }),
-        { class: "chip" },
-      ),
-    );
-  return el(
-    "div",
-    { class: "inside" },
-    members,
-    noteFields("cards", card.key, "this behaviour"),
-    tools,
-  );
+    tools.append(button("Only these in the table", only, { class: "chip" }));
+  const list = el("ul", { class: "members" }, ...members);
+  const notes = noteFields("cards", card.key, "this behaviour");
+  return el("div", { class: "inside" }, list, notes, tools);
 }
 
 function summaryWords(card) {
   const keys = keysOf(card);
   const minus = keys.filter((key) => rowOf.get(key).sign < 0).length;
-  const parts = [
-    [keys.length - minus, "vector"],
-    [minus, "negative"],
-  ].filter(([count]) => count);
-  const words = parts.map(([count, word]) => plural(count, word)).join(", ");
+  const plus = keys.length - minus;
+  const parts = [plus && plural(plus, "vector"), minus && plural(minus, "negative")];
+  const words = parts.filter(Boolean).join(", ");
   return merged(card).some((each) => each.rows.length) ? words : `${words}, in samples only`;
 }
 
+// Something behind these words, made when it is first opened.
+function folded(words, make) {
+  const part = el("details", {}, el("summary", { text: words }));
+  const build = () => {
+    if (part.children.length === 1) part.append(make());
+  };
+  part.addEventListener("toggle", () => part.open && build());
+  return [part, build];
+}
+
 function cardPart(card) {
-  const title = el("h3", {}, el("span", { class: "name", text: cardName(card.key) }));
-  const inside = el("details", {}, el("summary", { text: summaryWords(card) }));
+  const name = cardName(card.key);
+  const [inside, build] = folded(summaryWords(card), () => insideOf(card));
   inside.addEventListener("toggle", () => {
-    if (inside.open) build();
     if (inside.open !== state.open.has(card.key) && !printing) change(toggled("open", card.key));
   });
-  const build = () => {
-    if (!$(".inside", inside)) inside.append(insideOf(card));
-  };
-  const example =
-    card.example === null
-      ? null
-      : el("div", { class: "example" }, clamped(data.texts[card.example], 150));
-  const head = el(
-    "div",
-    { class: "head" },
-    title,
-    starButton("cards", card.key, `behaviour ${cardName(card.key)}`),
-  );
-  const prompt = manyPrompts ? el("p", { class: "soft", text: data.prompts[card.prompt] }) : null;
-  const note = el("p", { class: "remark", text: noteOf("cards", card.key).note });
+  const text = data.texts[card.example];
+  const title = el("h3", {}, el("span", { class: "name", text: name }));
   const part = el(
     "article",
     { class: "card", id: card.key },
-    head,
+    el("div", { class: "head" }, title, starButton("cards", card.key, `behaviour ${name}`)),
     tagList(card.tags),
-    prompt,
-    example,
+    manyPrompts ? el("p", { class: "soft", text: data.prompts[card.prompt] }) : null,
+    text === undefined ? null : el("div", { class: "example" }, clamped(text, 150)),
     ratesOf(card),
-    note,
+    el("p", { class: "remark", text: noteOf("cards", card.key).note }),
     inside,
   );
   return { part, inside, build };
@@ -137,22 +122,15 @@ let printing = false;
 let goTo;
 let filtered = [];
 
-function isAside(card) {
-  return card.baseline;
-}
-
 function build() {
   made.clear();
-  const [main, aside] = [$("#cards"), $("#cards-aside")];
-  const some = data.behaviours.filter((card) => homeOf(card.key) === card.key);
-  for (const card of some) made.set(card.key, cardPart(card));
-  main.replaceChildren(
-    ...some.filter((card) => !isAside(card)).map((card) => made.get(card.key).part),
-  );
-  aside.replaceChildren(
-    ...some.filter(isAside).map((card) => made.get(card.key).part),
-    ...filtered,
-  );
+  const [main, aside] = [[], [...filtered]];
+  for (const card of data.behaviours.filter((card) => homeOf(card.key) === card.key)) {
+    made.set(card.key, cardPart(card));
+    (card.baseline ? aside : main).push(made.get(card.key).part);
+  }
+  $("#cards").replaceChildren(...main);
+  $("#cards-aside").replaceChildren(...aside);
   const count = data.rows.filter(
     (row) => row.filtered || cardOf.get(homeOf(row.behaviour))?.baseline,
   ).length;
@@ -167,14 +145,9 @@ function filteredPart() {
   for (const row of data.rows)
     if (row.filtered) reasons.set(row.filtered, [...(reasons.get(row.filtered) ?? []), row.key]);
   return [...reasons].map(([reason, keys]) => {
-    const inside = el("details", {}, el("summary", { text: plural(keys.length, "completion") }));
-    const fillIn = () => {
-      if (!$("ul", inside))
-        inside.append(
-          el("ul", { class: "members" }, ...keys.map((key) => memberRow(key, { rates: [] }))),
-        );
-    };
-    inside.addEventListener("toggle", fillIn);
+    const rows = () => keys.map((key) => memberRow(key, { rates: [] }));
+    const list = () => el("ul", { class: "members" }, ...rows());
+    const [inside, fillIn] = folded(plural(keys.length, "completion"), list);
     forPrinting(fillIn);
     return el("article", { class: "card" }, el("h3", { text: `Filtered out: ${reason}` }), inside);
   });

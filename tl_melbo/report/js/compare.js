@@ -1,20 +1,20 @@
 // Two vectors side by side, word by word.
-import { $, button, copyButton, el, fill, number } from "./dom.js";
+import { $, button, copyButton, el, number, prose, sampledPart, soft } from "./dom.js";
 import {
   cosine,
   data,
   effectCosine,
   nameOf,
-  nSamples,
   python,
   rowOf,
   textAt,
+  textsAt,
   unsteeredText,
 } from "./data.js";
 import { marked } from "./diff.js";
 import { behaviourWords, vectorLink } from "./marks.js";
 import { change, follow, state } from "./state.js";
-import { samplesOf, tokensOf } from "./details.js";
+import { tokensOf } from "./details.js";
 
 const MODES = [
   ["none", "No"],
@@ -29,9 +29,7 @@ function shown(row, other, scale) {
   const text = textAt(row, scale);
   if (text === null) return el("p", { class: "soft", text: "–" });
   const beside = mode === "other" ? textAt(other, scale) : unsteeredText(row);
-  return mode === "none" || beside === null
-    ? fill(el("div", { class: "words" }), text)
-    : marked(text, beside);
+  return mode === "none" || beside === null ? prose(text) : marked(text, beside);
 }
 
 function headOf(row) {
@@ -45,29 +43,16 @@ function headOf(row) {
   );
 }
 
-function scalesOf(a, b) {
-  return data.scales.filter((scale) => a.texts[scale] || b.texts[scale]);
+function sideOf(row, other, scale) {
+  const text = el("blockquote", {}, shown(row, other, scale));
+  return el("div", { class: "side" }, text, sampledPart(textsAt(row, scale).slice(1)));
 }
 
 function body(a, b) {
-  const rows = [
-    [a, b],
-    [b, a],
-  ];
-  const parts = rows.map(([row]) => headOf(row));
-  for (const scale of scalesOf(a, b)) {
+  const parts = [headOf(a), headOf(b)];
+  for (const scale of data.scales.filter((each) => a.texts[each] || b.texts[each])) {
     if (data.scales.length > 1) parts.push(el("h4", { class: "across", text: `Scale ${scale}` }));
-    for (const [row, other] of rows) {
-      const count = nSamples(row, scale);
-      parts.push(
-        el(
-          "div",
-          { class: "side" },
-          el("blockquote", {}, shown(row, other, scale)),
-          count > 1 ? samplesOf(row, scale, count) : null,
-        ),
-      );
-    }
+    parts.push(sideOf(a, b, scale), sideOf(b, a, scale));
   }
   return el("div", { class: "sides" }, ...parts);
 }
@@ -79,54 +64,34 @@ function facts(a, b) {
   return el("p", { class: "cosines", text: `${told.join(", ")}.` });
 }
 
-function modes(again) {
-  const made = MODES.map(([key, label]) =>
-    button(
-      label,
-      () => {
-        mode = key;
-        again();
-      },
-      { class: "chip", "data-mode": key, "aria-pressed": String(mode === key) },
-    ),
-  );
-  return el(
-    "div",
-    { class: "chips", role: "group", "aria-label": "Mark differences" },
-    el("span", { class: "soft", text: "Mark differences" }),
-    ...made,
-  );
+function modes(choose) {
+  const made = MODES.map(([key, label]) => {
+    const pressed = String(mode === key);
+    return button(label, () => choose(key), {
+      class: "chip",
+      "data-mode": key,
+      "aria-pressed": pressed,
+    });
+  });
+  const options = { class: "chips", role: "group", "aria-label": "Mark differences" };
+  return el("div", options, soft("Mark differences"), ...made);
 }
 
 function fillDialog(dialog, a, b) {
-  const again = () => {
-    const focused = document.activeElement?.dataset?.mode;
+  const choose = (key) => {
+    mode = key;
     fillDialog(dialog, a, b);
-    if (focused) $(`[data-mode="${focused}"]`, dialog)?.focus();
+    $(`[data-mode="${key}"]`, dialog).focus();
   };
+  const title = el("h2", { text: `${nameOf(a)} and ${nameOf(b)}`, id: "compared" });
   const close = button("Close", () => dialog.close(), { class: "close" });
+  const parts = [el("div", { class: "head" }, title, close), facts(a, b), modes(choose)];
   const unsteered = unsteeredText(a);
-  const baseline =
-    unsteered === null
-      ? null
-      : el(
-          "details",
-          {},
-          el("summary", { text: "Unsteered" }),
-          el("blockquote", {}, fill(el("div", { class: "words" }), unsteered)),
-        );
-  dialog.replaceChildren(
-    el(
-      "div",
-      { class: "head" },
-      el("h2", { text: `${nameOf(a)} and ${nameOf(b)}`, id: "compared" }),
-      close,
-    ),
-    facts(a, b),
-    modes(again),
-    baseline ?? "",
-    body(a, b),
-  );
+  if (unsteered !== null) {
+    const text = el("blockquote", {}, prose(unsteered));
+    parts.push(el("details", {}, el("summary", { text: "Unsteered" }), text));
+  }
+  dialog.replaceChildren(...parts, body(a, b));
 }
 
 function bar() {

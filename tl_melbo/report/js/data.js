@@ -11,28 +11,22 @@ function nearest(scales, value) {
   return [...scales].sort((a, b) => Math.abs(a - value) - Math.abs(b - value))[0] ?? "1";
 }
 
-export function textAt(row, scale, sample = 0) {
-  const place = row.texts[scale]?.[sample];
-  return place === undefined || place === null ? null : data.texts[place];
-}
+const textsOf = (places) => (places ?? []).map((place) => data.texts[place] ?? null);
 
-export function unsteeredText(row) {
-  const place = data.unsteered[row.prompt]?.[0];
-  return place === undefined || place === null ? null : data.texts[place];
-}
+// The greedy completion first.
+export const textsAt = (row, scale) => textsOf(row.texts[scale]);
+export const textAt = (row, scale, sample = 0) => textsAt(row, scale)[sample] ?? null;
+export const unsteeredTexts = (prompt) => textsOf(data.unsteered[prompt]);
+export const unsteeredText = (row) => unsteeredTexts(row.prompt)[0] ?? null;
 
 export function isBaseline(row, scale) {
-  const own = row.texts[scale]?.[0];
-  return own !== undefined && own !== null && own === data.unsteered[row.prompt]?.[0];
+  const own = textAt(row, scale);
+  return own !== null && own === unsteeredText(row);
 }
 
 // Whether a row's completion is the baseline's, or was grouped with it.
 export function isNear(row, scale) {
   return row.baseline || isBaseline(row, scale) || !!cardOf.get(row.behaviour)?.baseline;
-}
-
-export function nSamples(row, scale) {
-  return row.texts[scale]?.length ?? 0;
 }
 
 // The rows of a behaviour; "4s2", the second sample of row 4, where it shows in samples alone.

@@ -1,14 +1,13 @@
 // What an opened row shows: whole texts at its own scale, samples, tokens, notes, next commands.
-import { button, copyButton, el, fill, number } from "./dom.js";
+import { button, copyButton, el, number, prose, sampledPart, soft } from "./dom.js";
 import {
   data,
   folder,
   isBaseline,
   nameOf,
   noteKey,
-  nSamples,
   python,
-  textAt,
+  textsAt,
   unsteeredText,
 } from "./data.js";
 import { marked } from "./diff.js";
@@ -45,116 +44,71 @@ export function detailsOf(row) {
   const refresh = () => texts.replaceChildren(...textsOf(row));
   const holder = el("div", { class: "inside" });
   if (data.scales.length > 1) {
-    const slider = scaleSlider(
-      "Its own scale ",
-      `Scale of vector ${nameOf(row)} alone`,
-      scaleOf(row),
-      (scale) => {
-        change({ own: new Map(state.own).set(row.key, scale) }, true);
-      },
-    );
+    const label = `Scale of vector ${nameOf(row)} alone`;
+    const act = (scale) => change({ own: new Map(state.own).set(row.key, scale) }, true);
+    const slider = scaleSlider("Its own scale ", label, scaleOf(row), act);
     holder.append(el("div", { class: "only" }, slider.part));
     holder.follow = () => slider.show(scaleOf(row));
   }
   holder.append(texts, ...tokensOf(row));
-  const what = `vector ${nameOf(row)}`;
-  holder.append(
-    el("div", { class: "next" }, copyButton(python([row])), nextCommand(row)),
-    noteFields("vectors", noteKey(row), what),
-  );
+  const next = [copyButton(python([row]))];
+  if (data.folder !== null && row.sign > 0)
+    next.push(copyButton(`tl-melbo ortho ${folder()} --vector ${row.number}`));
+  const notes = noteFields("vectors", noteKey(row), `vector ${nameOf(row)}`);
+  holder.append(el("div", { class: "next" }, ...next), notes);
   holder.refresh = refresh;
   refresh();
   return holder;
 }
 
-function nextCommand(row) {
-  return data.folder !== null && row.sign > 0
-    ? copyButton(`tl-melbo ortho ${folder()} --vector ${row.number}`)
-    : null;
-}
-
 function textsOf(row) {
   const scale = scaleOf(row);
-  const text = textAt(row, scale);
+  const [text = null, ...samples] = textsAt(row, scale);
   if (text === null)
     return [el("p", { class: "soft", text: `Nothing was written at scale ${scale}.` })];
   const unsteered = unsteeredText(row);
-  const whole = el("blockquote");
-  const plain = () => whole.replaceChildren(fill(el("div", { class: "words" }), text));
-  plain();
-  const parts = [whole];
-  if (unsteered !== null && !isBaseline(row, scale))
-    parts.unshift(diffSwitch(whole, plain, text, unsteered));
-  const count = nSamples(row, scale);
-  if (count > 1) parts.push(samplesOf(row, scale, count));
-  return parts;
+  const whole = el("blockquote", {}, prose(text));
+  const differs = unsteered !== null && !isBaseline(row, scale);
+  const parts = [differs ? diffSwitch(whole, text, unsteered) : null, whole, sampledPart(samples)];
+  return parts.filter(Boolean);
 }
 
-function diffSwitch(whole, plain, text, unsteered) {
-  const made = button(
-    "Mark what differs from unsteered",
-    () => {
-      const on = made.getAttribute("aria-pressed") !== "true";
-      made.setAttribute("aria-pressed", String(on));
-      if (on) whole.replaceChildren(marked(text, unsteered));
-      else plain();
-    },
-    { class: "chip", "aria-pressed": "false" },
-  );
+function diffSwitch(whole, text, unsteered) {
+  const act = () => {
+    const on = made.getAttribute("aria-pressed") !== "true";
+    made.setAttribute("aria-pressed", String(on));
+    whole.replaceChildren(on ? marked(text, unsteered) : prose(text));
+  };
+  const options = { class: "chip", "aria-pressed": "false" };
+  const made = button("Mark what differs from unsteered", act, options);
   return made;
-}
-
-export function samplesOf(row, scale, count) {
-  const list = el("ol", { class: "samples" });
-  for (let sample = 1; sample < count; sample++)
-    list.append(fill(el("li"), textAt(row, scale, sample) ?? "–"));
-  return el("details", {}, el("summary", { text: `${count - 1} sampled` }), list);
 }
 
 // Tokens that the vector makes likelier or rarer, and where its text parts from the unsteered one.
 export function tokensOf(row) {
   const tokens = data.tokens?.[row.key];
   const parts = [];
-  if (tokens)
-    parts.push(
-      el(
-        "div",
-        { class: "tokens" },
-        tokenList("Promoted", tokens.promoted),
-        tokenList("Suppressed", tokens.suppressed),
-      ),
-    );
+  if (tokens) {
+    const { promoted, suppressed } = tokens;
+    const lists = [tokenList("Promoted", promoted), tokenList("Suppressed", suppressed)];
+    parts.push(el("div", { class: "tokens" }, ...lists));
+  }
   const path = data.divergence?.[row.key];
   if (path) {
-    const holder = el("div");
-    const made = button(
-      "Where does it diverge, token by token?",
-      () => {
-        made.remove();
-        holder.append(tokenPath(path));
-      },
-      { class: "chip" },
-    );
-    holder.append(made);
+    const act = () => holder.replaceChildren(tokenPath(path));
+    const made = button("Where does it diverge, token by token?", act, { class: "chip" });
+    const holder = el("div", {}, made);
     parts.push(holder);
   }
   return parts;
 }
 
 function tokenList(label, tokens) {
-  return el(
-    "p",
-    {},
-    el("span", { class: "soft", text: `${label} ` }),
-    ...tokens.flatMap(({ token, change: by }) => [
-      el("code", {
-        class: "token",
-        text: token,
-        title: by === null ? null : `${by > 0 ? "+" : ""}${number(by, 2)}`,
-      }),
-      " ",
-    ]),
-  );
+  const shown = tokens.flatMap(({ token, change: by }) => {
+    const title = by === null ? null : `${by > 0 ? "+" : ""}${number(by, 2)}`;
+    return [el("code", { class: "token", text: token, title }), " "];
+  });
+  return el("p", {}, soft(`${label} `), ...shown);
 }
 
 function tokenPath(path) {

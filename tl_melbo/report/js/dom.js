@@ -20,6 +20,9 @@ export function button(label, act, options = {}) {
   return el("button", { type: "button", text: label, on: { click: act }, ...options });
 }
 
+// What stands back behind the rest.
+export const soft = (text) => el("span", { class: "soft", text });
+
 export function number(value, digits = 3) {
   if (value === null || value === undefined) return "–";
   if (typeof value === "string") return value;
@@ -38,31 +41,30 @@ export function percent(share) {
 
 // Text in pieces: prose, and code or drawings, which need a font of one width.
 export function pieces(text) {
-  const found = [];
   let fenced = false;
-  for (const line of text.split("\n")) {
+  const lines = text.split("\n").map((line) => {
     const fence = /^\s*```/.test(line);
     const mono = fenced || fence || isDrawing(line);
     if (fence) fenced = !fenced;
-    const last = found.at(-1);
-    if (last && last.mono === mono) last.lines.push(line);
-    else found.push({ mono, lines: [line] });
-  }
+    return { mono, text: line };
+  });
+  const found = joined(lines);
   // A single line of marks is a heading or a rule, not a drawing.
   for (const piece of found)
-    if (piece.lines.length < 2)
-      piece.mono = piece.lines[0].length > 3 && /^( {4}|\t)\S/.test(piece.lines[0]);
+    if (!piece.text.includes("\n"))
+      piece.mono = piece.text.length > 3 && /^( {4}|\t)\S/.test(piece.text);
   return joined(found);
 }
 
+// Neighbours of one kind as one.
 function joined(parts) {
   const found = [];
-  for (const { mono, lines } of parts) {
+  for (const part of parts) {
     const last = found.at(-1);
-    if (last && last.mono === mono) last.lines.push(...lines);
-    else found.push({ mono, lines: [...lines] });
+    if (last?.mono === part.mono) last.text += `\n${part.text}`;
+    else found.push({ ...part });
   }
-  return found.map(({ mono, lines }) => ({ mono, text: lines.join("\n") }));
+  return found;
 }
 
 // Indented far, wide gaps, or more marks than letters.
@@ -73,7 +75,7 @@ function isDrawing(line) {
   return solid >= 2 && letters < solid / 2;
 }
 
-export function fill(holder, text) {
+function fill(holder, text) {
   const parts = pieces(text);
   holder.replaceChildren(
     ...parts.map(({ mono, text: shown }) =>
@@ -83,11 +85,22 @@ export function fill(holder, text) {
   return holder;
 }
 
+// A text as a block.
+export const prose = (text) => fill(el("div", { class: "words" }), text);
+
+// What was sampled beside a greedy text, folded away; nothing where nothing was.
+export function sampledPart(texts) {
+  if (!texts.length) return null;
+  const list = texts.map((text) => fill(el("li"), text ?? "–"));
+  const summary = el("summary", { text: `${texts.length} sampled` });
+  return el("details", {}, summary, el("ol", { class: "samples" }, ...list));
+}
+
 const LONG = 260;
 
 // A text of three lines with "more", where it is longer.
 export function clamped(text, long = LONG) {
-  const body = fill(el("div", { class: "words" }), text);
+  const body = prose(text);
   const holder = el("div", { class: "clamp" }, body);
   if (text.length <= long && text.split("\n").length <= 3) return holder;
   body.classList.add("short");
@@ -102,6 +115,19 @@ export function clamped(text, long = LONG) {
   );
   holder.append(more);
   return holder;
+}
+
+// Act once, when an element comes so many pixels near the screen.
+export function whenNear(element, pixels, act) {
+  const watcher = new IntersectionObserver(
+    (seen) => {
+      if (!seen.some((each) => each.isIntersecting)) return;
+      watcher.disconnect();
+      act();
+    },
+    { rootMargin: `${pixels}px` },
+  );
+  watcher.observe(element);
 }
 
 async function copy(text, said) {

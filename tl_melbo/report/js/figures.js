@@ -1,5 +1,5 @@
 // Figures: drawn when they come into view, and what their points stand for.
-import { $, $$, el, number } from "./dom.js";
+import { $, $$, el, number, whenNear } from "./dom.js";
 import { effectCosine, normal, rowOf, textAt } from "./data.js";
 import { behaviourWords } from "./marks.js";
 import { compare } from "./compare.js";
@@ -57,12 +57,10 @@ function showPanel(rows, event) {
   const panel = $("#hover");
   const [a, b] = rows;
   const cosine = b && a !== b ? effectCosine(a, b) : null;
-  const head =
-    cosine === null
-      ? null
-      : el("p", { class: "soft", text: `cosine of effects ${number(cosine, 2)}` });
   const parts = a === b ? [told(a)] : rows.map(told);
-  panel.replaceChildren(...[head, ...parts].filter(Boolean));
+  if (cosine !== null)
+    parts.unshift(el("p", { class: "soft", text: `cosine of effects ${number(cosine, 2)}` }));
+  panel.replaceChildren(...parts);
   panel.hidden = false;
   const { clientX = 0, clientY = 0 } = event ?? {};
   const [wide, high] = [panel.offsetWidth, panel.offsetHeight];
@@ -80,16 +78,6 @@ export function drawAll() {
 }
 
 export function beginFigures() {
-  const watcher = new IntersectionObserver(
-    (seen) => {
-      for (const { isIntersecting, target } of seen) {
-        if (!isIntersecting) continue;
-        watcher.unobserve(target);
-        draw(target);
-      }
-    },
-    { rootMargin: "300px" },
-  );
-  for (const holder of $$(".plot")) watcher.observe(holder);
+  for (const holder of $$(".plot")) whenNear(holder, 300, () => draw(holder));
   addEventListener("scroll", hidePanel, { passive: true });
 }

@@ -1,13 +1,13 @@
 // Chips, search and range above the table; the slider that moves every text.
-import { $, $$, button, el } from "./dom.js";
-import { data, isNear } from "./data.js";
-import { change, follow, state, toggled } from "./state.js";
+import { $, $$, button, el, soft } from "./dom.js";
+import { data, isNear, manyPrompts } from "./data.js";
+import { change, filters, follow, noFilters, state, toggled } from "./state.js";
 import { cardName, homeOf, onNotes } from "./notes.js";
 import { scaleOf, scaleSlider } from "./details.js";
 
 function chip(label, pressed, act, count) {
   const made = button(label, act, { class: "chip", "aria-pressed": "false" });
-  if (count !== undefined) made.append(el("span", { class: "soft", text: ` ${count}` }));
+  if (count !== undefined) made.append(soft(` ${count}`));
   made.pressed = pressed;
   return made;
 }
@@ -22,12 +22,7 @@ function setChip(label, name, key, count) {
 }
 
 function group(label, chips) {
-  return el(
-    "div",
-    { class: "chips", role: "group", "aria-label": label },
-    el("span", { class: "soft", text: label }),
-    ...chips,
-  );
+  return el("div", { class: "chips", role: "group", "aria-label": label }, soft(label), ...chips);
 }
 
 const counted = (test) => data.rows.filter(test).length;
@@ -72,41 +67,33 @@ function tagChips() {
   return [...tags].map(([key, [tag, count]]) => setChip(tag, "tag", key, count));
 }
 
-function promptChips() {
-  return data.prompts.length < 2
-    ? []
-    : data.prompts.map((prompt, place) =>
-        chip(
-          prompt.length > 40 ? `${prompt.slice(0, 39)}…` : prompt,
-          () => state.prompt === String(place),
-          () => change({ prompt: state.prompt === String(place) ? "" : String(place) }),
-        ),
-      );
+function promptChip(prompt, place) {
+  const label = prompt.length > 40 ? `${prompt.slice(0, 39)}…` : prompt;
+  const chosen = () => state.prompt === String(place);
+  return chip(label, chosen, () => change({ prompt: chosen() ? "" : String(place) }));
+}
+
+// What the reader types, or an address tells.
+function field(name, options) {
+  const act = () => change({ [name]: made.value }, true);
+  const made = el("input", { ...options, on: { input: act } });
+  follow(() => {
+    if (made.value !== state[name]) made.value = state[name];
+  });
+  return made;
 }
 
 function range() {
-  const field = (name, label) => {
-    const made = el("input", {
-      type: "number",
-      min: 0,
-      step: "any",
-      inputmode: "decimal",
-      "aria-label": label,
-      on: { input: () => change({ [name]: made.value }, true) },
-    });
-    made.follow = () => {
-      if (made.value !== state[name]) made.value = state[name];
-    };
-    return made;
-  };
-  const [low, high] = [field("low", "KL at least"), field("high", "KL at most")];
-  return { part: el("span", { class: "range" }, "KL ", low, " to ", high), fields: [low, high] };
+  const options = { type: "number", min: 0, step: "any", inputmode: "decimal" };
+  const low = field("low", { ...options, "aria-label": "KL at least" });
+  const high = field("high", { ...options, "aria-label": "KL at most" });
+  return el("span", { class: "range" }, "KL ", low, " to ", high);
 }
 
 function build() {
   const groups = [
     ["Hide", hideChips()],
-    ["Prompt", promptChips()],
+    ["Prompt", manyPrompts ? data.prompts.map(promptChip) : []],
     ["Behaviour", data.behaviours.length > 1 ? behaviourChips() : []],
     ["Tag", tagChips()],
   ].filter(([, chips]) => chips.length);
@@ -118,48 +105,14 @@ function press() {
     if (each.pressed) each.setAttribute("aria-pressed", String(each.pressed()));
 }
 
-function anyChosen() {
-  const { hide, b, tag, q, low, high, star, prompt } = state;
-  return hide.size || b.size || tag.size || q || low !== "" || high !== "" || star || prompt !== "";
-}
-
 export function beginFilters() {
-  const search = el("input", {
-    type: "search",
-    id: "search",
-    placeholder: "any word",
-    on: { input: () => change({ q: search.value }, true) },
-  });
-  const star = chip(
-    "★ starred",
-    () => state.star,
-    () => change({ star: !state.star }),
-  );
-  const { part, fields } = range();
-  const clear = button(
-    "Clear",
-    () =>
-      change({
-        hide: new Set(),
-        b: new Set(),
-        tag: new Set(),
-        q: "",
-        low: "",
-        high: "",
-        star: false,
-        prompt: "",
-      }),
-    { class: "chip clear" },
-  );
-  const tools = el(
-    "div",
-    { class: "tools" },
-    el("label", {}, "Search ", search),
-    part,
-    star,
-    clear,
-    el("span", { id: "count", class: "info", role: "status" }),
-  );
+  const search = field("q", { type: "search", id: "search", placeholder: "any word" });
+  const isStarred = () => state.star;
+  const star = chip("★ starred", isStarred, () => change({ star: !state.star }));
+  const clear = button("Clear", () => change(noFilters()), { class: "chip clear" });
+  const label = el("label", {}, "Search ", search);
+  const count = el("span", { id: "count", class: "info", role: "status" });
+  const tools = el("div", { class: "tools" }, label, range(), star, clear, count);
   $("#filters").append(tools, el("div", { id: "chips" }));
   build();
   onNotes(() => {
@@ -173,9 +126,7 @@ export function beginFilters() {
     if (now !== before) build();
     before = now;
     press();
-    if (search.value !== state.q) search.value = state.q;
-    for (const field of fields) field.follow();
-    clear.hidden = !anyChosen();
+    clear.hidden = !filters().some((each) => each.size ?? each);
   });
 }
 

@@ -1,6 +1,6 @@
 // The page begins: parts in their order, links, keys, paper.
-import { $, $$, el, fill } from "./dom.js";
-import { data, manyPrompts } from "./data.js";
+import { $, $$, el, prose, sampledPart } from "./dom.js";
+import { data, manyPrompts, unsteeredTexts } from "./data.js";
 import { begin, change, follow } from "./state.js";
 import { beginNotes } from "./notes.js";
 import { buildEverything, buildTables } from "./tables.js";
@@ -11,28 +11,12 @@ import { beginCompare } from "./compare.js";
 import { beginFigures, drawAll } from "./figures.js";
 
 function unsteeredParts() {
-  const holder = $("#unsteered");
-  data.unsteered.forEach((places, prompt) => {
-    if (!places.length) return;
-    const [greedy, ...samples] = places.map((place) => data.texts[place] ?? "–");
-    const caption = manyPrompts ? el("figcaption", { text: data.prompts[prompt] }) : null;
-    const list = samples.length
-      ? el(
-          "details",
-          {},
-          el("summary", { text: `${samples.length} sampled` }),
-          el("ol", { class: "samples" }, ...samples.map((text) => fill(el("li"), text))),
-        )
-      : null;
-    holder.append(
-      el(
-        "figure",
-        { class: "text" },
-        caption,
-        el("blockquote", {}, fill(el("div", { class: "words" }), greedy)),
-        list,
-      ),
-    );
+  data.prompts.forEach((prompt, place) => {
+    const [greedy, ...samples] = unsteeredTexts(place);
+    if (greedy === undefined) return;
+    const caption = manyPrompts ? el("figcaption", { text: prompt }) : null;
+    const text = el("blockquote", {}, prose(greedy ?? "–"));
+    $("#unsteered").append(el("figure", { class: "text" }, caption, text, sampledPart(samples)));
   });
 }
 

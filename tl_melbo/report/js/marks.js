@@ -21,29 +21,26 @@ export function cardLink(key) {
 }
 
 export function tagList(tags) {
-  const names = Object.entries(tags);
-  return names.length
-    ? el(
-        "span",
-        { class: "tags" },
-        ...names.map(([kind, tag]) => el("span", { class: "tag", title: kind, text: tag })),
-      )
-    : null;
+  const names = Object.entries(tags).map(([kind, tag]) =>
+    el("span", { class: "tag", title: kind, text: tag }),
+  );
+  return names.length ? el("span", { class: "tags" }, ...names) : null;
 }
 
 export function starButton(kind, key, what) {
-  const { star } = noteOf(kind, key);
-  const made = button(
-    star ? "★" : "☆",
-    () => {
-      const now = !noteOf(kind, key).star;
-      setNote(kind, key, { star: now });
-      made.textContent = now ? "★" : "☆";
-      made.setAttribute("aria-pressed", String(now));
-    },
-    { class: "star", "aria-pressed": String(star), "aria-label": `Star ${what}` },
-  );
+  const act = () => {
+    setNote(kind, key, { star: !noteOf(kind, key).star });
+    showStar(made, kind, key);
+  };
+  const made = button("", act, { class: "star", "aria-label": `Star ${what}` });
+  showStar(made, kind, key);
   return made;
+}
+
+export function showStar(made, kind, key) {
+  const { star } = noteOf(kind, key);
+  made.textContent = star ? "★" : "☆";
+  made.setAttribute("aria-pressed", String(star));
 }
 
 export function noteFields(kind, key, what) {
@@ -62,12 +59,8 @@ export function noteFields(kind, key, what) {
     on: { change: () => setNote(kind, key, { note: noted.value }) },
   });
   noted.value = note;
-  return el(
-    "div",
-    { class: "notes" },
-    el("label", {}, `Name of ${what} `, named),
-    el("label", {}, "Note ", noted),
-  );
+  const labels = [el("label", {}, `Name of ${what} `, named), el("label", {}, "Note ", noted)];
+  return el("div", { class: "notes" }, ...labels);
 }
 
 const SVG = "http://www.w3.org/2000/svg";

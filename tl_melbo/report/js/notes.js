@@ -46,7 +46,8 @@ function nearestCard(members) {
 
 // Whole characters: half an emoji is none.
 const cut = (text, longest) => [...String(text ?? "")].slice(0, longest).join("");
-const keysIn = (list) => list.map(String).filter((key) => /^\d{1,9}-?(p\d{1,4})?(s\d{1,4})?$/.test(key));
+const keysIn = (list) =>
+  list.map(String).filter((key) => /^\d{1,9}-?(p\d{1,4})?(s\d{1,4})?$/.test(key));
 
 function cleaned({ star, name, note }) {
   return { star: star === true, name: cut(name, 200), note: cut(note, 10000) };

@@ -7,44 +7,22 @@ const drawn = new Set();
 
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
-function axisLook() {
-  const [line, soft] = [colour("--line"), colour("--soft")];
-  return {
-    gridcolor: line,
-    zerolinecolor: line,
-    linecolor: line,
-    tickcolor: soft,
-    automargin: true,
-  };
-}
-
-// The colours of a figure's frame; those of its data stay.
-function look() {
-  const [ink, card] = [colour("--ink"), colour("--card")];
-  return {
-    paper_bgcolor: "rgba(0,0,0,0)",
-    plot_bgcolor: "rgba(0,0,0,0)",
-    "font.color": ink,
-    "hoverlabel.bgcolor": card,
-    "hoverlabel.font.color": ink,
-  };
-}
-
-function painted(layout) {
+// The colours of a figure's frame and of its names; those of its data stay.
+function painted(traces, layout) {
+  const [ink, card, line, soft] = ["--ink", "--card", "--line", "--soft"].map(colour);
   const looks = {
     ...layout,
-    font: { ...layout.font, color: colour("--ink") },
+    font: { ...layout.font, color: ink },
     paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "rgba(0,0,0,0)",
+    hoverlabel: { ...layout.hoverlabel, bgcolor: card, font: { color: ink } },
   };
-  looks.hoverlabel = {
-    ...layout.hoverlabel,
-    bgcolor: colour("--card"),
-    font: { color: colour("--ink") },
-  };
-  for (const name of Object.keys(layout).filter((key) => /^[xy]axis/.test(key)))
-    looks[name] = { ...layout[name], ...axisLook() };
-  return looks;
+  const axes = { gridcolor: line, zerolinecolor: line, linecolor: line, tickcolor: soft };
+  for (const name of Object.keys(layout).filter((key) => /^[xy]axis\d*$/.test(key)))
+    looks[name] = { ...layout[name], ...axes, automargin: true };
+  const named = ({ textfont, ...trace }) =>
+    textfont ? { ...trace, textfont: { ...textfont, color: soft } } : trace;
+  return [traces.map(named), looks];
 }
 
 // Draws a figure once, and tells whether it did; `own` are settings of its traces.
@@ -52,13 +30,10 @@ export async function paint(holder, own = {}) {
   if (drawn.has(holder)) return false;
   drawn.add(holder);
   const { data, layout } = JSON.parse($("script", holder).textContent);
-  for (const trace of data) {
-    if (trace.textfont) trace.textfont.color = colour("--soft");
-    Object.assign(trace, own);
-  }
+  for (const trace of data) Object.assign(trace, own);
   // A finger that drags wants to scroll the page, not to zoom.
   if (touch) layout.dragmode = false;
-  await Plotly.newPlot(holder, data, painted(layout), {
+  await Plotly.newPlot(holder, ...painted(data, layout), {
     responsive: true,
     displaylogo: false,
     displayModeBar: touch ? false : "hover",
@@ -68,18 +43,8 @@ export async function paint(holder, own = {}) {
 }
 
 function repaint() {
-  for (const holder of drawn) {
-    if (!holder.layout) continue;
-    const axes = Object.keys(holder.layout).filter((key) => /^[xy]axis\d*$/.test(key));
-    const changes = Object.fromEntries(
-      axes.flatMap((name) =>
-        Object.entries(axisLook()).map(([key, value]) => [`${name}.${key}`, value]),
-      ),
-    );
-    const named = holder.data.flatMap((trace, place) => (trace.textfont ? [place] : []));
-    if (named.length) Plotly.restyle(holder, { "textfont.color": colour("--soft") }, named);
-    Plotly.relayout(holder, { ...look(), ...changes });
-  }
+  for (const holder of drawn)
+    if (holder.layout) Plotly.react(holder, ...painted(holder.data, holder.layout));
 }
 
 dark.addEventListener("change", repaint);

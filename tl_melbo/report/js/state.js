@@ -3,21 +3,17 @@ import { data, normal } from "./data.js";
 
 const SETS = ["sel", "open", "b", "tag", "hide"];
 
+// What lets every row through.
+export function noFilters() {
+  const [b, tag, hide] = [new Set(), new Set(), new Set()];
+  return { b, tag, hide, q: "", low: "", high: "", star: false, prompt: "" };
+}
+
+export const filters = () => Object.keys(noFilters()).map((name) => state[name]);
+
 function fresh() {
-  const sets = Object.fromEntries(SETS.map((name) => [name, new Set()]));
-  return {
-    ...sets,
-    anchor: "",
-    scale: normal,
-    own: new Map(),
-    q: "",
-    sort: "",
-    low: "",
-    high: "",
-    star: false,
-    prompt: "",
-    cmp: false,
-  };
+  const [sel, open, own] = [new Set(), new Set(), new Map()];
+  return { ...noFilters(), sel, open, own, anchor: "", scale: normal, sort: "", cmp: false };
 }
 
 export const state = fresh();
@@ -27,7 +23,7 @@ export function follow(act) {
   followers.push(act);
 }
 
-export function encoded(some) {
+function encoded(some) {
   const parts = some.anchor ? [some.anchor] : [];
   const add = (name, value) => parts.push(`${name}=${encodeURIComponent(value)}`);
   for (const name of SETS) if (some[name].size) add(name, [...some[name]].join(","));
@@ -40,34 +36,21 @@ export function encoded(some) {
 
 function decoded(fragment) {
   const some = fresh();
-  for (const part of fragment.split("&")) {
-    const [name, rest] = [part.split("=")[0], part.slice(part.indexOf("=") + 1)];
-    const value = part.includes("=") ? readable(rest) : null;
-    if (value === null) some.anchor = readable(part) || some.anchor;
-    else if (SETS.includes(name)) some[name] = new Set(value.split(",").filter(Boolean));
-    else if (name === "own")
-      some.own = new Map(
-        value
-          .split(",")
-          .map((pair) => pair.split(":"))
-          .filter((pair) => data.scales.includes(pair[1])),
-      );
-    else if (name === "scale") some.scale = data.scales.includes(value) ? value : normal;
+  // It reads what is broken, too.
+  for (const [name, value] of new URLSearchParams(fragment)) {
+    const parts = value.split(",").filter(Boolean);
+    if (SETS.includes(name)) some[name] = new Set(parts);
+    else if (name === "own") {
+      const pairs = parts.map((pair) => pair.split(":"));
+      some.own = new Map(pairs.filter(([, scale]) => data.scales.includes(scale)));
+    } else if (name === "scale") some.scale = data.scales.includes(value) ? value : normal;
     else if (["star", "cmp"].includes(name)) some[name] = value === "1";
     else if (["low", "high", "prompt"].includes(name))
-      some[name] = value !== "" && Number.isFinite(Number(value)) ? value : "";
+      some[name] = Number.isFinite(Number(value)) ? value : "";
     else if (["q", "sort"].includes(name)) some[name] = value;
+    else if (value === "") some.anchor = name;
   }
   return some;
-}
-
-// A broken address is no reason to show nothing.
-function readable(text) {
-  try {
-    return decodeURIComponent(text);
-  } catch {
-    return "";
-  }
 }
 
 let waiting = null;

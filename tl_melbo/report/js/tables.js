@@ -1,5 +1,5 @@
 // Tables that sort and search, and build only the rows that somebody scrolls to.
-import { $, $$, button, clamped, el, number, plural } from "./dom.js";
+import { $, $$, button, clamped, el, number, plural, whenNear } from "./dom.js";
 
 const AT_ONCE = 50;
 const everything = [];
@@ -43,22 +43,19 @@ export function buildEverything() {
 
 // The head of a table whose columns sort; `chosen` tells the column, with "-" for downwards.
 export function sortHeads(columns, act) {
-  return columns.map((column) => {
-    if (column.sorts === false)
-      return el(
-        "th",
-        { class: `${column.kind} ${column.name}`, scope: "col" },
-        column.hidden ? el("span", { class: "away", text: column.label }) : column.label,
-      );
-    const head = el("th", {
-      class: `${column.kind} ${column.name}`,
-      scope: "col",
-      "data-column": column.name,
-      title: column.hint,
-    });
-    head.append(button(column.label, () => act(column.name), { class: "sort" }));
-    return head;
+  return columns.map(({ name, label, kind, hint, sorts = true, hidden }) => {
+    const options = { class: `${kind} ${name}`, scope: "col", title: hint };
+    if (sorts) {
+      const sort = button(label, () => act(name), { class: "sort" });
+      return el("th", { ...options, "data-column": name }, sort);
+    }
+    return el("th", options, hidden ? el("span", { class: "away", text: label }) : label);
   });
+}
+
+export function rowsShown(some, rows) {
+  const all = plural(rows.length, "row");
+  return some.length === rows.length ? all : `${some.length} of ${all}`;
 }
 
 export function markSorted(head, sort) {
@@ -91,52 +88,26 @@ function comparable(value) {
 
 // A whole table from columns and rows, each row a list of values.
 function dataTable(holder, { columns, rows }) {
-  const [chosen, places] = [
-    { sort: "", q: "" },
-    Object.fromEntries(columns.map((column, i) => [column.name, i])),
-  ];
+  const valueOf = (row, name) => row[columns.findIndex((column) => column.name === name)];
   const body = el("tbody");
   const info = el("span", { class: "info", role: "status" });
-  let list = null;
+  let [list, sort] = [null, ""];
   const show = () => {
-    const asked = chosen.q.toLowerCase();
-    const some = rows.filter(
-      (row) => !asked || row.some((value) => String(value).toLowerCase().includes(asked)),
+    const asked = search.value.toLowerCase();
+    const some = rows.filter((row) =>
+      row.some((value) => String(value).toLowerCase().includes(asked)),
     );
     list?.stop();
-    list = lazily(
-      body,
-      inOrder(some, chosen.sort, (row, name) => row[places[name]]),
-      (row) => dataRow(columns, row),
-    );
-    info.textContent =
-      some.length === rows.length
-        ? plural(rows.length, "row")
-        : `${some.length} of ${plural(rows.length, "row")}`;
-    markSorted(head, chosen.sort);
+    list = lazily(body, inOrder(some, sort, valueOf), (row) => dataRow(columns, row));
+    info.textContent = rowsShown(some, rows);
+    markSorted(head, sort);
   };
-  const head = el(
-    "thead",
-    {},
-    el(
-      "tr",
-      {},
-      ...sortHeads(columns, (name) => {
-        chosen.sort = nextSort(chosen.sort, name);
-        show();
-      }),
-    ),
-  );
-  const search = el("input", {
-    type: "search",
-    placeholder: "any word",
-    on: {
-      input: () => {
-        chosen.q = search.value;
-        show();
-      },
-    },
+  const heads = sortHeads(columns, (name) => {
+    sort = nextSort(sort, name);
+    show();
   });
+  const head = el("thead", {}, el("tr", {}, ...heads));
+  const search = el("input", { type: "search", placeholder: "any word", on: { input: show } });
   const tools = el("div", { class: "tools" }, el("label", {}, "Search ", search), info);
   holder.append(tools, el("table", { class: "data", id: holder.dataset.table }, head, body));
   forPrinting(() => list.all());
@@ -145,13 +116,10 @@ function dataTable(holder, { columns, rows }) {
 
 function dataRow(columns, row) {
   const cells = columns.map((column, place) => {
+    const [value, digits] = [row[place], column.name.startsWith("kl") ? 2 : 4];
+    const shown = { text: clamped, number: (some) => number(some, digits) }[column.kind];
     const options = { class: `${column.kind} ${column.name}`, "data-label": column.label };
-    if (column.kind === "text") return el("td", options, clamped(row[place]));
-    const shown =
-      column.kind === "number"
-        ? number(row[place], column.name.startsWith("kl") ? 2 : 4)
-        : row[place];
-    return el("td", { ...options, text: shown });
+    return el("td", options, shown ? shown(value) : value);
   });
   return el("tr", {}, ...cells);
 }
@@ -160,18 +128,11 @@ export function buildTables(tables) {
   for (const holder of $$("[data-table]")) {
     const table = tables[holder.dataset.table];
     const near = holder.closest("details");
-    // Most families are never opened: their tables are built when they come near.
-    const watcher = new IntersectionObserver(
-      (seen) => {
-        if (seen.some((each) => each.isIntersecting)) build();
-      },
-      { rootMargin: "1000px" },
-    );
     const build = () => {
-      watcher.disconnect();
       if (!$("table", holder)) dataTable(holder, table);
     };
-    watcher.observe(holder);
+    // Most families are never opened: their tables are built when they come near.
+    whenNear(holder, 1000, build);
     near?.addEventListener("toggle", build, { once: true });
     forPrinting(build);
   }

@@ -1,10 +1,36 @@
 // The one table: vectors and their negatives as rows of equal right.
-import { $, $$, clamped, el, number, plural } from "./dom.js";
-import { data, isBaseline, isNear, manyPrompts, nameOf, noteKey, rowOf, textAt } from "./data.js";
-import { change, follow, state, toggled } from "./state.js";
+import { $, $$, button, clamped, el, number, soft } from "./dom.js";
+import {
+  data,
+  isBaseline,
+  isNear,
+  manyPrompts,
+  nameOf,
+  noteKey,
+  rowOf,
+  textAt,
+  textsAt,
+} from "./data.js";
+import { change, filters, follow, noFilters, state, toggled } from "./state.js";
 import { cardName, homeOf, noteOf, onNotes } from "./notes.js";
-import { forPrinting, inOrder, lazily, markSorted, nextSort, sortHeads } from "./tables.js";
-import { behaviourWords, cardLink, sparkline, starButton, tagList, vectorLink } from "./marks.js";
+import {
+  forPrinting,
+  inOrder,
+  lazily,
+  markSorted,
+  nextSort,
+  rowsShown,
+  sortHeads,
+} from "./tables.js";
+import {
+  behaviourWords,
+  cardLink,
+  showStar,
+  sparkline,
+  starButton,
+  tagList,
+  vectorLink,
+} from "./marks.js";
 import { detailsOf, scaleOf } from "./details.js";
 
 const columns = [
@@ -49,95 +75,56 @@ function passes(row) {
   if (s.b.size && ![...s.b].some((key) => homeOf(key) === homeOf(row.behaviour))) return false;
   if (s.tag.size && !Object.entries(row.tags).some(([kind, tag]) => s.tag.has(`${kind}:${tag}`)))
     return false;
-  if (s.low !== "" && !(kl === "∞" || (typeof kl === "number" && kl >= Number(s.low)))) return false;
+  if (s.low !== "" && !(kl === "∞" || (typeof kl === "number" && kl >= Number(s.low))))
+    return false;
   if (s.high !== "" && !(typeof kl === "number" && kl <= Number(s.high))) return false;
   return !s.q || searched(row).includes(s.q.toLowerCase());
 }
 
 function searched(row) {
-  const texts = row.texts[scaleOf(row)] ?? [];
-  const note = noteOf("vectors", noteKey(row));
-  return [
-    ...texts.map((place) => data.texts[place] ?? ""),
-    nameOf(row),
-    behaviourWords(row),
-    note.name,
-    note.note,
-    ...Object.values(row.tags),
-  ]
-    .join("\n")
-    .toLowerCase();
+  const { name, note } = noteOf("vectors", noteKey(row));
+  const own = [nameOf(row), behaviourWords(row), name, note, ...Object.values(row.tags)];
+  return [...textsAt(row, scaleOf(row)), ...own].join("\n").toLowerCase();
 }
 
-function numberCell(row, column) {
-  const value = row.values[column.name];
-  const cell = el(
-    "td",
-    { class: `number ${column.name}`, "data-label": column.label },
-    number(value, column.name === "kl" ? 2 : 3),
-  );
-  if (row.times !== null && value !== null && column === data.columns[1])
-    cell.append(el("span", { class: "soft times", text: ` ${number(row.times, 2)} × random` }));
-  return cell;
-}
-
-function behaviourCell(row) {
-  const cell = el("td", { class: "word behaviour", "data-label": "Behaviour" });
-  if (row.behaviour) cell.append(cardLink(row.behaviour));
-  else if (row.filtered)
-    cell.append(el("span", { class: "soft", text: `filtered out: ${row.filtered}` }));
-  const tags = tagList(row.tags);
-  if (tags) cell.append(" ", tags);
-  return cell;
-}
-
-function vectorCell(row) {
-  const what = `vector ${nameOf(row)}`;
-  const open = el("button", {
-    type: "button",
-    class: "open",
-    "aria-expanded": "false",
-    "aria-label": `Details of ${what}`,
-    text: "▸",
-    on: { click: () => change(toggled("open", `v${row.key}`)) },
-  });
-  const given = el("span", { class: "given", text: noteOf("vectors", noteKey(row)).name });
-  return el(
-    "td",
-    { class: "word vector" },
-    open,
-    vectorLink(row.key),
-    starButton("vectors", noteKey(row), what),
-    given,
-  );
-}
-
-function cellOf(row, column) {
-  if (column.name === "pick") {
-    const box = el("input", {
+// What stands in each cell. A completion comes with its scale.
+const contents = {
+  pick: (row) => [
+    el("input", {
       type: "checkbox",
       "aria-label": `Compare vector ${nameOf(row)}`,
       on: { change: () => change(toggled("sel", row.key)) },
-    });
-    return el("td", { class: "pick" }, box);
-  }
-  if (column.name === "vector") return vectorCell(row);
-  if (column.name === "behaviour") return behaviourCell(row);
-  if (column.name === "prompt")
-    return el("td", {
-      class: "word prompt",
-      "data-label": "Prompt",
-      text: data.prompts[row.prompt],
-    });
-  if (column.name === "search")
-    return el(
-      "td",
-      { class: "spark", "data-label": "Search" },
-      row.sign > 0 ? (sparkline(row.vector) ?? "") : "",
-    );
-  if (column.name === "completion")
-    return el("td", { class: "text completion", "data-label": "Completion" });
-  return numberCell(row, column);
+    }),
+  ],
+  vector: (row) => {
+    const what = `vector ${nameOf(row)}`;
+    const act = () => change(toggled("open", `v${row.key}`));
+    const open = button("▸", act, { class: "open", "aria-label": `Details of ${what}` });
+    const given = el("span", { class: "given", text: noteOf("vectors", noteKey(row)).name });
+    return [open, vectorLink(row.key), starButton("vectors", noteKey(row), what), given];
+  },
+  prompt: (row) => [data.prompts[row.prompt]],
+  behaviour: (row) => {
+    const tags = tagList(row.tags);
+    const link = row.behaviour ? cardLink(row.behaviour) : null;
+    return [link ?? (row.filtered ? soft(behaviourWords(row)) : null), tags && " ", tags];
+  },
+  search: (row) => [row.sign > 0 ? sparkline(row.vector) : null],
+  completion: () => [],
+};
+
+function measured(row, column) {
+  const value = row.values[column.name];
+  const shown = number(value, column.name === "kl" ? 2 : 3);
+  if (row.times === null || value === null || column !== data.columns[1]) return [shown];
+  const times = el("span", { class: "soft times", text: ` ${number(row.times, 2)} × random` });
+  return [shown, times];
+}
+
+function cellOf(row, column) {
+  const label = column.hidden ? null : column.label;
+  const options = { class: `${column.kind} ${column.name}`, "data-label": label };
+  return el("td", options, ...(contents[column.name] ?? measured)(row, column));
 }
 
 function makeRow(row) {
@@ -151,21 +138,23 @@ function makeRow(row) {
       return;
     change(toggled("open", `v${row.key}`));
   });
+  showState(made, row);
+  return [made, made.details].filter(Boolean);
+}
+
+function showState(made, row) {
   showText(made, row);
   showOpen(made, row);
   $("td.pick input", made).checked = state.sel.has(row.key);
-  const details = made.details;
-  return details ? [made, details] : [made];
 }
 
 function showText(made, row) {
   const scale = scaleOf(row);
-  const token = `${scale}`;
-  if (made.dataset.scale === token) return;
-  made.dataset.scale = token;
+  if (made.dataset.scale === scale) return;
+  made.dataset.scale = scale;
   const cell = $("td.completion", made);
   const text = textAt(row, scale);
-  if (text === null) cell.replaceChildren(el("span", { class: "soft", text: "–" }));
+  if (text === null) cell.replaceChildren(soft("–"));
   else if (isBaseline(row, scale))
     cell.replaceChildren(el("span", { class: "soft same", text: "= baseline" }));
   else cell.replaceChildren(clamped(text));
@@ -180,11 +169,8 @@ function showOpen(made, row) {
   opener.setAttribute("aria-expanded", String(open));
   opener.textContent = open ? "▾" : "▸";
   if (open && !made.details) {
-    made.details = el(
-      "tr",
-      { class: "details" },
-      el("td", { colspan: columns.length }, detailsOf(row)),
-    );
+    const cell = el("td", { colspan: columns.length }, detailsOf(row));
+    made.details = el("tr", { class: "details" }, cell);
     if (made.isConnected) made.after(made.details);
   }
   if (made.details) made.details.hidden = !open;
@@ -196,30 +182,16 @@ function refill() {
   shown = chosen();
   list?.stop();
   list = lazily(body, shown, makeRow);
-  $("#count").textContent =
-    shown.length === data.rows.length
-      ? plural(shown.length, "row")
-      : `${shown.length} of ${plural(data.rows.length, "row")}`;
+  $("#count").textContent = rowsShown(shown, data.rows);
   $("#none").hidden = shown.length > 0;
   markSorted($("#vectors thead"), state.sort);
 }
 
 // What decides which rows there are, and their order.
 function wanted() {
-  const { q, sort, low, high, star, prompt, b, tag, hide } = state;
-  const byText = q || hide.size || sort.endsWith("completion");
-  return JSON.stringify([
-    q,
-    sort,
-    low,
-    high,
-    star,
-    prompt,
-    [...b],
-    [...tag],
-    [...hide],
-    byText ? [state.scale, ...state.own] : 0,
-  ]);
+  const byText = state.q || state.hide.size || state.sort.endsWith("completion");
+  const chosen = [...filters(), state.sort, byText ? [state.scale, ...state.own] : 0];
+  return JSON.stringify(chosen, (_, value) => (value instanceof Set ? [...value] : value));
 }
 
 function show() {
@@ -230,10 +202,7 @@ function show() {
     return;
   }
   for (const made of $$("tr.row", body)) {
-    const row = rowOf.get(made.dataset.key);
-    showText(made, row);
-    showOpen(made, row);
-    $("td.pick input", made).checked = state.sel.has(row.key);
+    showState(made, rowOf.get(made.dataset.key));
   }
 }
 
@@ -242,8 +211,7 @@ export function goToRow(key) {
   const row = rowOf.get(key);
   if (!row) return null;
   if (!shown.includes(row)) {
-    const { hide, b, tag } = { hide: new Set(), b: new Set(), tag: new Set() };
-    change({ hide, b, tag, q: "", low: "", high: "", star: false, prompt: "" }, true);
+    change(noFilters(), true);
   }
   list.upTo(shown.indexOf(row) + 1);
   return document.getElementById(`v${key}`);
@@ -261,11 +229,8 @@ export function beginVectors() {
     if (now.length !== shown.length || now.some((row, place) => row !== shown[place])) refill();
     for (const made of $$("tr.row", body)) {
       const row = rowOf.get(made.dataset.key);
-      const note = noteOf("vectors", noteKey(row));
-      $(".given", made).textContent = note.name;
-      const star = $(".star", made);
-      star.textContent = note.star ? "★" : "☆";
-      star.setAttribute("aria-pressed", String(note.star));
+      $(".given", made).textContent = noteOf("vectors", noteKey(row)).name;
+      showStar($(".star", made), "vectors", noteKey(row));
       const link = $("a.behaviour", made);
       if (link && row.behaviour) {
         link.textContent = cardName(homeOf(row.behaviour));
