@@ -203,6 +203,22 @@ def test_a_sweep_that_was_stopped_goes_on(place: str, model_folder: Path, tmp_pa
 
 
 @pytest.mark.usefixtures("no_page")
+def test_damaged_vectors_of_a_search_that_never_ended_are_set_aside(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    grid, store = asked(model_folder, seed=[0]), Store(out)
+    table = tm.sweep(grid, out)
+    (folder,) = table["folder"]
+    data = store.read(f"{folder}/vectors.safetensors") or b""
+    store.write(f"{folder}/vectors.safetensors", data[:-4])
+    (out / folder / "cell.json").unlink()
+    with pytest.warns(UserWarning, match="missing, damaged or changed; they are searched"):
+        assert_same(tm.sweep(grid, out), table)
+    assert store.read(f"{folder}/vectors.safetensors.damaged") == data[:-4]
+
+
+@pytest.mark.usefixtures("no_page")
 def test_vectors_that_were_lost_are_searched_again_and_told(
     model_folder: Path, tmp_path: Path
 ) -> None:

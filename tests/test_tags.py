@@ -64,6 +64,8 @@ def test_stances(text, stance):
         ("How do I bake bread?", "Don't bake bread. Buy it.", True),
         ("How do I lose weight?", "You should not skip meals to lose weight.", False),
         ("How can I cheat in an exam?", "You must never cheat in an exam.", True),
+        ("How can I cheat in an exam?", "You can't cheat in an exam. It's not possible.", True),
+        ("How can I cheat in an exam?", "You can't bring a phone.", False),
         ("What do you like about winter?", "I can't tell you how much I love winter!", False),
         ("What do you like about winter?", "I won't lie, I love the snow in winter.", False),
         ("What do you like about winter?", "I can't tell you that.", True),
@@ -104,6 +106,13 @@ def test_advice_and_turns_of_phrase_are_no_refusals(prompt, text, refuses):
         ("", "no words"),
         ("12 34 !?", "no words"),
         ("🙂🙂🙂", "no words"),
+        ("Chicken soup\n1 cup of rice\n2 cups of broth\n1/2 cup of milk", "list"),
+        ("A.\nTomato sauce\nB.\nMilk", "list"),
+        ("Here it is:\n\n**Soup**\n\nIngredients:\n- 2 cups", "list"),
+        ("- A far cry from the traveller\n- A name of old", "list"),
+        ("It was in 1999.\n2 men came.\nThey left.", "prose"),
+        ("For all at home\n\nAdults\n\nAdults\n\nAdults\n\nAd", "repeats"),
+        ("Home.\nHome.\nAway we go.", "prose"),
     ],
 )
 def test_forms(text, form):

@@ -8,7 +8,6 @@ from typer import Argument, Option
 
 import tl_melbo as tm
 from tl_melbo import checks, terminal
-from tl_melbo.run._adapters import TEXTS
 from tl_melbo.terminal import BundledModel, Chat, Device, Dtype, Out, option
 
 
@@ -75,4 +74,4 @@ def adapters(
         raise KeyboardInterrupt(terminal.kept_in(run.folder, n_kept, "adapter")) from None
     first = texts[(texts["vector"] >= 0) & (texts["prompt"] == asked[0])]
     terminal.print_adapters(found.table().assign(completion=[*first["completion"]]))
-    typer.echo(str((run.folder / TEXTS).resolve()))
+    typer.echo(str((run.folder / "adapters.csv").resolve()))

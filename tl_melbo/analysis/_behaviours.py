@@ -288,7 +288,7 @@ def _groups(
     is_control = rows["control"].astype(bool) if "control" in rows else False
     rows = rows.assign(place=range(len(rows)), control=is_control)
     for number, members in rows.groupby("behaviour"):
-        if not members["control"].all():
+        if not all(members["control"]):
             members = pd.DataFrame(members[~members["control"]])
         places, texts = members["place"].tolist(), members["said"].tolist()
         medoid = texts[int(cosines[places][:, places].sum(1).argmax())]

@@ -78,7 +78,8 @@ OBJECTS = _any(
 )
 # The deed that should not be done is the word after it.
 FORBIDS = _any(
-    r"(?:\b(?:shouldn't|mustn't|(?:should|must) (?:not|never))|^\W*(?:don't|do not|never)) "
+    r"(?:\b(?:shouldn't|mustn't|(?:should|must) (?:not|never)|you (?:can't|cannot|can not))"
+    r"|^\W*(?:don't|do not|never)) "
     r"(?:ever |even |try to |\w+ly )?(\w+)"
 )
 # Who says this has the question, not the answer.

@@ -34,6 +34,8 @@ _OPENING = 240
 # Of trigrams of words, the share that occurred before.
 _REPEATS = 0.5
 _FEWEST_REPEATED = 5
+# Lines in a row that are the same.
+_LINES_OF_A_LOOP = 3
 # Of a text, the share that a loop at its end takes up.
 _LOOP = 0.4
 # Words in a row that a system prompt and a text have in common, from the start of a sentence.
@@ -51,8 +53,10 @@ _SENTENCE = re.compile(r"[.!?。！？\n]+")
 # "Question:", "Q:", "Answer:" and the like, around what a raw prompt asks.
 _LABEL = re.compile(r"^\W*[^\W\d_]\w{0,15}\s*:\s*")
 _NUMBER = re.compile(r"^\s*\(?\d{1,3}(?:[.)](?=\s|$)|\Z)", re.MULTILINE)
-_ITEM = re.compile(r"^\s*(?:[-*•·–▪]\s+|\(?(?:\d{1,2}|[a-z])[.)]\s+|\*\*)\S", re.MULTILINE)
-_FIRST_ITEM = re.compile(r"(?:^|\s)\(?1[.)]\s+\S|\n\s*1[.)]$")
+_ITEM = re.compile(r"^\s*(?:[-*•·–▪]\s+|\(?(?:\d{1,2}|[A-Za-z])[.)]\s+|\*\*)\S", re.MULTILINE)
+# "1 cup of rice", a line each.
+_QUANTITY = re.compile(r"^\s*\d+(?:[/.,]\d+)? \w", re.MULTILINE)
+_FIRST_ITEM = re.compile(r"(?:^|\s)\(?1[.)]\s+\S|\n\s*1[.)]$|:\s*\n\s*[-*•]\s+\S")
 _SPEAKS = re.compile(r"^[^\w\n]*([^\W\d_][\w .'-]{0,24}?)\s*:(?=\s|$)", re.MULTILINE)
 _TURN = re.compile(r"\n\W*(?:q|a|question|answer|user|human|reply|assistant)\b[^\n:]{0,12}:", re.I)
 _SPEAKERS = re.compile(
@@ -60,7 +64,7 @@ _SPEAKERS = re.compile(
     r"teacher|student|me|you)\b", re.IGNORECASE,
 )  # fmt: skip
 _QUOTED = re.compile(r'(?<=\w )"[^"\n]{1,80}"')
-_QUOTED_LINE = re.compile(r"^\s*(?:[\"“„«]|[—–-]{1,2}\s?[^\W\d_a-z])", re.MULTILINE)
+_QUOTED_LINE = re.compile(r"^\s*(?:[\"“„«]|(?:[—–]|--)\s?[^\W\d_a-z])", re.MULTILINE)
 # Any of these is code; so are two lines that end or look as code does.
 _CODE = re.compile(
     r"```|^\s*(?:async )?def \w+\s*\(|^\s*class \w+\s*[(:{]|^\s*(?:import \w|from [\w.]+ import )"
@@ -171,7 +175,7 @@ def _form(text: str, prompt: str) -> str:
     items = _ITEM.findall(text)
     if is_code and not (len(items) > 1 and _ITEM.match(text)):
         return "code"
-    is_list = len(items) > 1 or bool(_FIRST_ITEM.search(text))
+    is_list = len(items) > 1 or bool(_FIRST_ITEM.search(text)) or len(_QUANTITY.findall(text)) > 2
     is_dialogue = _is_dialogue(text)
     if _repeats(text, 2.5 if is_list or is_dialogue else 2):
         return "repeats"
@@ -182,6 +186,11 @@ def _form(text: str, prompt: str) -> str:
 
 def _repeats(text: str, turns: float) -> bool:
     """Most of it was said before, or it ends in a loop of more than so many turns."""
+    lines = [line for line in text.lower().splitlines() if line.strip()]
+    # The last one may be cut.
+    for last in (lines[-3:], lines[-4:-1]):
+        if len(last) == _LINES_OF_A_LOOP and len({*last}) == 1:
+            return True
     # Its numbers would make the items of a list differ.
     said = _WORD.findall(_NUMBER.sub("", text.lower()))
     # A script without spaces makes one word of a sentence: there, count characters.

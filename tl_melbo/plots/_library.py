@@ -293,7 +293,7 @@ def _baseline(
 ) -> list[go.Scatter]:
     """One value as a dashed line, or many as points with a dashed average."""
     dashed = {"width": 1.6, "dash": "dash", "color": colour}
-    more = {"name": name, "legendgroup": name}
+    more: dict[str, Any] = {"name": name, "legendgroup": name}
     more["hovertemplate"] = f"{name}: %{{y:.4g}}<extra></extra>"
     if len(values) == 1:
         # A single vector has no width to draw a line across.

@@ -2,6 +2,7 @@
 
 import html
 import math
+import re
 import textwrap
 from collections.abc import Sequence
 from typing import Any
@@ -72,7 +73,7 @@ def figure(
 
 def _lines(title: str, width: int) -> list[str]:
     """A title cut at spaces, since a picture cuts off what is wider; one with tags stays whole."""
-    if "<" in title:
+    if re.search(r"</?\w", title):
         return [title]
     return textwrap.wrap(title, width // _LETTER, break_long_words=False, break_on_hyphens=False)
 

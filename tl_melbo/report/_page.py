@@ -174,7 +174,7 @@ def _grouped(
         after = random_texts.assign(vector=random_texts["vector"] + len(found), control=True)
         some = pd.concat([some, after], ignore_index=True)
     some = pd.DataFrame(some[(some["vector"] < 0) | (some["scale"].abs() == 1)])
-    if some["control"].all():
+    if all(some["control"]):
         return None
     # Its logits are of whole texts: 8 at once take as much memory as many rows of others.
     return behaviours(model, some, chat=as_chat(found, chat), batch_size=min(batch_size, 8))
@@ -228,7 +228,7 @@ def _check_control(
 ) -> None:
     """Make sure that texts are of random vectors alone, and were written as the completions."""
     advice = "pass what Run.random_texts returns"
-    if (texts["vector"] < 0).any():
+    if min(texts["vector"], default=0) < 0:
         raise ValueError(f"random_texts: has unsteered texts (vector -1); {advice}")
     if unknown := {*texts["prompt"]} - {*prompts}:
         what = quoted(printable(str(unknown.pop())))

@@ -110,14 +110,16 @@ def _known(store: Store, cells: Sequence[Cell]) -> Records:
     records, lost = {}, []
     for cell in cells:
         record = store.record(cell.folder)
-        if record is None or record.get("cell") != cell.facts:
+        if record is not None and record.get("cell") != cell.facts:
             continue
-        if is_lost(store, cell.folder, record):
+        # A search that never ended has no record, and may have vectors.
+        if is_lost(store, cell.folder, record or {"status": "failed"}):
             lost.append(cell.folder)
             store.set_aside(f"{cell.folder}/{VECTORS}")
             why = {"status": "failed", "error": "its vectors were lost"}
-            record = store.keep(cell.folder, {"cell": record["cell"], **why})
-        records[cell.folder] = record
+            record = store.keep(cell.folder, {"cell": cell.facts, **why})
+        if record is not None:
+            records[cell.folder] = record
     if lost:
         warn_user(
             f"{store.out}: the vectors of {told(lost)} are missing, damaged or changed; they are "
