@@ -5,6 +5,7 @@ Source of the curves: Jacob G-W 2024, "I found >800 orthogonal 'write code' stee
 
 from collections.abc import Mapping, Sequence
 from itertools import cycle
+from typing import Any
 
 import numpy as np
 import pandas as pd
