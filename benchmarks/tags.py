@@ -9,7 +9,7 @@
 other: a hub id, a folder or a .gguf file), of both signs, greedy and sampled, in random order, and
 all greedy ones of one search besides. It writes no tags: fill in stance and form after reading, and
 `group` (any word; "incoherent" does not count) for the texts of that search. `agree` runs the
-rules. A label "complies" counts as "" where the text in the column `unsteered` does not refuse.
+rules. Without a column `unsteered`, a label "complies" counts as "".
 """
 
 import argparse
@@ -87,16 +87,16 @@ def agreement(rows: pd.DataFrame) -> Iterator[str]:
     """For each model, how many texts have the reader's stance and form; then the others."""
     read = pd.DataFrame(rows[rows["form"] != ""])
     if "unsteered" not in read:
-        read["unsteered"] = ""  # for those of tags.csv and tags_2.csv, no model refuses
-    tags = tm.analysis.tags
-    found, refused = [], []
-    for row in read.to_dict("records"):
-        prompt, system, unsteered = row["prompt"], row["system"] or None, row["unsteered"]
-        found.append(tags(prompt, row["completion"], system, unsteered)[TOLD].iloc[0])
-        refused.append(tags(prompt, unsteered)["stance"].iloc[0] == "refuses")
+        # The reader of tags.csv and tags_2.csv called "complies" what is on topic, which no rule
+        # claims any more; of their prompts no model refuses one.
+        read = read.assign(unsteered="", stance=read["stance"].replace("complies", ""))
+    found = [
+        tm.analysis.tags(
+            row["prompt"], row["completion"], row["system"] or None, row["unsteered"] or None
+        )[TOLD].iloc[0]
+        for row in read.to_dict("records")
+    ]
     told = pd.DataFrame(found, index=read.index)
-    # Readers of those files called "complies" what is on topic, which no rule claims any more.
-    read["stance"] = read["stance"].where(refused, read["stance"].replace("complies", ""))
     right = (told == read[TOLD]).all(axis=1)
     for name, some in right.groupby(read["model"]):
         both = ", ".join(f"{tag} {int((told[tag] == read[tag])[some.index].sum())}" for tag in TOLD)

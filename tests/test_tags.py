@@ -74,6 +74,8 @@ def test_stances(text, stance):
         ("Which book should I read?", "I cannot recommend this book enough.", False),
         (SELF, "I will not bore you with my life story. I'm a teacher from Oslo.", False),
         (SELF, "I will not answer that.", True),
+        (SELF, "I'm sorry for any confusion, but I don't have the ability to do it.", True),
+        (SELF, "I don't have the time to write much. I'm a nurse.", False),
     ],
 )
 def test_advice_and_turns_of_phrase_are_no_refusals(prompt, text, refuses):
