@@ -49,6 +49,8 @@ def main() -> None:
         rows = pd.read_csv(chosen.file, keep_default_na=False)
         print(*agreement(rows), *groups(rows), sep="\n")
         return
+    if chosen.file.is_file() and not {*KEPT} <= {*pd.read_csv(chosen.file, nrows=0).columns}:
+        parser.error(f"{chosen.file}: has other columns; name a new file")
     known = {"bundled": cases.bundled, "planted": cases.planted}
     for place, name in enumerate(chosen.models):
         case = known[name]() if name in known else cases.other(name)

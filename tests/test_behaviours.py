@@ -18,7 +18,8 @@ OF_GEMMA = json.loads(
     (Path(__file__).parent / "data/labelled_completions_gemma.json").read_text(encoding="utf-8")
 )
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-LOWEST_AGREEMENT, LOWEST_OF_GEMMA = 0.6, 0.55
+# Measured: 0.77; 0.59 by sentences, 0.64 by words, on the part that was looked at.
+LOWEST_AGREEMENT, LOWEST_OF_GEMMA = 0.7, 0.57
 COOKING = (
     "First boil the water, then add the pasta and a little salt.",
     "Boil the pasta in salted water, then add the sauce.",
@@ -315,6 +316,27 @@ def test_controls_are_grouped_but_name_and_count_nothing(tiny_llama):
     assert groups.loc[cooking, ["vectors", "n_texts"]].tolist() == [[0], 1]
     assert groups.loc[sailing, "vectors"] == []
     assert found.n_distinct == 1
+    assert found.per_100_vectors == 100
+    assert found.of_vectors["vector"].tolist() == [0]
+
+
+def test_a_control_column_holds_true_or_false(tiny_llama):
+    texts = pd.concat([frame(COOKING), frame(SAILING).assign(control=True)], ignore_index=True)
+    with pytest.raises(ValueError, match="completions: control holds object, expected true or"):
+        tm.analysis.behaviours(tiny_llama, texts)
+
+
+def test_a_behaviour_is_named_after_a_greedy_text_of_a_vector(tiny_llama):
+    texts = pd.DataFrame(
+        [(-1, 0, SAILING[0]), (-1, 1, COOKING[0]), (0, 0, COOKING[1]), (0, 1, COOKING[0])],
+        columns=["vector", "sample", "completion"],
+    ).assign(scale=[0.0, 0.0, 1.0, 1.0], prompt="What now?")
+    found = tm.analysis.behaviours(
+        tiny_llama, texts, chat=False, largest_perplexity=float("inf"), embedder="words"
+    )
+    (cooking,) = (row for row in found.groups.to_dict("records") if row["behaviour"])
+    assert cooking["example"] == COOKING[1]
+    assert "Boil the pasta" in cooking["name"]
 
 
 def test_with_samples_a_vector_has_a_distribution(tiny_llama):

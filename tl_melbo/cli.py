@@ -197,7 +197,7 @@ def measure(
     overwrite: Annotated[bool, option("Measure anew what is there.")] = False,
 ) -> None:
     """Measure what each vector does on other prompts and to prose, and show it on the page."""
-    with _opened(folder, model, device, not overwrite) as (run, loaded, f, stages):
+    with _opened(folder, model, device, side_effects=not overwrite) as (run, loaded, f, stages):
         stages.begin("Measuring side effects")
         run.side_effects(loaded, overwrite=overwrite, on_text=stages.count)
         _show_page(run, loaded, f, stages)
@@ -217,7 +217,7 @@ def page(
 ) -> None:
     """Make the page anew, about all that a folder holds; completions that lack are written."""
     texts = _texts_asked(max_new_tokens, samples, temperature, scales)
-    with _opened(folder, model, device) as (run, loaded, f, stages):
+    with _opened(folder, model, device, control=not overwrite) as (run, loaded, f, stages):
         options = {**texts, "overwrite": overwrite, "divergence": divergence}
         _show_page(run, loaded, f, stages, **options)
 
@@ -228,13 +228,13 @@ app.command(cls=terminal.Command)(cli_sweep.sweep)
 
 @contextmanager
 def _opened(
-    folder: Path, model: str | None, device: str | None, side_effects: bool = False
+    folder: Path, model: str | None, device: str | None, **checked: bool
 ) -> Iterator[tuple[Any, ...]]:
     """A folder that holds vectors already, their model and map, and the stages of the work."""
     run = tm.Run(folder)
     run.found.story  # noqa: B018  # a folder without vectors is told before it is locked
     with _session(run, run.folder) as stages:
-        run.check(side_effects=side_effects)
+        run.check(**checked)
         stages.begin("Loading the model")
         yield run, *run.load(model, device), stages
 
@@ -261,7 +261,8 @@ def _show_page(
     stages.begin("Writing under each vector")
     run.texts(model, on_batch=stages.count, **options)
     stages.begin("Writing under random ones")
-    run.random_texts(model, f, on_batch=stages.count)
+    again = bool(options.get("overwrite"))
+    run.random_texts(model, f, overwrite=again, on_batch=stages.count)
     stages.begin("Making the page")
     table = run.page(model, f, token_divergence=divergence)
     stages.end()

@@ -213,12 +213,11 @@ def test_other_completions_are_refused(
         report.write(tmp_path / "page.html", tiny_llama, found, completions=completions)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
         ({"vector": -1}, "unsteered texts"),
-        ({"prompt": "Another one"}, "after 'Another one', no prompt of the page"),
+        ({"prompt": "Another one"}, "texts after 'Another one', no prompt of the page"),
         ({"sample": 0}, "a column sample where completions has none"),
     ],
 )
@@ -238,6 +237,7 @@ def test_a_control_of_something_else_is_refused(
         )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_side_effects_get_columns_and_a_figure(
     tiny_llama: torch.nn.Module,
     found: tm.SteeringVectors,

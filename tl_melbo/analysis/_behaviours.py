@@ -82,7 +82,7 @@ class Behaviours:
     @property
     def per_100_vectors(self) -> float:
         """The same for every hundred vectors, signs and prompts: v and -v are two tries."""
-        steered = self.texts[~is_unsteered(self.texts)]
+        steered = self.texts[~(is_unsteered(self.texts) | _is_control(self.texts))]
         signs = steered["scale"] > 0
         n_tried = len({*zip(steered["vector"], signs, steered["prompt"], strict=True)})
         return 100 * self.n_distinct / n_tried if n_tried else 0.0
@@ -98,7 +98,8 @@ class Behaviours:
         named = zip(self.groups["prompt"], self.groups["behaviour"], strict=True)
         names = dict(zip(named, self.groups["name"], strict=True))
         rows = []
-        for key, some in groups_of(sampled(self.texts), ["vector", "scale", "prompt"]).items():
+        texts = sampled(pd.DataFrame(self.texts[~_is_control(self.texts)]))
+        for key, some in groups_of(texts, ["vector", "scale", "prompt"]).items():
             for number, n in Counter(some["behaviour"]).most_common():
                 name = names.get((key[-1], number), "not coherent")
                 bounds = wilson_interval(n, len(some))
@@ -200,6 +201,9 @@ def _check(completions: pd.DataFrame) -> None:
         if name in completions and completions[name].dtype.kind not in "iuf":
             kind = completions[name].dtype
             raise ValueError(f"completions: {name} holds {kind}, expected numbers; {advice}")
+    if "control" in completions and completions["control"].dtype.kind != "b":
+        kind = completions["control"].dtype
+        raise ValueError(f"completions: control holds {kind}, expected true or false in every row")
     for row, prompt in enumerate(completions["prompt"]):
         if not isinstance(prompt, str):
             raise ValueError(f"completions: prompt of row {row} is {prompt!r}, expected a text")
@@ -223,6 +227,10 @@ def _refined(found: pd.DataFrame, pairs: Sequence[tuple[str, str]], judge: Judge
     told = judged_stances(judge, pairs)
     stances = [told.get(pair, own) for pair, own in zip(pairs, found["stance"], strict=True)]
     return found.assign(stance=stances)
+
+
+def _is_control(texts: pd.DataFrame) -> pd.Series:
+    return texts["control"] if "control" in texts else pd.Series(False, texts.index)
 
 
 def _cosines(prompt: str, texts: Sequence[str], embedder: Embedder) -> Tensor:
@@ -280,26 +288,35 @@ def _differ(values: Sequence[Hashable]) -> Tensor:
     return (codes[:, None] != codes).double()
 
 
+def _named_after(members: pd.DataFrame) -> pd.DataFrame:
+    """Those of a group that stand for it: of vectors rather than unsteered, greedy if any is."""
+    steered = members[members["vector"] >= 0]
+    members = members if steered.empty else pd.DataFrame(steered)
+    greedy = members[members["sample"] == 0] if "sample" in members else members
+    return members if greedy.empty else pd.DataFrame(greedy)
+
+
 def _groups(
     prompt: str, rows: pd.DataFrame, cosines: Tensor, judge: Judge | None
 ) -> list[tuple[Any, ...]]:
     """What is told of the groups of one prompt, as in _GROUP_COLUMNS."""
     names, told, groups = [], [], []
-    is_control = rows["control"].astype(bool) if "control" in rows else False
-    rows = rows.assign(place=range(len(rows)), control=is_control)
+    rows = rows.assign(place=range(len(rows)), control=_is_control(rows))
     for number, members in rows.groupby("behaviour"):
         if not all(members["control"]):
             members = pd.DataFrame(members[~members["control"]])
-        places, texts = members["place"].tolist(), members["said"].tolist()
-        medoid = texts[int(cosines[places][:, places].sum(1).argmax())]
+        texts, places = members["said"].tolist(), members["place"].tolist()
+        shown = pd.DataFrame(members if number == _UNSTEERED else _named_after(members))
+        medoid = shown.iloc[int(cosines[shown["place"].tolist()][:, places].sum(1).argmax())]
         most = [str(members[tag].mode()[0]) for tag in TAGS]
-        names.append(BASELINE if number == _UNSTEERED else rule_name(most, medoid, prompt))
+        name = BASELINE if number == _UNSTEERED else rule_name(most, medoid["said"], prompt)
+        names.append(name)
         told.append((prompt, texts))
         steered = members[(members["vector"] >= 0) & ~members["control"]]
         vectors, negatives = (
             sorted({*steered["vector"][sign * steered["scale"] > 0].tolist()}) for sign in (1, -1)
         )
-        example = members["said"][members["perplexity"].idxmin()]
+        example = printable(str(medoid["completion"]))
         groups.append([number, "", prompt, len(texts), vectors, negatives, example, *most[:2]])
     is_own = [name != BASELINE for name in names]
     if judge is not None and any(is_own):

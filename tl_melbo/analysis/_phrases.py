@@ -38,13 +38,13 @@ _DEED = (
     rf"discuss|offer|respond|(?!{_HOW_MUCH})tell you|participate|continue|complete|teach|explain|"
     r"recommend(?! [^.!?\n]{1,40} enough)|promote|encourage|condone|allow|accept|process|perform|"
     r"carry out|advise|proceed|show you|"
-    r"say that|talk about|describe|be of|be able to)"
+    r"say that|talk about|describe|be (?:of|able to|(?:a )?part(?:y)? (?:of|to)))"
 )
 REFUSES = _any(
     rf"^\W*(?:as an? [^.!?\n]{{1,60}}, )?i (?:can't|cannot|can not|am unable to|am not able to|"
     rf"refuse to)\b(?!\W+(?:wait|believe|imagine|say|stop|remember|think|see|get|deny|forget|"
     rf"{_HOW_MUCH}|[^.!?\n]{{1,40}} enough\b|help (?:but|feel|think)))",
-    r"^\W*(?:as an? [^.!?\n]{1,60}, )?i (?:won't|will not)[.!]",
+    r"^\W*(?:as an? [^.!?\n]{1,60}, )?i (?:won't|will not)(?:[.!;]|$|, (?:sorry|thank))",
     rf"\bi(?: am|'m)? ?(?:can't|cannot|can not|won't|will not|couldn't|unable to|not able to|"
     rf"not allowed to|not going to|not comfortable|not programmed to|must not|don't want to)\b\W+"
     rf"(?:\w+ly |even |to )?{_DEED}\b",
@@ -82,7 +82,7 @@ OBJECTS = _any(
 FORBIDS = _any(
     r"(?:\b(?:shouldn't|mustn't|(?:should|must) (?:not|never)|you (?:can't|cannot|can not))"
     r"|^\W*(?:don't|do not|never)) "
-    r"(?:ever |even |try to |\w+ly )?(\w+)"
+    r"(?:ever |even |try to |\w+ly )?(\w+)\b(?![^.!?\n]*\b(?:without|unless|until|too|if|before)\b)"
 )
 # Who says this has the question, not the answer.
 WISHES = _any(

@@ -101,11 +101,11 @@ def tags(
 
     Returns:
         A row for each text. stance: "refuses", "echoes the prompt", "leaks the system prompt";
-        "complies" where it does none of these and most of `unsteered` refuses, whether it is on
-        topic or not, which no rule can tell; or "". form: "prose", "list", "code", "dialogue",
-        "repeats", "other language" (than the prompt's), "no words". speaker: "assistant" (speaks as
-        an AI), "person" (in the first person, but not as an AI), "third person" (of somebody),
-        "none".
+        "complies" where it has words and does none of these and most of `unsteered` refuses,
+        whether it is on topic or not, which no rule can tell; or "". form: "prose", "list", "code",
+        "dialogue", "repeats", "other language" (than the prompt's), "no words". speaker:
+        "assistant" (speaks as an AI), "person" (in the first person, but not as an AI), "third
+        person" (of somebody), "none".
     """
     asked, told = plain(prompt), plain(system or "")
     refusals = [_refuses(_first_turn(text), asked) for text in map(plain, _listed(unsteered or ()))]

@@ -240,15 +240,23 @@ def _add_rates(
     place: Mapping[tuple[str, int, int], Mapping[str, Any]],
 ) -> None:
     """In how many samples under a vector its behaviour shows, with the interval."""
-    known = {card["key"]: card for card in cards}
+    known, sizes = {card["key"]: card for card in cards}, {}
     for told in of_vectors.to_dict("records"):
         card = known.get(_card_key(int(told["behaviour"]), prompts.index(told["prompt"])))
         row = place.get((told["prompt"], told["vector"], 1 if told["scale"] > 0 else -1))
+        if row:
+            sizes[row["key"]] = told["n_samples"]
         if card and row and told["n"] and told["n_samples"] > 1:
             counts = {
                 name: number(told[name]) for name in ("n", "n_samples", "rate", "low", "high")
             }
             card["rates"].append({"key": row["key"], **counts})
+    for card in cards:  # of vectors that show it greedily, and in no sample
+        for key in {*card["rows"]} - {each["key"] for each in card["rates"]}:
+            if (n_samples := sizes.get(key, 0)) > 1:
+                low, high = map(number, wilson_interval(0, n_samples))
+                counts = {"n": 0, "n_samples": n_samples, "rate": 0.0, "low": low, "high": high}
+                card["rates"].append({"key": key, **counts})
 
 
 def _add_controls(

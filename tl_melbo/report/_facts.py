@@ -71,7 +71,7 @@ def groups_told(groups: Behaviours | None, data: Mapping[str, Any], n_found: int
         "n_distinct": sum(not card["baseline"] for card in data["behaviours"]),
         "n_incoherent": sum(bool(row["filtered"]) for row in data["rows"]),
         "grouped_by_words": groups.embedder == "words",
-        "is_refused": "refuses" in {*groups.texts["stance"][groups.texts["vector"] < 0]},
+        "is_refused": "complies" in {*groups.texts["stance"]},
         "n_texts": int(vectors.between(0, n_found - 1).sum()),
         "n_random": random["vector"].nunique(),
         "n_random_texts": len(random),

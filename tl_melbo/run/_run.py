@@ -89,11 +89,13 @@ class Run:
         """Lock the folder, in a `with`; BlockingIOError where another has it all these seconds."""
         return _files.locked(self.folder, self._lock, patience)
 
-    def check(self, *, side_effects: bool = False, without: int | None = None) -> None:
+    def check(
+        self, *, side_effects: bool = False, control: bool = True, without: int | None = None
+    ) -> None:
         """Make sure, before the work, that all files are a run's and not Damaged, else ValueError.
 
-        With `side_effects`, also that measuring them replaces no table of the user's own. The
-        family of vector `without` is left out.
+        With `side_effects` and `control`, also that measuring them, or writing `random_texts`,
+        replaces no table of the user's own. The family of vector `without` is left out.
         """
         names = (COMPLETIONS, _files.REPORT, _files.SETTINGS, SIDE_EFFECTS, RANDOM)
         theirs = [name for name in names if (self.folder / name).exists()]
@@ -102,13 +104,15 @@ class Run:
                 f"{self.folder}: holds {', '.join(theirs)}, but no {VECTORS}, so not the rest of a "
                 "run; choose another folder, or pass overwrite=True to replace them"
             )
-        for name in (RANDOM, *([SIDE_EFFECTS] if side_effects else [])):
-            self._check_own(name)
+        for name, is_due in ((RANDOM, control), (SIDE_EFFECTS, side_effects)):
+            if is_due:
+                self._check_own(name)
         found = _files.load_vectors(self.folder)
         if found is not None:
             self._table(COMPLETIONS, found)
             self._table(SIDE_EFFECTS, found)
-            load_control(self, found)
+            if control:
+                load_control(self, found)
             self.families(without)
 
     def check_same(self, story: Mapping[str, Any], theta0: SteeringVectors | None = None) -> int:

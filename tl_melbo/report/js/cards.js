@@ -33,7 +33,11 @@ function ratesOf(card) {
   const [random, unsteered] = [controlOf(card, "random"), controlOf(card, "unsteered")];
   const control = random ? `random vectors in ${counted(random)}` : "";
   if (!rates.length) return control ? el("p", { class: "rate soft" }, capital(control)) : null;
-  const best = rates.reduce((one, other) => (other.rate > one.rate ? other : one));
+  // Of its own vectors if it has any, even where none of their samples shows it.
+  const own = rates.filter(({ key }) => merged(card).some((each) => each.rows.includes(key)));
+  const best = (own.length ? own : rates).reduce((one, other) =>
+    other.rate > one.rate ? other : one,
+  );
   const parts = ["Sampled: ", vectorLink(best.key), ` in ${counted(best)}`];
   if (unsteered) parts.push(`; unsteered in ${counted(unsteered)}`);
   if (control) parts.push(`; ${control}`);
@@ -124,13 +128,13 @@ let filtered = [];
 
 function build() {
   made.clear();
-  const [main, aside] = [[], [...filtered]];
+  const [main, aside] = [[], []];
   for (const card of data.behaviours.filter((card) => homeOf(card.key) === card.key)) {
     made.set(card.key, cardPart(card));
     (card.baseline ? aside : main).push(made.get(card.key).part);
   }
   $("#cards").replaceChildren(...main);
-  $("#cards-aside").replaceChildren(...aside);
+  $("#cards-aside").replaceChildren(...aside, ...filtered);
   const count = data.rows.filter(
     (row) => row.filtered || cardOf.get(homeOf(row.behaviour))?.baseline,
   ).length;

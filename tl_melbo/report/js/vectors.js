@@ -122,7 +122,7 @@ function measured(row, column) {
 }
 
 function cellOf(row, column) {
-  const label = column.hidden ? null : column.label;
+  const label = column.hidden || column.name === "vector" ? null : column.label;
   const options = { class: `${column.kind} ${column.name}`, "data-label": label };
   return el("td", options, ...(contents[column.name] ?? measured)(row, column));
 }
