@@ -230,7 +230,7 @@ def _refined(found: pd.DataFrame, pairs: Sequence[tuple[str, str]], judge: Judge
 
 
 def _is_control(texts: pd.DataFrame) -> pd.Series:
-    return texts["control"] if "control" in texts else pd.Series(False, texts.index)
+    return pd.Series(texts.get("control", False), texts.index)
 
 
 def _cosines(prompt: str, texts: Sequence[str], embedder: Embedder) -> Tensor:
