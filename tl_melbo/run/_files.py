@@ -208,3 +208,8 @@ def another_search(place: Path, reason: str, differing: list[Any]) -> DifferentS
         differing,
         reason,
     )
+
+
+def n_tried(found: SteeringVectors | None) -> int:
+    """How many vectors a search has been through, lost ones included."""
+    return 0 if found is None else int(found.columns["index"].max()) + 1

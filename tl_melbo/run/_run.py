@@ -135,7 +135,7 @@ class Run:
         if differing := differences(theirs, ours):
             reason = f"found with {', '.join(map(str, differing))}"
             raise _files.another_search(place, reason, differing)
-        return _n_tried(found)
+        return _files.n_tried(found)
 
     @shape_checked
     def keep(
@@ -179,7 +179,7 @@ class Run:
         with self.writing():
             found = None if overwrite else _files.load_vectors(place, theta0)
             known = {} if theta0 else _files.load_settings(self.folder, overwrite)
-            missing = n_vectors and max(0, n_vectors - _n_tried(found))
+            missing = n_vectors and max(0, n_vectors - _files.n_tried(found))
             try:
                 search = method.parts(f, n_vectors=missing, previous=found, **settings)
                 search.check_total(n_vectors)
@@ -394,8 +394,3 @@ class Run:
     ) -> None:
         _files.save_table(self.folder / name, table)
         self.note(**settings, **{_OWNER[name]: _files.digest(found)})
-
-
-def _n_tried(found: SteeringVectors | None) -> int:
-    """How many vectors a search has been through, lost ones included."""
-    return 0 if found is None else int(found.columns["index"].max()) + 1
