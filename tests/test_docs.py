@@ -131,7 +131,7 @@ def test_the_code_about_judges_runs_as_printed(tiny_llama, monkeypatch):
     """With a tiny model, a judge that needs no server, and one prompt."""
     go = pytest.importorskip("plotly.graph_objects")
     text = (ROOT / "docs" / "judges.md").read_text(encoding="utf-8")
-    asked, counted, compared, _, mixed = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    asked, counted, compared, _, _, mixed = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
     class Polite:
         calls = tokens = 0

@@ -62,6 +62,8 @@ def effect_map(
     for name in dict.fromkeys(named):
         colour, symbol = looks.get(name, (_PALE_GREY, _ASIDE.get(str(name), "circle")))
         at = [place for place, other in enumerate(named) if other == name]
+        # The legend shows the first one's symbol.
+        at.sort(key=lambda place: str(labels[place]).endswith("-"))
         texts = [str(labels[place]) for place in at]
         hollow = [f"{symbol}-open" if text.endswith("-") else symbol for text in texts]
         whole = printable(str(name or "not grouped"))
