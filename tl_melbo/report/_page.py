@@ -94,11 +94,10 @@ def write(
         "random_texts": random_texts, "adapter_texts": adapter_texts, "factor_texts": factor_texts,
         "top_tokens": top_tokens, "token_divergence": token_divergence,
     }  # fmt: skip
-    _check_frames(found, {name: frame for name, frame in frames.items() if frame is not None})
+    _check_frames(found, frames)
     kept = notes_given(notes)
     texts = _prompts(found, completions, prompts)
-    if random_texts is not None:
-        _check_control(random_texts, completions, texts)
+    _check_control(random_texts, completions, texts)
     # Before the completions are written: it refuses vectors of no norm.
     cosines = cosine_similarity(found)
     options: dict[str, Any] = {"layer": layer, "chat": chat, "batch_size": batch_size}
@@ -116,12 +115,8 @@ def write(
         groups = _grouped(model, completions, random_texts, found, chat, batch_size)
         measured = Measured(kl, baselines, side_effects)
         data = _data.rows_data(found, texts, completions, groups, measured)
-        rows = data["rows"]
-        keys = {(texts[row["prompt"]], row["vector"], row["sign"]): row["key"] for row in rows}
+        keys = _keys(data["rows"], texts)
         effects = _parts.effects_of(found, activation_map)
-        tables = [_parts.adapter_tables(adapters, adapter_texts)]
-        tables.append(_parts.adapter_tables(factors, factor_texts, "factor"))
-        tables += map(_parts.family_tables, families)
         data |= {
             "library": _data.library_id(found),
             "folder": run_folder,
@@ -130,7 +125,7 @@ def write(
             "tokens": _tokens.top_tokens_data(top_tokens, keys, texts),
             "divergence": _tokens.divergence_data(token_divergence, keys),
             "notes": kept,
-            "tables": {name: table for some in tables for name, table in some.items()},
+            "tables": _tables(families, (adapters, adapter_texts), (factors, factor_texts)),
         }
         page = render(
             data,
@@ -144,6 +139,20 @@ def write(
         )
         temporary.write_text(page, encoding="utf-8", newline="\n")
     return _table(found, completions, data, measured)
+
+
+def _tables(families: Sequence[Family], adapters: Any, factors: Any) -> dict[str, Any]:
+    """The tables that stand by themselves; adapters and factors come with their texts."""
+    tables = _parts.adapter_tables(*adapters)
+    tables |= _parts.adapter_tables(*factors, "factor")
+    for part in families:
+        tables |= _parts.family_tables(part)
+    return tables
+
+
+def _keys(rows: Sequence[Mapping[str, Any]], prompts: Sequence[str]) -> dict[Any, str]:
+    """What the page calls each prompt, vector and sign."""
+    return {(prompts[row["prompt"]], row["vector"], row["sign"]): row["key"] for row in rows}
 
 
 def _prompts(
@@ -224,9 +233,11 @@ _FRAMES: Mapping[str, tuple[Sequence[str], str]] = {
 
 
 def _check_control(
-    texts: pd.DataFrame, completions: pd.DataFrame | None, prompts: Sequence[str]
+    texts: pd.DataFrame | None, completions: pd.DataFrame | None, prompts: Sequence[str]
 ) -> None:
     """Make sure that texts are of random vectors alone, and were written as the completions."""
+    if texts is None:
+        return
     advice = "pass what Run.random_texts returns"
     if min(texts["vector"], default=0) < 0:
         raise ValueError(f"random_texts: has unsteered texts (vector -1); {advice}")
@@ -240,7 +251,8 @@ def _check_control(
         )
 
 
-def _check_frames(found: SteeringVectors, frames: Mapping[str, pd.DataFrame]) -> None:
+def _check_frames(found: SteeringVectors, given: Mapping[str, pd.DataFrame | None]) -> None:
+    frames = {name: frame for name, frame in given.items() if frame is not None}
     for name, frame in frames.items():
         columns, source = _FRAMES[name]
         if name == "baselines" and "objective" in frame:

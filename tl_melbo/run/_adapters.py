@@ -113,7 +113,7 @@ def _kept(path: Path, found: Kept | None, search: Any, count: int, tell: OnAdapt
     tell(sum(map(len, parts)), count)
     if found is None or len(found) < count:
         for part in search:
-            if not parts:  # texts under others, which go with them
+            if not parts and path.is_file():  # texts under others, which go with them
                 path.with_suffix(".csv").unlink(missing_ok=True)
             parts.append(part)
             one_after_another(parts, parts[0].story).save(path)
