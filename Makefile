@@ -100,7 +100,7 @@ test: lint test-quick test-avx2 test-tl3 ## What every change must pass, in unde
 lint: $(INSTALLED) ## Style, formatting, types, and which module may import which
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
-	$(PY) -m basedpyright --pythonpath $(PY)
+	$(PY) -m pyrefly check --python-interpreter-path $(PY) --min-severity error
 	$(PY) -c 'from importlinter.cli import lint_imports_command as run; run(["--no-logo"])'
 
 test-quick: browser $(INSTALLED) ## The quick tests, on transformer-lens 4.x (PYTEST_ARGS="-k page" for some of them)

@@ -101,18 +101,18 @@ def _baked(model: Model, added: Mapping[int, Tensor]) -> Any:
     kind, config = plain.config.model_type, plain.config.to_dict()
     if kind in _BIASED:
         name = _BIASED[kind]
-        kind_of: Any = type(plain)
+        kind_of, config_of = type(plain), type(plain.config)
     elif kind in _AS_LLAMA and not config.get("use_sliding_window"):
         has_bias = kind == "qwen2" or config["attention_bias"]
         config |= {"mlp_bias": True, "attention_bias": has_bias, "model_type": "llama"}
         config |= {"architectures": ["LlamaForCausalLM"]}
         known = LlamaConfig().to_dict()
         config = {key: value for key, value in config.items() if key in known}
-        kind_of, name = LlamaForCausalLM, _LLAMA_BIAS
+        kind_of, config_of, name = LlamaForCausalLM, LlamaConfig, _LLAMA_BIAS
     else:
         raise ValueError(f"model: {_why_not(kind, config)}; steer it with tm.steered instead")
     facts = {"layers": [*added], "norms": [float(theta.norm()) for theta in added.values()]}
-    config = kind_of.config_class.from_dict({**config, "steering": facts, "dtype": plain.dtype})
+    config = config_of.from_dict({**config, "steering": facts, "dtype": plain.dtype})
     with torch.device("meta"):
         baked: Any = kind_of(config)
     wanted = baked.state_dict().keys()

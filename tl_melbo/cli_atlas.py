@@ -76,7 +76,8 @@ def atlas(
         "max_new_tokens": max_new_tokens,
     }
     check_settings(**numbers)
-    settings = {**numbers, "positions": options.read(positions, slice, "positions"), "chat": chat}
+    window = options.read(positions, slice, "positions")
+    settings: dict[str, Any] = {**numbers, "positions": window, "chat": chat}
 
     def keep(found: tm.evaluation.Atlas) -> None:
         save_table(out / TABLE, found.table)
@@ -88,8 +89,8 @@ def atlas(
             n_layers = int(loaded.cfg.n_layers)
             chosen = {name: _resolved(each, n_layers, name) for name, each in layers.items()}
             stages.begin("Going through the layers")
-            calls: dict[str, Any] = {"on_source": keep, "on_batch": stages.count, "folder": out}
-            found = tm.evaluation.atlas(loaded, prompts, **chosen, **settings, **calls)
+            settings |= {**chosen, "on_source": keep, "on_batch": stages.count, "folder": out}
+            found = tm.evaluation.atlas(loaded, prompts, **settings)
             keep(found)
             stages.begin("Drawing")
             _draw(found, out / PAGE)

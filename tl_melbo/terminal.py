@@ -193,6 +193,7 @@ def _print_frame(
     table: "pd.DataFrame", numbers: Iterable[str], texts: Iterable[str] = ("completion",)
 ) -> None:
     """Print these columns of a frame."""
+    # pyrefly: ignore[bad-argument-type]  # None is no value to its stubs of pandas
     cells = table.astype(object).where(table.notna(), None)
     shown = {}
     for name in numbers:

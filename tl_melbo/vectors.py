@@ -119,13 +119,13 @@ class SteeringVectors(Library):
         """The layer after which the vectors are added, or None where that is not known."""
         return self.story.get("source_layer")
 
-    def table(self) -> pd.DataFrame:
+    def table(self) -> Table:
         """One row a vector: index, norm, objective and whatever other number is known of each."""
         frame = Table({"index": self.columns["index"].numpy(), "norm": self.norms.numpy()})
         categories = self.story.get("categories", {})
         for name, column in self.columns.items():
             if name in categories:
-                frame[name] = pd.Categorical.from_codes(column.numpy(), categories[name])
+                frame[name] = pd.Categorical.from_codes(column.tolist(), categories[name])
             elif name != "index" and column.ndim == 1:
                 frame[name] = column.numpy()
         return frame

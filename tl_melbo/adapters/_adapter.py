@@ -116,8 +116,8 @@ class Adapter(BlockLibrary):
             ValueError: shapes that do not fit together; a value that is not finite.
         """
         facts = {"method": "from_tensor", "model": model, "d_model": A.shape[2], "date": now()}
-        facts["hyperparameters"] = {"length": float(length)}
-        return cls(A, B, story={**facts, "layers": list(layers)})
+        chosen = {"hyperparameters": {"length": float(length)}, "layers": list(layers)}
+        return cls(A, B, story=facts | chosen)
 
     @property
     def rank(self) -> int:

@@ -66,8 +66,8 @@ def token_divergence(
     chat = as_chat(vectors, noted if chat is None else chat)
     # An empty text may have been read back from a file as a missing number.
     is_text = completions["completion"].map(lambda text: isinstance(text, str))
-    rows = pd.DataFrame(completions[is_text]).to_dict("records")
-    rows = [row for row in rows if row["vector"] >= 0 and tokens_of(model, row["completion"])]
+    of_vectors: Any = completions[is_text & (completions["vector"] >= 0)]
+    rows = [r for r in of_vectors.to_dict("records") if tokens_of(model, r["completion"])]
     if not rows:
         raise ValueError("completions: no text of a vector; pass what generate wrote under vectors")
     prompts = {

@@ -61,7 +61,7 @@ def patch(answer: Any, model: Any, f: tm.ActivationMap, theta: tm.SteeringVector
         for layer in layers:
             what = f"the residual stream of all tokens, shape {tuple(f.y.shape)}"
             stream = tensor(answer(layer), f.y.shape, what)
-            _compare(layer, (stream - f.y) * (effect != 0), effect, float(told.loc[layer, "share"]))
+            _compare(layer, (stream - f.y) * (effect != 0), effect, float(told["share"][layer]))
     shares = ", ".join(f"layer {layer}: {told.loc[layer, 'share']:.2f}" for layer in layers)
     return Note(f"Right: shares of the effect that one MLP carries alone: {shares}.")
 

@@ -94,7 +94,8 @@ class Search(Iterator[SteeringVectors]):
         if previous is not None and len(previous):
             self._continue(previous, orthogonal_to)
             self.check_total(n_vectors and self.first + n_vectors)
-        self._parts, self._bar = self._run(), None
+        self._parts = self._run()
+        self._bar: tqdm[Any] | None = None
 
     def check_total(self, n_vectors: int | None) -> None:
         """Raise where vectors that were found together are wanted in another number in all."""

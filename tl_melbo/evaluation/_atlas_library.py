@@ -84,7 +84,7 @@ def file_name(source: int) -> str:
 
 def load(folder: Path, facts: Mapping[str, Any] | None = None) -> dict[int, SteeringVectors]:
     """The libraries in a folder, by source: of one atlas, and of that of these facts, if any."""
-    libraries = {}
+    libraries: dict[Any, SteeringVectors] = {}
     for path in sorted(folder.glob(FILES)):
         library = SteeringVectors.load(path)
         with vectors_file.damage_told(path):

@@ -138,7 +138,7 @@ def dose_response(
         raise ValueError(f"scales={list(scales)}: finite numbers other than 0, each once")
     if steering is None:
         raise ValueError("steering: none given; pass vectors, or an adapter")
-    options = {
+    options: dict[str, Any] = {
         "n_samples": n_samples, "temperature": temperature, "seed": seed,
         "max_new_tokens": max_new_tokens, "batch_size": batch_size,
     }  # fmt: skip
@@ -158,9 +158,9 @@ def dose_response(
     texts["vector"] = texts["vector"].where(~is_random, texts["vector"] % n_vectors)
     texts["count"] = _counts(texts["completion"].tolist(), count, question)
     pairs = list(zip(texts["prompt"], texts["completion"], strict=True))
-    limits = (DEFAULT_PERPLEXITY, DEFAULT_REPETITION, batch_size)
+    limits = (DEFAULT_PERPLEXITY, DEFAULT_REPETITION)
     texts["coherent"] = (
-        judged(model, pairs, options["chat"], *limits)["filtered_out"] == ""
+        judged(model, pairs, options["chat"], *limits, batch_size)["filtered_out"] == ""
     ).tolist()
     return DoseResponse(_table(texts, confidence), Table(texts), confidence)
 

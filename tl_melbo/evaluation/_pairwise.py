@@ -105,7 +105,8 @@ def pairwise(
     first, second = (
         [given[place, turned] for place in range(len(pairs))] for turned in (False, True)
     )
-    pairs = pairs.assign(first=first, second=second, verdict=[*map(_verdict, first, second)])
+    told = {"first": first, "second": second, "verdict": [*map(_verdict, first, second)]}
+    pairs = pd.concat([pairs, pd.DataFrame(told, index=pairs.index)], axis=1)
     grouped = groups(pairs, ["vector", "scale"]).items()
     table = Table([(*key, *_row(some, confidence)) for key, some in grouped], columns=_COLUMNS)
     counts, said = Counter(pairs["verdict"]), Counter([*first, *second])

@@ -98,7 +98,7 @@ def plant(
     taught, tokenizer, label = _planted.own_copy(name, hf_model, tokenizer, device)
     checks.between(1, taught.config.hidden_size, "at most the model's width", rank=rank)
     numbers = {"rank": rank, "alpha": 2 * rank, "steps": steps, "learning_rate": learning_rate}
-    recipe = {
+    recipe: dict[str, Any] = {
         "format": _planted.FORMAT,
         "model": label,
         "weights": weights_digest(taught),

@@ -106,8 +106,8 @@ class GatedFactors(BlockLibrary):
             ValueError: shapes that do not fit together; a value that is not finite.
         """
         facts = {"method": "from_tensor", "model": model, "d_model": B.shape[2], "date": now()}
-        facts["hyperparameters"] = {"radius": float(radius)}
-        return cls(A, B, story={**facts, "layers": list(layers)})
+        chosen = {"hyperparameters": {"radius": float(radius)}, "layers": list(layers)}
+        return cls(A, B, story=facts | chosen)
 
     @property
     def radius(self) -> float:

@@ -5,7 +5,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -207,7 +207,7 @@ def without_bridge(module: nn.Module, attention: Literal["sdpa", "eager"] = "sdp
     Attention is one fused step ("sdpa"), or "eager", to be differentiated twice and forward.
     """
     while (inner := getattr(module, "_original_component", None)) is not None:
-        module = inner
+        module = cast(nn.Module, inner)
     plain: Any = copy.copy(module)
     plain.__dict__ = dict(module.__dict__) | {name: OrderedDict() for name in _HOOKS}
     plain._modules = {

@@ -100,7 +100,7 @@ def behaviour_rates(frame: pd.DataFrame, title: str = "Rates with 95% intervals"
     places = [
         name for name in frame.columns[: [*frame.columns].index("value")] if name != "steering"
     ]
-    rows = frame.to_dict("records")
+    rows: list[Any] = frame.to_dict("records")
     # Unsteered and random come first, however the frame is sorted.
     rows.sort(key=lambda row: STEERINGS.index(row["steering"]))
     bars = [_bar_name(row, places) for row in rows]

@@ -278,7 +278,7 @@ def presence_points(
         known = f", AUROC {span(rows['auroc'])}" if len(rows) else ""
         told.append(f"{len(rows)} {name}{known}")
     for place in np.flatnonzero(is_control):
-        control = pd.DataFrame(scanned.iloc[[place]])
+        control = pd.DataFrame(scanned.iloc[[int(place)]])
         symbol = "star" if found.iloc[place] else "star-open"
         words = f"AUROC {control['auroc'].iloc[0]:.2f}, p {control['p_value'].iloc[0]:.2g}"
         name = f"positive control ({words})"
@@ -328,7 +328,7 @@ def specificity_points(
     )
     told = measured[["vector", "specificity", "loss_increase"]].to_numpy()
     losses = measured["loss_increase"].to_numpy()
-    look = {"size": 10, "color": losses, "line": {"width": 1, "color": GREY}}
+    look: dict[str, Any] = {"size": 10, "color": losses, "line": {"width": 1, "color": GREY}}
     look |= {"colorscale": _style.SEQUENTIAL, "reversescale": True}
     # A tenth of a nat at least: without it, noise would get every colour.
     look |= {"cmin": min(0.0, losses.min()), "cmax": max(0.1, losses.max())}

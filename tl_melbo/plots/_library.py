@@ -70,9 +70,9 @@ def cosine_heatmap(
     names = None if labels is None else [*map(str, labels)]
     if names is not None and z.shape != (len(names), len(names)):
         raise ValueError(f"labels: {len(names)} labels for a matrix of shape {z.shape}")
-    look = {"zmin": -1, "zmid": 0, "zmax": 1, "colorscale": _style.DIVERGING}
-    look["colorbar"] = colour_bar("cosine", tickvals=[-1, -0.5, 0, 0.5, 1])
+    bar = colour_bar("cosine", tickvals=[-1, -0.5, 0, 0.5, 1])
     hover = "vector %{y} and vector %{x}<br>cosine %{z:.3f}<extra></extra>"
+    look = {"zmin": -1, "zmid": 0, "zmax": 1, "colorscale": _style.DIVERGING, "colorbar": bar}
     heatmap = go.Heatmap(z=z, x=names, y=names, hovertemplate=hover, **look)
     kind = "linear" if names is None else "category"
     across = axis("vector", showgrid=False, constrain="domain", type=kind)
@@ -110,8 +110,9 @@ def objective_history(
     ]
     if len(found) > 1:  # nothing to see but a colour bar from the first vector to the last
         ends = [str(labels[0]), str(labels[-1])]
-        key = {"color": [0], "cmin": 0, "cmax": 1, "colorscale": shades, "showscale": True}
-        key["colorbar"] = colour_bar("vector", tickvals=[0, 1], ticktext=ends)
+        bar = colour_bar("vector", tickvals=[0, 1], ticktext=ends)
+        key: dict[str, Any] = {"color": [0], "cmin": 0, "cmax": 1, "colorscale": shades}
+        key |= {"showscale": True, "colorbar": bar}
         traces.append(points([None], [None], key, hoverinfo="skip", showlegend=False))
     across = axis(measure["counts"], **_style.whole_numbers(len(x)))
     label = measure.get("history") or f"{measure['label']} ({measure['unit']})"

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+from plotly.basedatatypes import BaseTraceType
 
 from tl_melbo.text import printable
 
@@ -42,7 +43,7 @@ _LETTER, _LINE = 10, 24
 
 
 def figure(
-    traces: go.Scatter | go.Heatmap | Sequence[go.Scatter],
+    traces: BaseTraceType | Sequence[BaseTraceType],
     title: str,
     alt: str,
     across: dict[str, Any] | None = None,

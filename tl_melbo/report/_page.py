@@ -121,7 +121,7 @@ def write(
             "library": _data.library_id(found),
             "folder": run_folder,
             "cosines": _data.cosines_data(cosines),
-            "effects": _data.cosines_data(effects and effects.cosines),
+            "effects": _data.cosines_data(None if effects is None else effects.cosines),
             "tokens": _tokens.top_tokens_data(top_tokens, keys, texts),
             "divergence": _tokens.divergence_data(token_divergence, keys),
             "notes": kept,
@@ -199,7 +199,7 @@ def _table(
     names = {card["key"]: card["name"] for card in data["behaviours"]}
     named = ["prompt", "vector", "scale"]
     first = _data.greedy_first(completions).drop_duplicates(named).set_index(named)
-    texts = first["completion"].to_dict()
+    written: Any = first["completion"].to_dict().get
     prompts = list(dict.fromkeys(prompt for prompt, _ in measured.kl))
     rows = [row for row in data["rows"] if row["sign"] > 0]
     places = [(prompts[row["prompt"]], row["vector"]) for row in rows]
@@ -210,12 +210,12 @@ def _table(
         table[measure["column"]] = found.columns[measure["column"]][vectors].tolist()
     table["kl"] = [measured.kl[prompt, 1][vector] for prompt, vector in places]
     if measured.side_effects is not None:
-        costs = [column.name for column in _data.COSTS]
-        table[costs] = measured.side_effects[costs].astype(float).to_numpy()[vectors]
+        for cost in (column.name for column in _data.COSTS):
+            table[cost] = measured.side_effects[cost].astype(float).to_numpy()[vectors]
     asides = [f"filtered out: {row['filtered']}" if row["filtered"] else None for row in rows]
     table["behaviour"] = [*map(names.get, (row["behaviour"] for row in rows), asides)]
     for name, scale in (("completion", 1.0), ("negated_completion", -1.0)):
-        table[name] = [texts.get((*place, scale)) for place in places]
+        table[name] = [written((*place, scale)) for place in places]
     return table
 
 

@@ -112,7 +112,7 @@ def family_part(part: Family, activation_map: ActivationMap | None) -> dict[str,
     (unsteered,), (reference,) = rows["unsteered"], rows["reference"]
     window = min(50, max(1, len(vectors) // 4))
     both = torch.cat([part.reference.vectors, vectors.vectors])
-    figures = {
+    figures: dict[str, Any] = {
         "kl": plots.kl_curve(part.table, window=window, title=""),
         "norm": plots.norm_curve(vectors, window, ""),
         "distance": plots.distance_curve(vectors, float(unsteered["distance"]), window, ""),
@@ -168,7 +168,8 @@ def adapter_tables(
         hint = "Measured at the end of its training; losses, KL and entropies in nats a token"
         if called == "factor":
             hint = "Measured at the end of the search, on the residual stream"
-        columns = [Column(name, name.replace("_", " "), "number", hint) for name in frame]
+        names = [*map(str, frame)]
+        columns = [Column(name, name.replace("_", " "), "number", hint) for name in names]
         tables[f"{called}s"] = table(columns, frame)
     if texts is not None:
         numbers = [] if adapters is None else adapters.columns["index"].tolist()

@@ -135,7 +135,7 @@ def load_kept(folder: Path, kind: type[Kept]) -> Kept | None:
 
 def all_kept(folder: Path) -> dict[str, Any]:
     """What a folder holds of adapters and factors, as `report.write` takes it, with their texts."""
-    parts = {}
+    parts: dict[str, Any] = {}
     for kind, name in ((Adapter, "adapter"), (GatedFactors, "factor")):
         found, path = load_kept(folder, kind), folder / _FILES[kind][1]
         known = found is not None and path.is_file()

@@ -332,7 +332,7 @@ class Run:
                 notes = report.read_notes(self.folder / _files.NOTES)
             texts, found = self.texts(model, **options), self.found
             control = {k: v for k, v in options.items() if k in ("overwrite", "on_batch")}
-            parts = {
+            parts: dict[str, Any] = {
                 "families": self.families(),
                 "side_effects": self._table(SIDE_EFFECTS, found),
                 "random_texts": self.random_texts(model, f, **control),

@@ -41,12 +41,13 @@ def write_texts(
     from tl_melbo import report
 
     checks.at_least(1, max_new_tokens=max_new_tokens, n_samples=n_samples)
-    asked = {
+    asked: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "n_samples": n_samples,
         "temperature": temperature,
         "scales": scales and sorted({*map(float, scales), 1.0, -1.0}),
     }
+    known: dict[str, Any]
     with self.writing():
         found, known = self.found, self.settings
         # Of completions that version 0.1 wrote, the length may be unknown.

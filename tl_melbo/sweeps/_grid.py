@@ -64,7 +64,7 @@ class Cell:
 
     def columns(self) -> dict[str, Any]:
         """What the table tells of the cell before it is searched."""
-        told = {**self.facts, "n_vectors": self.n_vectors}
+        told: dict[str, Any] = {**self.facts, "n_vectors": self.n_vectors}
         settings = told.pop("settings")
         told["model"] = model_of({"model": told["model"] or BUNDLED_NAME})
         told |= {name: "\n".join(told[name]) for name in ("prompt", "other")}

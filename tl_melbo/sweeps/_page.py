@@ -31,6 +31,7 @@ def render(table: pd.DataFrame, records: Mapping[str, Mapping[str, Any]]) -> str
             for name, drawn in figures_json(figures).items()
         ],
         columns=columns,
+        # pyrefly: ignore[bad-argument-type]  # None is no value to its stubs of pandas
         rows=table.astype(object).where(table.notna(), None).to_dict("records"),
         counts=table["status"].value_counts().to_dict(),
         models=", ".join(dict.fromkeys(table["model"])),

@@ -139,10 +139,10 @@ def failed(error: BaseException) -> dict[str, Any]:
     return {"status": "failed", "error": f"{type(error).__name__}: {told}"}
 
 
-def _is_record(record: Any) -> bool:
-    if not isinstance(record, dict) or record.get("status") not in ("done", "failed"):
+def _is_record(found: Any) -> bool:
+    if not isinstance(found, dict) or found.get("status") not in ("done", "failed"):
         return False
-    record = {"cell": {}, "row": {}, "tags": [], **record}
+    record: dict[str, Any] = {"cell": {}, "row": {}, "tags": [], **found}
     if not all(isinstance(record.get(name), kind) for name, kind in _KINDS.items()):
         return False
     return all(isinstance(record["row"].get(name), kind) for name, kind in _ROW.items()) and all(
