@@ -41,6 +41,8 @@ TWO_WORKERS := -n 2 --dist loadfile
 NUMERICAL := -m 'everywhere and not slow'
 # Some chosen tests may all be in another step; without a choice, no test is an error.
 NONE_IS_FINE := $(if $(PYTEST_ARGS),|| [ $$? = 5 ])
+# Named, so that the others are not imported for nothing.
+BOUNDARY := $(shell grep -rl mark.boundary tests --include='*.py')
 IN_A_MINUTE := tests/test_no_effect.py tests/test_steering.py
 AVX2 := ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2
 
@@ -110,7 +112,7 @@ test-avx2: $(INSTALLED) ## Part of the numerical tests, as on a processor withou
 	$(AVX2) TL_MELBO_TEST_THREADS=2 $(PY) -m pytest $(NUMERICAL) -q --durations=5 $(IN_A_MINUTE) $(PYTEST_ARGS) $(NONE_IS_FINE)
 
 test-tl3: $(INSTALLED_TL3) ## The tests of what transformer-lens can change, on 3.9
-	$(PY_TL3) -m pytest $(TWO_WORKERS) -m 'boundary and not slow' $(PYTEST_ARGS) $(NONE_IS_FINE)
+	$(PY_TL3) -m pytest $(TWO_WORKERS) -m 'boundary and not slow' $(BOUNDARY) $(PYTEST_ARGS) $(NONE_IS_FINE)
 
 test-slow: browser $(INSTALLED) ## The long tests: the bundled model, more random examples, whole notebooks, each benchmark once
 	HYPOTHESIS_PROFILE=nightly $(PY) -m pytest $(TWO_WORKERS) -m slow $(PYTEST_ARGS) $(NONE_IS_FINE)

@@ -283,6 +283,7 @@ def test_an_interrupted_search_goes_on(
     assert (out / "completions.csv").stat().st_mtime_ns != written
 
 
+@pytest.mark.slow
 def test_side_effects_are_measured_once_and_belong_to_their_vectors(
     model_folder: Path, tmp_path: Path
 ) -> None:

@@ -73,6 +73,7 @@ def test_it_writes_beside_and_extends_the_page(run: Path, loads_anew: None) -> N
     assert kinds == ["unsteered", "reference", *3 * ["family"], *3 * ["rescaled"], *3 * ["random"]]
 
 
+@pytest.mark.slow
 def test_interrupted_and_continued_is_the_same_file(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

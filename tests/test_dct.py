@@ -121,7 +121,11 @@ def test_linear_factors_are_the_singular_ones_of_the_mean_effect():
 
 
 @pytest.mark.parametrize(
-    "order", ["exponential", pytest.param("quadratic", marks=pytest.mark.slow), "soft"]
+    "order",
+    [
+        "exponential",
+        *(pytest.param(order, marks=pytest.mark.slow) for order in ("quadratic", "soft")),
+    ],
 )
 def test_the_iteration_is_that_of_the_slow_reference(order):
     f = tm.ActivationMap.from_prompts(tiny_bridge("gpt2", torch.float64), PROMPTS, 1, 3)

@@ -31,7 +31,7 @@ def mean_effect(f, theta):
 
 
 @pytest.mark.everywhere
-@pytest.mark.parametrize("norm_penalty", [0.0, 0.05])
+@pytest.mark.parametrize("norm_penalty", [0.0, pytest.param(0.05, marks=pytest.mark.slow)])
 def test_adam_matches_the_reference_step_by_step(every_tiny, norm_penalty, monkeypatch):
     # So few steps leave short vectors, and the family is not to end there.
     module = sys.modules["tl_melbo.discovery._melbo_ortho"]
@@ -126,7 +126,6 @@ def test_a_space_that_a_map_does_not_feel_ends_the_family():
 
 
 @pytest.mark.everywhere
-@pytest.mark.boundary
 def test_interrupted_and_continued_is_the_same_bit_for_bit(tiny_llama):
     f = tiny_map(tiny_llama, PROMPTS)
     theta0 = start(f)

@@ -63,6 +63,7 @@ def crowded(monkeypatch):
     return switch
 
 
+@pytest.mark.slow
 def test_searches_and_distances_do_not_depend_on_the_batch(crowded):
     model = tiny_bridge("llama")
     f = tm.ActivationMap.from_prompts(model, "Tell me about yourself.", 1, 4)

@@ -378,6 +378,7 @@ def test_a_worker_takes_cells_of_its_own_model_first() -> None:
 
 
 @pytest.mark.usefixtures("no_page")
+@pytest.mark.slow
 def test_a_model_may_be_spread(model_folder: Path, tmp_path: Path) -> None:
     """On a machine where all of it has room, nothing is; a .gguf file cannot be."""
     grid = [asked(model_folder, n_vectors=1), asked(tmp_path / "a.gguf")]
