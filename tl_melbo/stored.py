@@ -52,7 +52,10 @@ class Library:
             columns[name] = self._as_column(column, f"columns[{name!r}]")
         history = self.history
         # Through JSON and back: what cannot be saved is refused now, not at the end of a long run.
-        story = json.loads(json.dumps(dict(self.story), allow_nan=False))
+        try:
+            story = json.loads(json.dumps(dict(self.story), allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"story: {error}; pass what JSON can hold") from None
         for name, value in (
             ("story", MappingProxyType(story)),
             ("columns", MappingProxyType(columns)),
