@@ -105,6 +105,9 @@ def test_exports_hold_a_vector_for_each_block(model, layered, tmp_path):
     assert [tensor.name for tensor in GGUFReader(path).tensors] == ["direction.1"]
     with pytest.raises(ValueError, match="expected exactly one"):
         layered.to_repeng_gguf(path, model_type="llama")
+    for call in (layered[0].to_repeng_gguf, layered[0].to_steering_vectors):
+        with pytest.raises(ValueError, match="layers: none given"):
+            call(**({"path": path} if call.__name__ == "to_repeng_gguf" else {}), layers=[])
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,8 @@ class LayeredVectors(BlockLibrary):
     def _directions(self, layers: Sequence[int] | None, function: str) -> dict[int, Tensor]:
         checks.exactly_one(self, function, f"pick one, as layered[3].{function}(...)")
         chosen = self.layers if layers is None else layers
+        if not chosen:
+            raise ValueError("layers: none given; pass at least one block, or None for all")
         return {layer: self.vectors[0, self._column(layer)] for layer in chosen}
 
     def __repr__(self) -> str:
