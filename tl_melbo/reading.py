@@ -171,7 +171,7 @@ def map_residuals(
     layers: Sequence[int],
     measure: Callable[[Tensor], Tensor],
     batch_size: int,
-    positions: slice = slice(None),
+    positions: slice | list[int] = slice(None),
 ) -> Tensor:
     """What `measure` says of the residual stream of one text after some layers, under each vector.
 

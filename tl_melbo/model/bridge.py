@@ -165,7 +165,7 @@ def frozen(*roots: nn.Module) -> Iterator[None]:
 
 
 def residual_streams(
-    model: Model, tokens: Tensor, layers: Iterable[int], positions: slice = slice(None)
+    model: Model, tokens: Tensor, layers: Iterable[int], positions: slice | list[int] = slice(None)
 ) -> list[Tensor]:
     """The residual stream after each of these layers, [row, pos, d_model], in one ordinary pass."""
     streams: list[Tensor] = []
