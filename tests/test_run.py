@@ -244,9 +244,14 @@ def test_two_processes_on_one_folder(f, tmp_path):
 
 def test_a_folder_that_is_deleted_meanwhile_hides_no_error_and_is_given_back(tmp_path):
     run = tm.Run(tmp_path / "run")
-    with pytest.raises(KeyError, match="the user's"), run.writing():
-        shutil.rmtree(run.folder)
-        raise KeyError("the user's")
+
+    def fail():
+        with run.writing():
+            shutil.rmtree(run.folder)
+            raise KeyError("the user's")
+
+    with pytest.raises(KeyError, match="the user's"):
+        fail()
     with run.writing(), pytest.raises(BlockingIOError), tm.Run(run.folder).writing():
         pass
 
