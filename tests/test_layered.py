@@ -64,6 +64,12 @@ def test_positions_hold_after_every_block(model, layered):
     assert not torch.allclose(steered[:, 2], plain[:, 2], atol=1e-2)
 
 
+def test_they_are_scaled_as_a_library_is(layered):
+    assert torch.equal((layered / 2).vectors, layered.vectors / 2)
+    assert torch.equal((-layered).at(4).vectors, -layered.at(4).vectors)
+    assert (3 * layered).table()["scale"].tolist() == [3.0] * 6
+
+
 def test_saved_loaded_and_taken_apart(layered, tmp_path):
     path = tmp_path / "l.safetensors"
     layered.save(path)
