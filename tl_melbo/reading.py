@@ -104,7 +104,7 @@ def next_token_log_probs(
         NotFinite: the logits are not finite under any of the vectors, or without; a warning if only
             under some, whose rows are NaN.
     """
-    checks.batch_size(batch_size)
+    checks.at_least(1, batch_size=batch_size)
     rows = steering_rows(model, vectors, layer, [scale])
     options = {"chat": as_chat(vectors, chat), "batch_size": batch_size}
     log_probs = map_next_token(model, prompt, rows, lambda rows: rows, **options)

@@ -47,7 +47,7 @@ def effect_by_layer(
         ValueError: no vectors, another width, no layer known, positions that miss the prompt.
     """
     check_model(model)
-    checks.batch_size(batch_size)
+    checks.at_least(1, batch_size=batch_size)
     named = dict(vectors) if isinstance(vectors, Mapping) else {"vectors": vectors}
     if not named:
         raise ValueError('vectors: none given; pass a library, or {"MELBO": found}')
