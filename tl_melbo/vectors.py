@@ -150,7 +150,6 @@ class SteeringVectors(VectorLibrary):
         with its tokenizer (Llama, GPT-2, GPT-NeoX; Qwen2 is written as Llama), or a `.gguf` file.
 
         Args:
-            model: as `load_model` gives it.
             path: a new or empty folder; or a new file, for a GGUF file.
             layer: the block after which the vector is added; None takes its source layer.
             format: None takes "gguf" for a path that ends so.
