@@ -296,6 +296,11 @@ def test_hooked_transformer_equals_its_whole_model(hooked_and_bridge):
     assert relative_error(deltas[0], deltas[1]) < 1e-4
 
 
+def test_of_no_streams_it_gives_none(every_tiny):
+    f = tm.ActivationMap.from_prompts(every_tiny, PROMPTS, 1, 4)
+    assert f(f.x[None][:0]).shape == (0, *f.x.shape)
+
+
 def test_other_values_are_named(tiny_llama):
     f = tm.ActivationMap.from_prompts(tiny_llama, PROMPT, 1, 4)
     with pytest.raises(ValueError, match=r"theta: vectors \[1\] hold values that are not finite"):

@@ -253,6 +253,16 @@ def test_vectors_are_means_over_tokens_of_what_is_changed(model):
     assert torch.equal(adapter.vectors(model, PROMPTS, "addition", **options).vectors, both.vectors)
     assert told[-1] == (2 * len(PROMPTS), 2 * len(PROMPTS))
     torch.testing.assert_close(both[1].vectors, alone.vectors)
+    # Whatever the order in which the blocks are named.
+    turned = random_adapter(2, length=1.0, layers=(4, 1))[1]
+    sorted_ = random_adapter(2, length=1.0, layers=(1, 4))[1]
+    for estimator in changes:
+        one, other = (each.vectors(model, PROMPTS, estimator, max_new_tokens=0)
+                      for each in (turned, sorted_))  # fmt: skip
+        torch.testing.assert_close(one.at(1).vectors, other.at(1).vectors)
+    backwards = {"max_new_tokens": 0, "positions": slice(None, None, -1)}
+    found = adapter[1].vectors(model, PROMPTS, "addition", **backwards)
+    torch.testing.assert_close(found.vectors[0].double(), means, rtol=1e-4, atol=1e-5)
 
 
 def test_saved_and_loaded_and_joined(trained, tmp_path):

@@ -1,6 +1,7 @@
 """Baked models: read by plain transformers, and held to `steered`."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -137,6 +138,8 @@ def test_a_gguf_file_takes_one_more_tensor(tmp_path):
             one.bake(model, there, source=source)
     with pytest.raises(ValueError, match="both must be llama and of one size"):
         one.bake(model, tmp_path / "b.gguf", source=tiny_gguf(tmp_path / "wide.gguf", 64))
+    with pytest.raises(FileNotFoundError, match=re.escape(str(Path("~/no.gguf").expanduser()))):
+        one.bake(model, tmp_path / "other.gguf", source="~/no.gguf")
     with pytest.raises(FileExistsError, match="name a new file"):  # which would be lost
         one.bake(model, source, source=source)
     (tmp_path / "bad.gguf").write_bytes(b"no such thing")

@@ -126,6 +126,13 @@ def test_numbers_out_of_range_are_refused(settings):
         tm.calibrate_radius(Cubic(1.0), **settings)
 
 
+@pytest.mark.parametrize("radius", [1e20, 1e39, 1e300, math.inf, 0])
+def test_a_norm_that_float32_cannot_hold_is_refused(radius):
+    for method in (tm.melbo, tm.random_vectors, tm.jacobian, tm.dct):
+        with pytest.raises(ValueError, match=r"radius=.*norm"):
+            method(Cubic(1.0), 2, radius=radius)
+
+
 def test_another_word_than_auto_is_refused():
     with pytest.raises(TypeError, match="radius"):
         tm.melbo(Cubic(1.0), 2, radius="automatic")  # pyright: ignore[reportArgumentType]

@@ -31,7 +31,7 @@ def test_every_seed_that_torch_takes_is_allowed(number: int) -> None:
 
 
 def test_nothing_said_is_nothing_wrong() -> None:
-    checks.batch_size(None)
+    checks.at_least(1, batch_size=None)
     checks.at_least(1, steps=None, n_vectors=1)
     checks.between(0, 1, "a share", low=0, high=1)
     checks.positive(radius=1e-9)
@@ -90,7 +90,7 @@ FRAME = pd.DataFrame({"word": ["a"]})
         ),
         (lambda: checks.seed(-1), r"seed=-1: from 0 to 2\*\*63 - 1"),
         (lambda: checks.seed(2**63), "seed=9223372036854775808"),
-        (lambda: checks.batch_size(0), "batch_size=0: at least 1"),
+        (lambda: checks.at_least(1, batch_size=0), "batch_size=0: at least 1"),
         (lambda: checks.at_least(2, a=2, b=1), "b=1: at least 2"),
         (lambda: checks.between(0, 1, "a share", a=math.nan), "a=nan: a share, from 0 to 1"),
         (lambda: checks.positive(a=math.inf), "a=inf: a positive finite number"),

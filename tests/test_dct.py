@@ -334,6 +334,12 @@ def test_a_map_that_is_never_finite_is_told_of():
         tm.dct(f, 3, radius=1.0, positions=ALL)
 
 
+def test_effects_whose_squares_overflow_have_a_gradient():
+    f = PlantedMap(random_units(3, 8, 1), random_units(3, 8, 2), torch.full((3,), 1e20))
+    found = tm.dct(f, 2, orthogonal="soft", radius=1.0, positions=ALL, steps=2)
+    assert found.norms.tolist() == pytest.approx([1.0, 1.0])
+
+
 def test_of_nearly_dependent_vectors_none_is_lost():
     module = sys.modules["tl_melbo.discovery._dct_fit"]
     same = torch.eye(4, dtype=torch.float64)[[0, 0, 1]]

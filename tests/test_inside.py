@@ -231,6 +231,9 @@ def test_effects_by_layer_are_those_of_two_runs(tiny_llama, found, unchanged):
         expected = (after - before)[-3:].norm(dim=-1).mean()
         assert row.effect == pytest.approx(float(expected), rel=1e-3)
         assert row.norm == pytest.approx(float(theta.norm()))
+    last = [effect_by_layer(tiny_llama, PROMPT, found, positions=slice(*each))["effect"]
+            for each in ((-3, None), (None, -4, -1))]  # fmt: skip
+    assert last[0].to_list() == pytest.approx(last[1].to_list())
     nothing = torch.zeros(2, 32)
     assert (effect_by_layer(tiny_llama, PROMPT, nothing, layer=1)["effect"] == 0).all()
 

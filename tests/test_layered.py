@@ -64,6 +64,12 @@ def test_positions_hold_after_every_block(model, layered):
     assert not torch.allclose(steered[:, 2], plain[:, 2], atol=1e-2)
 
 
+def test_they_are_scaled_as_a_library_is(layered):
+    assert torch.equal((layered / 2).vectors, layered.vectors / 2)
+    assert torch.equal((-layered).at(4).vectors, -layered.at(4).vectors)
+    assert (3 * layered).table()["scale"].tolist() == [3.0] * 6
+
+
 def test_saved_loaded_and_taken_apart(layered, tmp_path):
     path = tmp_path / "l.safetensors"
     layered.save(path)
@@ -105,6 +111,9 @@ def test_exports_hold_a_vector_for_each_block(model, layered, tmp_path):
     assert [tensor.name for tensor in GGUFReader(path).tensors] == ["direction.1"]
     with pytest.raises(ValueError, match="expected exactly one"):
         layered.to_repeng_gguf(path, model_type="llama")
+    for call in (layered[0].to_repeng_gguf, layered[0].to_steering_vectors):
+        with pytest.raises(ValueError, match="layers: none given"):
+            call(**({"path": path} if call.__name__ == "to_repeng_gguf" else {}), layers=[])
 
 
 @pytest.mark.parametrize(

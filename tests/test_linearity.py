@@ -113,6 +113,22 @@ def test_several_adapters_score_what_each_scores_alone(tiny_llama, monkeypatch):
         tm.evaluation.linearities(tiny_llama, *sides, PROMPTS, **{**options, "n_batches": 7})
 
 
+def test_the_layer_is_that_of_vectors_which_do_not_know_theirs(tiny_llama):
+    A, B = torch.randn(1, 1, 32, 2, generator=torch.Generator().manual_seed(0)), vector(1).vectors
+    adapter = tm.Adapter.from_tensor(A, torch.stack([B, B], -2)[None], [1, 3])
+    options = {"n_batches": 1, "max_new_tokens": 1, "embedder": points}
+    options["judge"] = lambda text: "They differ."
+
+    def texts(*sides, **layer):
+        return tm.evaluation.linearity(tiny_llama, *sides, PROMPTS[:1], **options, **layer).texts
+
+    told = texts(adapter, vector(1).vectors[0], layer=2)
+    assert told.equals(texts(adapter, vector(1)))
+    # A library keeps its own layer, too.
+    other = texts(vector(0), B[0], layer=4)
+    assert other["adapter"].equals(texts(vector(0), vector(1))["adapter"])
+
+
 def test_both_sides_are_equally_long(tiny_llama):
     asked = []
     judge = lambda text: asked.append(text) or "They differ."  # noqa: E731

@@ -229,7 +229,7 @@ def test_steps_are_reported(tiny_llama):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"radius": 0.0}, r"radius=0.0: must be a positive finite number"),
+        ({"radius": 0.0}, r"radius=0.0: must be a positive norm"),
         ({"radius": -1}, r"radius=-1"),
         ({"radius": math.nan}, r"radius=nan"),
         ({"p": 0.5}, r"p=0.5: a power, from 1"),

@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -239,6 +240,20 @@ def test_two_processes_on_one_folder(f, tmp_path):
         assert len(tm.Run(tmp_path).melbo(f, 2, **SETTINGS)) == 2, "a dead process kept the lock"
     finally:
         process.kill()
+
+
+def test_a_folder_that_is_deleted_meanwhile_hides_no_error_and_is_given_back(tmp_path):
+    run = tm.Run(tmp_path / "run")
+
+    def fail():
+        with run.writing():
+            shutil.rmtree(run.folder)
+            raise KeyError("the user's")
+
+    with pytest.raises(KeyError, match="the user's"):
+        fail()
+    with run.writing(), pytest.raises(BlockingIOError), tm.Run(run.folder).writing():
+        pass
 
 
 def test_a_full_disk_leaves_what_was_there(f, tmp_path, monkeypatch):

@@ -44,6 +44,10 @@ import tl_melbo as tm
             lambda f: tm.Run("nowhere").texts(f.model, max_new_tokens="a"),
             r"^Run\.texts\(\): argument 'max_new_tokens' is 'a' \(str\), expected int",
         ),
+        (
+            lambda f: tm.Run("nowhere").factor_texts(f.model, 3, "Hi!"),
+            r"^Run\.adapter_texts or factor_texts\(\): argument 'steering' is 3",
+        ),
     ],
 )
 def test_one_line_says_what_came_and_what_is_allowed(tiny_llama, call, message):

@@ -300,6 +300,12 @@ def test_a_place_of_fsspec_replaces_files_whole(tmp_path: Path) -> None:
     for name in ("a/c", "a/missing"):
         store.set_aside(name)
     assert (store.read("a/c"), store.read("a/c.damaged")) == (None, b"{}")
+    for place in (store, Store(tmp_path / "there")):  # what was set aside before stays
+        place.write("a/c", b"[]")
+        place.set_aside("a/c")
+        assert place.read("a/c.damaged") == b"{}"
+    aside = [path.read_bytes() for path in there.iterdir() if path.name.startswith("c.")]
+    assert sorted(aside) == [b"[]", b"[]", b"{}"]
     for text in ("{", "[]", "{}", '{"status": "other"}', "[" * 100_000, *damaged()):
         store.write("a/cell.json", text.encode())
         assert store.record("a") is None, text

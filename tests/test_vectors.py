@@ -308,6 +308,12 @@ def test_what_is_not_a_matrix_is_refused(bad):
         tm.SteeringVectors(bad)
 
 
+@pytest.mark.parametrize("fact", [object(), math.nan, {1, 2}, torch.ones(1)])
+def test_a_story_that_json_cannot_hold_is_named(fact):
+    with pytest.raises((TypeError, ValueError), match=r"story: .*; pass what JSON can hold"):
+        tm.SteeringVectors(torch.ones(1, 2), {"fact": fact})
+
+
 def test_what_is_not_finite_is_refused():
     with pytest.raises(ValueError, match="not finite"):
         tm.SteeringVectors(torch.full((1, 3), math.nan))

@@ -30,11 +30,9 @@ def ablated(model: Model, vectors: Vectors) -> Iterator[Model]:
     once; around `steered`, the next block reads it, and it is taken out after that block.
 
     Args:
-        model: a TransformerLens model.
         vectors: one vector or several; their norms do not matter.
 
     Raises:
-        TypeError: `model` is not a TransformerLens model, or `vectors` are not vectors.
         ValueError: a vector of another width, or without a direction.
 
     Source: Arditi et al. 2024, "Refusal in language models is mediated by a single direction".

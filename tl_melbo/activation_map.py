@@ -85,7 +85,7 @@ class ActivationMap:
         """
         check_model(model)
         _check_layers(model, source_layer, target_layer)
-        checks.batch_size(batch_size)
+        checks.at_least(1, batch_size=batch_size)
         f = cls._hooked_between(model, prompts, chat, source_layer, target_layer, batch_size)
         if f._state[0]:
             return f

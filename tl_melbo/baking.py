@@ -68,7 +68,8 @@ def bake(
     added = dict(zip(rows.layers, rows.theta[0], strict=True))
     path = Path(path).expanduser().resolve()
     if form == "gguf" or (form is None and path.suffix == ".gguf"):
-        _write_gguf(_source(model) if source is None else Path(source), path, model, added)
+        source = _source(model) if source is None else Path(source).expanduser()
+        _write_gguf(source, path, model, added)
         return path
     if source is not None:
         raise ValueError(f"source={str(source)!r}: only a .gguf file is written from another one")

@@ -137,11 +137,6 @@ def at_least(least: int, /, **numbers: int | None) -> None:
             raise ValueError(f"{name}={number}: at least {least}")
 
 
-def batch_size(number: int | None) -> None:
-    """A batch must have rows; None stands for as many as fit."""
-    at_least(1, batch_size=number)
-
-
 def between(low: float, high: float, what: str, /, **numbers: float) -> None:
     """Numbers must be within bounds, both included: `between(0, 1, "a share", rate=rate)`."""
     for name, number in numbers.items():

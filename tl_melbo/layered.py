@@ -1,9 +1,7 @@
 """Vectors of several blocks at once: what an adapter or a factor adds on average in each."""
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from numbers import Real
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +12,7 @@ from torch import Tensor
 from tl_melbo import checks, exchange, vectors_file
 from tl_melbo.additions import Place, VectorAdditions
 from tl_melbo.shapes import Float, shape_checked
-from tl_melbo.stored import BlockLibrary
+from tl_melbo.stored import BlockLibrary, VectorLibrary
 from tl_melbo.story import now
 from tl_melbo.tables import Table
 from tl_melbo.vectors import SteeringVectors
@@ -24,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LayeredVectors(BlockLibrary):
+class LayeredVectors(VectorLibrary, BlockLibrary):
     """Steering vectors that are added in several blocks at once, one vector a block.
 
         with tm.steered(model, layered[0]):
@@ -72,11 +70,6 @@ class LayeredVectors(BlockLibrary):
         """Where in its block each is added: after it, or to what its attention writes."""
         return self.story.get("place") or "block"
 
-    @property
-    def norms(self) -> Float[Tensor, "vector layer"]:
-        """The L2 norm of each vector."""
-        return self.vectors.norm(dim=-1)
-
     def at(self, layer: int) -> SteeringVectors:
         """The vectors of one block, as a library of their own."""
         number = self._column(layer)
@@ -98,21 +91,6 @@ class LayeredVectors(BlockLibrary):
         if layer not in self.layers:
             raise ValueError(f"layer={layer}: there are vectors of the blocks {list(self.layers)}")
         return self.layers.index(layer)
-
-    def __mul__(self, scale: float) -> "LayeredVectors":
-        """Scale every vector."""
-        if isinstance(scale, bool) or not isinstance(scale, Real):
-            return NotImplemented
-        vectors = self.vectors * float(scale)
-        if not math.isfinite(scale) or not vectors.norm(dim=-1).isfinite().all():
-            raise ValueError(f"scale={scale}: expected a finite number that keeps norms finite")
-        return replace(self, vectors=vectors, history=None)
-
-    __rmul__ = __mul__
-
-    def __neg__(self) -> "LayeredVectors":
-        """Turn every vector around."""
-        return self * -1.0
 
     def additions(self, scales: Sequence[float]) -> VectorAdditions:
         """What `steered` adds: see `tl_melbo.additions.Steering`."""
@@ -167,6 +145,8 @@ class LayeredVectors(BlockLibrary):
     def _directions(self, layers: Sequence[int] | None, function: str) -> dict[int, Tensor]:
         checks.exactly_one(self, function, f"pick one, as layered[3].{function}(...)")
         chosen = self.layers if layers is None else layers
+        if not chosen:
+            raise ValueError("layers: none given; pass at least one block, or None for all")
         return {layer: self.vectors[0, self._column(layer)] for layer in chosen}
 
     def __repr__(self) -> str:

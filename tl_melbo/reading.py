@@ -104,7 +104,7 @@ def next_token_log_probs(
         NotFinite: the logits are not finite under any of the vectors, or without; a warning if only
             under some, whose rows are NaN.
     """
-    checks.batch_size(batch_size)
+    checks.at_least(1, batch_size=batch_size)
     rows = steering_rows(model, vectors, layer, [scale])
     options = {"chat": as_chat(vectors, chat), "batch_size": batch_size}
     log_probs = map_next_token(model, prompt, rows, lambda rows: rows, **options)
@@ -171,7 +171,7 @@ def map_residuals(
     layers: Sequence[int],
     measure: Callable[[Tensor], Tensor],
     batch_size: int,
-    positions: slice = slice(None),
+    positions: slice | list[int] = slice(None),
 ) -> Tensor:
     """What `measure` says of the residual stream of one text after some layers, under each vector.
 

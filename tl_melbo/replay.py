@@ -54,7 +54,7 @@ def push(
 ) -> Tensor:
     """Push [vector, prompt, pos, d_model] through; zeros at positions that are not picked."""
     y = None
-    for group in groups:
+    for group in groups if len(x) else ():
         wanted, into = picked.places[group.length]
         rows = x if group.prompts is None else x[:, group.prompts, -group.length :]
         found = run(rows.flatten(0, 1), group, wanted, recompute).unflatten(0, rows.shape[:2])

@@ -43,13 +43,12 @@ def shape_checked(function: Function) -> Function:
     kinds = {name: parameter.annotation for name, parameter in signature.parameters.items()}
 
     def name(args: tuple[Any, ...]) -> str:
-        """A method goes by the class that it was called on, and by its name there."""
+        """A method goes by the class that it was called on, and by its names there."""
         if not args or next(iter(kinds), "") not in _OWN:
             return function.__qualname__
         own = args[0] if isinstance(args[0], type) else type(args[0])
-        static = ((each, inspect.getattr_static(own, each, None)) for each in dir(own))
-        known = next((each for each, value in static if value is call), function.__name__)
-        return f"{own.__qualname__}.{known}"
+        known = [each for each in dir(own) if inspect.getattr_static(own, each, None) is call]
+        return f"{own.__qualname__}.{' or '.join(known) or function.__name__}"
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -2,8 +2,10 @@
 
 import functools
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Self, TypeVar
@@ -52,7 +54,10 @@ class Library:
             columns[name] = self._as_column(column, f"columns[{name!r}]")
         history = self.history
         # Through JSON and back: what cannot be saved is refused now, not at the end of a long run.
-        story = json.loads(json.dumps(dict(self.story), allow_nan=False))
+        try:
+            story = json.loads(json.dumps(dict(self.story), allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"story: {error}; pass what JSON can hold") from None
         for name, value in (
             ("story", MappingProxyType(story)),
             ("columns", MappingProxyType(columns)),
@@ -162,6 +167,39 @@ class Library:
         if kind not in (torch.float32, torch.float64):
             kind = torch.float32 if column.is_floating_point() else torch.int64
         return column.detach().to("cpu", kind, copy=True)
+
+
+class VectorLibrary(Library):
+    """A base: a library whose rows are vectors, which can be scaled."""
+
+    vectors: Tensor
+
+    @property
+    def norms(self) -> Tensor:
+        """The L2 norm of each vector."""
+        return self.vectors.norm(dim=-1)
+
+    def __mul__(self, scale: float) -> Self:
+        """Scale every vector. What was measured of the unscaled ones (objective) is left out."""
+        if isinstance(scale, bool) or not isinstance(scale, Real):
+            return NotImplemented
+        scale = float(scale)
+        vectors = self.vectors * scale
+        if not math.isfinite(scale) or not vectors.norm(dim=-1).isfinite().all():
+            raise ValueError(f"scale={scale}: expected a finite number that keeps norms finite")
+        scales = self.columns.get("scale", torch.ones(len(self), dtype=torch.float32)) * scale
+        columns = {"index": self.columns["index"], "scale": scales}
+        return replace(self, vectors=vectors, columns=columns, history=None)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> Self:
+        """Divide every vector by a number."""
+        return self * (1 / divisor)
+
+    def __neg__(self) -> Self:
+        """Turn every vector around."""
+        return self * -1.0
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)

@@ -3,20 +3,17 @@
 import html
 import importlib
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from numbers import Real
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
-import torch
 from torch import Tensor
 
 from tl_melbo import checks, exchange, vectors_file
 from tl_melbo.shapes import Float, Theta, shape_checked
-from tl_melbo.stored import Library
+from tl_melbo.stored import VectorLibrary
 from tl_melbo.story import now
 from tl_melbo.tables import Table
 from tl_melbo.text import printable
@@ -26,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False, repr=False, init=False)
-class SteeringVectors(Library):
+class SteeringVectors(VectorLibrary):
     """A library of steering vectors, with the story of how it was made.
 
     Slicing, arithmetic and `concatenate` give new libraries; nothing changes one in place.
@@ -81,33 +78,6 @@ class SteeringVectors(Library):
         theta = vectors[None] if vectors.ndim == 1 else vectors
         story = {"method": method, "model": model, "d_model": theta.shape[1]}
         return cls(theta, {**story, "source_layer": source_layer, "date": now()})
-
-    def __mul__(self, scale: float) -> "SteeringVectors":
-        """Scale every vector. What was measured of the unscaled ones (objective) is left out."""
-        if isinstance(scale, bool) or not isinstance(scale, Real):
-            return NotImplemented
-        scale = float(scale)
-        vectors = self.vectors * scale
-        if not math.isfinite(scale) or not vectors.norm(dim=-1).isfinite().all():
-            raise ValueError(f"scale={scale}: expected a finite number that keeps norms finite")
-        scales = self.columns.get("scale", torch.ones(len(self), dtype=torch.float32)) * scale
-        columns = {"index": self.columns["index"], "scale": scales}
-        return replace(self, vectors=vectors, columns=columns, history=None)
-
-    __rmul__ = __mul__
-
-    def __truediv__(self, divisor: float) -> "SteeringVectors":
-        """Divide every vector by a number."""
-        return self * (1 / divisor)
-
-    def __neg__(self) -> "SteeringVectors":
-        """Turn every vector around."""
-        return self * -1.0
-
-    @property
-    def norms(self) -> Float[Tensor, "vector"]:
-        """The L2 norm of each vector."""
-        return self.vectors.norm(dim=-1)
 
     @property
     def objective(self) -> Float[Tensor, "vector"] | None:
@@ -180,7 +150,6 @@ class SteeringVectors(Library):
         with its tokenizer (Llama, GPT-2, GPT-NeoX; Qwen2 is written as Llama), or a `.gguf` file.
 
         Args:
-            model: as `load_model` gives it.
             path: a new or empty folder; or a new file, for a GGUF file.
             layer: the block after which the vector is added; None takes its source layer.
             format: None takes "gguf" for a path that ends so.

@@ -10,14 +10,12 @@ from torch import Tensor
 from tl_melbo import checks, vectors_file
 from tl_melbo.adapters import _extraction
 from tl_melbo.additions import LowRankRows, Place
-from tl_melbo.concatenation import one_after_another
-from tl_melbo.errors import DifferentSearch
 from tl_melbo.generation import OnBatch
 from tl_melbo.layered import LayeredVectors
 from tl_melbo.model.bridge import Model
 from tl_melbo.shapes import Float, shape_checked
 from tl_melbo.stored import BlockLibrary
-from tl_melbo.story import differences, now
+from tl_melbo.story import now
 from tl_melbo.vectors import SteeringVectors
 
 Estimator = Literal["difference", "addition"]
@@ -196,19 +194,3 @@ def check_rank(rank: int, d_model: int) -> None:
     """A rank must not be over the width."""
     if not 1 <= rank <= d_model:
         raise ValueError(f"rank={rank}: from 1 to d_model={d_model}")
-
-
-def join(parts: Sequence[Adapter]) -> Adapter:
-    """Adapters of one training, in one library; each keeps its number.
-
-    Raises:
-        DifferentSearch, ValueError: parts of other trainings; none given.
-    """
-    if not parts:
-        raise ValueError("parts: none given; pass at least one")
-    first = parts[0]
-    for number, part in enumerate(parts):
-        if differing := differences(first.story, part.story):
-            advice = "pass adapters that were trained alike"
-            raise DifferentSearch.of(f"parts[{number}]", differing, advice)
-    return one_after_another(parts, first.story)

@@ -62,7 +62,10 @@ def extract(
     for row, number in enumerate(adapter.columns["index"].tolist()):
         added = rows[row : row + 1]
         whole = _continued(model, added, tokens, max_new_tokens, generator(seed, number))
-        effects = (_effects(model, adapter, added, text, estimator)[:, positions] for text in whole)
+        effects = (
+            _effects(model, adapter, added, text, estimator)[:, [*range(text.shape[1])[positions]]]
+            for text in whole
+        )
         counts = row * len(tokens), len(rows) * len(tokens)
         mean, share = _mean_and_share(_told(effects, on_batch or (lambda *_: None), *counts))
         means.append(mean)

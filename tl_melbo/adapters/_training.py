@@ -15,11 +15,11 @@ from tqdm.auto import tqdm
 
 from tl_melbo import checks, story
 from tl_melbo.adapters import _sampling, _situations
-from tl_melbo.adapters._adapter import Adapter, AdapterAdditions, check_rank, join
+from tl_melbo.adapters._adapter import Adapter, AdapterAdditions, check_rank
 from tl_melbo.adapters._extraction import generator
 from tl_melbo.adapters._loss import Measured, loss_and_gradients
 from tl_melbo.analysis._coherence import DEFAULT_REPETITION, repetition
-from tl_melbo.discovery._search import collecting
+from tl_melbo.discovery._search import Parts, collecting
 from tl_melbo.errors import NotFinite, warn_user
 from tl_melbo.model.bridge import (
     Model,
@@ -45,8 +45,8 @@ _END = 4
 OnStep = Callable[[int, int, Measured], None]
 
 
-class Training(Iterator[Adapter]):
-    """A training that yields adapters, one after another; its story is complete at the start."""
+class Training(Parts[Adapter]):
+    """A training that yields adapters, one after another."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class Training(Iterator[Adapter]):
         self.prompts = [to_tokens(model, prompt, chat) for prompt in prompts]
         check_room(model, self.prompts, settings["max_new_tokens"])
         self.n_steps = settings["steps"] or math.ceil(len(prompts) / settings["batch_size"])
-        self.story = story.make(
+        made = story.make(
             "divergence_adapter",
             model=model_name(model),
             model_type=model_type(model),
@@ -82,14 +82,7 @@ class Training(Iterator[Adapter]):
             "its texts are unlike those of the model without it, and the adapted model is sure of "
             "them.",
         )
-        self._found = self._run()
-
-    def __next__(self) -> Adapter:
-        return next(self._found)
-
-    def collect(self) -> Adapter:
-        """All adapters, in one library."""
-        return join(list(self))
+        super().__init__(made, self._run())
 
     def _run(self) -> Iterator[Adapter]:
         total = len(self.numbers) * self.n_steps

@@ -61,7 +61,7 @@ def token_divergence(
     check_model(model)
     checks.columns(completions, _NEEDED, "completions", "pass the frame that generate returned")
     checks.between(1, int(model.cfg.d_vocab), "a number of tokens", n_top=n_top)
-    checks.batch_size(batch_size)
+    checks.at_least(1, batch_size=batch_size)
     noted = completions.attrs.get("chat")
     chat = as_chat(vectors, noted if chat is None else chat)
     # An empty text may have been read back from a file as a missing number.

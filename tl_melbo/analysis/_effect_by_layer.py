@@ -47,7 +47,7 @@ def effect_by_layer(
         ValueError: no vectors, another width, no layer known, positions that miss the prompt.
     """
     check_model(model)
-    checks.batch_size(batch_size)
+    checks.at_least(1, batch_size=batch_size)
     named = dict(vectors) if isinstance(vectors, Mapping) else {"vectors": vectors}
     if not named:
         raise ValueError('vectors: none given; pass a library, or {"MELBO": found}')
@@ -59,9 +59,9 @@ def effect_by_layer(
             "chat=True or chat=False"
         )
     tokens = to_tokens(model, prompt, ways.pop())
-    n_tokens, own = tokens.shape[1], checked_slice(positions)
-    if not len(range(n_tokens)[own]):
-        raise ValueError(f"positions={positions}: none of the prompt's {n_tokens} tokens")
+    own = [*range(tokens.shape[1])[checked_slice(positions)]]
+    if not own:
+        raise ValueError(f"positions={positions}: none of the prompt's {tokens.shape[1]} tokens")
     places = {name: steering_layer(model, some, layer) for name, some in named.items()}
     frames = []
     for name, some in named.items():

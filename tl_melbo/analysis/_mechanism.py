@@ -76,7 +76,7 @@ def mechanism(
     theta, source = as_theta(model, library), steering_layer(model, library, layer)
     target = _target(model, library, source, target_layer)
     tokens, own = to_tokens(model, prompt, as_chat(library, chat)), checked_slice(positions)
-    checks.batch_size(batch_size)
+    checks.at_least(1, batch_size=batch_size)
     if not len(range(tokens.shape[1])[own]):
         raise ValueError(f"positions={positions}: none of the prompt's {tokens.shape[1]} tokens")
     points = _points(model, range(source + 1, target + 1))

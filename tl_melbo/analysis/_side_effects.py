@@ -61,7 +61,7 @@ def side_effects(
     meant = checks.as_texts(prompts)
     others = _others(unrelated, meant, "unrelated")
     prose = checks.as_texts(PASSAGES if passages is None else passages, "passages")
-    checks.batch_size(batch_size)
+    checks.at_least(1, batch_size=batch_size)
     layer = steering_layer(model, library, layer)
     options = {"layer": layer, "chat": chat, "batch_size": batch_size}
     theta = as_theta(model, library)

@@ -111,7 +111,7 @@ def kl_divergence(
 
     Source: Jacob G-W 2024, "I found >800 orthogonal 'write code' steering vectors".
     """
-    checks.batch_size(batch_size)
+    checks.at_least(1, batch_size=batch_size)
     chat = steering.as_chat(vectors, chat)
     own_layer = steering.steering_layer(model, vectors, layer)
     if reference is not None:

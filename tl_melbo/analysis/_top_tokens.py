@@ -64,7 +64,7 @@ def top_tokens(
     check_model(model)
     checks.between(1, int(model.cfg.d_vocab), "a number of tokens", n=n)
     checks.between(0, 1, "a probability", least_probability=least_probability)
-    checks.batch_size(batch_size)
+    checks.at_least(1, batch_size=batch_size)
     if not by_layer:
         options = {"layer": layer, "chat": chat, "batch_size": batch_size}
         return top_tokens_and_kl(model, prompt, vectors, n, least_probability, **options)[0]

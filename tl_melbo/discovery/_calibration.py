@@ -23,6 +23,8 @@ DEFAULT_LEVEL = 0.4
 _FIRST, _SMALLEST, _LARGEST = 0.1, 1e-4, 1e3
 _PRECISION = 0.01
 _MOST_DIRECTIONS = 10_000
+# The square of a longer one overflows in float32.
+_LARGEST_NORM = 1e19
 
 
 @shape_checked
@@ -64,11 +66,11 @@ def calibrate_radius(
 
 
 def check_radius(radius: Radius) -> None:
-    """Make sure that a radius is a norm, or "auto"."""
-    if radius != "auto" and not 0 < radius < math.inf:
+    """Make sure that a radius is a norm that float32 holds, or "auto"."""
+    if radius != "auto" and not 0 < radius <= _LARGEST_NORM:
         raise ValueError(
-            f"radius={radius}: must be a positive finite number, or 'auto'; useful ones were 0.05 "
-            "to 0.4 of a token's norm at the source layer; try 'auto', and read the completions"
+            f"radius={radius}: must be a positive norm up to {_LARGEST_NORM:g}, or 'auto'; useful "
+            "ones were 0.05 to 0.4 of a token's at the source layer; try 'auto', and read the texts"
         )
 
 
@@ -87,7 +89,7 @@ def chosen_radius(
     # A search that is continued keeps its radius: another machine may find another last digit.
     if previous is not None and previous.story.get("calibration") == calibration:
         known = (previous.story.get("hyperparameters") or {}).get("radius")
-        if isinstance(known, int | float) and 0 < known < math.inf:
+        if isinstance(known, int | float) and 0 < known <= _LARGEST_NORM:
             return known, {"calibration": calibration}
     return calibrate_radius(f, positions=positions), {"calibration": calibration}
 

@@ -63,9 +63,6 @@ def contrastive(
         radius: the vector's norm; "auto" takes `calibrate_radius` of f at `positions`; None keeps
             the measured difference's, along the direction.
         positions: whose residuals count: the mean over these tokens of each prompt.
-        n_vectors: 1; there is only one.
-        previous: 0 or 1 vectors of the same search.
-        progress: show a progress bar.
 
     Returns:
         One vector. The column `distance` is the norm of the mean difference along it; the story's

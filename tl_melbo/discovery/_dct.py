@@ -55,7 +55,6 @@ def dct(
     factor of the exponential model; at a small radius all orders find the Jacobian's directions.
 
     Args:
-        f: the activation map.
         n_vectors: how many factors; they are found together.
         order: what sigma is: "linear" z, "quadratic" z², "exponential" exp(z) - 1.
         orthogonal: "hard", the source directions are orthonormal at every step; "soft", only those
@@ -67,7 +66,6 @@ def dct(
         seed: of the random start.
         start: "random", or "jacobian", the factors of the linear model.
         previous: nothing, or all factors of the same search.
-        progress: show a progress bar.
         on_step: called after each step with its number and the objective.
 
     Returns:
@@ -138,7 +136,6 @@ def ranked(
     """Sort factors, the first of them the highest.
 
     Args:
-        found: what `dct` found.
         by: a column, or a direction at the target layer: then by how far each factor moves the mean
             effect along it. `analysis.token_direction` gives that from one token to another.
 

@@ -188,7 +188,7 @@ class Fit:
         def of_batch(batch: Tensor) -> Images:
             theta = (batch * self.radius).requires_grad_()
             effects = self.mean_effect(theta)
-            gradients = _grad(effects.norm(dim=-1).sum(), theta)
+            gradients = _grad(effects.double().norm(dim=-1).sum(), theta)
             return Images(effects.detach().double().cpu(), gradients.double().cpu())
 
         return self.in_batches(of_batch, vectors, 1)

@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, ParamSpec, Protocol, runtime_checkable
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -15,9 +15,11 @@ from tl_melbo.discovery._map import EffectMap
 from tl_melbo.errors import DifferentSearch, NotFinite, place, told, warn_user
 from tl_melbo.geometry import extended, normalise
 from tl_melbo.shapes import Float, shape_checked
+from tl_melbo.stored import Library
 from tl_melbo.vectors import SteeringVectors
 
 Arguments = ParamSpec("Arguments")
+Found = TypeVar("Found", bound=Library)
 
 # Starts are drawn one after another, so that this many take seconds.
 MOST_VECTORS = 100_000
@@ -38,7 +40,21 @@ class Part(NamedTuple):
     history: Float[Tensor, "vector step"] | None = None
 
 
-class Search(Iterator[SteeringVectors]):
+class Parts(Iterator[Found]):
+    """What is found, one part after the other; its `story` is complete before any work."""
+
+    def __init__(self, story: dict[str, Any], parts: Iterator[Found]) -> None:
+        self.story, self._parts = story, parts
+
+    def __next__(self) -> Found:
+        return next(self._parts)
+
+    def collect(self) -> Found:
+        """All that is found, as one library."""
+        return join(list(self))
+
+
+class Search(Parts[SteeringVectors]):
     """A search that yields libraries, in order, as they are found.
 
     Args:
@@ -77,7 +93,7 @@ class Search(Iterator[SteeringVectors]):
         for name, value in settings.items():
             chosen[name] = story.slice_to_json(value) if isinstance(value, slice) else value
         facts = {**f.story(), **facts, "arithmetic": _arithmetic(f.x.device), "lost": []}
-        self.story = story.make(method, **facts, hyperparameters=chosen)
+        super().__init__(story.make(method, **facts, hyperparameters=chosen), self._run())
         self.n_vectors, self.nothing, self.progress = n_vectors, nothing, progress
         self.together = together
         self.on_share: Callable[[float], None] = lambda share: None
@@ -94,7 +110,6 @@ class Search(Iterator[SteeringVectors]):
         if previous is not None and len(previous):
             self._continue(previous, orthogonal_to)
             self.check_total(n_vectors and self.first + n_vectors)
-        self._parts = self._run()
         self._bar: tqdm[Any] | None = None
 
     def check_total(self, n_vectors: int | None) -> None:
@@ -112,9 +127,6 @@ class Search(Iterator[SteeringVectors]):
         self.on_share(share)
         if self._bar is not None and self.n_vectors is not None:
             self._bar.update(int(share * self.n_vectors) - self._bar.n)
-
-    def __next__(self) -> SteeringVectors:
-        return next(self._parts)
 
     def collect(self) -> SteeringVectors:
         """All that is found, as one library; a ValueError if nothing is."""
@@ -236,8 +248,8 @@ def collecting(function: Callable[..., Any], kind: type) -> Any:
 
 
 @shape_checked
-def join(parts: Sequence[SteeringVectors]) -> SteeringVectors:
-    """Join consecutive parts of one search; every vector keeps its number.
+def join(parts: Sequence[Library]) -> Any:
+    """Join consecutive parts of one search, or of one training; each row keeps its number.
 
     Raises:
         DifferentSearch, ValueError: parts of other searches; none, or not in their order.
@@ -253,12 +265,14 @@ def join(parts: Sequence[SteeringVectors]) -> SteeringVectors:
         indices = part.columns["index"].tolist()
         if indices != sorted(set(indices)) or (indices and indices[0] < expected):
             raise ValueError(
-                f"parts[{number}]: holds vectors {indices[:3]}..., but {expected} comes next; pass "
-                "the parts in their order, and none twice"
+                f"parts[{number}]: holds {part.kind.rows} {indices[:3]}..., but {expected} comes "
+                "next; pass the parts in their order, and none twice"
             )
         expected = indices[-1] + 1 if indices else expected
     chosen, count = (each.get("hyperparameters") or {} for each in (first, last))
-    joined = {**first, "hyperparameters": {**chosen, "n_vectors": count.get("n_vectors")}}
+    if "n_vectors" in count:
+        chosen = {**chosen, "n_vectors": count["n_vectors"]}
+    joined = {**first, "hyperparameters": chosen}
     if all("lost" in part.story for part in parts):
         joined["lost"] = sorted({number for part in parts for number in part.story["lost"]})
     # Later versions write more columns, whose words are in the last story.

@@ -70,7 +70,6 @@ def atlas(
             tokens at the source: all targets of a source at one norm. 0.35 is the published share.
             "auto" takes `calibrate_radius` for each pair, which takes seconds a pair.
         positions: where effects are measured, as in `jacobian`.
-        max_new_tokens: length of a completion.
         kl_threshold: completions are written where the KL, in nats, is above it.
         folder: the vectors of each source are kept there when they are done; the same call goes on.
         on_source: called after each source with the atlas so far.

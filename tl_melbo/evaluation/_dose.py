@@ -268,9 +268,6 @@ def coherent_window(table: pd.DataFrame, least: float = 0.8) -> pd.DataFrame:
     Outwards from 0, to the last scale before the share of coherent completions falls below `least`
     of the unsteered model's.
 
-    Args:
-        table: as `dose_response` gives it.
-
     Returns:
         A row for each vector: vector, low, high; 0 where the first scale is too much already.
     """

@@ -55,7 +55,6 @@ def hit_rate(
         prompts: clean ones, without a trigger or a behaviour.
         max_new_tokens: enough for the longest behaviour.
         similarity: the least cosine of some sentence's embedding with the behaviour's.
-        confidence: of the intervals.
         engine: what writes instead of the model, as in `generate`.
 
     Returns:

@@ -107,8 +107,8 @@ def linearity(
     Source: "Unsupervised discovery of steering vectors" (2025). The null and the equal lengths are
     this package's.
     """
-    for name, steering in (("adapter", adapter), ("vectors", vectors)):
-        if len(steering_rows(model, steering, layer, [1.0])) > 1:
+    for name, (steering, own) in _sides(adapter, vectors, layer).items():
+        if len(steering_rows(model, steering, own, [1.0])) > 1:
             raise ValueError(f"{name}: more than one; pass one, as found[5], or all to linearities")
     (found,) = linearities(
         model, adapter, vectors, prompts, judge=judge, n_batches=n_batches, layer=layer,
@@ -151,15 +151,15 @@ def linearities(
     check_judge(judge)
     checks.at_least(1, n_batches=n_batches)
     checks.seed(seed)
-    sides: dict[str, Any] = {"adapter": adapters, "vectors": vectors}
-    counts = [len(steering_rows(model, each, layer, [1.0])) for each in sides.values()]
+    sides = _sides(adapters, vectors, layer)
+    counts = [len(steering_rows(model, *side, [1.0])) for side in sides.values()]
     if len({*counts}) > 1:
         raise ValueError(
             f"adapters, vectors: {counts[0]} and {counts[1]}; pass the vectors of each adapter, in "
             "the same order"
         )
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-    texts, questions = _texts(model, sides, prompts, counts[0], layer, chat, options), []
+    texts, questions = _texts(model, sides, prompts, counts[0], chat, options), []
     cut = [_equally_long(model, some) for some in texts]
     for number, some in enumerate(cut):
         if len(some) < n_batches:
@@ -186,19 +186,23 @@ def linearities(
     return found
 
 
+def _sides(adapters: Any, vectors: Any, layer: int | None) -> dict[str, tuple[Any, int | None]]:
+    """Both sides with their layers: an adapter and a library know theirs."""
+    own = layer if isinstance(adapters, Tensor) else None
+    return {"adapter": (adapters, own), "vectors": (vectors, layer)}
+
+
 def _texts(
     model: Model,
-    sides: dict[str, Any],
+    sides: dict[str, tuple[Any, int | None]],
     prompts: Sequence[str],
     count: int,
-    layer: int | None,
     chat: bool | None,
     options: dict[str, Any],
 ) -> list[pd.DataFrame]:
     """Of each adapter: what is written under it, under its vectors and unsteered."""
     frames = {
-        name: generate(model, prompts, steering, layer, chat=chat, **options)
-        for name, steering in sides.items()
+        name: generate(model, prompts, *side, chat=chat, **options) for name, side in sides.items()
     }
     ways = {frame.attrs["chat"] for frame in frames.values()}
     if len(ways) > 1:

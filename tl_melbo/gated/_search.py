@@ -6,7 +6,7 @@ read through notes on it and a port of it.
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -18,7 +18,7 @@ from tl_melbo import checks, story
 from tl_melbo.activation_map import ActivationMap
 from tl_melbo.discovery._dct_fit import MEASURE, Factors, Fit
 from tl_melbo.discovery._map import own_arithmetic
-from tl_melbo.discovery._search import collecting
+from tl_melbo.discovery._search import Parts, collecting
 from tl_melbo.errors import NotFinite, told
 from tl_melbo.gated._factors import GatedAdditions, GatedFactors
 from tl_melbo.memory import map_batches
@@ -132,61 +132,28 @@ class GatedMap:
             yield
 
 
-class Finding(Iterator[GatedFactors]):
-    """All factors, which are found together; its story is complete before that."""
-
-    def __init__(
-        self,
-        gated: GatedMap,
-        positions: slice,
-        start: Tensor,
-        seed: int,
-        steps: int,
-        progress: bool,
-    ) -> None:
-        settings = {"radius": gated.radius, "positions": story.slice_to_json(positions)}
-        settings |= {"n_factors": len(start), "layers": gated.layers, "steps": steps}
-        self.story = story.make(
-            "gated_factors",
-            **gated.story(),
-            layers=gated.layers,
-            seed=seed,
-            hyperparameters=settings,
-            measure=MEASURE,
-            about="Each factor is a steering vector in attention of several blocks, with a gate "
-            "that each token sets; all were found together, as soft factors of the effect.",
-        )
-        self._found = self._run(gated, positions, start, steps, progress)
-
-    def __next__(self) -> GatedFactors:
-        return next(self._found)
-
-    def collect(self) -> GatedFactors:
-        """The factors."""
-        return next(self)
-
-    def _run(
-        self, gated: GatedMap, positions: slice, start: Tensor, steps: int, progress: bool
-    ) -> Iterator[GatedFactors]:
-        with (
-            tqdm(total=steps + 1, desc="gated factors", unit="step", disable=not progress) as bar,
-            own_arithmetic(gated),
-        ):
-
-            def tell(step: int, objective: float) -> None:
-                bar.update()
-
-            fit = Fit(gated, positions, 1.0, tell, unit=gated.unit)
-            unit = gated.unit(start.double())
-            found, history = fit.iterated("exponential", unit, steps, True)
-        _check_finite(found)
-        inputs, columns, history = found.ordered(history)
-        gates, rows = gated.mean_gates(inputs).float(), gated.additions(inputs)
-        columns["mean_gate"] = gates.abs()
-        # (-a, -b) adds what (a, b) adds: of the two, the one that is open on average.
-        signs = torch.where(gates < 0, -1.0, 1.0)[:, :, None]
-        A, B = rows.A * signs, rows.B * signs
-        yield GatedFactors(A, B, story=self.story, columns=columns, history=history)
+def _found(
+    gated: GatedMap,
+    positions: slice,
+    start: Tensor,
+    steps: int,
+    progress: bool,
+    made: Mapping[str, Any],
+) -> Iterator[GatedFactors]:
+    """All factors, in one part."""
+    with (
+        tqdm(total=steps + 1, desc="gated factors", unit="step", disable=not progress) as bar,
+        own_arithmetic(gated),
+    ):
+        fit = Fit(gated, positions, 1.0, lambda *_: bar.update(), unit=gated.unit)
+        found, history = fit.iterated("exponential", gated.unit(start.double()), steps, True)
+    _check_finite(found)
+    inputs, columns, history = found.ordered(history)
+    gates, rows = gated.mean_gates(inputs).float(), gated.additions(inputs)
+    columns["mean_gate"] = gates.abs()
+    # (-a, -b) adds what (a, b) adds: of the two, the one that is open on average.
+    signs = torch.where(gates < 0, -1.0, 1.0)[:, :, None]
+    yield GatedFactors(rows.A * signs, rows.B * signs, story=made, columns=columns, history=history)
 
 
 @functools.partial(collecting, kind=GatedFactors)
@@ -204,7 +171,7 @@ def gated_factors(
     chat: bool = False,
     batch_size: int | None = None,
     progress: bool = False,
-) -> Finding:
+) -> Parts:
     """Find factors: steering vectors of a band of early blocks, each with an input gate.
 
     A factor adds R (z . a) b to attention's output projection of each block of the band, where z is
@@ -244,7 +211,24 @@ def gated_factors(
     gated = GatedMap(f, band, radius)
     drawn = torch.Generator().manual_seed(seed)
     start = torch.randn(n_factors, gated.size, generator=drawn, dtype=torch.float32)
-    return Finding(gated, checked_slice(positions), start, seed, steps, progress)
+    positions = checked_slice(positions)
+    made = story.make(
+        "gated_factors",
+        **gated.story(),
+        layers=band,
+        seed=seed,
+        hyperparameters={
+            "radius": radius,
+            "positions": story.slice_to_json(positions),
+            "n_factors": n_factors,
+            "layers": band,
+            "steps": steps,
+        },
+        measure=MEASURE,
+        about="Each factor is a steering vector in attention of several blocks, with a gate that "
+        "each token sets; all were found together, as soft factors of the effect.",
+    )
+    return Parts(made, _found(gated, positions, start, steps, progress, made))
 
 
 def _band(model: Model, layers: Sequence[int] | None, target: int | None) -> tuple[list[int], int]:

@@ -20,7 +20,6 @@ def local(
     Ask it outside of `steered(model, ...)`, or it judges under the vector.
 
     Args:
-        model: as `load_model` gives it.
         system: a system prompt; put before the question where the template knows none.
         engine: what writes instead of the model, as in `tm.generate`.
 

@@ -39,7 +39,6 @@ def openai_compatible(
         timeout: seconds for one try, to the last byte of the answer.
         retries: how often a question is asked again after a time-out, a lost connection, or an
             error that the server calls temporary.
-        max_tokens: of an answer.
         options: more fields of the request; one that is None is left out. Some models want
             {"max_tokens": None, "max_completion_tokens": 256, "temperature": None}.
         cache: a folder. Answers are kept there as they come, and not asked for again.

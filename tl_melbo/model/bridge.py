@@ -3,8 +3,9 @@
 import copy
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -165,20 +166,20 @@ def frozen(*roots: nn.Module) -> Iterator[None]:
 
 
 def residual_streams(
-    model: Model, tokens: Tensor, layers: Iterable[int], positions: slice = slice(None)
+    model: Model, tokens: Tensor, layers: Sequence[int], positions: slice | list[int] = slice(None)
 ) -> list[Tensor]:
     """The residual stream after each of these layers, [row, pos, d_model], in one ordinary pass."""
-    streams: list[Tensor] = []
+    streams: dict[int, Tensor] = {}
 
-    def keep(module: nn.Module, args: Any, output: Tensor) -> None:
-        streams.append(output[:, positions].detach().clone())
+    def keep(layer: int, module: nn.Module, args: Any, output: Tensor) -> None:
+        streams[layer] = output[:, positions].detach().clone()
 
     with at_rest(model), ExitStack() as hooks:
         for layer in layers:
             point = model.hook_dict[residual_hook_name(layer)]
-            hooks.enter_context(point.register_forward_hook(keep))
+            hooks.enter_context(point.register_forward_hook(partial(keep, layer)))
         model(tokens, return_type=None)
-    return streams
+    return [streams[layer] for layer in layers]
 
 
 def hook_tables(modules: Iterable[nn.Module]) -> tuple[dict[int, Any], ...]:

@@ -60,9 +60,9 @@ def locked(folder: Path, lock: FileLock, patience: float = 0) -> Iterator[None]:
             clear_partial(each)
         yield
     finally:
-        if not existed and {item.name for item in folder.iterdir()} <= {LOCK}:
-            (folder / LOCK).unlink(missing_ok=True)
-            with suppress(OSError):  # another process has just begun here
+        with suppress(OSError):  # another process has just begun here, or the folder is gone
+            if not existed and {item.name for item in folder.iterdir()} <= {LOCK}:
+                (folder / LOCK).unlink(missing_ok=True)
                 folder.rmdir()
         lock.release()
 

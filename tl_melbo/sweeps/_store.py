@@ -80,12 +80,15 @@ class Store:
             return None
 
     def set_aside(self, name: str) -> None:
-        """Move what is kept under a name, if anything, to one that says so."""
+        """Move what is kept under a name, if anything, to a free one that says so."""
+        aside = name + ASIDE
+        while self.read(aside) is not None:
+            aside += ASIDE
         with suppress(FileNotFoundError):
             if self._fs is None:
-                (Path(self.out) / name).replace(f"{self.out}/{name}{ASIDE}")
+                (Path(self.out) / name).rename(Path(self.out) / aside)
             else:
-                self._fs.mv(f"{self._root}/{name}", f"{self._root}/{name}{ASIDE}")
+                self._fs.mv(f"{self._root}/{name}", f"{self._root}/{aside}")
 
     def keep(self, folder: str, record: dict[str, Any]) -> dict[str, Any]:
         """Keep what is known of a cell's search, which has failed if that cannot be kept."""

@@ -123,7 +123,7 @@ def _known(store: Store, cells: Sequence[Cell]) -> Records:
     if lost:
         warn_user(
             f"{store.out}: the vectors of {told(lost)} are missing, damaged or changed; they are "
-            f"searched again, and what was there is now {VECTORS}{ASIDE}"
+            f"searched again, and what was there is kept with {ASIDE!r} after its name"
         )
     return records
 
