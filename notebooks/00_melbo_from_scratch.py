@@ -110,12 +110,13 @@ check.hook(steered_logits, f)
 #
 # $$\Delta(\theta) = f(x + \theta) - f(x) .$$
 #
-# Compute it from two runs of the whole model, one of them steered.
+# Compute it from two runs of the whole model, one of them steered, for any tokens: the check gives it others than the
+# prompt's.
 
 
 # %% tags=["answer"]
-def delta(theta):
-    """The effect of theta after TARGET_LAYER, [pos, d_model]."""
+def delta(theta, tokens):
+    """The effect of theta after TARGET_LAYER on the stream of these tokens, [pos, d_model]."""
     return ...
 
 
@@ -132,7 +133,7 @@ check.effect(delta, f)
 # <details><summary>Solution</summary>
 #
 # ```python
-# def delta(theta):
+# def delta(theta, tokens):
 #     kept = []
 #
 #     def keep(resid, hook):
@@ -148,7 +149,7 @@ check.effect(delta, f)
 # ```
 # </details>
 #
-# From here on we use `f.delta(vectors)`. It is your function for several vectors at once,
+# From here on we use `f.delta(vectors)`. It is your function for the prompt and several vectors at once,
 # `[vector, prompt, pos, d_model]`; it runs only the blocks between the two layers, and it has a gradient.
 #
 # ## 3. Predict: which of these was found?
@@ -350,12 +351,13 @@ read.assign(objective=found.objective.tolist())[["vector", "objective", "complet
 #
 # As $R \to 0$, $\Delta(R v) \to R\,J v$ with the Jacobian $J$ at zero, and the best $v$ is the top right **singular
 # vector** of $J$. Find it without ever writing $J$ down: from a random $v$, apply $J$ and then $J^\top$, normalise,
-# repeat. Return the unit vector, and by how much $J$ stretches it.
+# repeat. Return the unit vector, and by how much $J$ stretches it. Write it for any differentiable function `g` of a
+# vector. The check calls it with a function whose $J$ is known, then with the effect at the last three tokens.
 
 
 # %% tags=["answer"]
-def top_direction():
-    """The top right singular vector of J at the last three tokens, of norm 1; and its singular value."""
+def top_direction(g):
+    """The top right singular vector, of norm 1, of g's Jacobian at zero; and its singular value."""
     return ...
 
 
@@ -366,26 +368,22 @@ check.top_direction(top_direction, f, linear)
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# Write the effect as a function `g` of theta, and let `zero` be a vector of zeros. `torch.func.jvp(g, (zero,), (v,))`
-# gives g(0) and J v. `_, back = torch.func.vjp(g, zero)` gives a function with `back(u)[0]` = $J^\top u$. Twenty
-# repetitions are enough.
+# Let `zero` be a vector of zeros. `torch.func.jvp(g, (zero,), (v,))` gives g(0) and J v.
+# `_, back = torch.func.vjp(g, zero)` gives a function with `back(u)[0]` = $J^\top u$. Twenty repetitions are enough.
 # </details>
 #
 # <details><summary>Solution</summary>
 #
 # ```python
-# def top_direction():
-#     def effect(theta):
-#         return f.delta(theta[None], positions=LAST)[0, 0]
-#
-#     zero = torch.zeros(d_model)
+# def top_direction(g):
+#     zero = torch.zeros_like(start)
 #     v = start / start.norm()
-#     _, back = torch.func.vjp(effect, zero)
+#     _, back = torch.func.vjp(g, zero)
 #     for _ in range(20):
-#         _, stretched = torch.func.jvp(effect, (zero,), (v,))
+#         _, stretched = torch.func.jvp(g, (zero,), (v,))
 #         v = back(stretched)[0]
 #         v = v / v.norm()
-#     return v, torch.func.jvp(effect, (zero,), (v,))[1].norm()
+#     return v, torch.func.jvp(g, (zero,), (v,))[1].norm()
 # ```
 # </details>
 #
