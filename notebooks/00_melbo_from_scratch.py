@@ -32,8 +32,9 @@
 # %% tags=["parameters"]
 MODEL = None  # None is the bundled SmolLM2-135M-Instruct; or a hub id, a folder, a .gguf file
 PROMPT = "Tell me about yourself."
+CHAT = True  # False for a base model, which has no chat template
 SOURCE_LAYER, TARGET_LAYER = 8, 16  # for another model: about a quarter and half of its depth
-RADIUS = 12.0  # the norm of the vectors, chosen by reading completions: 01 shows how
+RADIUS = 12.0  # the norm of the vectors: 01 shows how to choose; None, for another model, measures one to begin with
 N_STEPS = 50  # gradients of the slow search
 MAX_NEW_TOKENS = 25
 
@@ -46,8 +47,8 @@ from tl_melbo.course import lines
 from tl_melbo.model.tokens import as_seen, to_tokens
 
 model = tm.load_model(MODEL)
-tokens = to_tokens(model, PROMPT, chat=True)
-print(as_seen(model, PROMPT, chat=True))
+tokens = to_tokens(model, PROMPT, CHAT)
+print(as_seen(model, PROMPT, CHAT))
 
 # %% [markdown]
 # That is the prompt as the model reads it: `PROMPT` inside the chat template. If there is a system message, the
@@ -56,7 +57,8 @@ print(as_seen(model, PROMPT, chat=True))
 # `f` is this package's map between the two layers. The checks compare your work with it.
 
 # %%
-f = tm.ActivationMap.from_prompts(model, PROMPT, SOURCE_LAYER, TARGET_LAYER, chat=True)
+f = tm.ActivationMap.from_prompts(model, PROMPT, SOURCE_LAYER, TARGET_LAYER, chat=CHAT)
+RADIUS = RADIUS or tm.calibrate_radius(f)
 d_model = f.d_model
 start = tm.random_vectors(f, 1, radius=RADIUS, seed=0).vectors[0]  # a random vector of norm RADIUS
 LAST = slice(-3, None)  # the last three tokens of the prompt

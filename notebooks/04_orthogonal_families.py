@@ -28,8 +28,9 @@
 # %% tags=["parameters"]
 MODEL = None  # None is the bundled SmolLM2-135M-Instruct; or a hub id, a folder, a .gguf file
 PROMPT = "Tell me about yourself."
-SOURCE_LAYER, TARGET_LAYER = 8, 16
-RADIUS = 12.0
+CHAT = True  # False for a base model, which has no chat template
+SOURCE_LAYER, TARGET_LAYER = 8, 16  # for another model: about a quarter and half of its depth
+RADIUS = 12.0  # None, for another model, measures one to begin with
 THETA0 = 20  # which vector of the library the family grows from: read their texts, and choose
 N_FAMILY = 3
 MAX_NEW_TOKENS = 24
@@ -44,7 +45,8 @@ from tl_melbo.course import families as check
 from tl_melbo.tables import Table
 
 model = tm.load_model(MODEL)
-f = tm.ActivationMap.from_prompts(model, PROMPT, SOURCE_LAYER, TARGET_LAYER, chat=True)
+f = tm.ActivationMap.from_prompts(model, PROMPT, SOURCE_LAYER, TARGET_LAYER, chat=CHAT)
+RADIUS = RADIUS or tm.calibrate_radius(f)
 theta0 = tm.melbo(f, THETA0 + 1, radius=RADIUS)[THETA0]
 tm.generate(model, PROMPT, theta0, scales=[0, 1], max_new_tokens=MAX_NEW_TOKENS)[
     ["scale", "completion"]
@@ -149,7 +151,7 @@ written = {
     "random at the family's norm": long_random,
 }
 texts = {
-    name: tm.generate(model, PROMPT, some, chat=True, max_new_tokens=MAX_NEW_TOKENS)
+    name: tm.generate(model, PROMPT, some, max_new_tokens=MAX_NEW_TOKENS)
     for name, some in written.items()
 }
 kinds = measured.set_index("kind")["completion"]
