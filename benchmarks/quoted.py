@@ -23,7 +23,7 @@ def gallery() -> str:
     """By vector: its greedy text, and how often samples have what is counted."""
     told = json.loads((HERE / "gallery.json").read_text(encoding="utf-8"))
     lines = [
-        "| vector | greedy text | counted in samples | with it | unsteered | random vectors |",
+        "| vector | greedy text | behaviour | under the vector | unsteered | random vectors |",
         "|---|---|---|---|---|---|",
     ]
     for row in told["rows"]:
@@ -34,10 +34,10 @@ def gallery() -> str:
 
 
 def output() -> str:
-    """What the README's first lines of code print, cut to a line each."""
+    """What the README's first lines of code print, to the letter."""
     told = json.loads((HERE / "gallery.json").read_text(encoding="utf-8"))
-    numbered = [(-1, told["baseline"]), *enumerate(told["first"])]
-    return "\n".join(["```text", *(f"{i:2}  {_cut(text)}" for i, text in numbered), "```"])
+    numbered = enumerate([told["baseline"], *told["first"]], -1)
+    return "\n".join(["```text", *(f"{i:2}  {text[:64]!r}" for i, text in numbered), "```"])
 
 
 def parting() -> str:

@@ -32,8 +32,9 @@
 # %% tags=["parameters"]
 MODEL = None  # None is the bundled SmolLM2-135M-Instruct; or a hub id, a folder, a .gguf file
 PROMPT = "Tell me about yourself."
+CHAT = True  # False for a base model, which has no chat template
 SOURCE_LAYER, TARGET_LAYER = 8, 16  # for another model: about a quarter and half of its depth
-RADIUS = 12.0  # the norm of the vectors, chosen by reading completions: 01 shows how
+RADIUS = 12.0  # the norm of the vectors: 01 shows how to choose; None, for another model, measures one to begin with
 N_STEPS = 50  # gradients of the slow search
 MAX_NEW_TOKENS = 25
 
@@ -46,8 +47,8 @@ from tl_melbo.course import lines
 from tl_melbo.model.tokens import as_seen, to_tokens
 
 model = tm.load_model(MODEL)
-tokens = to_tokens(model, PROMPT, chat=True)
-print(as_seen(model, PROMPT, chat=True))
+tokens = to_tokens(model, PROMPT, CHAT)
+print(as_seen(model, PROMPT, CHAT))
 
 # %% [markdown]
 # That is the prompt as the model reads it: `PROMPT` inside the chat template. If there is a system message, the
@@ -56,7 +57,8 @@ print(as_seen(model, PROMPT, chat=True))
 # `f` is this package's map between the two layers. The checks compare your work with it.
 
 # %%
-f = tm.ActivationMap.from_prompts(model, PROMPT, SOURCE_LAYER, TARGET_LAYER, chat=True)
+f = tm.ActivationMap.from_prompts(model, PROMPT, SOURCE_LAYER, TARGET_LAYER, chat=CHAT)
+RADIUS = RADIUS or tm.calibrate_radius(f)
 d_model = f.d_model
 start = tm.random_vectors(f, 1, radius=RADIUS, seed=0).vectors[0]  # a random vector of norm RADIUS
 LAST = slice(-3, None)  # the last three tokens of the prompt
@@ -110,12 +112,13 @@ check.hook(steered_logits, f)
 #
 # $$\Delta(\theta) = f(x + \theta) - f(x) .$$
 #
-# Compute it from two runs of the whole model, one of them steered.
+# Compute it from two runs of the whole model, one of them steered, for any tokens: the check gives it others than the
+# prompt's.
 
 
 # %% tags=["answer"]
-def delta(theta):
-    """The effect of theta after TARGET_LAYER, [pos, d_model]."""
+def delta(theta, tokens):
+    """The effect of theta after TARGET_LAYER on the stream of these tokens, [pos, d_model]."""
     return ...
 
 
@@ -132,7 +135,7 @@ check.effect(delta, f)
 # <details><summary>Solution</summary>
 #
 # ```python
-# def delta(theta):
+# def delta(theta, tokens):
 #     kept = []
 #
 #     def keep(resid, hook):
@@ -148,7 +151,7 @@ check.effect(delta, f)
 # ```
 # </details>
 #
-# From here on we use `f.delta(vectors)`. It is your function for several vectors at once,
+# From here on we use `f.delta(vectors)`. It is your function for the prompt and several vectors at once,
 # `[vector, prompt, pos, d_model]`; it runs only the blocks between the two layers, and it has a gradient.
 #
 # ## 3. Predict: which of these was found?
@@ -350,12 +353,13 @@ read.assign(objective=found.objective.tolist())[["vector", "objective", "complet
 #
 # As $R \to 0$, $\Delta(R v) \to R\,J v$ with the Jacobian $J$ at zero, and the best $v$ is the top right **singular
 # vector** of $J$. Find it without ever writing $J$ down: from a random $v$, apply $J$ and then $J^\top$, normalise,
-# repeat. Return the unit vector, and by how much $J$ stretches it.
+# repeat. Return the unit vector, and by how much $J$ stretches it. Write it for any differentiable function `g` of a
+# vector. The check calls it with a function whose $J$ is known, then with the effect at the last three tokens.
 
 
 # %% tags=["answer"]
-def top_direction():
-    """The top right singular vector of J at the last three tokens, of norm 1; and its singular value."""
+def top_direction(g):
+    """The top right singular vector, of norm 1, of g's Jacobian at zero; and its singular value."""
     return ...
 
 
@@ -366,26 +370,22 @@ check.top_direction(top_direction, f, linear)
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# Write the effect as a function `g` of theta, and let `zero` be a vector of zeros. `torch.func.jvp(g, (zero,), (v,))`
-# gives g(0) and J v. `_, back = torch.func.vjp(g, zero)` gives a function with `back(u)[0]` = $J^\top u$. Twenty
-# repetitions are enough.
+# Let `zero` be a vector of zeros. `torch.func.jvp(g, (zero,), (v,))` gives g(0) and J v.
+# `_, back = torch.func.vjp(g, zero)` gives a function with `back(u)[0]` = $J^\top u$. Twenty repetitions are enough.
 # </details>
 #
 # <details><summary>Solution</summary>
 #
 # ```python
-# def top_direction():
-#     def effect(theta):
-#         return f.delta(theta[None], positions=LAST)[0, 0]
-#
-#     zero = torch.zeros(d_model)
+# def top_direction(g):
+#     zero = torch.zeros_like(start)
 #     v = start / start.norm()
-#     _, back = torch.func.vjp(effect, zero)
+#     _, back = torch.func.vjp(g, zero)
 #     for _ in range(20):
-#         _, stretched = torch.func.jvp(effect, (zero,), (v,))
+#         _, stretched = torch.func.jvp(g, (zero,), (v,))
 #         v = back(stretched)[0]
 #         v = v / v.norm()
-#     return v, torch.func.jvp(effect, (zero,), (v,))[1].norm()
+#     return v, torch.func.jvp(g, (zero,), (v,))[1].norm()
 # ```
 # </details>
 #

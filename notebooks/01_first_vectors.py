@@ -28,8 +28,9 @@
 # %% tags=["parameters"]
 MODEL = None  # None is the bundled SmolLM2-135M-Instruct; or a hub id, a folder, a .gguf file
 PROMPT = "Tell me about yourself."
+CHAT = True  # False for a base model, which has no chat template
 SOURCE_LAYER, TARGET_LAYER = 8, 16  # for another model: about a quarter and half of its depth
-RADIUS = 12.0  # the norm of the vectors; "How long should a vector be?" below
+RADIUS = 12.0  # the norm of the vectors; None, for another model, measures one to begin with
 N_VECTORS = 16
 N_RANDOM = 24
 SCALES = [0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 6.0]
@@ -47,16 +48,17 @@ from tl_melbo.model.tokens import as_seen
 from tl_melbo.tables import Table  # a frame that a notebook shows whole
 
 model = tm.load_model(MODEL)
-f = tm.ActivationMap.from_prompts(model, PROMPT, SOURCE_LAYER, TARGET_LAYER, chat=True)
+f = tm.ActivationMap.from_prompts(model, PROMPT, SOURCE_LAYER, TARGET_LAYER, chat=CHAT)
+RADIUS = RADIUS or tm.calibrate_radius(f)
 LAST = slice(-3, None)  # the last three tokens of the prompt
-print(as_seen(model, PROMPT, chat=True))
+print(as_seen(model, PROMPT, CHAT))
 
 # %% [markdown]
 # That is what the model reads: the prompt inside the chat template. If the template brings a default system
 # message along, it is there, too: keep it in mind when you read completions. Without a vector the model writes:
 
 # %%
-writing = {"max_new_tokens": MAX_NEW_TOKENS, "chat": True}
+writing = {"max_new_tokens": MAX_NEW_TOKENS, "chat": CHAT}
 unsteered = tm.generate(model, PROMPT, **writing)
 unsteered[["completion"]]
 
@@ -109,7 +111,7 @@ random_texts[["vector", "completion"]]
 
 # %%
 log_p = tm.next_token_log_probs(model, PROMPT, random)  # [vector, d_vocab]
-log_q = tm.next_token_log_probs(model, PROMPT, chat=True)  # [1, d_vocab]
+log_q = tm.next_token_log_probs(model, PROMPT, chat=CHAT)  # [1, d_vocab]
 
 # %% tags=["answer"]
 divergences = ...  # one number a vector
@@ -166,7 +168,7 @@ compared
 
 # %%
 print(
-    f"the weakest of MELBO's: {float(kl['MELBO'].min()):.2f} nats; the strongest random: {float(kl['random'].max()):.2f}"
+    f"the weakest of MELBO's: {float(kl['MELBO'].min()):.2g} nats; the strongest random: {float(kl['random'].max()):.2g}"
 )
 ranked = {name: values.sort(descending=True).values.tolist() for name, values in kl.items()}
 lines(
@@ -213,7 +215,7 @@ medians.loc[[SOURCE_LAYER, TARGET_LAYER, max(medians.index)]].round(1)
 
 # %%
 some = tm.generate(model, PROMPT, found[:8], scales=SCALES, max_new_tokens=MAX_NEW_TOKENS)
-graded = tm.analysis.behaviours(model, pd.concat([unsteered, some], ignore_index=True), chat=True)
+graded = tm.analysis.behaviours(model, pd.concat([unsteered, some], ignore_index=True), chat=CHAT)
 swept = graded.texts[graded.texts["vector"] >= 0]
 swept = swept.assign(different=swept["coherent"].astype(bool) & (swept["behaviour"] > 0))
 shares = swept.groupby("scale")[["coherent", "different"]].mean().astype(float)
@@ -279,7 +281,7 @@ print(f"calibrated radius {tm.calibrate_radius(f):.3g}; here RADIUS = {RADIUS:g}
 all_texts = pd.concat(
     [texts, random_texts.assign(vector=random_texts["vector"] + 100)], ignore_index=True
 )
-grouped = tm.analysis.behaviours(model, all_texts, chat=True)
+grouped = tm.analysis.behaviours(model, all_texts, chat=CHAT)
 grouped.groups[["behaviour", "name", "n_texts", "vectors", "negatives"]]
 
 # %%

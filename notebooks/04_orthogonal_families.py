@@ -28,8 +28,9 @@
 # %% tags=["parameters"]
 MODEL = None  # None is the bundled SmolLM2-135M-Instruct; or a hub id, a folder, a .gguf file
 PROMPT = "Tell me about yourself."
-SOURCE_LAYER, TARGET_LAYER = 8, 16
-RADIUS = 12.0
+CHAT = True  # False for a base model, which has no chat template
+SOURCE_LAYER, TARGET_LAYER = 8, 16  # for another model: about a quarter and half of its depth
+RADIUS = 12.0  # None, for another model, measures one to begin with
 THETA0 = 20  # which vector of the library the family grows from: read their texts, and choose
 N_FAMILY = 3
 MAX_NEW_TOKENS = 24
@@ -44,7 +45,8 @@ from tl_melbo.course import families as check
 from tl_melbo.tables import Table
 
 model = tm.load_model(MODEL)
-f = tm.ActivationMap.from_prompts(model, PROMPT, SOURCE_LAYER, TARGET_LAYER, chat=True)
+f = tm.ActivationMap.from_prompts(model, PROMPT, SOURCE_LAYER, TARGET_LAYER, chat=CHAT)
+RADIUS = RADIUS or tm.calibrate_radius(f)
 theta0 = tm.melbo(f, THETA0 + 1, radius=RADIUS)[THETA0]
 tm.generate(model, PROMPT, theta0, scales=[0, 1], max_new_tokens=MAX_NEW_TOKENS)[
     ["scale", "completion"]
@@ -68,9 +70,9 @@ tm.generate(model, PROMPT, theta0, scales=[0, 1], max_new_tokens=MAX_NEW_TOKENS)
 #
 # **Difficulty** 🔴🔴🔴⚪⚪ · **Importance** 🔵🔵🔵🔵🔵 · up to 20 minutes
 #
-# Find `follower`, one vector (`[d_model]`), orthogonal to θ₀, whose effect leaves at most half of the distance that no vector leaves.
-# Write the loop yourself, with `torch.optim.Adam` and `mean_effect`. About 60 steps are enough; the published search takes 1000
-# smaller ones.
+# Write a search for one vector, orthogonal to θ₀, whose effect leaves at most half of the distance that no vector leaves.
+# Write the loop yourself, with `torch.optim.Adam`. About 60 steps are enough; the published search takes 1000
+# smaller ones. `effect` is a function like `mean_effect`: the check gives a simple one that it made, and then the real one.
 
 
 # %%
@@ -79,12 +81,15 @@ def mean_effect(vectors):
     return f.delta(vectors).mean((1, 2))
 
 
-d_model = f.d_model
 with torch.no_grad():
     print("distance without a vector:", round(mean_effect(theta0.vectors).norm().item(), 2))
 
+
 # %% tags=["answer"]
-follower = ...
+def follower(effect, start):
+    """A vector [d_model], orthogonal to start, with nearly the effect of start."""
+    return ...
+
 
 # %%
 check.follower(follower, f, theta0)
@@ -92,27 +97,28 @@ check.follower(follower, f, theta0)
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# Let Adam move a free tensor, and project *inside* the loss: subtract its part along θ₀, and give the rest to `mean_effect`. Start at
-# zero. Learning rate 0.3. Project once more at the end.
+# Let Adam move a free tensor, and project *inside* the loss: subtract its part along θ₀, and give the rest to `effect`. Start at
+# zero. Learning rate: a fortieth of θ₀'s norm. Project once more at the end.
 # </details>
 #
 # <details><summary>Solution</summary>
 #
 # ```python
-# unit = theta0.vectors[0] / theta0.vectors[0].norm()
-# with torch.no_grad():
-#     wanted = mean_effect(theta0.vectors)
+# def follower(effect, start):
+#     unit = start / start.norm()
+#     with torch.no_grad():
+#         wanted = effect(start[None])
 #
-# theta = torch.zeros(d_model, requires_grad=True)
-# optimiser = torch.optim.Adam([theta], lr=0.3)
-# for step in range(60):
-#     orthogonal = theta - (theta @ unit) * unit
-#     loss = (mean_effect(orthogonal[None]) - wanted).norm()
-#     optimiser.zero_grad()
-#     loss.backward()
-#     optimiser.step()
+#     theta = torch.zeros_like(start, requires_grad=True)
+#     optimiser = torch.optim.Adam([theta], lr=float(start.norm()) / 40)
+#     for step in range(60):
+#         orthogonal = theta - (theta @ unit) * unit
+#         loss = (effect(orthogonal[None]) - wanted).norm()
+#         optimiser.zero_grad()
+#         loss.backward()
+#         optimiser.step()
 #
-# follower = theta.detach() - (theta.detach() @ unit) * unit
+#     return theta.detach() - (theta.detach() @ unit) * unit
 # ```
 # </details>
 #
@@ -145,7 +151,7 @@ written = {
     "random at the family's norm": long_random,
 }
 texts = {
-    name: tm.generate(model, PROMPT, some, chat=True, max_new_tokens=MAX_NEW_TOKENS)
+    name: tm.generate(model, PROMPT, some, max_new_tokens=MAX_NEW_TOKENS)
     for name, some in written.items()
 }
 kinds = measured.set_index("kind")["completion"]

@@ -37,7 +37,6 @@ def refuses(told, check, *arguments):
     [
         lambda: inside.lens(..., None, PROMPT),
         lambda: inside.patch(..., None, None, None),
-        lambda: families.follower(..., None, None),
         lambda: other_ways.mean_difference(..., None, None, 1.0),
         lambda: other_ways.share(...),
         lambda: audit.verdict(audit.grade(None, ...)),
@@ -59,7 +58,7 @@ def test_a_lens(tiny_llama):
     wrong = {
         "do not sum to 1": lambda stream: model.unembed(model.ln_final(stream)),
         "nats away": lambda stream: model.unembed(stream).log_softmax(-1),
-        "one number for each": lambda stream: stream,
+        "of all tokens is": lambda stream: stream,
         "exp of what you return": lambda stream: right(stream).exp(),
         "at nothing else": lambda stream: model(to_tokens(model, PROMPT, True))[0, -1].log_softmax(
             -1
@@ -107,22 +106,40 @@ def test_a_patch(tiny_llama, f, theta):
         "share 1": with_vector,
         "MLP alone": lambda layer: patched(*range(SOURCE + 1, TARGET + 1)),
         "steered run that you patched|MLP alone": backwards,
-        "all tokens, shape": lambda layer: patched(layer)[:, -3:],
+        "of all tokens is": lambda layer: patched(layer)[:, -3:],
     }
     for told, answer in wrong.items():
         refuses(told, inside.patch, answer, model, f, theta)
 
 
 def test_a_follower(f, theta):
-    found = tm.melbo_ortho(f, theta, 1)
-    vector, start = found.vectors[0], theta.vectors[0]
-    assert families.follower(vector, f, theta).startswith("Right")
-    refuses("θ₀ itself", families.follower, start, f, theta)
-    refuses("what you hand in", families.follower, vector + 0.05 * start, f, theta)
-    refuses("of the distance is left", families.follower, 1e-3 * vector, f, theta)
-    refuses("zero or not finite", families.follower, 0 * vector, f, theta)
-    refuses("one vector", families.follower, found.vectors, f, theta)
-    refuses("one vector", families.follower, [1.0], f, theta)
+    def search(effect, start):
+        """With Adam, from zero."""
+        unit, free = start / start.norm(), torch.zeros_like(start, requires_grad=True)
+        optimiser = torch.optim.Adam([free], lr=0.1)
+        for _ in range(60):
+            optimiser.zero_grad()
+            orthogonal = free - (free @ unit) * unit
+            (effect(torch.stack([orthogonal, start])).diff(dim=0).norm()).backward()
+            optimiser.step()
+        return orthogonal
+
+    def check(change):
+        return families.follower(lambda *given: change(search(*given), given[1]), f, theta)
+
+    assert "Not done yet" in families.follower(lambda effect, start: ..., f, theta)
+    assert check(lambda vector, start: vector).startswith("Right")
+    refuses("θ₀ itself", check, lambda vector, start: start)
+    refuses("what you return", check, lambda vector, start: vector + 0.05 * start)
+    refuses("of the distance is left", check, lambda vector, start: 1e-3 * vector)
+    refuses("is zero", check, lambda vector, start: 0 * vector)
+    refuses("of the vector is", check, lambda vector, start: vector[None])
+    refuses("Expected a tensor", check, lambda vector, start: [1.0])
+    # The package's own follower is one of its map's.
+    own = tm.melbo_ortho(f, theta, 1).vectors[0]
+    refuses("effect` gives", families.follower, lambda effect, start: own, f, theta)
+    with pytest.raises(TypeError, match="EffectMap"):
+        families.follower(lambda effect, start: tm.melbo_ortho(effect, theta, 1), f, theta)
 
 
 def test_a_difference_of_means(tiny_llama):
@@ -149,8 +166,8 @@ def test_a_difference_of_means(tiny_llama):
     refuses("Its norm is", check, 2 * right)
     refuses("padding and the first", check, difference(lambda g: g.x.mean(1)))
     refuses("padding and the first", check, difference(lambda g: means(g, 0)))
-    refuses("over no token", check, right * torch.nan)
-    refuses("one vector", check, right[None])
+    refuses("divided by zero", check, right * torch.nan)
+    refuses("of the vector is", check, right[None])
 
 
 def test_a_share_in_a_span():

@@ -88,18 +88,29 @@ def test_hook(tiny_map, steered, unchanged):
 def test_effect(tiny_map):
     check = from_scratch.effect
 
-    def delta(theta):
-        with torch.no_grad():
-            return tiny_map.delta(theta[None])[0, 0]
+    def streams(theta, tokens):
+        """After the target block, unsteered and steered, from caches."""
+        model, place = tiny_map.model, f"blocks.{SOURCE}.hook_resid_post"
+        for hooks in ([], [(place, lambda resid, hook: resid + theta)]):
+            with torch.no_grad(), model.hooks(fwd_hooks=hooks):
+                yield model.run_with_cache(tokens)[1][f"blocks.{TARGET}.hook_resid_post"]
 
+    def delta(theta, tokens):
+        unsteered, steered = streams(theta, tokens)
+        return steered - unsteered
+
+    assert "Not done yet" in check(lambda theta, tokens: ..., tiny_map)
     assert "Right" in check(delta, tiny_map)
-    assert "Right" in check(lambda theta: delta(theta)[None], tiny_map)
-    told("Other way round", check, lambda theta: -delta(theta), tiny_map)
-    told("How far", check, lambda theta: tiny_map.y[0] + delta(theta), tiny_map)
-    told("source layer", check, lambda theta: theta.expand_as(tiny_map.x[0]), tiny_map)
-    told("nothing at all", check, lambda theta: 0 * delta(theta), tiny_map)
-    told("Another change", check, lambda theta: 1.5 * delta(theta), tiny_map)
-    told("shape", check, lambda theta: delta(theta)[-1], tiny_map)
+    assert "Right" in check(lambda *given: delta(*given)[0], tiny_map)
+    told("Other way round", check, lambda *given: -delta(*given), tiny_map)
+    told("How far", check, lambda *given: [*streams(*given)][1], tiny_map)
+    told("source layer", check, lambda theta, tokens: theta.expand_as(tiny_map.x[0]), tiny_map)
+    told("nothing at all", check, lambda *given: 0 * delta(*given), tiny_map)
+    told("Another change", check, lambda *given: 1.5 * delta(*given), tiny_map)
+    told("shape", check, lambda *given: delta(*given)[0, -1], tiny_map)
+    told("Is there a return", check, lambda *given: None, tiny_map)
+    # The package's own answer is for the prompt of its map.
+    told("other tokens", check, lambda theta, tokens: tiny_map.delta(theta[None])[0, 0], tiny_map)
 
 
 def test_quiz():
@@ -184,19 +195,31 @@ def test_a_search_is_tried_from_another_start(tiny_map, found):
 
 def test_top_direction(tiny_map):
     linear = tm.jacobian(tiny_map, 2, RADIUS)
-    one, two = (linear.vectors.T / linear.norms).T
-    value = float(linear.columns["singular_value"][0])
 
-    def check(answer):
-        return from_scratch.top_direction(lambda: answer, tiny_map, linear)
+    def check(change):
+        """The singular vectors by a whole Jacobian, and what is made of them."""
 
-    assert "Right" in check((-one, value))
-    told("cosine", check, (two, value))
-    told("J'J", check, (one, value**2))
-    told("does not stretch", check, (one, 0.5 * value))
-    told("Expected one number", check, (one, one))
-    told("not a finite number", check, (one, math.nan))
-    told("Its norm", check, (3 * one, value))
+        def answer(g):
+            zero = torch.zeros(tiny_map.d_model)
+            jacobian = torch.autograd.functional.jacobian(g, zero).reshape(-1, len(zero))
+            _, values, rows = torch.linalg.svd(jacobian)
+            return change(rows[0], rows[1], values[0])
+
+        return from_scratch.top_direction(answer, tiny_map, linear)
+
+    assert "Not done yet" in check(lambda one, two, value: ...)
+    assert "Right" in check(lambda one, two, value: (-one, value))
+    told("cosine", check, lambda one, two, value: (two, value))
+    told("J'J", check, lambda one, two, value: (one, value**2))
+    told("does not stretch", check, lambda one, two, value: (one, 0.5 * value))
+    told("Expected one number", check, lambda one, two, value: (one, one))
+    told("not a finite number", check, lambda one, two, value: (one, math.nan))
+    told("Its norm", check, lambda one, two, value: (3 * one, value))
+    # The package's own answer is for its map, and its functions search no plain function.
+    own = linear.vectors[0] / linear.norms[0], linear.columns["singular_value"][0]
+    told("J is known", from_scratch.top_direction, lambda g: own, tiny_map, linear)
+    with pytest.raises(Exception, match="EffectMap"):
+        from_scratch.top_direction(lambda g: tm.jacobian(g, 1), tiny_map, linear)
 
 
 def test_second(tiny_map, found):

@@ -29,7 +29,16 @@ def test_the_code_runs_as_printed(size, request, tmp_path, monkeypatch, capsys):
     assert len(tm.SteeringVectors.load(tmp_path / "me.safetensors")) == 6
     assert len(tm.SteeringVectors.load(tmp_path / "runs" / "mine" / "vectors.safetensors")) == 3
     assert "The family of vector 4" in (tmp_path / "me.html").read_text(encoding="utf-8")
-    assert "Once upon a time" in capsys.readouterr().out
+    printed, text = capsys.readouterr().out, README.read_text(encoding="utf-8")
+    assert "Once upon a time" in printed
+    (shown,) = re.findall(r"<!-- output -->\n```text\n(.*?)```", text, re.DOTALL)
+    # A tiny model writes other texts after the same numbers.
+    assert shown in printed if size == "bundled" else numbers(shown) == numbers(printed)
+
+
+def numbers(text):
+    """Of lines such as `-1  'a text'`."""
+    return re.findall(r"""^([ -]\d)  (?:'.*'|".*")$""", text, re.MULTILINE)
 
 
 @pytest.mark.parametrize(("file", "name"), quoted.QUOTED)

@@ -27,26 +27,30 @@ def number(answer: Any, what: str) -> float:
     try:
         found = float(answer)
     except (TypeError, ValueError, RuntimeError):
-        raise Wrong(f"Expected one number for {what}, got {_kind(answer)}.") from None
+        raise Wrong(f"Expected one number for {what}, got {type(answer).__name__}.") from None
     if not math.isfinite(found):
         raise Wrong(f"{found:g} for {what}: not a finite number. Is something divided by zero?")
     return found
 
 
-def tensor(answer: Any, shape: Sequence[int], what: str) -> Tensor:
-    """An answer as a tensor of this shape, `what` in words."""
-    if not isinstance(answer, Tensor) or answer.shape != tuple(shape):
-        raise Wrong(f"Expected {what}, got {_kind(answer)}.")
+def tensor(answer: Any, shape: Sequence[int] | None, what: str) -> Tensor:
+    """An answer as a tensor of finite numbers, of this shape if one is given."""
+    if not isinstance(answer, Tensor):
+        lost = " Is there a return?" if answer is None else ""
+        raise Wrong(f"Expected a tensor for {what}, got {type(answer).__name__}.{lost}")
+    if shape is not None and answer.shape != tuple(shape):
+        raise Wrong(f"The shape of {what} is {tuple(answer.shape)}; expected {tuple(shape)}.")
+    if not answer.isfinite().all():
+        raise Wrong(f"Not all numbers of {what} are finite. Is something divided by zero?")
     return answer
 
 
 def vector(answer: Any, width: int) -> Tensor:
-    """An answer as one vector."""
-    return tensor(answer, (width,), f"one vector, a tensor of shape ({width},)")
-
-
-def _kind(answer: Any) -> str:
-    return f"shape {tuple(answer.shape)}" if hasattr(answer, "shape") else type(answer).__name__
+    """An answer as one vector, float64 on the CPU, that is not zero."""
+    found = tensor(answer, (width,), "the vector").detach().double().cpu()
+    if not found.any():
+        raise Wrong("The vector is zero. Is it the tensor that your code changes?")
+    return found
 
 
 def look_up(mistakes: Mapping[str, T], is_told: Callable[[T], bool]) -> None:

@@ -1,5 +1,6 @@
-"""Checks of `04_orthogonal_families`: one orthogonal follower, found by hand."""
+"""Checks of `04_orthogonal_families`: one orthogonal follower, by a search of one's own."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,31 +12,33 @@ from tl_melbo.course._note import Note, Wrong, unfinished, vector
 _MOST = 0.5
 
 
-def follower(answer: Any, f: tm.ActivationMap, theta0: tm.SteeringVectors) -> Note:
-    """Is a vector orthogonal to theta0, and how much of the distance to its effect is left?"""
-    if note := unfinished(answer):
-        return note
-    start = theta0.vectors[0]
-    theta = vector(answer, len(start)).detach().cpu().float()
-    if not theta.isfinite().all() or not theta.any():
-        raise Wrong("The vector is zero or not finite. Did the optimiser move the right tensor?")
-    cosine = float(torch.cosine_similarity(theta, start, dim=0))
-    if abs(cosine) > 1e-4:
-        again = "Is what you hand in projected, too, and not only what you put into the loss?"
-        same = "That is θ₀ itself, or nearly. Where is it kept out?"
-        raise Wrong(f"Its cosine with θ₀ is {cosine:.2g}. {same if cosine > 0.5 else again}")
-    rows = torch.stack([theta, torch.zeros_like(theta)])
-    own, nothing = tm.analysis.effect_distance(f, rows, theta0).tolist()
-    share = own / nothing
-    if share > _MOST:
-        worse = "Does the loss compare with the effect of θ₀, and does it fall?"
-        slow = (
-            "The direction is right; does it still fall at the end? Try more steps, or larger ones."
-        )
-        raise Wrong(
-            f"It is orthogonal, but {share:.0%} of the distance is left, and at most {_MOST:.0%} "
-            f"should be. {worse if share > 0.9 else slow}"
-        )
+def follower(answer: Callable[..., Any], f: tm.ActivationMap, theta0: tm.SteeringVectors) -> Note:
+    """Try a search (effect, start) -> follower on an effect that has a known one, and on f's."""
+    start, generator = theta0.vectors[0].to(f.x.device), torch.Generator().manual_seed(0)
+    others = torch.randn(8, len(start), generator=generator).to(start)
+    basis = torch.linalg.qr(torch.stack([start, *others]).T).Q
+    # What start does, the others do, too: together, at four times its norm.
+    known = basis[:, 1:] / 4 + basis[:, :1] / 8**0.5
+    for effect in (lambda vectors: vectors @ known, lambda vectors: f.delta(vectors).mean((1, 2))):
+        found = answer(effect, start.clone())
+        if note := unfinished(found):
+            return note
+        theta = vector(found, len(start)).to(start)
+        cosine = float(torch.cosine_similarity(theta, start, dim=0))
+        if abs(cosine) > 1e-4:
+            same = "That is θ₀ itself, or nearly. Where is it kept out?"
+            again = "Is what you return projected, too, and not only what you put into the loss?"
+            raise Wrong(f"Its cosine with θ₀ is {cosine:.2g}. {same if cosine > 0.5 else again}")
+        with torch.no_grad():
+            own, wanted = effect(torch.stack([theta, start]))
+        share = float((own - wanted).norm() / wanted.norm())
+        if share > _MOST:
+            worse = "Does your loss compare with what `effect` gives for θ₀, and does it fall?"
+            slow = "Does the loss still fall at the end? Try more steps, or larger ones."
+            raise Wrong(
+                f"It is orthogonal, but {share:.0%} of the distance is left, and at most "
+                f"{_MOST:.0%} should be. {worse if share > 0.9 else slow}"
+            )
     return Note(
         f"Right: orthogonal to θ₀, and {share:.0%} of the distance is left. Its norm is "
         f"{float(theta.norm()):.1f}; that of θ₀ is {float(start.norm()):.1f}."

@@ -30,8 +30,7 @@ def divergences(answer: Any, steered: Tensor, unsteered: Tensor) -> Note:
     """Exercise 2: KL(steered || unsteered) of each row, from log-probabilities."""
     if note := unfinished(answer):
         return note
-    what = f"one number a vector, shape {tuple(steered.shape[:1])}"
-    told = tensor(answer, steered.shape[:1], what).detach().double().cpu()
+    told = tensor(answer, steered.shape[:1], "the divergences").detach().double().cpu()
     ours, theirs = steered.double().cpu(), unsteered.double().cpu().reshape(1, -1)
     terms = ours.exp() * (ours - theirs)
     kl = terms.sum(-1)

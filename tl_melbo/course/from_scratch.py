@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tl_melbo.activation_map import ActivationMap
-from tl_melbo.course._note import Note, Wrong, look_up, number, unfinished
+from tl_melbo.course._note import Note, Wrong, look_up, number, tensor, unfinished, vector
 from tl_melbo.discovery import random_vectors
 from tl_melbo.model.tokens import to_tokens
 from tl_melbo.tables import Table
@@ -30,11 +30,8 @@ def hook(steered_logits: Callable[[Tensor], Any], f: ActivationMap) -> Note:
     told = steered_logits(theta.clone())
     if note := unfinished(told):
         return note
-    told = _tensor(told, "the logits")
     expected = _logits(f, lambda x: x + theta)
-    if told.dim() == 2:
-        told = told[None]
-    _shape(told, expected.shape, "the logits")
+    told = _by_token(told, expected, "the logits")
     if not _close(_logits(f), before):
         raise Wrong(
             "After your function returned, the model is still steered. A hook that was added for "
@@ -44,54 +41,49 @@ def hook(steered_logits: Callable[[Tensor], Any], f: ActivationMap) -> Note:
         return Note("Right: these are the logits that tm.steered gives, too.")
     if _close(told, expected.log_softmax(-1)):
         raise Wrong("These are log-probabilities. The logits come before the softmax.")
+    block, add = f.source_layer, lambda x: x + theta
     mistakes = {
         "These are the unsteered logits: what your hook computed did not reach the model. Does it "
-        "give something back, and does it have the right name?": before,
-        "Only the last token is steered. The vector belongs to every position.": _logits(
-            f, lambda x: torch.cat([x[:, :-1], x[:, -1:] + theta], 1)
-        ),
-        "The vector has the wrong sign.": _logits(f, lambda x: x - theta),
-        "The vector takes the place of the residual stream; it should be added.": _logits(
-            f, lambda x: 0 * x + theta
-        ),
-        "The vector is added one block too early: before the source block, not after.": _logits(
-            f, lambda x: x + theta, f"blocks.{f.source_layer}.hook_resid_pre"
-        ),
-        "The vector is added one block too late.": _logits(
-            f, lambda x: x + theta, f"blocks.{f.source_layer + 1}.hook_resid_post"
-        ),
-    }
-    look_up(mistakes, lambda value: _close(told, value))
+        "give something back, and does it have the right name?": [lambda x: x],
+        "Only the last token is steered. The vector belongs to every position.": [
+            lambda x: torch.cat([x[:, :-1], x[:, -1:] + theta], 1)
+        ],
+        "The vector has the wrong sign.": [lambda x: x - theta],
+        "The vector takes the place of the residual stream; it should be added.": [
+            lambda x: 0 * x + theta
+        ],
+        "The vector is added one block too early: before the source block, not after.": [
+            add, f"blocks.{block}.hook_resid_pre",
+        ],
+        "The vector is added one block too late.": [add, f"blocks.{block + 1}.hook_resid_post"],
+    }  # fmt: skip
+    look_up(mistakes, lambda change: _close(told, _logits(f, *change)))
     raise Wrong(
         "These are other logits. Which hook point does your hook sit at, and what does it add?"
     )
 
 
-def effect(delta: Callable[[Tensor], Any], f: ActivationMap) -> Note:
-    """Exercise 2: the change of the residual stream after the target block."""
-    theta = _drawn(f)
-    told = delta(theta.clone())
+def effect(delta: Callable[[Tensor, Tensor], Any], f: ActivationMap) -> Note:
+    """Exercise 2: the change of the residual stream after the target block, for any tokens."""
+    theta, own = _drawn(f), to_tokens(f.model, f.prompts[0], f.chat)
+    tokens = own.flip(1)  # which no map was made for
+    told = delta(theta.clone(), tokens.clone())
     if note := unfinished(told):
         return note
-    told = _tensor(told, "the effect")
-    with torch.no_grad():
-        expected = f.delta(theta[None])[0, 0]
-        own = f.mask[0]
-    expected, y, x = expected[own], f.y[0][own], f.x[0][own]
-    if told.dim() == 3 and len(told) == 1:
-        told = told[0]
-    _shape(told, expected.shape, "the effect")
+    y, steered, *others = (
+        _run(f, some, lambda x, by=by: x + by * theta)[1] for some in (tokens, own) for by in (0, 1)
+    )
+    expected = steered - y
+    told = _by_token(told, expected, "the effect")
     if _close(told, expected):
-        return Note("Right: it agrees with f.delta at every token.")
+        return Note("Right: for these tokens, too, which are those of the prompt in reverse.")
     mistakes = {
         "Other way round: this is what the vector takes away.": -expected,
-        "That is the steered residual stream. How far is it from the unsteered one?": (
-            y + expected
-        ),
-        "That is the change at the source layer, where it is the vector itself.": theta.expand_as(
-            x
-        ),
+        "That is the steered residual stream. How far is it from the unsteered one?": y + expected,
+        "That is the change at the source layer, where it is the vector itself.": theta + 0 * y,
         "That is nothing at all: both runs gave the same. Is one of them steered?": 0 * expected,
+        "That is the effect on the notebook's prompt. The check gives other tokens: does your "
+        "function run the model on those that it is given?": others[1] - others[0],
     }
     look_up(mistakes, lambda value: _close(told, value))
     raise Wrong(
@@ -125,7 +117,7 @@ def objective(measure: Callable[[Tensor], Any], f: ActivationMap) -> Note:
     told = measure(theta)
     if note := unfinished(told):
         return note
-    told = _tensor(told, "the objective")
+    told = tensor(told, None, "the objective")
     if told.numel() != 1:
         raise Wrong(
             f"One number is expected; these are {told.numel()}. What is still to be summed?"
@@ -208,38 +200,42 @@ def climbed(
     )
 
 
-def top_direction(answer: Callable[[], Any], f: ActivationMap, linear: SteeringVectors) -> Note:
-    """Exercise 6: the top right singular vector of J and its singular value."""
+def top_direction(answer: Callable[..., Any], f: ActivationMap, linear: SteeringVectors) -> Note:
+    """Exercise 6: the top right singular vector of J and its singular value, for any function."""
     if not callable(answer):
         raise Wrong("Pass the function itself; the check calls it.")
-    told = answer()
-    if note := unfinished(told):
-        return note
-    direction, value = _two(told, "the direction", "its singular value")
-    _shape(direction, (f.d_model,), "the direction")
-    _on_sphere(direction, 1.0)
-    expected = float(linear.columns["singular_value"][0])
-    cosine = abs(float(direction.double() @ linear.vectors[0].double() / linear.norms[0]))
-    if cosine < 0.9:
-        raise Wrong(
-            f"Its |cosine| with the top singular vector is {cosine:.2f}. Do you apply J and its "
-            "transpose in turn, and often enough?"
-        )
-    value = number(value, "the singular value")
-    if abs(value - expected) < 0.03 * expected:
-        return Note(f"Right: J stretches this direction by {value:.3g}, more than any other.")
-    if abs(value - expected**2) < 0.06 * expected**2:
-        raise Wrong(
-            "The direction is right. The value is that of J'J: the square of what is asked."
-        )
-    raise Wrong(f"The direction is right, but J does not stretch it by {value:.3g}.")
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(f.d_model, 8, generator=generator)).Q.to(f.x.device)
+    stretch = 3 * 0.5 ** torch.arange(8, device=f.x.device)
+    value = float(linear.columns["singular_value"][0])
+    for name, g, top, expected in (
+        ("a function whose J is known", lambda v: (stretch * (v @ basis)).sin(), basis[:, 0], 3.0),
+        ("f", lambda v: f.delta(v[None], LAST)[0, 0], linear.vectors[0], value),
+    ):
+        told = answer(g)
+        if note := unfinished(told):
+            return note
+        direction, found = _two(told, "the direction", "its singular value")
+        _on_sphere(direction, f, 1.0)
+        cosine = abs(float(torch.cosine_similarity(direction.detach().cpu(), top.cpu(), 0)))
+        if cosine < 0.9:
+            raise Wrong(
+                f"For {name}, its |cosine| with the top singular vector is {cosine:.2f}. Do you "
+                "apply J and its transpose in turn, of the function given, and often enough?"
+            )
+        found = number(found, "the singular value")
+        if abs(found - expected) < 0.03 * expected:
+            continue
+        if abs(found - expected**2) < 0.06 * expected**2:
+            raise Wrong("The direction is right. The value is that of J'J: the square of J's own.")
+        raise Wrong(f"For {name} the direction is right, but J does not stretch it by {found:.3g}.")
+    return Note(f"Right: J stretches this direction by {value:.3g}, more than any other.")
 
 
 def second(theta: Any, first: Tensor, f: ActivationMap, reference: SteeringVectors) -> Note:
     """Exercise 7: a second vector, orthogonal to the first, of a large objective."""
     if note := unfinished(theta):
         return note
-    theta = _tensor(theta, "the vector")
     _check_vector(theta, f, float(reference.norms[0]), reference)
     cosine = float(torch.cosine_similarity(theta, first.detach(), 0))
     if abs(cosine) > 1e-3:
@@ -293,15 +289,24 @@ def _drawn(f: ActivationMap, radius: float | None = None) -> Tensor:
     return random_vectors(f, 1, radius=radius or typical, seed=7).vectors[0].to(f.x.device)
 
 
-def _logits(
-    f: ActivationMap, change: Callable[[Tensor], Tensor] | None = None, name: str = ""
-) -> Tensor:
-    """By TransformerLens alone: no code of this package adds anything here."""
-    tokens = to_tokens(f.model, f.prompts[0], f.chat)
-    place = name or f"blocks.{f.source_layer}.hook_resid_post"
-    hooks = [] if change is None else [(place, lambda resid, hook: change(resid))]
+def _logits(f: ActivationMap, *change: Any) -> Tensor:
+    return _run(f, to_tokens(f.model, f.prompts[0], f.chat), *change)[0]
+
+
+def _run(
+    f: ActivationMap,
+    tokens: Tensor,
+    change: Callable[[Tensor], Tensor] = lambda x: x,
+    name: str = "",
+) -> tuple[Tensor, Tensor]:
+    """Logits, and the stream after the target layer: no code of this package adds anything here."""
+    kept: list[Tensor] = []
+    hooks = [
+        (name or f"blocks.{f.source_layer}.hook_resid_post", lambda resid, hook: change(resid)),
+        (f"blocks.{f.target_layer}.hook_resid_post", lambda resid, hook: kept.append(resid[0])),
+    ]
     with torch.no_grad():
-        return f.model.run_with_hooks(tokens, fwd_hooks=hooks).float()
+        return f.model.run_with_hooks(tokens, fwd_hooks=hooks)[0].float(), kept[0]
 
 
 def _size(f: ActivationMap, theta: Tensor) -> float:
@@ -312,8 +317,7 @@ def _size(f: ActivationMap, theta: Tensor) -> float:
 def _check_vector(
     theta: Tensor, f: ActivationMap, radius: float, reference: SteeringVectors
 ) -> None:
-    _shape(theta, (f.d_model,), "the vector")
-    _on_sphere(theta, radius)
+    _on_sphere(theta, f, radius)
     # Bit for bit: a search of one's own can come to the same place, but hardly to its rounding.
     theta = theta.detach().cpu().to(reference.vectors.dtype)
     if any(torch.equal(theta, each) for each in reference.vectors.cpu()):
@@ -337,7 +341,7 @@ def _begins_where_told(
     start = _drawn(f, radius)
     theta, history = _two(search(start.clone(), 2), "the vector", "the list of objectives")
     begun, history = _size(f, start), _objectives(history)
-    _on_sphere(theta, radius)
+    _on_sphere(theta, f, radius)
     if abs(history[0] - begun) > 0.01 * begun:
         raise Wrong(
             f"From another start, whose objective is {begun:.4g}, your list begins with "
@@ -353,28 +357,19 @@ def _begins_where_told(
 def _two(answer: Any, first: str, second: str) -> tuple[Tensor, Any]:
     """A tensor, and something else."""
     try:
-        vector, other = answer
+        found, other = answer
     except (TypeError, ValueError):
         raise Wrong(f"Return two things: {first}, and {second}.") from None
-    return _tensor(vector, first), other
+    return tensor(found, None, first), other
 
 
-def _tensor(told: Any, what: str) -> Tensor:
-    if not isinstance(told, Tensor):
-        lost = " Is there a return?" if told is None else ""
-        raise Wrong(f"Expected a tensor for {what}, got {type(told).__name__}.{lost}")
-    if not torch.isfinite(told).all():
-        raise Wrong(f"Not all numbers of {what} are finite. Is something divided by zero?")
-    return told
+def _by_token(told: Any, expected: Tensor, what: str) -> Tensor:
+    """An answer without the axis of one prompt."""
+    return tensor(tensor(told, None, what).squeeze(0), expected.shape, what)
 
 
-def _shape(told: Tensor, expected: Sequence[int], what: str) -> None:
-    if tuple(told.shape) != tuple(expected):
-        raise Wrong(f"The shape of {what} is {tuple(told.shape)}; expected {tuple(expected)}.")
-
-
-def _on_sphere(theta: Tensor, radius: float) -> None:
-    norm = float(theta.detach().norm())
+def _on_sphere(theta: Any, f: ActivationMap, radius: float) -> None:
+    norm = float(vector(theta, f.d_model).norm())
     if abs(norm - radius) > 1e-3 * radius:
         raise Wrong(f"Its norm is {norm:.4g}; expected {radius:g}. Which step leaves the sphere?")
 

@@ -23,7 +23,7 @@ def lens(answer: Any, model: Any, prompt: str, chat: bool = True) -> Note:
         logits, cache = model.run_with_cache(to_tokens(model, prompt, chat))
         found, before = answer(cache[name][0, -1]), answer(cache[name][0, -2])
     n_tokens = logits.shape[-1]
-    tensor(found, (n_tokens,), f"one number for each of {n_tokens} tokens")
+    tensor(found, (n_tokens,), "what the lens says of all tokens")
     wanted = logits[0, -1].float().log_softmax(-1)
     if abs(float(found.exp().sum()) - 1) > _CLOSE:
         if torch.allclose(found.log_softmax(-1), wanted, atol=0.02):
@@ -59,8 +59,7 @@ def patch(answer: Any, model: Any, f: tm.ActivationMap, theta: tm.SteeringVector
     with torch.no_grad():
         effect = f.delta(theta.vectors, _LAST)[0]
         for layer in layers:
-            what = f"the residual stream of all tokens, shape {tuple(f.y.shape)}"
-            stream = tensor(answer(layer), f.y.shape, what)
+            stream = tensor(answer(layer), f.y.shape, "the residual stream of all tokens")
             _compare(layer, (stream - f.y) * (effect != 0), effect, float(told["share"][layer]))
     shares = ", ".join(f"layer {layer}: {told.loc[layer, 'share']:.2f}" for layer in layers)
     return Note(f"Right: shares of the effect that one MLP carries alone: {shares}.")

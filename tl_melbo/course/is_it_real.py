@@ -70,7 +70,7 @@ def direction(answer: Any, shows: ActivationMap, shows_not: ActivationMap) -> No
     """Exercise 3 (10 of the course): difference of the mean residuals at the last tokens."""
     if note := unfinished(answer):
         return note
-    answer = vector(answer, shows.d_model).detach().double().cpu()
+    answer = vector(answer, shows.d_model)
     here, there = (f.x[:, -1].double().cpu().mean(0) for f in (shows, shows_not))
     cosine = float(torch.cosine_similarity(answer, here - there, 0))
     if cosine > 0.999:
