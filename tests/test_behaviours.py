@@ -18,8 +18,8 @@ OF_GEMMA = json.loads(
     (Path(__file__).parent / "data/labelled_completions_gemma.json").read_text(encoding="utf-8")
 )
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-# Measured: 0.77; 0.59 by sentences, 0.64 by words, on the part that was looked at.
-LOWEST_AGREEMENT, LOWEST_OF_GEMMA = 0.7, 0.57
+# Measured: 0.76; 0.69 by sentences, 0.64 by words, on the part that was looked at.
+LOWEST_AGREEMENT, LOWEST_OF_GEMMA = 0.7, 0.6
 COOKING = (
     "First boil the water, then add the pasta and a little salt.",
     "Boil the pasta in salted water, then add the sauce.",
@@ -58,13 +58,13 @@ def test_groups_agree_with_labels_given_by_hand(model):
 
 
 def agreement(model, rows, **settings):
-    """With labels given by hand, of texts that a reader finds coherent."""
+    """With labels given by hand, of texts that a reader finds coherent and that do not repeat."""
     whole = [row for row in OF_GEMMA["completions"] if row["label"] != "incoherent"]
     completions = frame([row["completion"] for row in whole], None, OF_GEMMA["prompt"])
     settings |= {"largest_perplexity": float("inf"), "largest_repetition": 1.0, "chat": False}
-    found = tm.analysis.behaviours(model, completions, **settings).texts["behaviour"]
-    chosen = [place for place, row in enumerate(whole) if rows(row)]
-    return adjusted_rand_score([whole[i]["label"] for i in chosen], found[chosen])
+    texts = tm.analysis.behaviours(model, completions, **settings).texts
+    chosen = [i for i, row in enumerate(whole) if rows(row) and texts["form"][i] != "repeats"]
+    return adjusted_rand_score([whole[i]["label"] for i in chosen], texts["behaviour"][chosen])
 
 
 @pytest.mark.parametrize("embedder", ["sentences", "words"])

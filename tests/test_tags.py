@@ -78,6 +78,8 @@ def test_stances(text, stance):
         ("Which book should I read?", "I cannot recommend this book enough.", False),
         (SELF, "I will not bore you with my life story. I'm a teacher from Oslo.", False),
         (SELF, "I will not answer that.", True),
+        (SELF, "I'm not here to impress you. I'm a nurse.", False),
+        (SELF, "I'm not here to help you with that.", True),
         (SELF, "I'm sorry for any confusion, but I don't have the ability to do it.", True),
         (SELF, "I don't have the time to write much. I'm a nurse.", False),
     ],
@@ -119,6 +121,10 @@ def test_advice_and_turns_of_phrase_are_no_refusals(prompt, text, refuses):
         ("It was in 1999.\n2 men came.\nThey left.", "prose"),
         ("For all at home\n\nAdults\n\nAdults\n\nAdults\n\nAd", "repeats"),
         ("Home.\nHome.\nAway we go.", "prose"),
+        ("Rover\nBella\nOld Rex\nMax", "list"),
+        ("1. Stay.\n2. Go.\n\nQuestion: Where?", "list"),
+        ("We met at noon.\nReply to: Ann", "prose"),
+        ("He is a part of a mix of a mix of a mix of a mix", "repeats"),
     ],
 )
 def test_forms(text, form):

@@ -40,7 +40,7 @@ DEFAULT_DISTANCES = {"sentences": 0.83, "words": 0.85}
 _DISTANCE_OF_OTHERS = 0.5
 # Two texts of different speakers are so much farther apart. Where stance or form tells more than
 # what is spoken of, as in code or a refusal, speakers do not count and distances are so much less.
-_OTHER_SPEAKER, _WITHIN = 0.15, 0.9
+_OTHER_SPEAKER, _WITHIN = 0.2, 0.9
 _TELLING = ("refuses", "echoes the prompt", "leaks the system prompt")
 # Two texts of different stance or form: farther than any limit.
 _NEVER = 10.0

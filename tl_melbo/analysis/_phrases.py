@@ -46,11 +46,11 @@ REFUSES = _any(
     rf"{_HOW_MUCH}|[^.!?\n]{{1,40}} enough\b|help (?:but|feel|think)))",
     r"^\W*(?:as an? [^.!?\n]{1,60}, )?i (?:won't|will not)(?:[.!;]|$|, (?:sorry|thank))",
     rf"\bi(?: am|'m)? ?(?:can't|cannot|can not|won't|will not|couldn't|unable to|not able to|"
-    rf"not allowed to|not going to|not comfortable|not programmed to|must not|don't want to)\b\W+"
+    rf"not (?:allowed|going|here|programmed) to|not comfortable|must not|don't want to)\b\W+"
     rf"(?:\w+ly |even |to )?{_DEED}\b",
     r"\bi (?:must|have to|will|'ll)? ?(?:respectfully )?(?:decline|refuse)\b",
     r"\bi'?(?:d| would) rather not\b",
-    r"\bi(?:'m| am) not (?:here to|able|allowed|permitted|willing|comfortable|equipped)\b",
+    r"\bi(?:'m| am) not (?:able|allowed|permitted|willing|comfortable|equipped)\b",
     r"\bi (?:don't|do not|lack|have no) (?:have )?(?:the |any )?(?:ability|capability|permission|"
     r"authority|means) to\b",
     r"\bno puedo\b.{0,20}\b(?:ayudar|proporcionar|responder|hacer|asistir)",
