@@ -172,6 +172,18 @@ def _of_one_length(prompts: Sequence[Tokens], at_once: int) -> Iterator[list[int
             yield some
 
 
+def in_parts(
+    on_batch: OnBatch | None, sizes: Sequence[int]
+) -> list[Callable[[float, float], None]]:
+    """For each part of some work, of these sizes, a callback that tells how much of all is done."""
+    tell, total = on_batch or (lambda *_: None), sum(sizes)
+
+    def of_part(before: int, size: int) -> Callable[[float, float], None]:
+        return lambda there, wanted: tell(before + round(size * there / wanted), total)
+
+    return [of_part(sum(sizes[:part]), size) for part, size in enumerate(sizes)]
+
+
 def _tell(on_batch: OnBatch, done: int, rows: int, total: int, share: float) -> None:
     on_batch(done + round(share * rows), total)
 

@@ -61,7 +61,15 @@ def family(
     Source: Jacob G-W 2024, "I found >800 orthogonal 'write code' steering vectors".
     """
     library, start = as_library(vectors), one_vector(reference, "reference")
-    compare = _comparison(model, f, library, start, prompt, chat, max_new_tokens)
+    compare = _comparison(model, f, library, start, prompt, chat, max_new_tokens, on_batch)
+    kinds, rows = _kinds(library, start, seed)
+    return _of_kinds(kinds, compare(rows, kinds["kind"].isin(_WRITING)))
+
+
+def _kinds(
+    library: SteeringVectors, start: SteeringVectors, seed: int
+) -> tuple[pd.DataFrame, Theta]:
+    """What is measured of a family, by kind and number."""
     kinds = {
         "unsteered": torch.zeros_like(start.vectors),
         "reference": start.vectors,
@@ -69,16 +77,13 @@ def family(
         "rescaled": rescale(library, start).vectors,
         "random": random_like(library.vectors, seed),
     }
-    frames: list[pd.DataFrame] = []
-    for kind, rows in kinds.items():
-        for batch in rows.split(_BATCH_SIZE):
-            frames.append(compare(batch, kind in _WRITING).assign(kind=kind))
-            if on_batch is not None:
-                on_batch(sum(map(len, frames)), sum(map(len, kinds.values())))
-    table = Table(pd.concat(frames, ignore_index=True))
-    table.insert(0, "kind", table.pop("kind"))
-    table.insert(1, "index", [-1, -1, *3 * library.columns["index"].tolist()])
-    return table
+    told = [kind for kind, rows in kinds.items() for _ in rows]
+    numbers = [-1, -1, *3 * library.columns["index"].tolist()]
+    return pd.DataFrame({"kind": told, "index": numbers}), torch.cat([*kinds.values()])
+
+
+def _of_kinds(kinds: pd.DataFrame, measured: pd.DataFrame) -> Table:
+    return Table(pd.concat([kinds, measured.reset_index(drop=True)], axis=1))
 
 
 def _comparison(
@@ -89,8 +94,9 @@ def _comparison(
     prompt: str | None,
     chat: bool | None,
     max_new_tokens: int,
-) -> Callable[[Theta, bool], pd.DataFrame]:
-    """What measures rows as in `family`, and lets them write; NaN for what needs a reference."""
+    on_batch: OnBatch | None,
+) -> Callable[[Theta, pd.Series], pd.DataFrame]:
+    """What measures rows as in `family`, and lets some write; NaN for what needs a reference."""
     check_place(model, f, vectors, "vectors")
     start = unsteered = torch.zeros_like(as_theta(model, vectors)[:1])
     if reference is not None:
@@ -102,24 +108,30 @@ def _comparison(
     to, back = kl_to(log_others), kl_to(log_others[:1], "from_reference")
 
     def measure(log_probs: LogProbs) -> Tensor:
-        return torch.cat([to(log_probs), back(log_probs)], 1)
+        return torch.cat([to(log_probs), back(log_probs)], 1)[:, [0, 2, 1]]
 
-    def compare(rows: Theta, writes: bool) -> pd.DataFrame:
-        added = VectorAdditions.of(rows, layer)
-        kl = map_next_token(model, text, added, measure, chat=chat)
-        frame = pd.DataFrame({"norm": rows.norm(dim=-1).cpu().numpy(), "distance": math.nan})
-        frame[["kl_to_reference", "kl_to_unsteered", "kl_from_reference"]] = kl.numpy()
-        frame.insert(3, "kl_from_reference", frame.pop("kl_from_reference"))
-        if reference is None:
-            frame[["kl_to_reference", "kl_from_reference"]] = math.nan
-        else:
-            frame["distance"] = effect_distance(f, rows, reference).numpy()
-        frame["completion"] = None
-        if writes:
-            warn_of_log_probs(model, text, added, kl[:, 1].isnan())
-            options = {"max_new_tokens": max_new_tokens, "chat": chat}
-            frame["completion"] = generate(model, text, rows, layer, **options)["completion"]
-        return frame
+    def compare(rows: Theta, writing: pd.Series) -> pd.DataFrame:
+        frames: list[pd.DataFrame] = []
+        marks = torch.tensor(writing.to_numpy()).split(_BATCH_SIZE)
+        for batch, writes in zip(rows.split(_BATCH_SIZE), marks, strict=True):
+            added = VectorAdditions.of(batch, layer)
+            kl = map_next_token(model, text, added, measure, chat=chat)
+            frame = pd.DataFrame({"norm": batch.norm(dim=-1).cpu().numpy(), "distance": math.nan})
+            frame[["kl_to_reference", "kl_from_reference", "kl_to_unsteered"]] = kl.numpy()
+            if reference is None:
+                frame[["kl_to_reference", "kl_from_reference"]] = math.nan
+            else:
+                frame["distance"] = effect_distance(f, batch, reference).numpy()
+            frame["completion"] = None
+            if writes.any():
+                warn_of_log_probs(model, text, added[writes], kl[writes, 2].isnan())
+                options = {"max_new_tokens": max_new_tokens, "chat": chat}
+                written = generate(model, text, batch[writes], layer, **options)["completion"]
+                frame.loc[writes.numpy(), "completion"] = written.to_numpy()
+            frames.append(frame)
+            if on_batch is not None:
+                on_batch(sum(map(len, frames)), len(rows))
+        return pd.concat(frames, ignore_index=True)
 
     return compare
 
@@ -137,6 +149,7 @@ def composition(
     prompt: str | None = None,
     max_new_tokens: int = 50,
     chat: bool | None = None,
+    on_batch: OnBatch | None = None,
 ) -> pd.DataFrame:
     """Add vectors up, the first k of them and random subsets: do they keep the effect?
 
@@ -144,6 +157,7 @@ def composition(
         reference: what to compare with, theta0 of a MELBO-ortho family for example.
         sizes: how many vectors to add up; those beyond the library are left out.
         n_random_subsets: different ones of each size, at most 1,000; fewer where there are no more.
+        on_batch: as in `family`.
 
     Returns:
         A row for each composition: size; members, positions in `vectors`; subset, "first" or
@@ -157,8 +171,20 @@ def composition(
     """
     library = as_library(vectors)
     start = None if reference is None else one_vector(reference, "reference")
+    compare = _comparison(model, f, library, start, prompt, chat, max_new_tokens, on_batch)
+    kinds, rows = _sums(library, start, sizes, n_random_subsets, seed)
+    return _of_kinds(kinds, compare(rows, kinds["size"] > 0)[_MEASURED])
+
+
+def _sums(
+    library: SteeringVectors,
+    start: SteeringVectors | None,
+    sizes: Sequence[int],
+    n_random_subsets: int,
+    seed: int,
+) -> tuple[pd.DataFrame, Theta]:
+    """What is added up, by the columns of _KIND."""
     checks.between(0, MOST_SUBSETS, "how many", n_random_subsets=n_random_subsets)
-    compare = _comparison(model, f, library, start, prompt, chat, max_new_tokens)
     fitting = [size for size in dict.fromkeys(sizes) if size <= len(library)]
     checks.at_least(1, sizes=min(sizes, default=1))
     if not fitting:
@@ -171,8 +197,7 @@ def composition(
         for combination, scaling, theta in _combinations(library.vectors[list(members)], norm):
             kinds.append((len(members), members, subset, combination, scaling))
             rows.append(theta)
-    measured = compare(torch.stack(rows), True)
-    return Table(pd.concat([pd.DataFrame(kinds, columns=_KIND), measured[_MEASURED]], axis=1))
+    return pd.DataFrame(kinds, columns=_KIND), torch.stack(rows)
 
 
 def _subsets(
@@ -230,8 +255,17 @@ def collect_family(
     max_new_tokens: int = 50,
     on_batch: OnBatch | None = None,
 ) -> Family:
-    """Measure a family for the report: `analysis.family`, and `analysis.composition` of `sizes`."""
-    table = family(model, f, vectors, reference, max_new_tokens=max_new_tokens, on_batch=on_batch)
+    """Measure a family for the report: `analysis.family`, and `analysis.composition` of `sizes`.
+
+    `on_batch` is called with the rows done, and the rows of both in all, after each batch.
+    """
+    start = one_vector(reference, "reference")
+    kinds, rows = _kinds(vectors, start, seed=0)
     sizes = [size for size in sizes if size <= len(vectors)] or [1]
-    composed = composition(model, f, vectors, reference, sizes, max_new_tokens=max_new_tokens)
-    return Family(one_vector(reference, "reference"), vectors, table, composed)
+    sums, added = _sums(vectors, start, sizes, n_random_subsets=3, seed=0)
+    compare = _comparison(model, f, vectors, start, None, None, max_new_tokens, on_batch)
+    writing = pd.concat([kinds["kind"].isin(_WRITING), sums["size"] > 0])
+    # All at once: the fewer batches, the less the model's weights are read.
+    measured = compare(torch.cat([rows, added]), writing)
+    table = _of_kinds(kinds, measured[: len(kinds)])
+    return Family(start, vectors, table, _of_kinds(sums, measured[len(kinds) :][_MEASURED]))
