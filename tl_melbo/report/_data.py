@@ -34,7 +34,7 @@ class Column(NamedTuple):
 KL = Column("kl", "KL", "number", "Divergence of the next token from unsteered, in nats")
 COSTS = (
     Column("specificity", "Specificity", "number", "1: acts on the prompt alone; 0.5: anywhere"),
-    Column("loss_increase", "Loss", "number", "What it costs on prose, in nats a token"),
+    Column("loss_increase", "Loss increase", "number", "On prose, in nats a token"),
 )
 
 
@@ -273,7 +273,7 @@ def _add_controls(
         hits = Counter(map(_card_key, some["behaviour"], places))
         for card in cards:
             n, of = hits[card["key"]], places.count(card["prompt"])
-            if of > 1 and (n or name == "random"):
+            if n or (of and name == "random"):
                 low, high = map(number, wilson_interval(n, of))
                 card[name] = {"n": n, "n_samples": of, "rate": n / of, "low": low, "high": high}
 

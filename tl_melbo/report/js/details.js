@@ -51,9 +51,12 @@ export function detailsOf(row) {
     holder.follow = () => slider.show(scaleOf(row));
   }
   holder.append(texts, ...tokensOf(row));
-  const next = [copyButton(python([row]))];
+  const next = [soft("In Python"), copyButton(python([row]))];
   if (data.folder !== null && row.sign > 0)
-    next.push(copyButton(`tl-melbo ortho ${folder()} --vector ${row.number}`));
+    next.push(
+      soft("Find more of its effect"),
+      copyButton(`tl-melbo ortho ${folder()} --vector ${row.number}`),
+    );
   const notes = noteFields("vectors", noteKey(row), `vector ${nameOf(row)}`);
   holder.append(el("div", { class: "next" }, ...next), notes);
   holder.refresh = refresh;
@@ -90,7 +93,10 @@ export function tokensOf(row) {
   const parts = [];
   if (tokens) {
     const { promoted, suppressed } = tokens;
-    const lists = [tokenList("Promoted", promoted), tokenList("Suppressed", suppressed)];
+    const lists = [
+      tokenList("Next tokens promoted", promoted),
+      tokenList("Next tokens suppressed", suppressed),
+    ];
     parts.push(el("div", { class: "tokens" }, ...lists));
   }
   const path = data.divergence?.[row.key];

@@ -31,8 +31,8 @@ function hideChips() {
   const kinds = [
     ["near baseline", "near", (row) => isNear(row, scaleOf(row))],
     ["filtered out", "filtered", (row) => row.filtered],
-    ["v", "plus", (row) => row.sign > 0],
-    ["−v", "minus", (row) => row.sign < 0],
+    ["vectors", "plus", (row) => row.sign > 0],
+    ["negatives", "minus", (row) => row.sign < 0],
   ];
   const some = kinds
     .map(([label, key, test]) => [label, key, counted(test)])
