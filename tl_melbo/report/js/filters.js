@@ -135,7 +135,7 @@ export function beginScale() {
   const { part, show } = scaleSlider("Scale ", "Scale of all vectors", state.scale, (scale) =>
     change({ scale }, true),
   );
-  const hint = "Texts alone change. Behaviours, tags, numbers and filters are those at scale 1.";
+  const hint = "Only completions change. Behaviours, tags, numbers and filters are those at scale 1.";
   $("#scale").append(part, el("small", { text: hint }));
   $("#scale").hidden = false;
   follow(() => show(state.scale));
