@@ -90,8 +90,8 @@ def test_a_family_for_the_page_is_both_its_parts(tiny_llama, f, theta0, ortho):
     assert_frame_equal(part.table, family(tiny_llama, f, ortho, theta0, **options), **own)
     sums = composition(tiny_llama, f, ortho, theta0, [2], **options)
     assert_frame_equal(part.composition, sums, **own)
-    # 14 rows of the family, and four of each of four pairs, in batches of 32.
-    assert told == [(30, 30)]
+    # 14 rows of the family, and four of each of four pairs.
+    assert told == [(14, 30), (30, 30)]
 
 
 def test_baselines_are_no_vector_and_random_ones_of_the_same_norms(tiny_llama, theta0, ortho):

@@ -188,7 +188,7 @@ def test_cards_tell_tags_and_rates() -> None:
     baseline, card = data["behaviours"]
     assert (baseline["baseline"], baseline["rows"]) == (True, ["0-"])
     assert (card["key"], card["tags"], card["rows"]) == ("b1", {"stance": "refuses"}, ["0", "1"])
-    counts = {"n": 6, "n_samples": 8, "rate": 0.75, "low": 0.41, "high": 0.93}
+    counts = {"n": 6, "n_samples": 8, "rate": 0.75, "low": 0.40928, "high": 0.92852}
     assert card["rates"] == [{"key": "1", **counts}]
     assert (card["unsteered"]["n"], card["unsteered"]["n_samples"]) == (1, 8)
     by_key = {row["key"]: row for row in data["rows"]}

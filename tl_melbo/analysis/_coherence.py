@@ -6,7 +6,7 @@ import math
 import random
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pandas as pd
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tl_melbo import checks
-from tl_melbo.generation import OnBatch, in_parts
+from tl_melbo.generation import OnBatch, Tell, in_parts
 from tl_melbo.memory import map_batches
 from tl_melbo.model.bridge import Model, at_rest, plain_model
 from tl_melbo.model.tokens import context_length, to_tokens
@@ -80,14 +80,12 @@ class _Reader:
         self.prompts = {text: to_tokens(model, text, chat) for text in dict.fromkeys(prompts)}
         self.tokens = functools.cache(functools.partial(tokens_of, model))
 
-    def perplexities(
-        self, pairs: Iterable[Pair], on_batch: OnBatch | None = None
-    ) -> dict[Pair, float]:
+    def perplexities(self, pairs: Iterable[Pair], tell: OnBatch | None = None) -> dict[Pair, float]:
         """Of each text after its prompt; infinite for an empty one."""
         found = dict.fromkeys(pairs, math.inf)
         counts = Counter(prompt for prompt, _ in found)
-        tells = in_parts(on_batch, [counts[prompt] for prompt in self.prompts])
-        for (prompt, before), tell in zip(self.prompts.items(), tells, strict=True):
+        tells = in_parts(tell, [counts[prompt] for prompt in self.prompts])
+        for (prompt, before), of_prompt in zip(self.prompts.items(), tells, strict=True):
             room = (context_length(self.model) or math.inf) - before.shape[1]
             texts = [text for asked, text in found if asked == prompt and self.tokens(text)]
             if texts and room > 0:
@@ -95,13 +93,11 @@ class _Reader:
                 texts.sort(key=lambda text: -len(self.tokens(text)))
                 longest = int(min(room, len(self.tokens(texts[0]))))
                 cut = [self.tokens(text)[:longest] for text in texts]
-                values = self._read(before, cut, lambda share, tell=tell: tell(share, 1))
+                values = self._read(before, cut, of_prompt)
                 found |= {(prompt, text): value for text, value in zip(texts, values, strict=True)}
         return found
 
-    def _read(
-        self, before: Tokens, texts: Sequence[list[int]], tell: Callable[[float], None]
-    ) -> list[float]:
+    def _read(self, before: Tokens, texts: Sequence[list[int]], tell: Tell) -> list[float]:
         """The perplexity of each text, all after one prompt, which is read once."""
         rows = [torch.tensor(text) for text in texts]
         written = torch.nn.utils.rnn.pad_sequence(rows, True, _NO_TOKEN).to(before.device)

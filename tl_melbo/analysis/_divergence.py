@@ -83,7 +83,7 @@ def token_divergence(
     order = sorted(range(len(rows)), key=lambda i: -texts.length(i))
     at_once = rows_at_once(model, texts.length(order[0]), batch_size)
     (tell,) = in_parts(on_batch, [len(rows)])
-    parts, _ = map_batches(texts.read, order, at_once, lambda share: tell(share, 1))
+    parts, _ = map_batches(texts.read, order, at_once, tell)
     measured = dict(zip(order, [each for part in parts for each in part], strict=True))
     bad = [bool(measured[i]["kl"].isnan().any()) for i in range(len(rows))]
     warn_of_rows(bad, f"what {model_name(model)} makes of completions", "they are left out")

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import torch
@@ -13,7 +14,7 @@ from tl_melbo.activation_map import ActivationMap
 from tl_melbo.additions import VectorAdditions
 from tl_melbo.analysis._completions import OnBatch, rescale
 from tl_melbo.analysis._similarity import effect_distance, kl_to, random_like
-from tl_melbo.generation import generate
+from tl_melbo.generation import generate, in_parts
 from tl_melbo.model.bridge import Model
 from tl_melbo.probability import LogProbs
 from tl_melbo.reading import map_next_token, next_token_log_probs, warn_of_log_probs
@@ -23,7 +24,6 @@ from tl_melbo.tables import Table
 from tl_melbo.vectors import SteeringVectors
 
 _BATCH_SIZE = 32
-_WRITING = ("unsteered", "reference", "family")
 MOST_SUBSETS = 1000
 _KIND = ["size", "members", "subset", "combination", "scaling"]
 _MEASURED = ["norm", "kl_to_reference", "kl_to_unsteered", "distance", "completion"]
@@ -62,14 +62,6 @@ def family(
     """
     library, start = as_library(vectors), one_vector(reference, "reference")
     compare = _comparison(model, f, library, start, prompt, chat, max_new_tokens, on_batch)
-    kinds, rows = _kinds(library, start, seed)
-    return _of_kinds(kinds, compare(rows, kinds["kind"].isin(_WRITING)))
-
-
-def _kinds(
-    library: SteeringVectors, start: SteeringVectors, seed: int
-) -> tuple[pd.DataFrame, Theta]:
-    """What is measured of a family, by kind and number."""
     kinds = {
         "unsteered": torch.zeros_like(start.vectors),
         "reference": start.vectors,
@@ -77,13 +69,10 @@ def _kinds(
         "rescaled": rescale(library, start).vectors,
         "random": random_like(library.vectors, seed),
     }
-    told = [kind for kind, rows in kinds.items() for _ in rows]
-    numbers = [-1, -1, *3 * library.columns["index"].tolist()]
-    return pd.DataFrame({"kind": told, "index": numbers}), torch.cat([*kinds.values()])
-
-
-def _of_kinds(kinds: pd.DataFrame, measured: pd.DataFrame) -> Table:
-    return Table(pd.concat([kinds, measured.reset_index(drop=True)], axis=1))
+    table = compare(torch.cat([*kinds.values()]), 2 + len(library))
+    table.insert(0, "kind", [kind for kind, rows in kinds.items() for _ in rows])
+    table.insert(1, "index", [-1, -1, *3 * library.columns["index"].tolist()])
+    return table
 
 
 def _comparison(
@@ -95,8 +84,8 @@ def _comparison(
     chat: bool | None,
     max_new_tokens: int,
     on_batch: OnBatch | None,
-) -> Callable[[Theta, pd.Series], pd.DataFrame]:
-    """What measures rows as in `family`, and lets some write; NaN for what needs a reference."""
+) -> Callable[[Theta, int], Table]:
+    """What measures rows as in `family`, and lets the first write; NaN without a reference."""
     check_place(model, f, vectors, "vectors")
     start = unsteered = torch.zeros_like(as_theta(model, vectors)[:1])
     if reference is not None:
@@ -110,10 +99,10 @@ def _comparison(
     def measure(log_probs: LogProbs) -> Tensor:
         return torch.cat([to(log_probs), back(log_probs)], 1)[:, [0, 2, 1]]
 
-    def compare(rows: Theta, writing: pd.Series) -> pd.DataFrame:
+    def compare(rows: Theta, n_writing: int) -> Table:
         frames: list[pd.DataFrame] = []
-        marks = torch.tensor(writing.to_numpy()).split(_BATCH_SIZE)
-        for batch, writes in zip(rows.split(_BATCH_SIZE), marks, strict=True):
+        for first in range(0, len(rows), _BATCH_SIZE):
+            batch = rows[first : first + _BATCH_SIZE]
             added = VectorAdditions.of(batch, layer)
             kl = map_next_token(model, text, added, measure, chat=chat)
             frame = pd.DataFrame({"norm": batch.norm(dim=-1).cpu().numpy(), "distance": math.nan})
@@ -122,16 +111,16 @@ def _comparison(
                 frame[["kl_to_reference", "kl_from_reference"]] = math.nan
             else:
                 frame["distance"] = effect_distance(f, batch, reference).numpy()
-            frame["completion"] = None
-            if writes.any():
-                warn_of_log_probs(model, text, added[writes], kl[writes, 2].isnan())
+            texts, n_texts = [], max(0, min(len(batch), n_writing - first))
+            if n_texts:
+                warn_of_log_probs(model, text, added[:n_texts], kl[:n_texts, 2].isnan())
                 options = {"max_new_tokens": max_new_tokens, "chat": chat}
-                written = generate(model, text, batch[writes], layer, **options)["completion"]
-                frame.loc[writes.numpy(), "completion"] = written.to_numpy()
+                texts = [*generate(model, text, batch[:n_texts], layer, **options)["completion"]]
+            frame["completion"] = [*texts, *[None] * (len(batch) - n_texts)]
             frames.append(frame)
             if on_batch is not None:
-                on_batch(sum(map(len, frames)), len(rows))
-        return pd.concat(frames, ignore_index=True)
+                on_batch(first + len(batch), len(rows))
+        return Table(pd.concat(frames, ignore_index=True))
 
     return compare
 
@@ -171,20 +160,8 @@ def composition(
     """
     library = as_library(vectors)
     start = None if reference is None else one_vector(reference, "reference")
-    compare = _comparison(model, f, library, start, prompt, chat, max_new_tokens, on_batch)
-    kinds, rows = _sums(library, start, sizes, n_random_subsets, seed)
-    return _of_kinds(kinds, compare(rows, kinds["size"] > 0)[_MEASURED])
-
-
-def _sums(
-    library: SteeringVectors,
-    start: SteeringVectors | None,
-    sizes: Sequence[int],
-    n_random_subsets: int,
-    seed: int,
-) -> tuple[pd.DataFrame, Theta]:
-    """What is added up, by the columns of _KIND."""
     checks.between(0, MOST_SUBSETS, "how many", n_random_subsets=n_random_subsets)
+    compare = _comparison(model, f, library, start, prompt, chat, max_new_tokens, on_batch)
     fitting = [size for size in dict.fromkeys(sizes) if size <= len(library)]
     checks.at_least(1, sizes=min(sizes, default=1))
     if not fitting:
@@ -197,7 +174,8 @@ def _sums(
         for combination, scaling, theta in _combinations(library.vectors[list(members)], norm):
             kinds.append((len(members), members, subset, combination, scaling))
             rows.append(theta)
-    return pd.DataFrame(kinds, columns=_KIND), torch.stack(rows)
+    measured = compare(torch.stack(rows), len(rows))
+    return Table(pd.concat([pd.DataFrame(kinds, columns=_KIND), measured[_MEASURED]], axis=1))
 
 
 def _subsets(
@@ -257,15 +235,12 @@ def collect_family(
 ) -> Family:
     """Measure a family for the report: `analysis.family`, and `analysis.composition` of `sizes`.
 
-    `on_batch` is called with the rows done, and the rows of both in all, after each batch.
+    `on_batch` is called with about how many rows of both are done, and with all, after each batch.
     """
-    start = one_vector(reference, "reference")
-    kinds, rows = _kinds(vectors, start, seed=0)
     sizes = [size for size in sizes if size <= len(vectors)] or [1]
-    sums, added = _sums(vectors, start, sizes, n_random_subsets=3, seed=0)
-    compare = _comparison(model, f, vectors, start, None, None, max_new_tokens, on_batch)
-    writing = pd.concat([kinds["kind"].isin(_WRITING), sums["size"] > 0])
-    # All at once: the fewer batches, the less the model's weights are read.
-    measured = compare(torch.cat([rows, added]), writing)
-    table = _of_kinds(kinds, measured[: len(kinds)])
-    return Family(start, vectors, table, _of_kinds(sums, measured[len(kinds) :][_MEASURED]))
+    # Of each size, up to four subsets, each in four ways.
+    first, then = in_parts(on_batch, [2 + 3 * len(vectors), 16 * len(sizes)])
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens}
+    table = family(model, f, vectors, reference, **options, on_batch=first)
+    composed = composition(model, f, vectors, reference, sizes, **options, on_batch=then)
+    return Family(one_vector(reference, "reference"), vectors, table, composed)

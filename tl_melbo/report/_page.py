@@ -16,7 +16,7 @@ from tl_melbo.analysis._random_baseline import random_baseline
 from tl_melbo.analysis._side_effects import COLUMNS
 from tl_melbo.files import replacing
 from tl_melbo.gated import GatedFactors
-from tl_melbo.generation import OnBatch, in_parts
+from tl_melbo.generation import OnBatch, Tell, in_parts
 from tl_melbo.model.bridge import Model
 from tl_melbo.model.tokens import as_seen
 from tl_melbo.report import _data, _facts, _parts, _tokens
@@ -78,7 +78,7 @@ def write(
         prompts: what to complete; None takes those of `completions`, or those of the metadata.
         title: the page's heading; None takes the prompt.
         run_folder: the folder of a run, for the commands that the page offers.
-        on_batch: called with the texts and vectors that are done, and those in all.
+        on_batch: called with about how many texts and vectors are done, and with all.
 
     Returns:
         The page's table, one row a vector and prompt: index, prompt, what the method measured,
@@ -104,7 +104,7 @@ def write(
     # Before the completions are written: it refuses vectors of no norm.
     cosines = cosine_similarity(found)
     options: dict[str, Any] = {"layer": layer, "chat": chat, "batch_size": batch_size}
-    written, steered, read, drawn = _tells(on_batch, len(found), texts, frames, families)
+    written, steered, read, drawn = _tells(on_batch, len(found), len(texts), completions)
     # Opened before the work: a folder that cannot be written to shows at once.
     with replacing(path) as temporary:
         if completions is None:
@@ -113,7 +113,7 @@ def write(
         if baselines is None and activation_map is not None:
             baselines = random_baseline(model, activation_map, found, texts, **options)
         # One pass gives both, so that tokens passed by the caller save nothing.
-        own_tokens, kl = _tokens.measured_after(model, found, texts, options, steered)
+        own_tokens, kl = _tokens.measured_after(model, found, texts, steered, **options)
         top_tokens = own_tokens if top_tokens is None else top_tokens
         groups = _grouped(model, completions, random_texts, found, chat, batch_size, read)
         measured = Measured(kl, baselines, side_effects)
@@ -141,23 +141,17 @@ def write(
             families=[_parts.family_part(part, activation_map) for part in families],
         )
         temporary.write_text(page, encoding="utf-8", newline="\n")
-        drawn(1, 1)
+        drawn(1)
     return _table(found, completions, data, measured)
 
 
 def _tells(
-    on_batch: OnBatch | None,
-    n_found: int,
-    prompts: Sequence[str],
-    frames: Mapping[str, pd.DataFrame | None],
-    families: Sequence[Family],
-) -> list[OnBatch]:
+    on_batch: OnBatch | None, n_found: int, n_prompts: int, texts: pd.DataFrame | None
+) -> list[Tell]:
     """What tells of texts to write, vectors to measure, texts to read, and vectors to draw."""
-    given, random = frames["completions"], frames["random_texts"]
-    n_texts = len(prompts) * (1 + 2 * n_found) if given is None else len(given)
-    sizes = [n_texts if given is None else 0, len(prompts) * 2 * n_found]
-    sizes += [n_texts + (0 if random is None else len(random))]
-    return in_parts(on_batch, [*sizes, n_found + sum(len(part.vectors) for part in families)])
+    n_texts = n_prompts * (1 + 2 * n_found) if texts is None else len(texts)
+    n_written = n_texts if texts is None else 0
+    return in_parts(on_batch, [n_written, 2 * n_found * n_prompts, n_texts, n_found])
 
 
 def _tables(families: Sequence[Family], adapters: Any, factors: Any) -> dict[str, Any]:
@@ -192,7 +186,7 @@ def _grouped(
     found: SteeringVectors,
     chat: bool | None,
     batch_size: int,
-    on_batch: OnBatch,
+    on_batch: Tell,
 ) -> Behaviours | None:
     """Behaviours of vectors and negatives; None where nothing was written at scales 1 and -1.
 

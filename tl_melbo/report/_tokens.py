@@ -7,7 +7,7 @@ import pandas as pd
 
 from tl_melbo.analysis._top_tokens import top_tokens_and_kl
 from tl_melbo.concatenation import concatenate
-from tl_melbo.generation import OnBatch
+from tl_melbo.generation import Tell
 from tl_melbo.model.bridge import Model
 from tl_melbo.report._text import number, shown
 from tl_melbo.vectors import SteeringVectors
@@ -22,11 +22,7 @@ Divergences = dict[tuple[str, int], list[float]]
 
 
 def measured_after(
-    model: Model,
-    found: SteeringVectors,
-    prompts: Sequence[str],
-    options: Mapping[str, Any],
-    on_batch: OnBatch,
+    model: Model, found: SteeringVectors, prompts: Sequence[str], on_batch: Tell, **options: Any
 ) -> tuple[pd.DataFrame, Divergences]:
     """After each prompt, of vectors and negatives: the top tokens, and the KL from unsteered."""
     frames, kl, n_found = [], {}, len(found)

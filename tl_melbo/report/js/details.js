@@ -93,10 +93,7 @@ export function tokensOf(row) {
   const parts = [];
   if (tokens) {
     const { promoted, suppressed } = tokens;
-    const lists = [
-      tokenList("Next tokens promoted", promoted),
-      tokenList("Next tokens suppressed", suppressed),
-    ];
+    const lists = [tokenList("promoted", promoted), tokenList("suppressed", suppressed)];
     parts.push(el("div", { class: "tokens" }, ...lists));
   }
   const path = data.divergence?.[row.key];
@@ -114,7 +111,7 @@ function tokenList(label, tokens) {
     const title = by === null ? null : `${by > 0 ? "+" : ""}${number(by, 2)}`;
     return [el("code", { class: "token", text: token, title }), " "];
   });
-  return el("p", {}, soft(`${label} `), ...shown);
+  return el("p", {}, soft(`Next tokens ${label} `), ...shown);
 }
 
 function tokenPath(path) {
