@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from pandas.testing import assert_frame_equal
 
 import tl_melbo as tm
+from tl_melbo import report
 from tl_melbo.analysis import (
+    composition,
     effect_distance,
     family,
     kl_baselines,
@@ -75,6 +78,20 @@ def test_every_kind_is_what_it_says(tiny_llama, f, theta0, ortho, unchanged):
     texts = tm.generate(tiny_llama, prompt, ortho, max_new_tokens=3)["completion"]
     assert rows["family"]["completion"].tolist() == texts.tolist()
     assert rows["random"]["completion"].isna().all()
+
+
+def test_a_family_for_the_page_is_both_its_parts(tiny_llama, f, theta0, ortho):
+    told = []
+    options = {"max_new_tokens": 2}
+    part = report.collect_family(
+        tiny_llama, f, ortho, theta0, sizes=(2, 9), **options, on_batch=lambda *n: told.append(n)
+    )
+    own = {"rtol": 1e-3, "atol": 1e-5}
+    assert_frame_equal(part.table, family(tiny_llama, f, ortho, theta0, **options), **own)
+    sums = composition(tiny_llama, f, ortho, theta0, [2], **options)
+    assert_frame_equal(part.composition, sums, **own)
+    # 14 rows of the family, and four of each of four pairs.
+    assert told == [(14, 30), (30, 30)]
 
 
 def test_baselines_are_no_vector_and_random_ones_of_the_same_norms(tiny_llama, theta0, ortho):

@@ -264,7 +264,7 @@ def _show_page(
     again = bool(options.get("overwrite"))
     run.random_texts(model, f, overwrite=again, on_batch=stages.count)
     stages.begin("Making the page")
-    table = run.page(model, f, token_divergence=divergence)
+    table = run.page(model, f, token_divergence=divergence, on_batch=stages.count)
     stages.end()
     stages.stop()
     if family is not None:

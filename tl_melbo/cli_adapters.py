@@ -67,7 +67,7 @@ def adapters(
                 seed=seed, chat=chat,
             )  # fmt: skip
             stages.begin("Writing under each adapter")
-            texts = run.adapter_texts(loaded, found, asked)
+            texts = run.adapter_texts(loaded, found, asked, on_batch=stages.count)
             stages.end()
             stages.stop()
     except KeyboardInterrupt:

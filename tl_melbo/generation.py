@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,6 +34,8 @@ DEFAULT_TEMPERATURE = 0.7
 # Prompts of one length are written together, up to so many texts.
 _TEXTS_OF_SEVERAL = 32
 OnBatch = Callable[[int, int], None]
+# Of a part: called with the share that is done, or with what is done of it and its whole.
+Tell = Callable[..., None]
 _Write = Callable[["_Rows"], tuple[list[str], list[bool]]]
 
 
@@ -141,9 +142,7 @@ def _by_model(
         drawn = [_draws(max_new_tokens, each[-1] > 0, seed, *each) for each in named]
         tokens = torch.cat([prompts[number] for number, _ in keys])
         steered = _Rows(rows, places[order].repeat(len(numbers)), torch.stack(drawn), tokens)
-        tell = None
-        if on_batch is not None:
-            tell = partial(_tell, on_batch, len(found), len(keys), total)
+        tell = in_parts(on_batch, [len(found), len(keys), total - len(found) - len(keys)])[1]
         at_once = min(batch_size, _fitting(model, tokens.shape[1], max_new_tokens))
         parts, fitting = map_batches(write, steered, at_once, tell)
         batch_size = batch_size if fitting == at_once else fitting
@@ -172,8 +171,14 @@ def _of_one_length(prompts: Sequence[Tokens], at_once: int) -> Iterator[list[int
             yield some
 
 
-def _tell(on_batch: OnBatch, done: int, rows: int, total: int, share: float) -> None:
-    on_batch(done + round(share * rows), total)
+def in_parts(on_batch: OnBatch | None, sizes: Sequence[int]) -> list[Tell]:
+    """For each part of some work, of these sizes, what tells how much of all is done."""
+    tell, total = on_batch or (lambda *_: None), sum(sizes)
+
+    def of_part(before: int, size: int) -> Tell:
+        return lambda there, wanted=1: tell(before + round(size * there / wanted), total)
+
+    return [of_part(sum(sizes[:part]), size) for part, size in enumerate(sizes)]
 
 
 def written(model: Model, tokens: Tokens, max_new_tokens: int, engine: Engine | None = None) -> str:

@@ -148,7 +148,7 @@ def test_random_vectors_stand_beside_each_behaviour(laptop: Any) -> None:
     # One of eight samples, and none, with Wilson's intervals.
     for text in texts(laptop, "#cards .card"):
         told = "1 of 8 (2%–47%)" if "“first line" in text else "0 of 8 (0%–32%)"
-        assert f"andom vectors in {told}" in text
+        assert f"random vectors, {told}" in text
     assert any("“first line" in text for text in texts(laptop, "#cards .card"))
     told = texts(laptop, "#behaviours > .hint")[0]
     assert "12 completions under 2 random vectors of the same norm and their negatives" in told
@@ -175,6 +175,7 @@ def test_rename_star_merge_and_note_last(opened: Any, page: Path, tmp_path: Path
 
     choice = opened.find_element("css selector", f"{second} select")
     Select(choice).select_by_value(first[1:])
+    click(opened, f"{second} .merge")
     assert opened.find_elements("css selector", second) == []
     click(opened, "#v5 .star")
     click(opened, "#v5 .open")
@@ -388,6 +389,7 @@ def test_the_table_follows_stars_and_merged_behaviours(laptop: Any, page: Path) 
     click(laptop, f"#{two['key']} summary")
     choice = laptop.find_element("css selector", f"#{two['key']} select")
     Select(choice).select_by_value(one["key"])
+    click(laptop, f"#{two['key']} .merge")
     both = sorted([*one["rows"], *two["rows"]])
     assert sorted(rows_shown(laptop)) == both
     # The address of a behaviour that was merged away leads to its new place.

@@ -93,7 +93,7 @@ def test_the_page_tells_how_to_go_on(
     count = [*found.table()["converged"]].count("no")
     path = tmp_path / "page.html"
     report.write(path, tiny_llama, found, completions=completions)
-    told = f"{count} of 5 not converged; --steps 9 raises"
+    told = f"{count} of 5 searches not converged; --steps 9 raises"
     assert count, "three steps were enough: take fewer"
     assert told in path.read_text(encoding="utf-8")
 
@@ -188,7 +188,7 @@ def test_cards_tell_tags_and_rates() -> None:
     baseline, card = data["behaviours"]
     assert (baseline["baseline"], baseline["rows"]) == (True, ["0-"])
     assert (card["key"], card["tags"], card["rows"]) == ("b1", {"stance": "refuses"}, ["0", "1"])
-    counts = {"n": 6, "n_samples": 8, "rate": 0.75, "low": 0.41, "high": 0.93}
+    counts = {"n": 6, "n_samples": 8, "rate": 0.75, "low": 0.40928, "high": 0.92852}
     assert card["rates"] == [{"key": "1", **counts}]
     assert (card["unsteered"]["n"], card["unsteered"]["n_samples"]) == (1, 8)
     by_key = {row["key"]: row for row in data["rows"]}
@@ -201,12 +201,12 @@ def test_cards_tell_tags_and_rates() -> None:
 def test_a_behaviour_of_samples_alone_has_a_card_and_is_counted() -> None:
     found = tm.SteeringVectors.from_tensor(torch.eye(1, 8), source_layer=1)
     rows = [(-1, 0.0, 0, "a", 0), (0, 1.0, 2, "c", 2), (0, 1.0, 0, "b", 1), (0, 1.0, 1, "x", -1)]
+    rows.append((-1, 0.0, 1, "c too", 2))
     texts = pd.DataFrame(
         rows, columns=["vector", "scale", "sample", "completion", "behaviour"]
-    ).assign(
-        prompt="p", baseline=False, coherent=[True, True, True, False], stance="", perplexity=3.0
-    )
-    texts["filtered_out"] = ["", "", "", "repeats itself"]
+    ).assign(prompt="p", baseline=False, stance="", perplexity=3.0)
+    texts["coherent"] = [True, True, True, False, True]
+    texts["filtered_out"] = ["", "", "", "repeats itself", ""]
     groups = pd.DataFrame({"behaviour": [0, 1, 2], "name": ["a", "b", "c"], "prompt": "p"})
     grouped = Behaviours(texts, groups.assign(example="a", stance=""), "words")
     kl = {("p", sign): [0.5] for sign in (1, -1)}
@@ -220,6 +220,9 @@ def test_a_behaviour_of_samples_alone_has_a_card_and_is_counted() -> None:
     told = _facts.groups_told(grouped, data, len(found))
     # The row's own completion is coherent: what was filtered out is a sample.
     assert (told["n_distinct"], told["n_incoherent"]) == (2, 0)
+    # The unsteered model's one sample shows the second.
+    assert [bool(card["unsteered"]) for card in data["behaviours"]] == [False, True]
+    assert data["behaviours"][1]["unsteered"]["n_samples"] == told["n_known"] == 1
 
 
 def test_random_vectors_are_the_control_and_have_no_cards() -> None:

@@ -65,7 +65,16 @@ def test_everything_is_computed_that_is_not_given(
     tiny_llama: torch.nn.Module, found: tm.SteeringVectors, tmp_path: Path, unchanged
 ) -> None:
     unchanged(tiny_llama)
-    table = report.write(tmp_path / "page.html", tiny_llama, found, max_new_tokens=2)
+    told = []
+    table = report.write(
+        tmp_path / "page.html", tiny_llama, found, max_new_tokens=2,
+        on_batch=lambda *count: told.append(count),
+    )  # fmt: skip
+    # Texts of two prompts, written and read, what follows each prompt, and the vectors drawn. The
+    # same text is read once.
+    assert {wanted for _, wanted in told} == {22 + 20 + 22 + 5}
+    assert [there for there, _ in told] == sorted(there for there, _ in told)
+    assert told[-1] == (69, 69)
     expected = [
         "index", "prompt", "objective", "kl", "behaviour", "completion", "negated_completion",
     ]  # fmt: skip

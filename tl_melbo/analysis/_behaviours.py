@@ -25,6 +25,7 @@ from tl_melbo.analysis._naming import (
 from tl_melbo.analysis._rates import sampled
 from tl_melbo.analysis._tagged import is_first, is_unsteered, tagged, unsteered_of
 from tl_melbo.analysis._tags import MOST_CHARACTERS, TAGS
+from tl_melbo.generation import OnBatch
 from tl_melbo.judges._asking import Judge, check_judge
 from tl_melbo.model.bridge import Model, check_model
 from tl_melbo.model.tokens import default_system_prompt
@@ -125,6 +126,7 @@ def behaviours(
     embedder: Embedder | None = None,
     batch_size: int = 32,
     judge: Judge | None = None,
+    on_batch: OnBatch | None = None,
 ) -> Behaviours:
     """Group what the model writes under many vectors, and their negatives, into behaviours.
 
@@ -144,6 +146,7 @@ def behaviours(
             sentences, 0.85 for words.
         judge: says the stance of each text and the name of each group, in place of the rules,
             wherever its answer can be used.
+        on_batch: called with the different texts read, and those in all, after each batch.
 
     Raises:
         ValueError: completions or columns are missing; a number out of its range; fewer coherent
@@ -167,7 +170,8 @@ def behaviours(
     texts = _with_scale(completions)
     said = texts["completion"].fillna("").astype(str).str[:MOST_CHARACTERS].map(printable)
     pairs = list(zip(texts["prompt"], said, strict=True))
-    measured = judged(model, pairs, chat, largest_perplexity, largest_repetition, batch_size)
+    limits = (largest_perplexity, largest_repetition)
+    measured = judged(model, pairs, chat, *limits, batch_size, on_batch)
     texts[[*measured.columns]] = measured
     texts["coherent"] = texts["filtered_out"] == ""
     system = default_system_prompt(model) if chat else None

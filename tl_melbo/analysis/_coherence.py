@@ -5,6 +5,7 @@ import functools
 import math
 import random
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tl_melbo import checks
+from tl_melbo.generation import OnBatch, Tell, in_parts
 from tl_melbo.memory import map_batches
 from tl_melbo.model.bridge import Model, at_rest, plain_model
 from tl_melbo.model.tokens import context_length, to_tokens
@@ -39,10 +41,11 @@ def judged(
     largest_perplexity: float,
     largest_repetition: float,
     batch_size: int,
+    on_batch: OnBatch | None = None,
 ) -> pd.DataFrame:
     """For each text after its prompt: perplexity, repetition, and why it is filtered out, or ""."""
     reader = _Reader(model, [prompt for prompt, _ in pairs], chat, batch_size)
-    measured = reader.perplexities(pairs)
+    measured = reader.perplexities(pairs, on_batch)
     high = {
         pair for pair, value in measured.items() if value > largest_perplexity or value == math.inf
     }
@@ -77,21 +80,24 @@ class _Reader:
         self.prompts = {text: to_tokens(model, text, chat) for text in dict.fromkeys(prompts)}
         self.tokens = functools.cache(functools.partial(tokens_of, model))
 
-    def perplexities(self, pairs: Iterable[Pair]) -> dict[Pair, float]:
+    def perplexities(self, pairs: Iterable[Pair], tell: OnBatch | None = None) -> dict[Pair, float]:
         """Of each text after its prompt; infinite for an empty one."""
         found = dict.fromkeys(pairs, math.inf)
-        for prompt, before in self.prompts.items():
+        counts = Counter(prompt for prompt, _ in found)
+        tells = in_parts(tell, [counts[prompt] for prompt in self.prompts])
+        for (prompt, before), of_prompt in zip(self.prompts.items(), tells, strict=True):
             room = (context_length(self.model) or math.inf) - before.shape[1]
             texts = [text for asked, text in found if asked == prompt and self.tokens(text)]
             if texts and room > 0:
                 # The longest first: neighbours are of nearly one length, so little is padded.
                 texts.sort(key=lambda text: -len(self.tokens(text)))
                 longest = int(min(room, len(self.tokens(texts[0]))))
-                values = self._read(before, [self.tokens(text)[:longest] for text in texts])
+                cut = [self.tokens(text)[:longest] for text in texts]
+                values = self._read(before, cut, of_prompt)
                 found |= {(prompt, text): value for text, value in zip(texts, values, strict=True)}
         return found
 
-    def _read(self, before: Tokens, texts: Sequence[list[int]]) -> list[float]:
+    def _read(self, before: Tokens, texts: Sequence[list[int]], tell: Tell) -> list[float]:
         """The perplexity of each text, all after one prompt, which is read once."""
         rows = [torch.tensor(text) for text in texts]
         written = torch.nn.utils.rnn.pad_sequence(rows, True, _NO_TOKEN).to(before.device)
@@ -118,7 +124,7 @@ class _Reader:
             return mean_losses(logits[:, -wanted:], batch)
 
         at_once = rows_at_once(self.model, written.shape[1], self.batch_size)
-        parts, _ = map_batches(of_batch, written, at_once)
+        parts, _ = map_batches(of_batch, written, at_once, tell)
         return torch.cat(parts).exp().nan_to_num(math.inf, math.inf).tolist()
 
 

@@ -13,7 +13,7 @@ from tl_melbo.additions import VectorAdditions
 from tl_melbo.analysis._coherence import repetition, tokens_of
 from tl_melbo.analysis._similarity import kl_divergence, kl_to
 from tl_melbo.engines import Engine
-from tl_melbo.generation import OnBatch, generate
+from tl_melbo.generation import OnBatch, generate, in_parts
 from tl_melbo.model.bridge import Model
 from tl_melbo.probability import LogProbs
 from tl_melbo.reading import map_next_token, next_token_log_probs
@@ -68,14 +68,12 @@ def collect_completions(
     others = sorted({float(scale) for scale in scales} - {-1.0, 0.0, 1.0})
     parts: list[dict[str, Any]] = [drawn, {"vectors": found, "scales": [1.0, -1.0], **drawn}]
     parts += [{"vectors": found, "scales": others}] if others else []
-    rows, per_vector = 1 + (n_samples or 0), 2 * (1 + (n_samples or 0)) + len(others)
-    count = len(texts) * (rows + len(found) * per_vector)
-    frames: list[pd.DataFrame] = []
-    for part in parts:
-        before = sum(map(len, frames))
-        tell = on_batch and (lambda there, _, before=before: on_batch(before + there, count))
-        frames.append(generate(model, texts, layer=layer, on_batch=tell, **part, **options))
-    frame = pd.concat(frames)
+    rows = len(texts) * (1 + (n_samples or 0))
+    sizes = [rows, 2 * len(found) * rows, len(found) * len(texts) * len(others)]
+    frame = pd.concat(
+        generate(model, texts, layer=layer, on_batch=tell, **part, **options)
+        for part, tell in zip(parts, in_parts(on_batch, sizes), strict=False)
+    )
     if n_samples:
         frame["sample"] = frame["sample"].fillna(0).astype(int)
     frame["of_prompt"] = [texts.index(prompt) for prompt in frame["prompt"]]

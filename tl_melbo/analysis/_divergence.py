@@ -13,6 +13,7 @@ from tl_melbo.additions import Additions, VectorAdditions
 from tl_melbo.analysis._coherence import tokens_of
 from tl_melbo.analysis._tokens import shown_tokens
 from tl_melbo.errors import warn_of_rows
+from tl_melbo.generation import OnBatch, in_parts
 from tl_melbo.memory import map_batches
 from tl_melbo.model.bridge import Model, check_model, model_device, model_name, plain_model
 from tl_melbo.model.tokens import context_length, to_tokens
@@ -36,6 +37,7 @@ def token_divergence(
     layer: int | None = None,
     chat: bool | None = None,
     batch_size: int = 32,
+    on_batch: OnBatch | None = None,
 ) -> pd.DataFrame:
     """Compare the steered and the unsteered model at every token of completions.
 
@@ -46,6 +48,7 @@ def token_divergence(
             completions are left out.
         n_top: how many of the likeliest tokens to tell.
         chat: None takes what `generate` noted in the frame, or else as the vectors were found.
+        on_batch: called with the completions read, and those in all, after each batch.
 
     Returns:
         A row for each token: vector, scale, sample (if there), prompt; position in the completion,
@@ -78,9 +81,9 @@ def token_divergence(
     texts = _Texts(model, pairs, _rows_of(model, rows, vectors, layer), n_top)
     # The longest first: neighbours are of nearly one length, so little is padded.
     order = sorted(range(len(rows)), key=lambda i: -texts.length(i))
-    parts, _ = map_batches(
-        texts.read, order, rows_at_once(model, texts.length(order[0]), batch_size)
-    )
+    at_once = rows_at_once(model, texts.length(order[0]), batch_size)
+    (tell,) = in_parts(on_batch, [len(rows)])
+    parts, _ = map_batches(texts.read, order, at_once, tell)
     measured = dict(zip(order, [each for part in parts for each in part], strict=True))
     bad = [bool(measured[i]["kl"].isnan().any()) for i in range(len(rows))]
     warn_of_rows(bad, f"what {model_name(model)} makes of completions", "they are left out")

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import torch
@@ -13,7 +14,7 @@ from tl_melbo.activation_map import ActivationMap
 from tl_melbo.additions import VectorAdditions
 from tl_melbo.analysis._completions import OnBatch, rescale
 from tl_melbo.analysis._similarity import effect_distance, kl_to, random_like
-from tl_melbo.generation import generate
+from tl_melbo.generation import generate, in_parts
 from tl_melbo.model.bridge import Model
 from tl_melbo.probability import LogProbs
 from tl_melbo.reading import map_next_token, next_token_log_probs, warn_of_log_probs
@@ -23,7 +24,6 @@ from tl_melbo.tables import Table
 from tl_melbo.vectors import SteeringVectors
 
 _BATCH_SIZE = 32
-_WRITING = ("unsteered", "reference", "family")
 MOST_SUBSETS = 1000
 _KIND = ["size", "members", "subset", "combination", "scaling"]
 _MEASURED = ["norm", "kl_to_reference", "kl_to_unsteered", "distance", "completion"]
@@ -61,7 +61,7 @@ def family(
     Source: Jacob G-W 2024, "I found >800 orthogonal 'write code' steering vectors".
     """
     library, start = as_library(vectors), one_vector(reference, "reference")
-    compare = _comparison(model, f, library, start, prompt, chat, max_new_tokens)
+    compare = _comparison(model, f, library, start, prompt, chat, max_new_tokens, on_batch)
     kinds = {
         "unsteered": torch.zeros_like(start.vectors),
         "reference": start.vectors,
@@ -69,14 +69,8 @@ def family(
         "rescaled": rescale(library, start).vectors,
         "random": random_like(library.vectors, seed),
     }
-    frames: list[pd.DataFrame] = []
-    for kind, rows in kinds.items():
-        for batch in rows.split(_BATCH_SIZE):
-            frames.append(compare(batch, kind in _WRITING).assign(kind=kind))
-            if on_batch is not None:
-                on_batch(sum(map(len, frames)), sum(map(len, kinds.values())))
-    table = Table(pd.concat(frames, ignore_index=True))
-    table.insert(0, "kind", table.pop("kind"))
+    table = compare(torch.cat([*kinds.values()]), 2 + len(library))
+    table.insert(0, "kind", [kind for kind, rows in kinds.items() for _ in rows])
     table.insert(1, "index", [-1, -1, *3 * library.columns["index"].tolist()])
     return table
 
@@ -89,8 +83,9 @@ def _comparison(
     prompt: str | None,
     chat: bool | None,
     max_new_tokens: int,
-) -> Callable[[Theta, bool], pd.DataFrame]:
-    """What measures rows as in `family`, and lets them write; NaN for what needs a reference."""
+    on_batch: OnBatch | None,
+) -> Callable[[Theta, int], Table]:
+    """What measures rows as in `family`, and lets the first write; NaN without a reference."""
     check_place(model, f, vectors, "vectors")
     start = unsteered = torch.zeros_like(as_theta(model, vectors)[:1])
     if reference is not None:
@@ -102,24 +97,30 @@ def _comparison(
     to, back = kl_to(log_others), kl_to(log_others[:1], "from_reference")
 
     def measure(log_probs: LogProbs) -> Tensor:
-        return torch.cat([to(log_probs), back(log_probs)], 1)
+        return torch.cat([to(log_probs), back(log_probs)], 1)[:, [0, 2, 1]]
 
-    def compare(rows: Theta, writes: bool) -> pd.DataFrame:
-        added = VectorAdditions.of(rows, layer)
-        kl = map_next_token(model, text, added, measure, chat=chat)
-        frame = pd.DataFrame({"norm": rows.norm(dim=-1).cpu().numpy(), "distance": math.nan})
-        frame[["kl_to_reference", "kl_to_unsteered", "kl_from_reference"]] = kl.numpy()
-        frame.insert(3, "kl_from_reference", frame.pop("kl_from_reference"))
-        if reference is None:
-            frame[["kl_to_reference", "kl_from_reference"]] = math.nan
-        else:
-            frame["distance"] = effect_distance(f, rows, reference).numpy()
-        frame["completion"] = None
-        if writes:
-            warn_of_log_probs(model, text, added, kl[:, 1].isnan())
-            options = {"max_new_tokens": max_new_tokens, "chat": chat}
-            frame["completion"] = generate(model, text, rows, layer, **options)["completion"]
-        return frame
+    def compare(rows: Theta, n_writing: int) -> Table:
+        frames: list[pd.DataFrame] = []
+        for first in range(0, len(rows), _BATCH_SIZE):
+            batch = rows[first : first + _BATCH_SIZE]
+            added = VectorAdditions.of(batch, layer)
+            kl = map_next_token(model, text, added, measure, chat=chat)
+            frame = pd.DataFrame({"norm": batch.norm(dim=-1).cpu().numpy(), "distance": math.nan})
+            frame[["kl_to_reference", "kl_from_reference", "kl_to_unsteered"]] = kl.numpy()
+            if reference is None:
+                frame[["kl_to_reference", "kl_from_reference"]] = math.nan
+            else:
+                frame["distance"] = effect_distance(f, batch, reference).numpy()
+            texts, n_texts = [], max(0, min(len(batch), n_writing - first))
+            if n_texts:
+                warn_of_log_probs(model, text, added[:n_texts], kl[:n_texts, 2].isnan())
+                options = {"max_new_tokens": max_new_tokens, "chat": chat}
+                texts = [*generate(model, text, batch[:n_texts], layer, **options)["completion"]]
+            frame["completion"] = [*texts, *[None] * (len(batch) - n_texts)]
+            frames.append(frame)
+            if on_batch is not None:
+                on_batch(first + len(batch), len(rows))
+        return Table(pd.concat(frames, ignore_index=True))
 
     return compare
 
@@ -137,6 +138,7 @@ def composition(
     prompt: str | None = None,
     max_new_tokens: int = 50,
     chat: bool | None = None,
+    on_batch: OnBatch | None = None,
 ) -> pd.DataFrame:
     """Add vectors up, the first k of them and random subsets: do they keep the effect?
 
@@ -144,6 +146,7 @@ def composition(
         reference: what to compare with, theta0 of a MELBO-ortho family for example.
         sizes: how many vectors to add up; those beyond the library are left out.
         n_random_subsets: different ones of each size, at most 1,000; fewer where there are no more.
+        on_batch: as in `family`.
 
     Returns:
         A row for each composition: size; members, positions in `vectors`; subset, "first" or
@@ -158,7 +161,7 @@ def composition(
     library = as_library(vectors)
     start = None if reference is None else one_vector(reference, "reference")
     checks.between(0, MOST_SUBSETS, "how many", n_random_subsets=n_random_subsets)
-    compare = _comparison(model, f, library, start, prompt, chat, max_new_tokens)
+    compare = _comparison(model, f, library, start, prompt, chat, max_new_tokens, on_batch)
     fitting = [size for size in dict.fromkeys(sizes) if size <= len(library)]
     checks.at_least(1, sizes=min(sizes, default=1))
     if not fitting:
@@ -171,7 +174,7 @@ def composition(
         for combination, scaling, theta in _combinations(library.vectors[list(members)], norm):
             kinds.append((len(members), members, subset, combination, scaling))
             rows.append(theta)
-    measured = compare(torch.stack(rows), True)
+    measured = compare(torch.stack(rows), len(rows))
     return Table(pd.concat([pd.DataFrame(kinds, columns=_KIND), measured[_MEASURED]], axis=1))
 
 
@@ -230,8 +233,14 @@ def collect_family(
     max_new_tokens: int = 50,
     on_batch: OnBatch | None = None,
 ) -> Family:
-    """Measure a family for the report: `analysis.family`, and `analysis.composition` of `sizes`."""
-    table = family(model, f, vectors, reference, max_new_tokens=max_new_tokens, on_batch=on_batch)
+    """Measure a family for the report: `analysis.family`, and `analysis.composition` of `sizes`.
+
+    `on_batch` is called with about how many rows of both are done, and with all, after each batch.
+    """
     sizes = [size for size in sizes if size <= len(vectors)] or [1]
-    composed = composition(model, f, vectors, reference, sizes, max_new_tokens=max_new_tokens)
+    # Of each size, up to four subsets, each in four ways.
+    first, then = in_parts(on_batch, [2 + 3 * len(vectors), 16 * len(sizes)])
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens}
+    table = family(model, f, vectors, reference, **options, on_batch=first)
+    composed = composition(model, f, vectors, reference, sizes, **options, on_batch=then)
     return Family(one_vector(reference, "reference"), vectors, table, composed)

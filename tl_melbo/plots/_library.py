@@ -271,10 +271,11 @@ def _curve(
     told = ["<br>".join(of_one) for of_one in zip(*lines, strict=True)]
     values = np.maximum(values, least)
     look = {"size": 6, "color": _style.PALE_BLUE, "opacity": 0.75}
-    average, name = moving_average(values, window), f"mean of the last {window}"
+    average = moving_average(values, window)
+    mean = {"name": f"mean of the last {window}", "hoverinfo": "skip", "showlegend": window > 1}
     traces = [
         points(labels, values, look, name="each vector", customdata=told, hovertemplate=HOVER),
-        line(labels, average, {"width": 2.2, "color": BLUE}, name=name, hoverinfo="skip"),
+        line(labels, average, {"width": 2.2, "color": BLUE}, **mean),
     ]
     for (name, level), colour in zip(levels.items(), cycle(OTHERS), strict=False):
         if level is not None:

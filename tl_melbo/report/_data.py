@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -18,8 +17,6 @@ from tl_melbo.probability import wilson_interval
 from tl_melbo.report import _facts
 from tl_melbo.report._text import TextPool, number, pooled, shown
 from tl_melbo.vectors import SteeringVectors
-
-_MOST_POINTS = 40
 
 
 class Column(NamedTuple):
@@ -34,7 +31,7 @@ class Column(NamedTuple):
 KL = Column("kl", "KL", "number", "Divergence of the next token from unsteered, in nats")
 COSTS = (
     Column("specificity", "Specificity", "number", "1: acts on the prompt alone; 0.5: anywhere"),
-    Column("loss_increase", "Loss", "number", "What it costs on prose, in nats a token"),
+    Column("loss_increase", "Loss increase", "number", "On prose, in nats a token"),
 )
 
 
@@ -84,7 +81,6 @@ def rows_data(
         "rows": rows,
         "behaviours": cards,
         "columns": [column._asdict() for column in columns_of(found, measured)],
-        "history": _history(found),
         "texts": [*pool],
     }
 
@@ -247,16 +243,16 @@ def _add_rates(
         if row:
             sizes[row["key"]] = told["n_samples"]
         if card and row and told["n"] and told["n_samples"] > 1:
-            counts = {
-                name: number(told[name]) for name in ("n", "n_samples", "rate", "low", "high")
-            }
-            card["rates"].append({"key": row["key"], **counts})
+            card["rates"].append({"key": row["key"], **_counts(told["n"], told["n_samples"])})
     for card in cards:  # of vectors that show it greedily, and in no sample
         for key in {*card["rows"]} - {each["key"] for each in card["rates"]}:
             if (n_samples := sizes.get(key, 0)) > 1:
-                low, high = map(number, wilson_interval(0, n_samples))
-                counts = {"n": 0, "n_samples": n_samples, "rate": 0.0, "low": low, "high": high}
-                card["rates"].append({"key": key, **counts})
+                card["rates"].append({"key": key, **_counts(0, n_samples)})
+
+
+def _counts(n: int, n_samples: int) -> dict[str, Any]:
+    low, high = map(number, wilson_interval(n, n_samples))
+    return {"n": n, "n_samples": n_samples, "rate": n / n_samples, "low": low, "high": high}
 
 
 def _add_controls(
@@ -273,18 +269,8 @@ def _add_controls(
         hits = Counter(map(_card_key, some["behaviour"], places))
         for card in cards:
             n, of = hits[card["key"]], places.count(card["prompt"])
-            if of > 1 and (n or name == "random"):
-                low, high = map(number, wilson_interval(n, of))
-                card[name] = {"n": n, "n_samples": of, "rate": n / of, "low": low, "high": high}
-
-
-def _history(found: SteeringVectors) -> list[list[float | int | str | None]]:
-    """The search of each vector, thinned out for a line of a finger's width."""
-    if found.history is None or not found.history.numel():
-        return []
-    n_steps = found.history.shape[1]
-    picked = np.unique(np.linspace(0, n_steps - 1, min(n_steps, _MOST_POINTS)).round().astype(int))
-    return [[number(value) for value in line] for line in found.history[:, picked].tolist()]
+            if n or (of and name == "random"):
+                card[name] = _counts(n, of)
 
 
 def cosines_data(cosines: Tensor | None) -> str | None:

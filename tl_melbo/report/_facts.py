@@ -69,6 +69,7 @@ def groups_told(groups: Behaviours | None, data: Mapping[str, Any], n_found: int
     random = pd.DataFrame(groups.texts[vectors >= n_found])
     return {
         "n_distinct": sum(not card["baseline"] for card in data["behaviours"]),
+        "n_known": sum(bool(c["unsteered"]) and not c["baseline"] for c in data["behaviours"]),
         "n_incoherent": sum(bool(row["filtered"]) for row in data["rows"]),
         "grouped_by_words": groups.embedder == "words",
         "is_refused": "complies" in {*groups.texts["stance"]},
@@ -133,8 +134,8 @@ def more_steps(found: SteeringVectors) -> str:
     steps = found.story.get("hyperparameters", {}).get("steps")
     if not count or not isinstance(steps, int):
         return ""
-    advice = f"--steps {_MORE_STEPS * steps} raises their numbers, which need not find more"
-    return f"{count} of {known} not converged; {advice}"
+    advice = f"--steps {_MORE_STEPS * steps} raises their numbers, but may find nothing new"
+    return f"{count} of {known} searches not converged; {advice}"
 
 
 def _converged(found: SteeringVectors) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from tl_melbo.analysis._random_baseline import random_baseline
 from tl_melbo.analysis._side_effects import COLUMNS
 from tl_melbo.files import replacing
 from tl_melbo.gated import GatedFactors
+from tl_melbo.generation import OnBatch, Tell, in_parts
 from tl_melbo.model.bridge import Model
 from tl_melbo.model.tokens import as_seen
 from tl_melbo.report import _data, _facts, _parts, _tokens
@@ -55,6 +56,7 @@ def write(
     layer: int | None = None,
     chat: bool | None = None,
     batch_size: int = 32,
+    on_batch: OnBatch | None = None,
 ) -> pd.DataFrame:
     """Write one HTML file about a library: its settings, completions, numbers and figures.
 
@@ -76,6 +78,7 @@ def write(
         prompts: what to complete; None takes those of `completions`, or those of the metadata.
         title: the page's heading; None takes the prompt.
         run_folder: the folder of a run, for the commands that the page offers.
+        on_batch: called with about how many texts and vectors are done, and with all.
 
     Returns:
         The page's table, one row a vector and prompt: index, prompt, what the method measured,
@@ -101,18 +104,18 @@ def write(
     # Before the completions are written: it refuses vectors of no norm.
     cosines = cosine_similarity(found)
     options: dict[str, Any] = {"layer": layer, "chat": chat, "batch_size": batch_size}
+    written, steered, read, drawn = _tells(on_batch, len(found), len(texts), completions)
     # Opened before the work: a folder that cannot be written to shows at once.
     with replacing(path) as temporary:
         if completions is None:
-            completions = collect_completions(
-                model, texts, found, max_new_tokens=max_new_tokens, **options
-            )
+            more = {"max_new_tokens": max_new_tokens, "on_batch": written, **options}
+            completions = collect_completions(model, texts, found, **more)
         if baselines is None and activation_map is not None:
             baselines = random_baseline(model, activation_map, found, texts, **options)
         # One pass gives both, so that tokens passed by the caller save nothing.
-        own_tokens, kl = _tokens.measured_after(model, found, texts, options)
+        own_tokens, kl = _tokens.measured_after(model, found, texts, steered, **options)
         top_tokens = own_tokens if top_tokens is None else top_tokens
-        groups = _grouped(model, completions, random_texts, found, chat, batch_size)
+        groups = _grouped(model, completions, random_texts, found, chat, batch_size, read)
         measured = Measured(kl, baselines, side_effects)
         data = _data.rows_data(found, texts, completions, groups, measured)
         keys = _keys(data["rows"], texts)
@@ -138,7 +141,17 @@ def write(
             families=[_parts.family_part(part, activation_map) for part in families],
         )
         temporary.write_text(page, encoding="utf-8", newline="\n")
+        drawn(1)
     return _table(found, completions, data, measured)
+
+
+def _tells(
+    on_batch: OnBatch | None, n_found: int, n_prompts: int, texts: pd.DataFrame | None
+) -> list[Tell]:
+    """What tells of texts to write, vectors to measure, texts to read, and vectors to draw."""
+    n_texts = n_prompts * (1 + 2 * n_found) if texts is None else len(texts)
+    n_written = n_texts if texts is None else 0
+    return in_parts(on_batch, [n_written, 2 * n_found * n_prompts, n_texts, n_found])
 
 
 def _tables(families: Sequence[Family], adapters: Any, factors: Any) -> dict[str, Any]:
@@ -173,6 +186,7 @@ def _grouped(
     found: SteeringVectors,
     chat: bool | None,
     batch_size: int,
+    on_batch: Tell,
 ) -> Behaviours | None:
     """Behaviours of vectors and negatives; None where nothing was written at scales 1 and -1.
 
@@ -186,7 +200,8 @@ def _grouped(
     if all(some["control"]):
         return None
     # Its logits are of whole texts: 8 at once take as much memory as many rows of others.
-    return behaviours(model, some, chat=as_chat(found, chat), batch_size=min(batch_size, 8))
+    options = {"batch_size": min(batch_size, 8), "on_batch": on_batch}
+    return behaviours(model, some, chat=as_chat(found, chat), **options)
 
 
 def _table(

@@ -6,6 +6,8 @@ from typing import Any
 import pandas as pd
 
 from tl_melbo.analysis._top_tokens import top_tokens_and_kl
+from tl_melbo.concatenation import concatenate
+from tl_melbo.generation import Tell
 from tl_melbo.model.bridge import Model
 from tl_melbo.report._text import number, shown
 from tl_melbo.vectors import SteeringVectors
@@ -20,15 +22,18 @@ Divergences = dict[tuple[str, int], list[float]]
 
 
 def measured_after(
-    model: Model, found: SteeringVectors, prompts: Sequence[str], options: Mapping[str, Any]
+    model: Model, found: SteeringVectors, prompts: Sequence[str], on_batch: Tell, **options: Any
 ) -> tuple[pd.DataFrame, Divergences]:
     """After each prompt, of vectors and negatives: the top tokens, and the KL from unsteered."""
-    frames, kl = [], {}
+    frames, kl, n_found = [], {}, len(found)
+    # Both signs at once: the unsteered model, with which they are compared, reads the prompt once.
+    both = concatenate([found, -found])
     for prompt in prompts:
-        for sign, library in ((1, found), (-1, -found)):
-            frame, far = top_tokens_and_kl(model, prompt, library, _MOST_TOKENS, **options)
-            frames.append(frame.assign(prompt=prompt, scale=float(sign)))
-            kl[prompt, sign] = far.tolist()
+        frame, far = top_tokens_and_kl(model, prompt, both, _MOST_TOKENS, **options)
+        signs = frame["vector"].lt(n_found).map({True: 1.0, False: -1.0})
+        frames.append(frame.assign(prompt=prompt, scale=signs, vector=frame["vector"] % n_found))
+        kl[prompt, 1], kl[prompt, -1] = far[:n_found].tolist(), far[n_found:].tolist()
+        on_batch(len(frames), len(prompts))
     return pd.concat(frames, ignore_index=True), kl
 
 

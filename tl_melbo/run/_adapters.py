@@ -9,7 +9,7 @@ from tl_melbo.adapters import Adapter, divergence_adapter
 from tl_melbo.concatenation import one_after_another
 from tl_melbo.errors import Damaged, DifferentSearch
 from tl_melbo.gated import GatedFactors, gated_factors
-from tl_melbo.generation import generate
+from tl_melbo.generation import OnBatch, generate, in_parts
 from tl_melbo.model.bridge import Model
 from tl_melbo.run import _files
 from tl_melbo.shapes import shape_checked
@@ -165,10 +165,12 @@ def write_texts_under(
     steering: Adapter | GatedFactors,
     prompts: str | Sequence[str],
     max_new_tokens: int = 50,
+    *,
+    on_batch: OnBatch | None = None,
 ) -> "pd.DataFrame":
     """Sample under each adapter, or each gated factor, after each prompt, and save that.
 
-    It is saved in `adapters.csv` or `factors.csv`.
+    It is saved in `adapters.csv` or `factors.csv`. `on_batch` is as `tm.generate` takes it.
 
     Returns:
         The frame of `tm.generate`, at temperature 1; vector -1 is the model as it is.
@@ -177,8 +179,13 @@ def write_texts_under(
 
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": 1.0}
     options["chat"] = bool(steering.story.get("chat"))
-    frames = [generate(model, prompts, each, **options) for each in (None, steering)]
-    texts = pd.concat(frames, ignore_index=True)
+    texts = checks.as_texts(prompts)
+    tells = in_parts(on_batch, [len(texts), len(texts) * len(steering)])
+    frames = [
+        generate(model, texts, each, on_batch=tell, **options)
+        for each, tell in zip((None, steering), tells, strict=True)
+    ]
+    table = pd.concat(frames, ignore_index=True)
     with self.writing():
-        _files.save_table(self.folder / _FILES[type(steering)][1], texts)
-    return texts
+        _files.save_table(self.folder / _FILES[type(steering)][1], table)
+    return table

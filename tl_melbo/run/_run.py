@@ -316,6 +316,7 @@ class Run:
         *,
         notes: "str | Path | Mapping[str, Any] | None" = None,
         token_divergence: bool = False,
+        on_batch: OnCount | None = None,
         **options: Any,
     ) -> "pd.DataFrame":
         """Write `report.html` about all that the folder holds, and return the page's table.
@@ -323,21 +324,23 @@ class Run:
         Completions that lack are written first, then those of `random_texts`; the options are those
         of `texts`. `notes` are as `report.write` takes them; None takes `notes.json` of the folder,
         if it is there. With `token_divergence` the page shows where along its text each vector
-        parts from the model.
+        parts from the model. `on_batch` is as `report.write` takes it; completions that are written
+        first are counted by themselves.
         """
         from tl_melbo import analysis, report
 
         with self.writing():
             if notes is None and (self.folder / _files.NOTES).is_file():
                 notes = report.read_notes(self.folder / _files.NOTES)
-            texts, found = self.texts(model, **options), self.found
-            control = {k: v for k, v in options.items() if k in ("overwrite", "on_batch")}
+            texts, found = self.texts(model, on_batch=on_batch, **options), self.found
+            control = {"overwrite": options.get("overwrite", False), "on_batch": on_batch}
             parts: dict[str, Any] = {
                 "families": self.families(),
                 "side_effects": self._table(SIDE_EFFECTS, found),
                 "random_texts": self.random_texts(model, f, **control),
                 **all_kept(self.folder),
                 "notes": notes,
+                "on_batch": on_batch,
                 # A page may be passed on: it tells no absolute path.
                 "run_folder": self.folder.name if self.folder.is_absolute() else str(self.folder),
             }
@@ -346,7 +349,8 @@ class Run:
                 if "sample" in texts:
                     greedy &= texts["sample"] == 0
                 some: Any = texts[greedy]
-                parts["token_divergence"] = analysis.token_divergence(model, some, found)
+                told = analysis.token_divergence(model, some, found, on_batch=on_batch)
+                parts["token_divergence"] = told
             path = self.folder / _files.REPORT
             return report.write(path, model, found, completions=texts, activation_map=f, **parts)
 

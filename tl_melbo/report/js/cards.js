@@ -26,22 +26,26 @@ function controlOf(card, name) {
   return { n: parts.reduce((sum, { n }) => sum + n, 0), n_samples: parts[0].n_samples };
 }
 
-const capital = (text) => text[0].toUpperCase() + text.slice(1);
-
+// In how many samples the behaviour shows: under its most frequent vector, random ones, and none.
 function ratesOf(card) {
   const rates = merged(card).flatMap((each) => each.rates);
   const [random, unsteered] = [controlOf(card, "random"), controlOf(card, "unsteered")];
-  const control = random ? `random vectors in ${counted(random)}` : "";
-  if (!rates.length) return control ? el("p", { class: "rate soft" }, capital(control)) : null;
   // Of its own vectors if it has any, even where none of their samples shows it.
   const own = rates.filter(({ key }) => merged(card).some((each) => each.rows.includes(key)));
-  const best = (own.length ? own : rates).reduce((one, other) =>
-    other.rate > one.rate ? other : one,
-  );
-  const parts = ["Sampled: ", vectorLink(best.key), ` in ${counted(best)}`];
-  if (unsteered) parts.push(`; unsteered in ${counted(unsteered)}`);
-  if (control) parts.push(`; ${control}`);
-  return el("p", { class: "rate soft" }, ...parts);
+  const [best] = [...(own.length ? own : rates)].sort((one, other) => other.rate - one.rate);
+  const told = [];
+  if (best) told.push("vector ", vectorLink(best.key), `, ${counted(best)}; `);
+  if (random) told.push(`random vectors, ${counted(random)}; `);
+  if (unsteered && card.baseline) told.push(`unsteered, ${counted(unsteered)}; `);
+  if (told.length) told.push(told.pop().slice(0, -2));
+  const known = `Samples of the unsteered model show it, too: ${unsteered && counted(unsteered)}.`;
+  const what = best ? "Samples" : "Completions";
+  return [
+    unsteered && !card.baseline ? el("p", { class: "rate known", text: known }) : null,
+    told.length
+      ? el("p", { class: "rate soft" }, `${what} that show it (95% interval): `, ...told)
+      : null,
+  ];
 }
 
 function memberRow(member, card) {
@@ -66,8 +70,10 @@ function insideOf(card) {
     el("option", { value: key, text: `${cardName(key)} (${key})` }),
   );
   const choice = el("select", {}, el("option", { value: "", text: "…" }), ...names);
-  choice.addEventListener("change", () => choice.value && mergeInto(card.key, choice.value));
+  // By a button: arrow keys walk through the choices.
+  const merge = () => choice.value && mergeInto(card.key, choice.value);
   const tools = el("div", { class: "next" }, el("label", {}, "Merge into ", choice));
+  tools.append(button("Merge", merge, { class: "chip merge" }));
   if (noteOf("cards", card.key).merged.length) {
     const apart = () => setNote("cards", card.key, { merged: [], lost: [] });
     tools.append(button("Take apart", apart, { class: "chip" }));
@@ -115,7 +121,7 @@ function cardPart(card) {
     tagList(card.tags),
     manyPrompts ? el("p", { class: "soft", text: data.prompts[card.prompt] }) : null,
     text === undefined ? null : el("div", { class: "example" }, clamped(text, 150)),
-    ratesOf(card),
+    ...ratesOf(card),
     el("p", { class: "remark", text: noteOf("cards", card.key).note }),
     inside,
   );

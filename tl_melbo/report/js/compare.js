@@ -17,7 +17,7 @@ import { change, follow, state } from "./state.js";
 import { tokensOf } from "./details.js";
 
 const MODES = [
-  ["none", "No"],
+  ["none", "None"],
   ["other", "With each other"],
   ["unsteered", "With unsteered"],
 ];
@@ -45,7 +45,8 @@ function headOf(row) {
 
 function sideOf(row, other, scale) {
   const text = el("blockquote", {}, shown(row, other, scale));
-  return el("div", { class: "side" }, text, sampledPart(textsAt(row, scale).slice(1)));
+  const name = el("p", { class: "soft whose", text: `Vector ${nameOf(row)}` });
+  return el("div", { class: "side" }, name, text, sampledPart(textsAt(row, scale).slice(1)));
 }
 
 function body(a, b) {
@@ -83,7 +84,7 @@ function fillDialog(dialog, a, b) {
     fillDialog(dialog, a, b);
     $(`[data-mode="${key}"]`, dialog).focus();
   };
-  const title = el("h2", { text: `${nameOf(a)} and ${nameOf(b)}`, id: "compared" });
+  const title = el("h2", { text: `Vectors ${nameOf(a)} and ${nameOf(b)}`, id: "compared" });
   const close = button("Close", () => dialog.close(), { class: "close" });
   const parts = [el("div", { class: "head" }, title, close), facts(a, b), modes(choose)];
   const unsteered = unsteeredText(a);

@@ -51,9 +51,12 @@ export function detailsOf(row) {
     holder.follow = () => slider.show(scaleOf(row));
   }
   holder.append(texts, ...tokensOf(row));
-  const next = [copyButton(python([row]))];
+  const next = [soft("In Python"), copyButton(python([row]))];
   if (data.folder !== null && row.sign > 0)
-    next.push(copyButton(`tl-melbo ortho ${folder()} --vector ${row.number}`));
+    next.push(
+      soft("Find more of its effect"),
+      copyButton(`tl-melbo ortho ${folder()} --vector ${row.number}`),
+    );
   const notes = noteFields("vectors", noteKey(row), `vector ${nameOf(row)}`);
   holder.append(el("div", { class: "next" }, ...next), notes);
   holder.refresh = refresh;
@@ -90,7 +93,7 @@ export function tokensOf(row) {
   const parts = [];
   if (tokens) {
     const { promoted, suppressed } = tokens;
-    const lists = [tokenList("Promoted", promoted), tokenList("Suppressed", suppressed)];
+    const lists = [tokenList("promoted", promoted), tokenList("suppressed", suppressed)];
     parts.push(el("div", { class: "tokens" }, ...lists));
   }
   const path = data.divergence?.[row.key];
@@ -108,7 +111,7 @@ function tokenList(label, tokens) {
     const title = by === null ? null : `${by > 0 ? "+" : ""}${number(by, 2)}`;
     return [el("code", { class: "token", text: token, title }), " "];
   });
-  return el("p", {}, soft(`${label} `), ...shown);
+  return el("p", {}, soft(`Next tokens ${label} `), ...shown);
 }
 
 function tokenPath(path) {

@@ -114,6 +114,10 @@ export function clamped(text, long = LONG) {
     { class: "more", "aria-expanded": "false" },
   );
   holder.append(more);
+  // On a wide screen a long text may be whole in three lines.
+  new ResizeObserver(() => {
+    if (body.classList.contains("short")) more.hidden = body.scrollHeight <= body.clientHeight;
+  }).observe(body);
   return holder;
 }
 

@@ -31,8 +31,8 @@ function hideChips() {
   const kinds = [
     ["near baseline", "near", (row) => isNear(row, scaleOf(row))],
     ["filtered out", "filtered", (row) => row.filtered],
-    ["v", "plus", (row) => row.sign > 0],
-    ["−v", "minus", (row) => row.sign < 0],
+    ["vectors", "plus", (row) => row.sign > 0],
+    ["negatives", "minus", (row) => row.sign < 0],
   ];
   const some = kinds
     .map(([label, key, test]) => [label, key, counted(test)])
@@ -135,7 +135,7 @@ export function beginScale() {
   const { part, show } = scaleSlider("Scale ", "Scale of all vectors", state.scale, (scale) =>
     change({ scale }, true),
   );
-  const hint = "Texts alone change. Behaviours, tags, numbers and filters are those at scale 1.";
+  const hint = "Only completions change. Behaviours, tags, numbers and filters are those at scale 1.";
   $("#scale").append(part, el("small", { text: hint }));
   $("#scale").hidden = false;
   follow(() => show(state.scale));

@@ -34,6 +34,8 @@ function goTo(anchor) {
   for (let around = target.parentElement; around; around = around.parentElement)
     if (around.tagName === "DETAILS") around.open = true;
   target.scrollIntoView({ block: "start" });
+  // Tables that are built on the way push it down.
+  setTimeout(() => target.scrollIntoView({ block: "start" }), 100);
 }
 
 function jump(anchor, changes = {}) {

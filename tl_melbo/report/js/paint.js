@@ -15,6 +15,7 @@ function painted(traces, layout) {
     font: { ...layout.font, color: ink },
     paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "rgba(0,0,0,0)",
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: soft, activecolor: ink },
     hoverlabel: { ...layout.hoverlabel, bgcolor: card, font: { color: ink } },
   };
   const axes = { gridcolor: line, zerolinecolor: line, linecolor: line, tickcolor: soft };
