@@ -169,6 +169,7 @@ class Library:
         return column.detach().to("cpu", kind, copy=True)
 
 
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class VectorLibrary(Library):
     """A base: a library whose rows are vectors, which can be scaled."""
 

@@ -52,8 +52,7 @@ class SteeringVectors(VectorLibrary):
             raise ValueError(
                 f"vectors: shape ({len(vectors)}, 0); a vector has at least one number"
             )
-        object.__setattr__(self, "vectors", vectors)
-        super().__init__(story=story, columns=columns, history=history)
+        super().__init__(vectors=vectors, story=story, columns=columns, history=history)
 
     @classmethod
     @shape_checked

@@ -111,12 +111,14 @@ def _comparison(
                 frame[["kl_to_reference", "kl_from_reference"]] = math.nan
             else:
                 frame["distance"] = effect_distance(f, batch, reference).numpy()
-            texts, n_texts = [], max(0, min(len(batch), n_writing - first))
+            n_texts = max(0, min(len(batch), n_writing - first))
+            texts: list[Any] = [None] * len(batch)
             if n_texts:
                 warn_of_log_probs(model, text, added[:n_texts], kl[:n_texts, 2].isnan())
                 options = {"max_new_tokens": max_new_tokens, "chat": chat}
-                texts = [*generate(model, text, batch[:n_texts], layer, **options)["completion"]]
-            frame["completion"] = [*texts, *[None] * (len(batch) - n_texts)]
+                written = generate(model, text, batch[:n_texts], layer, **options)
+                texts[:n_texts] = written["completion"]
+            frame["completion"] = texts
             frames.append(frame)
             if on_batch is not None:
                 on_batch(first + len(batch), len(rows))

@@ -22,7 +22,7 @@ from tl_melbo.story import measure
 
 Order = Literal["linear", "quadratic", "exponential"]
 Start = Literal["random", "jacobian"]
-OnStep = Callable[[int, float], None]
+OnStep = Callable[[int, float], Any]
 
 MEASURE = measure(
     "importance",

@@ -108,8 +108,9 @@ def write(
     # Opened before the work: a folder that cannot be written to shows at once.
     with replacing(path) as temporary:
         if completions is None:
-            more = {"max_new_tokens": max_new_tokens, "on_batch": written, **options}
-            completions = collect_completions(model, texts, found, **more)
+            completions = collect_completions(
+                model, texts, found, max_new_tokens=max_new_tokens, on_batch=written, **options
+            )
         if baselines is None and activation_map is not None:
             baselines = random_baseline(model, activation_map, found, texts, **options)
         # One pass gives both, so that tokens passed by the caller save nothing.
