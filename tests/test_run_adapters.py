@@ -115,7 +115,11 @@ def test_the_page_shows_what_the_folder_holds(tiny_llama, tmp_path, by_words):
     run = tm.Run(tmp_path / "run")
     run.melbo(f, 2, radius=4.0, steps=2)
     adapter = run.adapters(tiny_llama, 1, PROMPT, max_new_tokens=2, steps=1)
-    run.adapter_texts(tiny_llama, adapter, PROMPT, max_new_tokens=2)
+    told = []
+    run.adapter_texts(
+        tiny_llama, adapter, PROMPT, max_new_tokens=2, on_batch=lambda *n: told.append(n)
+    )
+    assert told == [(1, 1 + len(adapter)), (1 + len(adapter), 1 + len(adapter))]
     factors = run.gated_factors(tiny_llama, PROMPT, 2, layers=[0], target_layer=2, steps=1)
     texts = run.factor_texts(tiny_llama, factors, PROMPT, max_new_tokens=2)
     assert texts["vector"].tolist() == [-1, 0, 1]

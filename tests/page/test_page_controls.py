@@ -261,7 +261,7 @@ def test_commands_are_copied(laptop: Any, page: Path) -> None:
     copied = "return [...document.querySelectorAll('.copy')].some(b => b.textContent === 'copied')"
     for place, expected in enumerate(commands):
         go(laptop, page, "#open=v2")
-        click(laptop, f"#v2 + .details .command:nth-child({place + 1}) .copy")
+        click(laptop, f"#v2 + .details .command:nth-child({2 * place + 2}) .copy")
         wait_for(laptop, copied)
         search = click(laptop, "#search")
         search.send_keys("\ue009v")  # Control and V

@@ -30,7 +30,7 @@ def measured_after(
     both = concatenate([found, -found])
     for prompt in prompts:
         frame, far = top_tokens_and_kl(model, prompt, both, _MOST_TOKENS, **options)
-        signs = frame["vector"].lt(n_found).map({True: 1.0, False: -1.0})
+        signs = [1.0 if vector < n_found else -1.0 for vector in frame["vector"]]
         frames.append(frame.assign(prompt=prompt, scale=signs, vector=frame["vector"] % n_found))
         kl[prompt, 1], kl[prompt, -1] = far[:n_found].tolist(), far[n_found:].tolist()
         on_batch(len(frames), len(prompts))

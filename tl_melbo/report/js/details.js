@@ -54,7 +54,7 @@ export function detailsOf(row) {
   const next = [soft("In Python"), copyButton(python([row]))];
   if (data.folder !== null && row.sign > 0)
     next.push(
-      soft("Find more of its effect"),
+      soft("More vectors with its effect"),
       copyButton(`tl-melbo ortho ${folder()} --vector ${row.number}`),
     );
   const notes = noteFields("vectors", noteKey(row), `vector ${nameOf(row)}`);
