@@ -141,9 +141,7 @@ def _by_model(
         drawn = [_draws(max_new_tokens, each[-1] > 0, seed, *each) for each in named]
         tokens = torch.cat([prompts[number] for number, _ in keys])
         steered = _Rows(rows, places[order].repeat(len(numbers)), torch.stack(drawn), tokens)
-        tell = None
-        if on_batch is not None:
-            tell = partial(_tell, on_batch, len(found), len(keys), total)
+        tell = partial(_tell, on_batch or (lambda *_: None), len(found), len(keys), total)
         at_once = min(batch_size, _fitting(model, tokens.shape[1], max_new_tokens))
         parts, fitting = map_batches(write, steered, at_once, tell)
         batch_size = batch_size if fitting == at_once else fitting
