@@ -77,6 +77,15 @@ def test_a_scale_with_both_signs_has_an_odd_and_an_even_part(response):
         assert row["even_low"] <= row["even"] <= row["even_high"]
 
 
+def test_the_odd_part_needs_no_unsteered_count():
+    signs = [("vector", 0, 1.0, 3.0), ("vector", 0, -1.0, 1.0), ("unsteered", -1, 0.0, math.nan)]
+    texts = pd.DataFrame(signs, columns=["steering", "vector", "scale", "count"])
+    texts = texts.assign(member=texts["vector"], prompt="x", sample=1)
+    (row,) = tm.evaluation.DoseResponse(texts, texts, 0.95).negative_scale().to_dict("records")
+    assert (row["odd"], row["odd_low"], row["odd_high"]) == (1.0, 1.0, 1.0)
+    assert math.isnan(row["even"])
+
+
 def test_intervals_hold_what_they_say():
     """Poisson counts of four prompts with means of their own: nine of ten intervals hold theirs."""
     rng = np.random.default_rng(0)

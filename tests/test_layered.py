@@ -84,6 +84,8 @@ def test_saved_loaded_and_taken_apart(layered, tmp_path):
     assert read.table()["layer"].tolist() == [1, 4] * 3
     with pytest.raises(ValueError, match=r"layer=2: there are vectors of the blocks \[1, 4\]"):
         read.at(2)
+    with pytest.raises(TypeError, match="argument 'layer' is a tensor"):
+        read.at(torch.zeros(0))
     with pytest.raises(Damaged, match=r"LayeredVectors\.load, not with Adapter\.load"):
         tm.Adapter.load(path)
 

@@ -173,6 +173,8 @@ def test_both_sides_are_equally_long(tiny_llama):
     ("arguments", "error", "message"),
     [
         ({"judge": 3}, TypeError, "argument 'judge' is 3"),
+        ({"adapter": True}, TypeError, "argument 'adapter' is True"),
+        ({"vectors": torch.tensor(1.0)}, TypeError, "argument 'vectors' is a tensor"),
         ({"prompts": PROMPTS[:2]}, ValueError, "2 of 2 have a text on both sides, but n_batches=6"),
         ({"n_batches": 0}, ValueError, "n_batches=0"),
         ({"vectors": torch.ones(2, 32), "layer": 2}, ValueError, "vectors: more than one"),

@@ -70,6 +70,7 @@ class LayeredVectors(VectorLibrary, BlockLibrary):
         """Where in its block each is added: after it, or to what its attention writes."""
         return self.story.get("place") or "block"
 
+    @shape_checked
     def at(self, layer: int) -> SteeringVectors:
         """The vectors of one block, as a library of their own."""
         number = self._column(layer)

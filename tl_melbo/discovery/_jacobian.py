@@ -103,13 +103,8 @@ def top_directions(
     """
     d_model = int(f.x.shape[-1])
     if d_model <= _EXACT_WIDTH:
-        axes = torch.eye(d_model, dtype=torch.float64)
-        if gram is None:
-            images = _map.jacobian_times(f, effect, _map.theta_like(f, axes), on_share)
-            images = images.double().cpu()
-            vectors, values = _eigen(axes, images @ images.T)
-        else:
-            vectors, values = _eigen(axes, gram())
+        products = _map.gram_of(f, effect, on_share) if gram is None else gram()
+        vectors, values = _eigen(torch.eye(d_model, dtype=torch.float64), products)
     else:
         vectors, values = _iterated(f, effect, count, on_share)
     return signed(vectors[:count]), values[:count]

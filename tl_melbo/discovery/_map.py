@@ -149,8 +149,13 @@ def gram(
     with own_arithmetic(f):
         if own is not None:
             return own(positions, mean=mean, on_share=on_share)
-        axes = torch.eye(int(f.x.shape[-1]), dtype=torch.float32)
-        images = jacobian_times(f, effect, theta_like(f, axes), on_share).double().cpu()
+        return gram_of(f, effect, on_share)
+
+
+def gram_of(f: EffectMap, effect: Effects, on_share: OnShare | None = None) -> Tensor:
+    """J'J of any effect at zero, float64 on the CPU."""
+    axes = torch.eye(int(f.x.shape[-1]), dtype=torch.float32)
+    images = jacobian_times(f, effect, theta_like(f, axes), on_share).double().cpu()
     return images @ images.T  # one row an axis of theta
 
 

@@ -70,9 +70,9 @@ class DoseResponse:
             up, down, none = (_resampled(each, rng) for each in (plus, minus, zero))
             means = [_mean(each) for each in (plus, minus, zero)]
             row: dict[str, Any] = {"vector": vector, "scale": scale}
-            for name, sign, rest in (("odd", -1, 0), ("even", 1, 1)):
-                row[name] = (means[0] + sign * means[1]) / 2 - rest * means[2]
-                some = (up + sign * down) / 2 - rest * none
+            for name, sign, mean, rest in (("odd", -1, 0.0, 0.0), ("even", 1, means[2], none)):
+                row[name] = (means[0] + sign * means[1]) / 2 - mean
+                some = (up + sign * down) / 2 - rest
                 row[f"{name}_low"], row[f"{name}_high"] = _quantiles(some, self.confidence)
             rows.append(row)
         if not rows:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tl_melbo import checks
+from tl_melbo.additions import Steering
 from tl_melbo.analysis._coherence import tokens_of
 from tl_melbo.analysis._embedding import Embedder, default_embedder, embeddings
 from tl_melbo.errors import NoAnswer
@@ -17,7 +18,7 @@ from tl_melbo.generation import generate
 from tl_melbo.judges._asking import Judge, ask, check_judge
 from tl_melbo.model.bridge import Model, check_model
 from tl_melbo.shapes import Float, shape_checked
-from tl_melbo.steering import steering_rows
+from tl_melbo.steering import Reference, Steerable, steering_rows
 from tl_melbo.tables import Table
 
 _CONFIDENCE = 0.95
@@ -71,8 +72,8 @@ class Linearity(Score):
 @shape_checked
 def linearity(
     model: Model,
-    adapter: Any,
-    vectors: Any,
+    adapter: Steerable,
+    vectors: Reference | Steering,
     prompts: Sequence[str],
     *,
     judge: Judge,
@@ -121,8 +122,8 @@ def linearity(
 @shape_checked
 def linearities(
     model: Model,
-    adapters: Any,
-    vectors: Any,
+    adapters: Steerable,
+    vectors: Reference | Steering,
     prompts: Sequence[str],
     *,
     judge: Judge,

@@ -145,7 +145,11 @@ def _found(
         tqdm(total=steps + 1, desc="gated factors", unit="step", disable=not progress) as bar,
         own_arithmetic(gated),
     ):
-        fit = Fit(gated, positions, 1.0, lambda *_: bar.update(), unit=gated.unit)
+
+        def tell(step: int, objective: float) -> None:
+            bar.update()
+
+        fit = Fit(gated, positions, 1.0, tell, unit=gated.unit)
         found, history = fit.iterated("exponential", gated.unit(start.double()), steps, True)
     _check_finite(found)
     inputs, columns, history = found.ordered(history)

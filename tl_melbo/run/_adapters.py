@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from tl_melbo import checks
 from tl_melbo.adapters import Adapter, divergence_adapter
 from tl_melbo.concatenation import one_after_another
-from tl_melbo.errors import Damaged, DifferentSearch
+from tl_melbo.errors import DifferentSearch
 from tl_melbo.gated import GatedFactors, gated_factors
 from tl_melbo.generation import OnBatch, generate, in_parts
 from tl_melbo.model.bridge import Model
@@ -64,11 +64,11 @@ def keep_adapters(
     checks.argument_names("adapters", settings, divergence_adapter, _OWN)
     checks.at_least(1, n_adapters=n_adapters)
     with self.writing():
-        found = None if overwrite else load_kept(self.folder, Adapter)
+        path = self.folder / _FILES[Adapter][0]
+        found = None if overwrite else _files.load_kept(path, Adapter)
         known = 0 if found is None else len(found)
         options = {"first": known, "progress": progress, **settings}
         training = divergence_adapter.parts(model, prompts, max(1, n_adapters - known), **options)
-        path = self.folder / _FILES[Adapter][0]
         return _kept(path, found, training, n_adapters, on_adapter or (lambda *_: None))
 
 
@@ -100,9 +100,9 @@ def keep_factors(
     """
     checks.argument_names("gated_factors", settings, gated_factors, _OWN)
     with self.writing():
-        found = None if overwrite else load_kept(self.folder, GatedFactors)
-        search = gated_factors.parts(model, prompts, n_factors, progress=progress, **settings)
         path = self.folder / _FILES[GatedFactors][0]
+        found = None if overwrite else _files.load_kept(path, GatedFactors)
+        search = gated_factors.parts(model, prompts, n_factors, progress=progress, **settings)
         return _kept(path, found, search, n_factors, lambda *_: None)
 
 
@@ -121,26 +121,14 @@ def _kept(path: Path, found: Kept | None, search: Any, count: int, tell: OnAdapt
     return one_after_another(parts, parts[0].story)[:count]
 
 
-def load_kept(folder: Path, kind: type[Kept]) -> Kept | None:
-    """The adapters or factors that an earlier call left; None if there are none."""
-    path = folder / _FILES[kind][0]
-    if not path.is_file():
-        return None
-    try:
-        return kind.load(path)
-    except Damaged as error:
-        advice = "or pass overwrite=True to replace it, or choose another folder"
-        raise Damaged(f"{error}; {advice}", path) from error
-
-
 def all_kept(folder: Path) -> dict[str, Any]:
     """What a folder holds of adapters and factors, as `report.write` takes it, with their texts."""
     parts: dict[str, Any] = {}
     for kind, name in ((Adapter, "adapter"), (GatedFactors, "factor")):
-        found, path = load_kept(folder, kind), folder / _FILES[kind][1]
-        known = found is not None and path.is_file()
-        parts[f"{name}s"] = found
-        parts[f"{name}_texts"] = _files.load_table(path, _COLUMNS) if known else None
+        own, texts = (folder / file for file in _FILES[kind])
+        found = parts[f"{name}s"] = _files.load_kept(own, kind)
+        known = found is not None and texts.is_file()
+        parts[f"{name}_texts"] = _files.load_table(texts, _COLUMNS) if known else None
     return parts
 
 

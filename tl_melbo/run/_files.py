@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 
 from tl_melbo.errors import Damaged, DifferentSearch
 from tl_melbo.files import clear_partial, replacing, writable_folder
+from tl_melbo.stored import Kept
 from tl_melbo.text import defused, undefused
 from tl_melbo.vectors import SteeringVectors
 
@@ -67,19 +68,23 @@ def locked(folder: Path, lock: FileLock, patience: float = 0) -> Iterator[None]:
         lock.release()
 
 
-def load_vectors(place: Path, theta0: SteeringVectors | None = None) -> SteeringVectors | None:
-    """The library that an earlier call left, or the family of `theta0`; None if nothing."""
-    path, reference = place / VECTORS, place / REFERENCE
+def load_kept(path: Path, kind: type[Kept]) -> Kept | None:
+    """What an earlier call left; None if there is nothing."""
     if not path.is_file():
         return None
     try:
-        found = SteeringVectors.load(path)
+        return kind.load(path)
     except Damaged as error:
         raise Damaged(
             f"{error}; or pass overwrite=True to replace it, or choose another folder", path
         ) from error
-    if not len(found) or theta0 is None:
-        return found if len(found) else None
+
+
+def load_vectors(place: Path, theta0: SteeringVectors | None = None) -> SteeringVectors | None:
+    """The library that an earlier call left, or the family of `theta0`; None if nothing."""
+    found, reference = load_kept(place / VECTORS, SteeringVectors), place / REFERENCE
+    if not found or theta0 is None:
+        return found or None
     known = reference.is_file()
     if not known or not torch.equal(SteeringVectors.load(reference).vectors, theta0.vectors):
         raise ValueError(
