@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from tl_melbo.probability import wilson_interval
 from tl_melbo.report import _facts
 from tl_melbo.report._text import TextPool, number, pooled, shown
 from tl_melbo.vectors import SteeringVectors
+
+_MOST_POINTS = 40
 
 
 class Column(NamedTuple):
@@ -81,6 +84,7 @@ def rows_data(
         "rows": rows,
         "behaviours": cards,
         "columns": [column._asdict() for column in columns_of(found, measured)],
+        "history": _history(found),
         "texts": [*pool],
     }
 
@@ -271,6 +275,15 @@ def _add_controls(
             n, of = hits[card["key"]], places.count(card["prompt"])
             if n or (of and name == "random"):
                 card[name] = _counts(n, of)
+
+
+def _history(found: SteeringVectors) -> list[list[float | int | str | None]]:
+    """The search of each vector, thinned out for a line of a finger's width."""
+    if found.history is None or not found.history.numel():
+        return []
+    n_steps = found.history.shape[1]
+    picked = np.unique(np.linspace(0, n_steps - 1, min(n_steps, _MOST_POINTS)).round().astype(int))
+    return [[number(value) for value in line] for line in found.history[:, picked].tolist()]
 
 
 def cosines_data(cosines: Tensor | None) -> str | None:

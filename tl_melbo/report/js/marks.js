@@ -1,6 +1,6 @@
 // Small things that stand beside a vector's or a behaviour's name.
 import { button, el } from "./dom.js";
-import { cardOf, nameOf, noteKey, rowOf } from "./data.js";
+import { cardOf, data, nameOf, noteKey, rowOf } from "./data.js";
 import { cardName, homeOf, noteOf, setNote } from "./notes.js";
 
 export function vectorLink(key) {
@@ -62,6 +62,34 @@ export function noteFields(kind, key, what) {
   const labels = [el("label", {}, `Name of ${what} `, named), el("label", {}, "Note ", noted)];
   return el("div", { class: "notes" }, ...labels);
 }
+
+const SVG = "http://www.w3.org/2000/svg";
+const [WIDE, HIGH] = [64, 18];
+
+// The search of a vector: does the line still climb at its end?
+export function sparkline(vector) {
+  const values = (data.history[vector] ?? []).filter((value) => typeof value === "number");
+  if (values.length < 2) return null;
+  const [low, high] = [Math.min(0, ...values), Math.max(...values)];
+  const at = (value, i) =>
+    `${(1 + (i * (WIDE - 2)) / (values.length - 1)).toFixed(1)},${(HIGH - 1 - ((value - low) * (HIGH - 2)) / (high - low || 1)).toFixed(1)}`;
+  const svg = document.createElementNS(SVG, "svg");
+  const line = document.createElementNS(SVG, "polyline");
+  const options = {
+    viewBox: `0 0 ${WIDE} ${HIGH}`,
+    width: WIDE,
+    height: HIGH,
+    class: "spark",
+    role: "img",
+    "aria-label": `During the search: ${short(values[0])} to ${short(values.at(-1))}`,
+  };
+  for (const [name, value] of Object.entries(options)) svg.setAttribute(name, value);
+  line.setAttribute("points", values.map(at).join(" "));
+  svg.append(line);
+  return svg;
+}
+
+const short = (value) => String(Number(value.toPrecision(3)));
 
 export const behaviourWords = (row) =>
   row.behaviour && cardOf.has(row.behaviour)

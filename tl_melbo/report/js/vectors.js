@@ -26,6 +26,7 @@ import {
   behaviourWords,
   cardLink,
   showStar,
+  sparkline,
   starButton,
   tagList,
   vectorLink,
@@ -42,6 +43,9 @@ const columns = [
     ? [{ name: "behaviour", label: "Behaviour", kind: "word", hint: "The group of its completion" }]
     : []),
   ...data.columns,
+  ...(data.history.length
+    ? [{ name: "search", label: "Search", kind: "spark", sorts: false }]
+    : []),
   { name: "completion", label: "Completion", kind: "text", hint: "What the model writes" },
 ];
 
@@ -105,6 +109,7 @@ const contents = {
     const link = row.behaviour ? cardLink(row.behaviour) : null;
     return [link ?? (row.filtered ? soft(behaviourWords(row)) : null), tags && " ", tags];
   },
+  search: (row) => [row.sign > 0 ? sparkline(row.vector) : null],
   completion: () => [],
 };
 
