@@ -108,9 +108,8 @@ def write(
     # Opened before the work: a folder that cannot be written to shows at once.
     with replacing(path) as temporary:
         if completions is None:
-            completions = collect_completions(
-                model, texts, found, max_new_tokens=max_new_tokens, on_batch=written, **options
-            )
+            more: dict[str, Any] = options | {"max_new_tokens": max_new_tokens, "on_batch": written}
+            completions = collect_completions(model, texts, found, **more)
         if baselines is None and activation_map is not None:
             baselines = random_baseline(model, activation_map, found, texts, **options)
         # One pass gives both, so that tokens passed by the caller save nothing.
