@@ -441,7 +441,7 @@ def call_with_something_else(data, tmp_path):
 FUZZING = {"derandomize": True, "suppress_health_check": list(HealthCheck)}
 
 
-@settings(max_examples=150, **FUZZING)
+@settings(max_examples=75, **FUZZING)
 @given(data=st.data())
 def test_bad_arguments_get_documented_errors(data, tmp_path):
     call_with_something_else(data, tmp_path)

@@ -253,6 +253,7 @@ def interrupt_after_two_vectors(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(tm.SteeringVectors, "save", save_two)
 
 
+@pytest.mark.slow
 def test_an_interrupted_search_goes_on(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -675,6 +676,7 @@ def test_a_method_and_its_settings_are_checked_before_a_model_is_loaded(
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_any_setting_of_a_method_can_be_given_and_is_known_again(
     model_folder: Path, tmp_path: Path
 ) -> None:

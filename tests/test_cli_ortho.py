@@ -121,6 +121,7 @@ def test_the_same_command_again_searches_nothing(
     assert (run / "ortho-1" / "vectors.safetensors").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_another_question_refuses_or_overwrites(run: Path) -> None:
     assert ortho(run).exit_code == 0
     before = (run / "ortho-1" / "vectors.safetensors").read_bytes()

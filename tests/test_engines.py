@@ -117,6 +117,7 @@ def test_texts_are_the_models_own_and_no_cache_is_shared(server, model, found):
     assert len(server.asked) - len(written) == 4
 
 
+@pytest.mark.slow
 def test_several_layers_samples_and_who_takes_an_engine(server, model, found):
     server.behave = VLLM(model)
     engine = tm.engines.vllm(server.url, model="tiny", concurrency=3)

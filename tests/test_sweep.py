@@ -355,6 +355,7 @@ def test_a_full_disk_costs_what_was_searched_then(
 
 
 @pytest.mark.usefixtures("no_page")
+@pytest.mark.slow
 def test_each_model_is_loaded_once(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

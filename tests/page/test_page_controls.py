@@ -375,6 +375,7 @@ def test_merged_in_circles_and_chains_no_card_is_lost(laptop: Any, page: Path) -
     assert merged == [[two, three, ["99"]]]
 
 
+@pytest.mark.slow
 def test_the_table_follows_stars_and_merged_behaviours(laptop: Any, page: Path) -> None:
     from selenium.webdriver.support.ui import Select
 
