@@ -118,15 +118,13 @@ def write(
         groups = _grouped(model, completions, random_texts, found, chat, batch_size, read)
         measured = Measured(kl, baselines, side_effects)
         data = _data.rows_data(found, texts, completions, groups, measured)
-        keys = _keys(data["rows"], texts)
         effects = _parts.effects_of(found, activation_map)
         data |= {
             "library": _data.library_id(found),
             "folder": run_folder,
             "cosines": _data.cosines_data(cosines),
             "effects": _data.cosines_data(None if effects is None else effects.cosines),
-            "tokens": _tokens.top_tokens_data(top_tokens, keys, texts),
-            "divergence": _tokens.divergence_data(token_divergence, keys),
+            **_tokens_told(data["rows"], texts, top_tokens, token_divergence),
             "notes": kept,
             "tables": _tables(families, (adapters, adapter_texts), (factors, factor_texts)),
         }
@@ -163,9 +161,18 @@ def _tables(families: Sequence[Family], adapters: Any, factors: Any) -> dict[str
     return tables
 
 
-def _keys(rows: Sequence[Mapping[str, Any]], prompts: Sequence[str]) -> dict[Any, str]:
-    """What the page calls each prompt, vector and sign."""
-    return {(prompts[row["prompt"]], row["vector"], row["sign"]): row["key"] for row in rows}
+def _tokens_told(
+    rows: Sequence[Mapping[str, Any]],
+    prompts: Sequence[str],
+    top_tokens: pd.DataFrame,
+    divergence: pd.DataFrame | None,
+) -> dict[str, Any]:
+    """The tokens of each row of the page: those that change most, and where its text parts."""
+    keys = {(prompts[row["prompt"]], row["vector"], row["sign"]): row["key"] for row in rows}
+    return {
+        "tokens": _tokens.top_tokens_data(top_tokens, keys, prompts),
+        "divergence": _tokens.divergence_data(divergence, keys),
+    }
 
 
 def _prompts(
