@@ -198,7 +198,8 @@ def model_card(
         # Vectors go by the numbers that the table has.
         numbers = {-1: -1, **dict(enumerate(table["index"]))}
         shown = completions.head(_MOST_CARD_ROWS)
-        numbered = shown.assign(vector=shown["vector"].map(numbers))
+        places: list[Any] = [numbers.get(row) for row in shown["vector"]]
+        numbered = shown.assign(vector=places)
         lines += ["## What the model writes", "Vector −1 is the model without one."]
         lines.append(_markdown_table(_COMPLETION, numbered[_COMPLETION].itertuples(index=False)))
     return "\n\n".join(lines) + "\n"
