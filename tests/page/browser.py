@@ -111,10 +111,23 @@ def _write(model: torch.nn.Module, folder: Path) -> Path:
 
 
 def click(driver: Any, selector: str) -> Any:
-    """A real click, in the middle of the screen where nothing covers it."""
+    """A real click, in the middle of the screen where nothing covers it.
+
+    A page that still scrolls to where it was sent may move what is being clicked; what stays
+    covered is never clicked.
+    """
+    from selenium.common.exceptions import ElementClickInterceptedException
+    from selenium.webdriver.support.ui import WebDriverWait
+
     found = driver.find_element("css selector", selector)
-    driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", found)
-    found.click()
+
+    def clicked(_: Any) -> bool:
+        driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", found)
+        found.click()
+        return True
+
+    moving = [ElementClickInterceptedException]
+    WebDriverWait(driver, 10, ignored_exceptions=moving).until(clicked)
     return found
 
 

@@ -34,8 +34,9 @@ function goTo(anchor) {
   for (let around = target.parentElement; around; around = around.parentElement)
     if (around.tagName === "DETAILS") around.open = true;
   target.scrollIntoView({ block: "start" });
-  // Tables that are built on the way push it down.
-  setTimeout(() => target.scrollIntoView({ block: "start" }), 100);
+  // Tables that are built on the way push it down; a reader who has scrolled on is left alone.
+  const there = scrollY;
+  setTimeout(() => scrollY === there && target.scrollIntoView({ block: "start" }), 100);
 }
 
 function jump(anchor, changes = {}) {
