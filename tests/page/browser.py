@@ -111,7 +111,7 @@ def _write(model: torch.nn.Module, folder: Path) -> Path:
 
 
 def click(driver: Any, selector: str) -> Any:
-    """A real click, in the middle of the screen where nothing covers it.
+    """A real click, in the middle of the screen where nothing covers it. An XPath begins with "/".
 
     A page that still scrolls to where it was sent may move what is being clicked; what stays
     covered is never clicked.
@@ -119,7 +119,8 @@ def click(driver: Any, selector: str) -> Any:
     from selenium.common.exceptions import ElementClickInterceptedException
     from selenium.webdriver.support.ui import WebDriverWait
 
-    found = driver.find_element("css selector", selector)
+    kind = "xpath" if selector.startswith("/") else "css selector"
+    found = driver.find_element(kind, selector)
 
     def clicked(_: Any) -> bool:
         driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", found)

@@ -45,10 +45,10 @@ def test_filters_search_and_back(opened: Any) -> None:
     wait_for(opened, "return document.querySelectorAll('#vectors tr.row').length === 0")
     opened.back()
     wait_for(opened, "return document.querySelectorAll('#vectors tr.row').length === 12")
-    star = opened.find_element("xpath", "//button[contains(., 'starred')]")
-    star.click()
+    star = "//button[contains(., 'starred')]"
+    click(opened, star)
     assert rows_shown(opened) == ["3"]  # by the notes that were given
-    star.click()
+    click(opened, star)
     low = click(opened, "#filters input[type=number]")
     kl = opened.execute_script(
         "return JSON.parse(document.querySelector('#data').textContent).rows.map(r => r.values.kl)"
@@ -202,7 +202,7 @@ def test_rename_star_merge_and_note_last(opened: Any, page: Path, tmp_path: Path
     )
     assert len(behaviour["merged"]) == 1
     click(opened, f"{first} summary")
-    opened.find_element("xpath", "//button[.='Take apart']").click()
+    click(opened, "//button[.='Take apart']")
     assert len(opened.find_elements("css selector", second)) == 1
 
 
@@ -381,9 +381,7 @@ def test_the_table_follows_stars_and_merged_behaviours(laptop: Any, page: Path) 
 
     one, two = [card for card in data_on(laptop)["behaviours"] if not card["baseline"]][:2]
     click(laptop, f"#{one['key']} summary")
-    laptop.find_element(
-        "xpath", f"//*[@id='{one['key']}']//button[.='Only these in the table']"
-    ).click()
+    click(laptop, f"//*[@id='{one['key']}']//button[.='Only these in the table']")
     assert rows_shown(laptop) == one["rows"]
     top = "return document.querySelector('#all-vectors').getBoundingClientRect().top"
     assert -1 <= laptop.execute_script(top) < 400
