@@ -88,14 +88,16 @@ def exponential(effect, vectors, radius, steps):
 
 
 def soft(effect, vectors, radius, steps):
-    """The same without orthonormal vectors, and one more step without the push, from the best."""
+    """The push in the last third, and one more step without it, from the best of that third."""
     found, strengths, highest = [], [1.0] * len(vectors), -math.inf
-    for _ in range(steps):
-        vectors = pushed_apart(vectors, strengths)
+    for step in range(steps):
+        early = step < 2 * steps / 3
+        spread = orthonormal(vectors, strengths, step, steps)
+        vectors = spread if early else pushed_apart(vectors, strengths)
         fitted, vectors, strengths = exponential_step(effect, vectors, radius)
         found.append(fitted)
-        if fitted[-1] > highest:
-            highest, following = fitted[-1], vectors
+        if early or fitted[-1] > highest:
+            highest, following = -math.inf if early else fitted[-1], vectors
     return [*found, exponential_step(effect, following, radius)[0]]
 
 

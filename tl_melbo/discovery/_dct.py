@@ -57,8 +57,9 @@ def dct(
     Args:
         n_vectors: how many factors; they are found together.
         order: what sigma is: "linear" z, "quadratic" z², "exponential" exp(z) - 1.
-        orthogonal: "hard", the source directions are orthonormal at every step; "soft", only those
-            are pushed apart that share a strong direction. "linear" is always hard.
+        orthogonal: "hard", the source directions are orthonormal at every step; "soft", in the last
+            third of the steps only those are pushed apart that share a strong direction. "linear"
+            is always hard.
         radius: R, and the L2 norm of the vectors; "auto" takes `calibrate_radius`.
         positions: where the effect is measured, counted on each prompt's own tokens.
         steps: gradient steps of all factors; published: 10 to 30, and 20 for "quadratic". Of
@@ -73,9 +74,9 @@ def dct(
         weight, in the units of the effect; `effect`, <u, mean effect of R v>; `output`, u, and
         `mean_effect`, of R v [vector, d_model]. `history[:, i]` is each factor's part of the
         objective after step i + 1, in squared units of the effect. The objective may fall; the
-        metadata tell how often (`falls`). Taken is the last step within 0.1% of the highest; soft
-        factors make one more step from there, the last in the history, whose objective may be a few
-        percent lower.
+        metadata tell how often (`falls`). Taken is the last step within 0.1% of the highest, of soft
+        factors in the last third; they make one more step from there, the last in the history,
+        whose objective may be a few percent lower.
 
     Raises:
         ValueError: a number out of its range; more factors than dimensions where they must be

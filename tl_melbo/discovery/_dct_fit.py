@@ -108,20 +108,24 @@ class Fit:
         return Factors(inputs, outputs, importance, self.mean_effects(inputs)), history
 
     def iterated(
-        self, order: Order, vectors: Tensor, steps: int, soft: bool
+        self, order: Order, vectors: Tensor, steps: int, soft: bool, together: float = 2 / 3
     ) -> tuple[Factors, Tensor]:
         """Turn each v to where its own output's response grows.
 
-        Returns the factors of the best step, and all steps' parts of the objective. Soft factors
-        then make one more step, which is taken whatever its objective, and is the last in the
-        history.
+        For the share `together` of the steps, the v are the nearest orthonormal ones. Returns the
+        factors of the best step, and all steps' parts of the objective. Soft factors are of a later
+        step; they then make one more, taken whatever its objective, the last in the history.
         """
         best, highest, parts = None, -math.inf, []
         strengths = torch.ones(len(vectors), dtype=torch.float64)
         for step in range(steps):
             # Sharing recovers more factors; in turn, at the end, unmixes those of a linear map.
-            spread = self.soft if soft else _together if 3 * step < 2 * steps else _in_turn
-            factors, part, gradients = self.fitted(order, spread(vectors, strengths))
+            early = step < together * steps
+            spread = _together if early else self.soft if soft else _in_turn
+            vectors = spread(vectors, strengths)
+            if soft and early:  # more than there are dimensions are not of norm 1 yet
+                vectors = self.unit(vectors)
+            factors, part, gradients = self.fitted(order, vectors)
             objective = float(part.sum())
             if best is None:
                 self.refuse_no_effect(order, factors)
@@ -135,10 +139,10 @@ class Fit:
                 best = factors, gradients
             if not math.isfinite(objective):
                 break
-            highest = max(highest, objective)
+            highest = -math.inf if soft and early else max(highest, objective)
             strengths, vectors = gradients.norm(dim=-1), self.unit(gradients)
         factors, gradients = cast(tuple[Factors, Tensor], best)
-        if soft and math.isfinite(highest):
+        if soft and parts[0].isfinite().all():
             # Pushing apart biases each a little; where it wants to go is the factor.
             polished, part, _ = self.fitted(order, self.unit(gradients))
             if part.isfinite().all():

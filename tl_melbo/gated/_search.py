@@ -150,7 +150,8 @@ def _found(
             bar.update()
 
         fit = Fit(gated, positions, 1.0, tell, unit=gated.unit)
-        found, history = fit.iterated("exponential", gated.unit(start.double()), steps, True)
+        start = gated.unit(start.double())
+        found, history = fit.iterated("exponential", start, steps, soft=True, together=0)
     _check_finite(found)
     inputs, columns, history = found.ordered(history)
     gates, rows = gated.mean_gates(inputs).float(), gated.additions(inputs)
