@@ -74,8 +74,8 @@ def dct(
         weight, in the units of the effect; `effect`, <u, mean effect of R v>; `output`, u, and
         `mean_effect`, of R v [vector, d_model]. `history[:, i]` is each factor's part of the
         objective after step i + 1, in squared units of the effect. The objective may fall; the
-        metadata tell how often (`falls`). Taken is the last step within 0.1% of the highest, of soft
-        factors in the last third; they make one more step from there, the last in the history,
+        metadata tell how often (`falls`). Taken is the last step within 0.1% of the highest, of
+        soft factors in the last third; they make one more step from there, the last in the history,
         whose objective may be a few percent lower.
 
     Raises:
