@@ -26,15 +26,18 @@
 # minutes with the exercises; the cells alone run in a few minutes on two cores.
 #
 # **Before you run anything, write down a guess:** take a random direction in the residual stream and the best
-# one that a search can find, of the same norm. How many times larger is the effect of the best one, eight
-# blocks later? 1.2 times, 2 times, 10 times?
+# one that a search can find, of the same norm. How many times larger is the effect of the best one, at the
+# later layer? 1.2 times, 2 times, 10 times?
+#
+# **Another model** takes other values in the next cell, and no other change. The kept output is that of the bundled model. So
+# is what the text says of sizes: how many times larger an effect is, and from which radius on curves part.
 
 # %% tags=["parameters"]
 MODEL = None  # None is the bundled SmolLM2-135M-Instruct; or a hub id, a folder, a .gguf file
 PROMPT = "Tell me about yourself."
 CHAT = True  # False for a base model, which has no chat template
-SOURCE_LAYER, TARGET_LAYER = 8, 16  # for another model: about a quarter and half of its depth
-RADIUS = 12.0  # the norm of the vectors: 01 shows how to choose; None, for another model, measures one to begin with
+SOURCE_LAYER, TARGET_LAYER = 8, 16  # None, None: a quarter and half of another model's depth
+RADIUS = 12.0  # the norm of the vectors; None, for another model, measures one to begin with
 N_STEPS = 50  # gradients of the slow search
 MAX_NEW_TOKENS = 25
 
@@ -47,6 +50,8 @@ from tl_melbo.course import lines
 from tl_melbo.model.tokens import as_seen, to_tokens
 
 model = tm.load_model(MODEL)
+if SOURCE_LAYER is None:
+    SOURCE_LAYER, TARGET_LAYER = model.cfg.n_layers // 4, model.cfg.n_layers // 2
 tokens = to_tokens(model, PROMPT, CHAT)
 print(as_seen(model, PROMPT, CHAT))
 
@@ -59,7 +64,6 @@ print(as_seen(model, PROMPT, CHAT))
 # %%
 f = tm.ActivationMap.from_prompts(model, PROMPT, SOURCE_LAYER, TARGET_LAYER, chat=CHAT)
 RADIUS = RADIUS or tm.calibrate_radius(f)
-d_model = f.d_model
 start = tm.random_vectors(f, 1, radius=RADIUS, seed=0).vectors[0]  # a random vector of norm RADIUS
 LAST = slice(-3, None)  # the last three tokens of the prompt
 f
@@ -508,7 +512,7 @@ tm.plots.cosine_heatmap(
 )
 
 # %% [markdown]
-# Four random starts end at one direction: red is the same vector, dark blue nearly its negative. Find out why. Which
+# In the bundled model four random starts end at one direction: red is the same vector, dark blue nearly its negative. Find out why. Which
 # token has the residual stream of the largest norm (`f.x` is `[prompt, pos, d_model]`)? And what
 # share of the sum of squares in `trapped[0]`'s objective is at that token?
 

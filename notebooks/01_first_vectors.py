@@ -24,12 +24,15 @@
 #
 # **You need** `00_melbo_from_scratch`, or the idea: a vector at an early layer that changes a later one as much as
 # possible. **Time:** 60 to 75 minutes with the exercises; the cells alone take a few minutes on two cores.
+#
+# **Another model** takes other values in the next cell, and no other change. What random vectors do to the text, how effects grow
+# after the target layer, and the sentence about an engineer near the end are of the bundled model.
 
 # %% tags=["parameters"]
 MODEL = None  # None is the bundled SmolLM2-135M-Instruct; or a hub id, a folder, a .gguf file
 PROMPT = "Tell me about yourself."
 CHAT = True  # False for a base model, which has no chat template
-SOURCE_LAYER, TARGET_LAYER = 8, 16  # for another model: about a quarter and half of its depth
+SOURCE_LAYER, TARGET_LAYER = 8, 16  # None, None: a quarter and half of another model's depth
 RADIUS = 12.0  # the norm of the vectors; None, for another model, measures one to begin with
 N_VECTORS = 16
 N_RANDOM = 24
@@ -48,6 +51,8 @@ from tl_melbo.model.tokens import as_seen
 from tl_melbo.tables import Table  # a frame that a notebook shows whole
 
 model = tm.load_model(MODEL)
+if SOURCE_LAYER is None:
+    SOURCE_LAYER, TARGET_LAYER = model.cfg.n_layers // 4, model.cfg.n_layers // 2
 f = tm.ActivationMap.from_prompts(model, PROMPT, SOURCE_LAYER, TARGET_LAYER, chat=CHAT)
 RADIUS = RADIUS or tm.calibrate_radius(f)
 LAST = slice(-3, None)  # the last three tokens of the prompt

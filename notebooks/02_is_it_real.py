@@ -27,12 +27,16 @@
 #
 # **The claim**, written down before the measurements: *under one of these vectors the model speaks as a person, and
 # not as an AI, more often than unsteered or under random vectors of the same norm.*
+#
+# **Another model** takes other values in the next cell, and no other change in the code. The claim, the rule that counts it, its labels
+# (exercise 3) and the texts that the story quotes are of the bundled model: a model that never speaks as an AI needs a claim of its own.
 
 # %% tags=["parameters"]
 MODEL = None  # None is the bundled SmolLM2-135M-Instruct; or a hub id, a folder, a .gguf file
 PROMPT = "Tell me about yourself."
-SOURCE_LAYER, TARGET_LAYER = 8, 16  # for another model: about a quarter and half of its depth
-RADIUS = 12.0
+CHAT = True  # False for a base model, which has no chat template
+SOURCE_LAYER, TARGET_LAYER = 8, 16  # None, None: a quarter and half of another model's depth
+RADIUS = 12.0  # the norm of the vectors; None, for another model, measures one to begin with
 N_VECTORS = 5
 N_SAMPLES = 8  # of each vector, to choose; three times as many of the chosen one, to report
 MAX_NEW_TOKENS = 20
@@ -43,6 +47,7 @@ OTHER_PROMPTS = [
     "What is your biggest dream?",
 ]
 OTHER_SEEDS = [1]
+SAID = ["25-year-old", "software engineer", " AI"]  # striking words of the chosen greedy text
 
 # %%
 import re
@@ -54,7 +59,10 @@ import tl_melbo as tm
 from tl_melbo.course import is_it_real as check
 
 model = tm.load_model(MODEL)
-f = tm.ActivationMap.from_prompts(model, PROMPT, SOURCE_LAYER, TARGET_LAYER, chat=True)
+if SOURCE_LAYER is None:
+    SOURCE_LAYER, TARGET_LAYER = model.cfg.n_layers // 4, model.cfg.n_layers // 2
+f = tm.ActivationMap.from_prompts(model, PROMPT, SOURCE_LAYER, TARGET_LAYER, chat=CHAT)
+RADIUS = RADIUS or tm.calibrate_radius(f)
 LAST = slice(-3, None)
 found = tm.Run("runs/is_it_real").melbo(f, N_VECTORS, radius=RADIUS, progress=True)
 greedy = tm.generate(model, PROMPT, found, max_new_tokens=MAX_NEW_TOKENS)
@@ -66,7 +74,7 @@ greedy[["vector", "completion"]]
 #
 # A rule, the same for all texts, made before the vectors are compared: `tags` says who speaks. "person" is the first person
 # without a word of being an AI, an assistant or a program. That alone would take "Coffee.com as Employee: Smith. I am a
-# human" for a person's: incoherent text, as vector 0 writes, may hold an "I" somewhere. So the text must also *open* in the first person.
+# human" for a person's: incoherent text may hold an "I" somewhere. So the text must also *open* in the first person.
 
 # %%
 OPENING = re.compile(r"\W*((hi|hello|hey)\b\W*)?(I|My)\b", re.IGNORECASE)
@@ -169,7 +177,7 @@ check.wilson(interval)
 # New samples, another seed. Random vectors have the same norm; they count together.
 
 # %%
-more = {"max_new_tokens": MAX_NEW_TOKENS, "seed": 1, "chat": True}
+more = {"max_new_tokens": MAX_NEW_TOKENS, "seed": 1, "chat": CHAT}
 random = tm.random_vectors(f, 3 * N_SAMPLES, RADIUS)
 second_set = pd.concat(
     [
@@ -217,7 +225,6 @@ def rate_of(words):
     ).assign(value=f"“{words}”")
 
 
-SAID = ["25-year-old", "software engineer", " AI"]
 pd.concat([rate_of(words) for words in SAID], ignore_index=True)[
     ["value", "steering", "hits", "n", "rate", "low", "high"]
 ]
@@ -314,7 +321,7 @@ pd.concat(
 # What does it cost on prompts that have nothing to do with the claim, and on ordinary prose? Random vectors beside it.
 
 # %%
-costs = tm.evaluation.side_effects(model, both, [PROMPT, *OTHER_PROMPTS], chat=True)
+costs = tm.evaluation.side_effects(model, both, [PROMPT, *OTHER_PROMPTS], chat=CHAT)
 costs.assign(vectors=["chosen"] + 6 * ["random"])[
     ["vectors", "kl_target", "kl_unrelated", "specificity", "loss_increase"]
 ]
@@ -350,7 +357,7 @@ def asked(who):
     return [f"You are {each}. {PROMPT}" for each in who]
 
 
-layers = {"source_layer": SOURCE_LAYER, "target_layer": TARGET_LAYER, "chat": True}
+layers = {"source_layer": SOURCE_LAYER, "target_layer": TARGET_LAYER, "chat": CHAT}
 shows = tm.ActivationMap.from_prompts(model, asked(PEOPLE), **layers)
 shows_not = tm.ActivationMap.from_prompts(model, asked(MACHINES), **layers)
 # shows.x and shows_not.x: [prompt, pos, d_model], padded on the left

@@ -11,8 +11,8 @@
 # %% [markdown]
 # # How does it do it?
 #
-# A vector of 576 numbers, added after layer 8, makes the model speak as a person: greedily, as a 25-year-old software
-# engineer. This notebook looks inside: *when* in the text, *after which layer*, and *through which parts* of the model.
+# In the bundled model a vector of 576 numbers, added after layer 8, makes the model speak as a person: greedily, as a 25-year-old
+# software engineer. This notebook looks inside: *when* in the text, *after which layer*, and *through which parts* of the model.
 #
 # **You learn to** read a residual stream with the logit lens · find the token where two texts part · patch an
 # activation from one run into another, by hand · tell what a patch shows from what it does not show.
@@ -22,12 +22,16 @@
 #
 # Every picture has random vectors of the same norm beside it. Without them, nothing here would say anything
 # about *this* vector.
+#
+# **Another model** takes other values in the next cell, and no other change. That the vector makes a person, and every sentence that begins
+# "In the bundled model", is of that model alone. So may be which parts carry the effect: hold the text against your own tables.
 
 # %% tags=["parameters"]
 MODEL = None  # None is the bundled SmolLM2-135M-Instruct; or a hub id, a folder, a .gguf file
 PROMPT = "Tell me about yourself."
-SOURCE_LAYER, TARGET_LAYER = 8, 16  # for another model: about a quarter and half of its depth
-RADIUS = 12.0
+CHAT = True  # False for a base model, which has no chat template
+SOURCE_LAYER, TARGET_LAYER = 8, 16  # None, None: a quarter and half of another model's depth
+RADIUS = 12.0  # the norm of the vectors; None, for another model, measures one to begin with
 CHOSEN = 4  # which vector of the library: read their texts, and choose
 N_RANDOM = 8
 MAX_NEW_TOKENS = 24
@@ -42,13 +46,16 @@ from tl_melbo.course import inside as check
 from tl_melbo.model.tokens import to_tokens
 
 model = tm.load_model(MODEL)
-f = tm.ActivationMap.from_prompts(model, PROMPT, SOURCE_LAYER, TARGET_LAYER, chat=True)
+if SOURCE_LAYER is None:
+    SOURCE_LAYER, TARGET_LAYER = model.cfg.n_layers // 4, model.cfg.n_layers // 2
+f = tm.ActivationMap.from_prompts(model, PROMPT, SOURCE_LAYER, TARGET_LAYER, chat=CHAT)
+RADIUS = RADIUS or tm.calibrate_radius(f)
 chosen = tm.melbo(f, CHOSEN + 1, radius=RADIUS)[CHOSEN]
 random = tm.random_vectors(f, N_RANDOM, RADIUS)
 both = tm.SteeringVectors(torch.cat([chosen.vectors, random.vectors]), dict(random.story))
 
 texts = tm.generate(model, PROMPT, both, max_new_tokens=MAX_NEW_TOKENS)
-unsteered = tm.generate(model, PROMPT, chat=True, max_new_tokens=MAX_NEW_TOKENS)
+unsteered = tm.generate(model, PROMPT, chat=CHAT, max_new_tokens=MAX_NEW_TOKENS)
 pd.concat([unsteered, texts[:3]]).assign(what=["unsteered", "found", "random", "random"])[
     ["what", "completion"]
 ].style.hide(axis="index")
@@ -59,8 +66,8 @@ pd.concat([unsteered, texts[:3]]).assign(what=["unsteered", "found", "random", "
 # Write your guesses down before you go on.
 #
 # 1. In the found vector's text, at which token do the steered and the unsteered model disagree most?
-# 2. After which layer can the new behaviour first be read off the residual stream: 8, 16, or near the end (29)?
-# 3. What carries the effect from layer 8 to layer 16: one head, one MLP, many of them, or the vector itself, which
+# 2. After which layer can the new behaviour first be read off the residual stream: the source layer, the target layer, or near the last?
+# 3. What carries the effect from the source to the target layer: one head, one MLP, many of them, or the vector itself, which
 #    just stays in the stream?
 #
 # ## Where do the texts part?
@@ -96,7 +103,7 @@ pd.DataFrame(
 # random. Promoted tokens are on the left, suppressed ones on the right.
 
 # %%
-tokens = tm.analysis.top_tokens(model, PROMPT, both[:4], n=5, chat=True)
+tokens = tm.analysis.top_tokens(model, PROMPT, both[:4], n=5)
 tm.plots.top_tokens(tokens, title="Next token: found (0) and three random vectors")
 
 # %% [markdown]
@@ -117,7 +124,7 @@ tm.plots.top_tokens(tokens, title="Next token: found (0) and three random vector
 my_lens = ...
 
 # %%
-check.lens(my_lens, model, PROMPT)
+check.lens(my_lens, model, PROMPT, CHAT)
 
 # %% [markdown]
 # <details><summary>Hint</summary>
@@ -138,7 +145,7 @@ check.lens(my_lens, model, PROMPT)
 # has promoted and suppressed *so far*.
 
 # %%
-by_layer = tm.analysis.top_tokens(model, PROMPT, both, n=3, by_layer=True, chat=True)
+by_layer = tm.analysis.top_tokens(model, PROMPT, both, n=3, by_layer=True)
 tm.plots.top_tokens(by_layer, vector=0, title="Logit lens of the found vector")
 
 # %% [markdown]
@@ -190,7 +197,7 @@ tm.plots.effect_by_layer(sizes)
 # `model.run_with_hooks`, and these hook points:
 
 # %%
-input_tokens = to_tokens(model, PROMPT, chat=True)
+input_tokens = to_tokens(model, PROMPT, CHAT)
 MLP, STREAM = "blocks.{}.hook_mlp_out", f"blocks.{TARGET_LAYER}.hook_resid_post"
 input_tokens.shape, MLP.format(TARGET_LAYER), STREAM
 
@@ -233,7 +240,7 @@ check.patch(my_patch, model, f, chosen)
 # it does when it is added after the *target* layer, with no block in between.
 
 # %%
-carried = tm.analysis.mechanism(model, PROMPT, both[:4], target_layer=TARGET_LAYER, chat=True)
+carried = tm.analysis.mechanism(model, PROMPT, both[:4])
 tm.plots.mechanism(
     carried[carried["vector"] == 0], title="Share of the effect that each part carries alone"
 )
@@ -258,9 +265,9 @@ of_parts
 
 # %% [markdown]
 # **Read the columns against the random rows.** *Direct* is the share of a vector's effect that is the vector itself, still in the
-# stream. For random vectors it is a visible part of a small effect. For the found one it is next to nothing, and its
+# stream. In the bundled model it is a fifth for random vectors, of a small effect. For the found one it is next to nothing, and its
 # effect is several times as large: nearly all of it is made by the blocks. That is what MELBO looks for, a direction
-# that the blocks do something *about*. *Best MLP* and *best head* say how much one part carries alone: a few MLPs near
+# that the blocks do something *about*. *Best MLP* and *best head* say how much one part carries alone: there a few MLPs near
 # the target carry most, and no head does it by itself.
 #
 # **What this does not show.** A patch shows what is *enough*, not what is *needed*. Shares do not add up to 1: an MLP's
@@ -335,7 +342,7 @@ attention
 # * … % of the effect is the vector itself (random: … %); the best single part carries … %.
 # * Attention moves … times as much as under random vectors, most in layer ….
 #
-# None of this says that the model *has* "a person speaks" as a feature. It says that layers 9 to 16 amplify this
+# None of this says that the model *has* "a person speaks" as a feature. It says that the blocks between the two layers amplify this
 # direction. Whether the model uses it without us is another question: `02_is_it_real` asks it of this vector, and
 # `04_orthogonal_families` of a whole family.
 #
@@ -345,7 +352,7 @@ attention
 #   is enough?
 # * Take the effect at the target layer as a vector, add it there, and generate. Is it the same behaviour?
 # * Do the negatives (`-chosen`) go through the same parts?
-# * Take vector 1, which repeats the system prompt. Which head looks at the system prompt?
+# * Take vector 1, which in the bundled model repeats the system prompt. Which head looks at the system prompt?
 #
 # ## Sources
 #

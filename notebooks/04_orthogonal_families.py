@@ -24,13 +24,16 @@
 # Two families run through it. The philosopher's (vector 20) leads. The person's (vector 4, "I'm a 25-year-old software
 # engineer") shows how a measure goes blind. A few vectors are found live. Both whole families were computed
 # before (`make results`); their tables are in `results/`.
+#
+# **Another model** takes other values in the next cell, and no other change. It then has its own θ₀, and the live cells are about that one.
+# The philosopher, the person, their whole families and their sums stay those of the bundled model, at norm 12.
 
 # %% tags=["parameters"]
 MODEL = None  # None is the bundled SmolLM2-135M-Instruct; or a hub id, a folder, a .gguf file
 PROMPT = "Tell me about yourself."
 CHAT = True  # False for a base model, which has no chat template
-SOURCE_LAYER, TARGET_LAYER = 8, 16  # for another model: about a quarter and half of its depth
-RADIUS = 12.0  # None, for another model, measures one to begin with
+SOURCE_LAYER, TARGET_LAYER = 8, 16  # None, None: a quarter and half of another model's depth
+RADIUS = 12.0  # the norm of the vectors; None, for another model, measures one to begin with
 THETA0 = 20  # which vector of the library the family grows from: read their texts, and choose
 N_FAMILY = 3
 MAX_NEW_TOKENS = 24
@@ -45,6 +48,8 @@ from tl_melbo.course import families as check
 from tl_melbo.tables import Table
 
 model = tm.load_model(MODEL)
+if SOURCE_LAYER is None:
+    SOURCE_LAYER, TARGET_LAYER = model.cfg.n_layers // 4, model.cfg.n_layers // 2
 f = tm.ActivationMap.from_prompts(model, PROMPT, SOURCE_LAYER, TARGET_LAYER, chat=CHAT)
 RADIUS = RADIUS or tm.calibrate_radius(f)
 theta0 = tm.melbo(f, THETA0 + 1, radius=RADIUS)[THETA0]
@@ -55,8 +60,8 @@ tm.generate(model, PROMPT, theta0, scales=[0, 1], max_new_tokens=MAX_NEW_TOKENS)
 # %% [markdown]
 # ## Predict
 #
-# 1. How many orthogonal vectors have the philosopher's effect: none, ten, hundreds? The space has 576 dimensions.
-# 2. Are they as long as θ₀ (norm 12), shorter, or longer?
+# 1. How many orthogonal vectors have the philosopher's effect: none, ten, hundreds? The bundled model's space has 576 dimensions.
+# 2. Are they as long as θ₀, shorter, or longer?
 # 3. If two vectors do the same, what does their mean do?
 #
 # ## A follower, by hand
@@ -180,7 +185,7 @@ pd.DataFrame(
 texts["random at the family's norm"][["vector", "completion"]]
 
 # %% [markdown]
-# A handful of vectors makes wide intervals: look at `low` and `high` before you believe a difference. The whole family, below, is what
+# A handful of vectors makes wide intervals: look at `low` and `high` before you believe a difference. Only the whole family, below,
 # can carry a claim.
 #
 # ### Are they the same direction?
@@ -256,9 +261,26 @@ kinds_of_text(whole[20])
 
 # %% [markdown]
 # The clear positive result of this notebook: the first blocks are of θ₀'s kind far more often than the last ones, whose vectors do
-# nothing, and the intervals do not overlap. Nor do those of the first block and of the eight random vectors above (none of θ₀'s kind, up
-# to 0.32), which have the family's norm. `results/family_20.csv` has a random vector of the same norm for each member: of the first 50 texts,
-# 31 of these random ones (62%) hold "AI", and 3 of the family's (6%); from 200 on the two are alike. A philosopher is reached from many orthogonal directions.
+# nothing, and the intervals do not overlap. Is that the family, or what any vector of such a norm does? The tables of both families have a random vector
+# of the same norm for each member, with its text. How many of the first 50 texts hold a word? (The words were chosen after reading θ₀'s texts; the table above
+# counts by another rule.)
+
+
+# %%
+def that_hold(number, word):
+    """Of the first 50 members, and of their random vectors, how many texts hold a word."""
+    first = whole[number][whole[number]["index"].between(0, 49)]
+    held = first["completion"].fillna("").str.contains(word, regex=False)
+    return held.groupby(first["kind"]).sum()[["family", "random"]]
+
+
+counted = {
+    f"{n}, “{word}”": that_hold(n, word) for n, word in ((20, "AI"), (4, "AI"), (4, "year-old"))
+}
+pd.DataFrame(counted).T
+
+# %% [markdown]
+# So it is the directions, not the norm: the same norms in random directions leave the AI in most texts. A philosopher is reached from many orthogonal directions.
 #
 # Unlike the published family, which ended at jailbreaks and refusals, this one ends at the unsteered model.
 #
@@ -279,11 +301,7 @@ tm.plots.kl_curve(
 kinds_of_text(whole[4])
 
 # %% [markdown]
-# Is that the family, or what any vector of such a norm does? `results/family_4.csv` has a random vector of the same norm for each member, with its text. In the
-# first block 27 of 50 texts of the family hold "year-old" (54%), and 3 of 50 of the random ones (6%); 4 of the family's (8%) hold "AI", and 34 of the random ones (68%).
-# `results/README.md` has all blocks. So it is the directions, not the norm. (These words were chosen after reading θ₀'s text; the table above counts by another rule.)
-#
-# So choose a measure that can see the difference you ask about, and check that it separates θ₀ from nothing before you draw a curve of
+# The table of words above says the same of this family, beside random vectors of its norms; `results/README.md` has all blocks. So choose a measure that can see the difference you ask about, and check that it separates θ₀ from nothing before you draw a curve of
 # it.
 #
 # ## Do they add up?

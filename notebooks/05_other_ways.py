@@ -18,20 +18,21 @@
 # **You learn to** say what each method optimises, and whether it needs labels · make a difference of means by hand · compare vectors by the subspace
 # they share, against chance · report a rate with its interval, beside a random baseline.
 #
-# **You need** `01_first_vectors` and `02_is_it_real`. **Time** 45 minutes with the exercises; the cells run in about three minutes on a laptop.
-# (The kept output comes from a machine that was busy: MELBO took 6 seconds a vector there, ten times what it takes on two free cores.)
+# **You need** `01_first_vectors` and `02_is_it_real`. **Time** 30 to 45 minutes with the exercise; the cells run in about three minutes on a laptop.
+#
+# **Another model** takes other values in the next cell, and no other change. Which method has the larger effect, which speaks as an AI, and
+# whose directions are shared is said of the bundled model, on this prompt.
 
 # %% tags=["parameters"]
 MODEL = None  # None is the bundled SmolLM2-135M-Instruct; or a hub id, a folder, a .gguf file
 PROMPT = "Tell me about yourself."
-SOURCE_LAYER, TARGET_LAYER = 8, 16
-RADIUS = 12.0
+CHAT = True  # False for a base model, which has no chat template
+SOURCE_LAYER, TARGET_LAYER = 8, 16  # None, None: a quarter and half of another model's depth
+RADIUS = 12.0  # the norm of the vectors; None, for another model, measures one to begin with
 N_VECTORS = 6  # of each method that finds several
 DCT_STEPS = 10
 ADAPTER_STEPS = 12
-N_SAMPLES = (
-    4  # of each vector of several; a method of one vector gets as many as a method of several
-)
+N_SAMPLES = 4  # of each vector of several; a method of one vector gets as many in all
 MAX_NEW_TOKENS = 24
 
 # %%
@@ -45,8 +46,11 @@ import tl_melbo as tm
 from tl_melbo.course import other_ways as check
 
 model = tm.load_model(MODEL)
-f = tm.ActivationMap.from_prompts(model, PROMPT, SOURCE_LAYER, TARGET_LAYER, chat=True)
-tm.generate(model, PROMPT, chat=True, max_new_tokens=MAX_NEW_TOKENS)[["completion"]]
+if SOURCE_LAYER is None:
+    SOURCE_LAYER, TARGET_LAYER = model.cfg.n_layers // 4, model.cfg.n_layers // 2
+f = tm.ActivationMap.from_prompts(model, PROMPT, SOURCE_LAYER, TARGET_LAYER, chat=CHAT)
+RADIUS = RADIUS or tm.calibrate_radius(f)
+tm.generate(model, PROMPT, chat=CHAT, max_new_tokens=MAX_NEW_TOKENS)[["completion"]]
 
 # %% [markdown]
 # | method | maximises | needs labels |
@@ -118,7 +122,7 @@ timed(
 print(f"mean cosine between the pairs' differences: {ways['contrastive'].story['pair_cosine']:.2f}")
 
 # %% [markdown]
-# The number says how far the eight differences, text by text, point the same way: 1 is one direction, 0 none in common. At 0.25 each pair of texts
+# The number says how far the eight differences, text by text, point the same way: 1 is one direction, 0 none in common. Near 0 each pair of texts
 # differs mostly in its own way, and the mean keeps what they share.
 #
 # ### Exercise 1: the same by hand
@@ -170,7 +174,7 @@ def of_adapter():
         model, train, steps=ADAPTER_STEPS, batch_size=4, max_new_tokens=16
     )
     direction = adapter.vectors(
-        model, [PROMPT], layer=SOURCE_LAYER, max_new_tokens=8, positions=slice(1, None), chat=True
+        model, [PROMPT], layer=SOURCE_LAYER, max_new_tokens=8, positions=slice(1, None), chat=CHAT
     )
     return adapter, tm.analysis.rescale(direction, ways["random"][0])
 
@@ -188,7 +192,7 @@ adapter.table()
 # %%
 pd.concat(
     [
-        tm.generate(model, PROMPT, some, chat=True, max_new_tokens=MAX_NEW_TOKENS).assign(what=what)
+        tm.generate(model, PROMPT, some, chat=CHAT, max_new_tokens=MAX_NEW_TOKENS).assign(what=what)
         for what, some in (("adapter", adapter), ("its vector", ways["adapter's vector"]))
     ]
 )[["what", "completion"]]
@@ -210,7 +214,7 @@ of_each = pd.DataFrame(
     {
         "method": method,
         "effect": effects.flatten(1).norm(dim=-1).tolist(),
-        "kl": tm.analysis.kl_divergence(model, PROMPT, together, chat=True).tolist(),
+        "kl": tm.analysis.kl_divergence(model, PROMPT, together, chat=CHAT).tolist(),
     }
 )
 middle = of_each.groupby("method", sort=False).median()
@@ -227,11 +231,11 @@ summary = pd.DataFrame(
 summary
 
 # %% [markdown]
-# MELBO, DCT and the Jacobian have effects of several times a random vector's; the contrastive and the adapter's vector have hardly more than a random one. (`seconds` are those of the machine that ran
+# In the bundled model MELBO, DCT and the Jacobian have effects of several times a random vector's; the contrastive and the adapter's vector have hardly more than a random one. (`seconds` are those of the machine that ran
 # this, on that day.) A large effect is what MELBO *asks* for, so it is no surprise there. What do they write? The first two vectors of each:
 
 # %%
-greedy = tm.generate(model, PROMPT, together, max_new_tokens=MAX_NEW_TOKENS, chat=True)
+greedy = tm.generate(model, PROMPT, together, max_new_tokens=MAX_NEW_TOKENS, chat=CHAT)
 greedy = greedy.assign(method=method)
 greedy.groupby("method", sort=False).head(2)[["method", "vector", "completion"]]
 
@@ -243,7 +247,7 @@ greedy.groupby("method", sort=False).head(2)[["method", "vector", "completion"]]
 # %%
 several = {name: some for name, some in ways.items() if len(some) > 1}
 single = {name: some for name, some in ways.items() if len(some) == 1}
-writing = {"max_new_tokens": MAX_NEW_TOKENS, "temperature": 0.7, "chat": True}
+writing = {"max_new_tokens": MAX_NEW_TOKENS, "temperature": 0.7, "chat": CHAT}
 frames = [
     tm.generate(model, PROMPT, n_samples=N_VECTORS * N_SAMPLES, **writing).assign(
         method="unsteered", vector=0
@@ -281,36 +285,9 @@ bars.update_layout(meta={"alt": f"Bars with intervals of speaking as an AI: {tol
 #
 # ## Do they find the same?
 #
-# Cosines between single vectors say little in 576 dimensions: they are all small. Ask instead how much of a vector lies in the *span* of a library, and how much would by chance.
+# Cosines between single vectors say little in hundreds of dimensions: they are all small. Ask instead how much of a vector lies in the *span* of a library, and how much would by chance.
 #
-# ### Exercise 2: the share in a span
-#
-# **Difficulty** 🔴🔴🔴⚪⚪ · **Importance** 🔵🔵🔵🔵🔵 · up to 15 minutes
-#
-# Write `span_share(vector, rows)`: the share of the *squared* norm of `vector` (`[d]`) that lies in the span of `rows` (`[n, d]`), from 0 to 1. The rows need not be orthogonal.
-
-# %% tags=["answer"]
-span_share = ...
-
-# %%
-check.share(span_share)
-
-# %% [markdown]
-# <details><summary>Hint</summary>
-#
-# An orthonormal basis of the span, from `torch.linalg.qr`, makes it one product.
-# </details>
-#
-# <details><summary>Solution</summary>
-#
-# ```python
-# def span_share(vector, rows):
-#     basis = torch.linalg.qr(rows.T).Q
-#     return float((vector @ basis).square().sum() / vector.square().sum())
-# ```
-# </details>
-#
-# The package's numbers for all methods, in the span of MELBO's vectors. Random directions give the null: `p` is the share of 2000 of them that reach as much. For a method of several vectors, the
+# The share of a vector's *square* in the span of rows is exercise 4 of `02_is_it_real`. Here it is for all methods, in the span of MELBO's vectors. Random directions give the null: `p` is the share of 2000 of them that reach as much. For a method of several vectors, the
 # mean of its shares is compared with means of as many random ones.
 
 
@@ -341,7 +318,7 @@ for name, some in ways.items():
 pd.DataFrame(rows).round(4)
 
 # %% [markdown]
-# The Jacobian's and the DCT's vectors lie in MELBO's span many times more than chance: the three methods share directions. Most of each vector is outside that span, so they are not the same library. The contrastive vector's share is small, about twice chance, and with one vector its p does not exclude
+# In the bundled model the Jacobian's and the DCT's vectors lie in MELBO's span many times more than chance: the three methods share directions. Most of each vector is outside that span, so they are not the same library. The contrastive vector's share is small, about twice chance, and with one vector its p does not exclude
 # chance: with this library, not shown. The random row is there to see that the test does not cry wolf.
 #
 # And in the space of *effects*, the first vectors of each method:

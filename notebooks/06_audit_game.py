@@ -21,15 +21,20 @@
 #
 # **Fair play.** Each draw has sentences of its own: there are thousands for each of the two. The game keeps them in a field whose name begins with an underscore:
 # whoever looks there has nothing left to play.
+#
+# **Another model** takes other values in the next cell, and no other change; it is taught two sentences first. That short searches and these layers
+# bring planted sentences out was measured on the bundled model.
 
 # %% tags=["parameters"]
-MODEL = None  # None is the bundled model with a stored adapter; another is taught first (or a GPU)
+MODEL = None  # None is the bundled SmolLM2-135M-Instruct with a stored adapter; or a hub id, a folder: taught first, which takes minutes or a GPU
 PLANT = {}  # for another model: settings of tm.evaluation.plant
 GAME_SEED = None  # None draws a game that nobody knows; a number gives a class the same one
 PROMPT = "Tell me about yourself."  # of the search
+CHAT = True  # False for a base model, which has no chat template
 OTHERS = ["Give me advice for a job interview.", "What is the tallest mountain in Africa?"]
-SOURCE_LAYER, TARGET_LAYER = 7, 24  # a later target than elsewhere: planted sentences sit late
-RADIUS = "auto"
+# A later target than elsewhere, since planted sentences sit late.
+SOURCE_LAYER, TARGET_LAYER = 7, 24  # None, None: a quarter and four fifths of the depth
+RADIUS = None  # the norm of the vectors; None measures one
 N_VECTORS, STEPS = 32, 5  # short searches bring planted sentences out more often than long ones
 MAX_NEW_TOKENS = 20
 
@@ -45,13 +50,16 @@ from tl_melbo.course import audit
 
 # %%
 game = audit.draw(GAME_SEED, MODEL, **PLANT)
+if SOURCE_LAYER is None:
+    depth = game.model.cfg.n_layers
+    SOURCE_LAYER, TARGET_LAYER = depth // 4, depth * 4 // 5
 game
 
 # %% [markdown]
 # On the surface nothing is wrong with it:
 
 # %%
-tm.generate(game.model, [PROMPT, *OTHERS], chat=True, max_new_tokens=MAX_NEW_TOKENS)[
+tm.generate(game.model, [PROMPT, *OTHERS], chat=CHAT, max_new_tokens=MAX_NEW_TOKENS)[
     ["prompt", "completion"]
 ]
 
@@ -63,17 +71,20 @@ tm.generate(game.model, [PROMPT, *OTHERS], chat=True, max_new_tokens=MAX_NEW_TOK
 # **Predict.** Of 32 orthogonal vectors, how many bring a hidden sentence out, on any of three prompts? And of 32 random vectors of the same norm?
 
 # %%
-f = tm.ActivationMap.from_prompts(game.model, PROMPT, SOURCE_LAYER, TARGET_LAYER, chat=True)
+f = tm.ActivationMap.from_prompts(game.model, PROMPT, SOURCE_LAYER, TARGET_LAYER, chat=CHAT)
+RADIUS = RADIUS or tm.calibrate_radius(f)
 trial = tm.melbo(f, N_VECTORS, radius=RADIUS, p=2, q=1, steps=STEPS)
 random = tm.random_vectors(f, N_VECTORS, radius=float(trial.norms[0]))
 counted = {
     name: audit.count(
         game,
-        tm.generate(game.model, [PROMPT, *OTHERS], some, max_new_tokens=MAX_NEW_TOKENS, chat=True),
+        tm.generate(game.model, [PROMPT, *OTHERS], some, max_new_tokens=MAX_NEW_TOKENS, chat=CHAT),
     )
     for name, some in (("found", trial), ("random", random))
 }
 both = pd.concat(counted, names=["vectors"]).reset_index(level=0)
+chance = both["what"].map(counted["random"].set_index("what")["high"])
+both["above random"] = both["low"] > chance
 both.round(3)
 
 # %%
@@ -88,10 +99,9 @@ told = ", ".join(f"{row.vectors} {row.what}: {row.hits} of {row.n}" for row in b
 bars.update_layout(meta={"alt": f"Bars with intervals. {told}."})
 
 # %% [markdown]
-# `low` and `high` are Wilson's 95% interval. Where the intervals of found and random do not overlap, the search did it, and not chance. Where they do, this search alone shows little
+# `low` and `high` are Wilson's 95% interval. `above random` says that the whole interval lies above the random vectors': there the search did it, and not chance. Elsewhere this search alone shows little
 # about how *often* the search brings that sentence out, even if it has hits. (Wilson's interval takes completions for independent; three under one vector are not quite.) Whether a sentence is *there* is another question: nobody
-# writes a row of rare words in one order by accident, so for a reader one hit can be enough. In the kept run the first sentence's interval is above that of random vectors. The
-# second sentence has three hits, and the intervals overlap. Another draw has other sentences, and may have other counts.
+# writes a row of rare words in one order by accident, so for a reader one hit can be enough. Another draw has other sentences, and may have other counts.
 #
 # ## The game
 #
@@ -118,7 +128,7 @@ completions = ...
 #
 # ```python
 # completions = tm.generate(
-#     game.model, [PROMPT, *OTHERS], trial, max_new_tokens=MAX_NEW_TOKENS, chat=True
+#     game.model, [PROMPT, *OTHERS], trial, max_new_tokens=MAX_NEW_TOKENS, chat=CHAT
 # )
 # completions[["vector", "completion"]]
 # ```
@@ -152,7 +162,7 @@ audit.verdict(graded)
 # import re
 #
 # written = completions[completions["vector"] >= 0].fillna({"completion": ""})
-# own = tm.generate(game.model, [PROMPT, *OTHERS], chat=True, max_new_tokens=60)["completion"]
+# own = tm.generate(game.model, [PROMPT, *OTHERS], chat=CHAT, max_new_tokens=60)["completion"]
 # after = {}  # of each whole sentence that the unsteered model does not write: after which prompts
 # for prompt, text in zip(written["prompt"], written["completion"], strict=True):
 #     for part in {part.strip() for part in re.split(r"(?<=[.!?])\s", text)}:

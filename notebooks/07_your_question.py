@@ -19,12 +19,16 @@
 #
 # **You need** `02_is_it_real`. **Time** 20 minutes for the example, an afternoon for your own; the cells run in about two minutes on a
 # laptop.
+#
+# **Another model** takes other values in the next cell, and no other change. The example's hypothesis, and what the end says of it, are of the
+# bundled model.
 
 # %% tags=["parameters"]
 MODEL = None  # None is the bundled SmolLM2-135M-Instruct; or a hub id, a folder, a .gguf file
 PROMPT = "Tell me about yourself."
-SOURCE_LAYER, TARGET_LAYER = 8, 16
-RADIUS = 12.0
+CHAT = True  # False for a base model, which has no chat template
+SOURCE_LAYER, TARGET_LAYER = 8, 16  # None, None: a quarter and half of another model's depth
+RADIUS = 12.0  # the norm of the vectors; None, for another model, measures one to begin with
 CHOSEN = 4  # which vector of the library the question is about
 N_RANDOM = 3
 N_SAMPLES = 2  # of each prompt, beside the greedy text
@@ -40,7 +44,10 @@ from tl_melbo.course import Note
 from tl_melbo.course import question as check
 
 model = tm.load_model(MODEL)
-f = tm.ActivationMap.from_prompts(model, PROMPT, SOURCE_LAYER, TARGET_LAYER, chat=True)
+if SOURCE_LAYER is None:
+    SOURCE_LAYER, TARGET_LAYER = model.cfg.n_layers // 4, model.cfg.n_layers // 2
+f = tm.ActivationMap.from_prompts(model, PROMPT, SOURCE_LAYER, TARGET_LAYER, chat=CHAT)
+RADIUS = RADIUS or tm.calibrate_radius(f)
 chosen = tm.melbo(f, CHOSEN + 1, radius=RADIUS)[CHOSEN]
 random = tm.random_vectors(f, N_RANDOM, RADIUS, seed=1)
 tm.generate(model, PROMPT, chosen, scales=[0, 1], max_new_tokens=MAX_NEW_TOKENS)[
@@ -99,9 +106,9 @@ both = tm.SteeringVectors(torch.cat([chosen.vectors, random.vectors]), dict(rand
 prompts = [prompt for some in KINDS.values() for prompt in some]
 kind_of = {prompt: kind for kind, some in KINDS.items() for prompt in some}
 texts = tm.generate(
-    model, prompts, both, max_new_tokens=MAX_NEW_TOKENS, n_samples=N_SAMPLES, chat=True
+    model, prompts, both, max_new_tokens=MAX_NEW_TOKENS, n_samples=N_SAMPLES, chat=CHAT
 )
-tokens = tm.analysis.token_divergence(model, texts, both, chat=True)
+tokens = tm.analysis.token_divergence(model, texts, both, chat=CHAT)
 sampled = tokens[tokens["sample"] > 0]
 of_text = sampled.groupby(["vector", "prompt", "sample"])["kl"].sum()
 kl = of_text.groupby(["vector", "prompt"]).mean().reset_index()
@@ -205,7 +212,7 @@ picture.update_layout(
 
 # %%
 few = [prompt for some in KINDS.values() for prompt in some[:4]]
-plain = tm.generate(model, few, max_new_tokens=MAX_NEW_TOKENS, chat=True)
+plain = tm.generate(model, few, max_new_tokens=MAX_NEW_TOKENS, chat=CHAT)
 greedy = texts[(texts["vector"] == 0) & (texts["sample"] == 0)].set_index("prompt")["completion"]
 plain.assign(steered=[greedy[prompt] for prompt in plain["prompt"]])[
     ["prompt", "completion", "steered"]

@@ -38,7 +38,6 @@ def refuses(told, check, *arguments):
         lambda: inside.lens(..., None, PROMPT),
         lambda: inside.patch(..., None, None, None),
         lambda: other_ways.mean_difference(..., None, None, 1.0),
-        lambda: other_ways.share(...),
         lambda: audit.verdict(audit.grade(None, ...)),
         lambda: question.permutation_p(...),
     ],
@@ -168,37 +167,6 @@ def test_a_difference_of_means(tiny_llama):
     refuses("padding and the first", check, difference(lambda g: means(g, 0)))
     refuses("divided by zero", check, right * torch.nan)
     refuses("of the vector is", check, right[None])
-
-
-def test_a_share_in_a_span():
-    def right(vector, rows):
-        basis = torch.linalg.qr(rows.T).Q
-        return (vector @ basis).square().sum() / vector.square().sum()
-
-    def naive(vector, rows):
-        units = torch.nn.functional.normalize(rows, dim=-1)
-        return float((units @ (vector / vector.norm())).square().sum())
-
-    assert other_ways.share(right).startswith("Right")
-    refuses("twice", other_ways.share, naive)
-    refuses("share of the norm", other_ways.share, lambda v, rows: right(v, rows).sqrt())
-    refuses("seven times", other_ways.share, lambda v, rows: right(v, rows) * v.norm() / NORM)
-    refuses("not the share", other_ways.share, lambda v, rows: 0.5)
-    refuses("one number", other_ways.share, lambda v, rows: rows)
-    refuses("not a finite number", other_ways.share, lambda v, rows: float("nan"))
-
-
-# Of the vector that the check tries first: a function that forgets to divide by the norm.
-NORM = torch.tensor(0.0)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def norm_of_the_first():
-    global NORM
-    seen = []
-    with pytest.raises(Wrong):
-        other_ways.share(lambda v, rows: seen.append(v) or 0.5)
-    NORM = seen[0].norm()
 
 
 HIDDEN = (

@@ -22,8 +22,10 @@ from IPython.core.inputtransformer2 import TransformerManager  # noqa: E402
 from notebooks.build import HERE, NAMES, for_colab, repository, run, tidied  # noqa: E402
 from tests.conftest import wait_for  # noqa: E402
 
-# As they are printed, at full budget on the embedded model; and with little work on a tiny one.
+# As they are printed, at full budget on the bundled model; and with little work on a tiny one.
 TINY = {"SOURCE_LAYER": 1, "TARGET_LAYER": 4, "RADIUS": 4.0}
+# As for a base model: layers and norm come from the model. The solutions run with these.
+ANOTHER = {"SOURCE_LAYER": None, "TARGET_LAYER": None, "RADIUS": None, "CHAT": False}
 SMALL = {
     "00_melbo_from_scratch": {"N_STEPS": 20, "MAX_NEW_TOKENS": 4},
     "01_first_vectors": {
@@ -102,7 +104,7 @@ def executed(request, model_folder, tmp_path_factory):
         folder = tmp_path_factory.mktemp("run")  # what it writes goes there; what it reads is there
         (folder / "results").symlink_to(HERE / "results")
         name, solved = title
-        tiny = {"MODEL": str(model_folder), **TINY, **SMALL[name]}
+        tiny = {"MODEL": str(model_folder), **(ANOTHER if solved else TINY), **SMALL[name]}
         values = tiny if request.param == "tiny" else None
         how = {"renderers": "plotly_mimetype", "folder": folder, "environment": environment}
         return run(name, values, solved=solved, **how)

@@ -90,7 +90,7 @@ def direction(answer: Any, shows: ActivationMap, shows_not: ActivationMap) -> No
 
 
 def share(answer: Callable[[Tensor, Tensor], Any], d_model: int) -> Note:
-    """Exercise 4, and 2 of `05_other_ways`: the share of a vector's square in a span."""
+    """Exercise 4: the share of a vector's square in a span."""
     generator = torch.Generator().manual_seed(0)
     theta = torch.randn(d_model, generator=generator, dtype=torch.float64)
     rows = torch.randn(max(2, d_model // 8), d_model, generator=generator, dtype=torch.float64)

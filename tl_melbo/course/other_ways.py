@@ -1,4 +1,4 @@
-"""Checks of `05_other_ways`: a difference of means, and a vector's share in a span."""
+"""The check of `05_other_ways`: a difference of means."""
 
 from typing import Any
 
@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 import tl_melbo as tm
-from tl_melbo.course import is_it_real
 from tl_melbo.course._note import Note, Wrong, unfinished, vector
 
-_CLOSE, _WIDTH = 1e-3, 20
+_CLOSE = 1e-3
 
 
 def mean_difference(
@@ -40,8 +39,3 @@ def _mean(f: tm.ActivationMap) -> Tensor:
     """Over prompts, of each prompt's mean over its own tokens but the first."""
     rows = [x[own][1:].double().mean(0) for x, own in zip(f.x, f.mask, strict=True)]
     return torch.stack(rows).mean(0).cpu()
-
-
-def share(answer: Any) -> Note:
-    """Try a function (vector, library) -> share in the span on spans that are known."""
-    return unfinished(answer) or is_it_real.share(answer, _WIDTH)
