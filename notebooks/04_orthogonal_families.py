@@ -75,7 +75,8 @@ tm.generate(model, PROMPT, theta0, scales=[0, 1], max_new_tokens=MAX_NEW_TOKENS)
 #
 # **Difficulty** 🔴🔴🔴⚪⚪ · **Importance** 🔵🔵🔵🔵🔵 · up to 20 minutes
 #
-# Write a search for one vector, orthogonal to θ₀, whose effect leaves at most half of the distance that no vector leaves.
+# Write a search for one vector, orthogonal to θ₀, whose effect leaves at most half of the distance that no vector leaves (or nearly as
+# little as the package's search, in a model where that leaves more).
 # Write the loop yourself, with `torch.optim.Adam`. About 60 steps are enough; the published search takes 1000
 # smaller ones. `effect` is a function like `mean_effect`: the check gives a simple one that it made, and then the real one.
 
