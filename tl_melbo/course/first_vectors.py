@@ -84,11 +84,13 @@ def correlation(answer: Any, effects: Tensor, texts: Tensor) -> Note:
     """Exercise 4: rank correlation, over pairs, of two matrices of similarities."""
     if note := unfinished(answer):
         return note
+    one, other = (matrix.detach().double().cpu().numpy() for matrix in (effects, texts))
+    pairs = np.triu_indices(len(one), 1)
+    if not (np.ptp(one[pairs]) and np.ptp(other[pairs])):
+        return Note("All pairs are equally alike here, so there are no ranks to correlate.")
     answer = number(answer, "the correlation")
     if not abs(answer) <= 1:
         raise Wrong(f"A correlation is between -1 and 1; this is {answer:g}.")
-    one, other = (matrix.detach().double().cpu().numpy() for matrix in (effects, texts))
-    pairs = np.triu_indices(len(one), 1)
 
     def near(method: Literal["pearson", "spearman"], places: Any = pairs) -> bool:
         ours, theirs = pd.Series(one[places]), pd.Series(other[places])
