@@ -24,12 +24,10 @@ class Additions(Protocol):
     @property
     def layers(self) -> Sequence[int]:
         """The blocks in which something is added."""
-        ...
 
     @property
     def place(self) -> Place:
         """Where in these blocks."""
-        ...
 
     def __len__(self) -> int: ...
 
@@ -37,18 +35,15 @@ class Additions(Protocol):
 
     def to(self, device: torch.device) -> Self:
         """The same on another device."""
-        ...
 
     def sizes(self, dtype: torch.dtype) -> Float[Tensor, "row"]:
         """A bound on what each row adds, in this type: 0 adds nothing, and must be exact."""
-        ...
 
     def after(self, layer: int, read: Tensor) -> Tensor:
         """What to add in a block, to be broadcast, from what is read there: its type, its device.
 
         What is read has one row, or as many as there are rows here.
         """
-        ...
 
 
 @runtime_checkable
@@ -58,12 +53,10 @@ class Steering(Protocol):
     @property
     def story(self) -> Mapping[str, Any]:
         """How it was made."""
-        ...
 
     @property
     def d_model(self) -> int:
         """The width of the residual stream that it belongs to."""
-        ...
 
     def __len__(self) -> int: ...
 
@@ -71,7 +64,6 @@ class Steering(Protocol):
 
     def additions(self, scales: Sequence[float]) -> Additions:
         """All at the first scale, then all at the second, and so on."""
-        ...
 
 
 @dataclass(frozen=True)

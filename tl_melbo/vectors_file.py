@@ -79,11 +79,15 @@ def read(path: str | Path, kind: Kind = VECTORS) -> tuple[dict[str, Any], dict[s
             raise ValueError("not a safetensors file, or one whose prompts are too long")
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
-        story, order = _story(metadata, kind), _order(metadata)
+        story = _story(metadata, kind)
         names = list(file.keys())
         if len(names) > _MOST_TENSORS:
             raise ValueError(f"{len(names)} tensors, and at most {_MOST_TENSORS} can be kept")
         tensors = {name.removeprefix(_COLUMN): file.get_tensor(name) for name in names}
+    # As they were written; version 0.1 did not tell.
+    order = json.loads(metadata.get("order", "[]"))
+    if not _all_are(str)(order):
+        raise ValueError("the order of its columns makes no sense")
     tensors = {n: tensors[n] for n in [*filter(tensors.__contains__, order), *tensors]}
     for name, tensor in tensors.items():
         if name == "norm" or tensor.dtype not in _COLUMN_TYPES:
@@ -130,14 +134,6 @@ def _story(metadata: Mapping[str, str], kind: Kind) -> Any:
     if "story" not in metadata:
         raise ValueError("lacks its story")
     return json.loads(metadata["story"])
-
-
-def _order(metadata: Mapping[str, str]) -> list[str]:
-    """The names of the tensors as they were written; version 0.1 did not tell."""
-    order = json.loads(metadata.get("order", "[]"))
-    if not _all_are(str)(order):
-        raise ValueError("the order of its columns makes no sense")
-    return order
 
 
 Test = Callable[[Any], bool]

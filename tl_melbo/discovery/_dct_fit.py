@@ -23,6 +23,8 @@ from tl_melbo.story import measure
 Order = Literal["linear", "quadratic", "exponential"]
 Start = Literal["random", "jacobian"]
 OnStep = Callable[[int, float], Any]
+# Mean effects of vectors, [vector, d_model], and the gradients of their norms.
+Images = tuple[Tensor, Tensor]
 
 MEASURE = measure(
     "importance",
@@ -51,13 +53,6 @@ class Factors(NamedTuple):
         columns = {"importance": importance, "effect": (output * mean_effect).sum(-1)}
         columns |= {"output": output, "mean_effect": mean_effect}
         return inputs, columns, history[by_size]
-
-
-class Images(NamedTuple):
-    """Mean effects of vectors, [vector, d_model], and the gradients of their norms."""
-
-    effects: Tensor
-    gradients: Tensor
 
 
 class Fit:
@@ -193,7 +188,7 @@ class Fit:
             theta = (batch * self.radius).requires_grad_()
             effects = self.mean_effect(theta)
             gradients = _grad(effects.double().norm(dim=-1).sum(), theta)
-            return Images(effects.detach().double().cpu(), gradients.double().cpu())
+            return effects.detach().double().cpu(), gradients.double().cpu()
 
         return self.in_batches(of_batch, vectors, 1)
 
@@ -214,7 +209,7 @@ class Fit:
             slope = _grad(along, theta, create_graph=True)
             gradients = _grad((slope * batch).sum(), theta)
             weight = self.radius**2 / 2
-            return Images(weight * curvature.double().cpu(), gradients.double().cpu())
+            return weight * curvature.double().cpu(), gradients.double().cpu()
 
         return self.in_batches(of_batch, vectors, 3)
 
@@ -224,7 +219,7 @@ class Fit:
         size = min(self.fits, max(1, self.f.vectors_at_once() // cost))
         parts, self.fits = map_batches(of_batch, theta_like(self.f, vectors), size)
         effects, gradients = zip(*parts, strict=True)
-        return Images(torch.cat(effects), torch.cat(gradients))
+        return torch.cat(effects), torch.cat(gradients)
 
 
 def _weights(

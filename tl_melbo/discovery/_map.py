@@ -5,7 +5,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -37,16 +37,10 @@ class EffectMap(Protocol):
     def story(self) -> dict[str, Any]: ...
 
 
-class Evaluation(NamedTuple):
-    """Values and gradients of a measure, float64 on the CPU."""
-
-    value: Tensor
-    gradient: Tensor
-
-
 OnShare = Callable[[float], None]
 Effects = Callable[[Tensor], Tensor]
-Evaluate = Callable[[Tensor], Evaluation]
+# To the values and gradients of a measure, float64 on the CPU.
+Evaluate = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @contextmanager
@@ -106,10 +100,11 @@ def value_and_gradient(
             (gradient,) = torch.autograd.grad(value.sum(), theta)
         return value.detach().double().cpu(), gradient.double().cpu()
 
-    def evaluate(theta: Tensor) -> Evaluation:
+    def evaluate(theta: Tensor) -> tuple[Tensor, Tensor]:
         nonlocal fits
         parts, fits = map_batches(of_batch, theta_like(f, theta), min(fits, f.vectors_at_once()))
-        return Evaluation(*map(torch.cat, zip(*parts, strict=True)))
+        values, gradients = zip(*parts, strict=True)
+        return torch.cat(values), torch.cat(gradients)
 
     return evaluate
 
