@@ -118,8 +118,8 @@ def test_a_gguf_file_takes_one_more_tensor(tmp_path):
 
     model, one, source = tiny_bridge("llama"), a_vector(), tiny_gguf(tmp_path / "source.gguf")
     baked = one.bake(model, tmp_path / "baked.gguf", source=source)
-    (-0.5 * one).bake(model, tmp_path / "twice", format="gguf", source=baked)
-    old, new, twice = map(gguf.GGUFReader, (source, baked, tmp_path / "twice"))
+    (-0.5 * one).bake(model, tmp_path / "twice.gguf", source=baked)
+    old, new, twice = map(gguf.GGUFReader, (source, baked, tmp_path / "twice.gguf"))
     facts = [{n: f.contents() for n, f in r.fields.items() if n[:4] != "GGUF"} for r in (old, new)]
     assert facts[0] == facts[1]
     assert "tokenizer.ggml.tokens" in facts[0]

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from uuid import uuid4
 
 import torch
@@ -28,7 +28,6 @@ from tl_melbo.model.load import BUNDLED_NAME, bundled_model_path, quiet_transfor
 from tl_melbo.shapes import shape_checked
 from tl_melbo.steering import Steerable, steering_rows
 
-Format = Literal["safetensors", "gguf"]
 # Whose MLP output projections have a bias anyway: the vector is added to it.
 _BIASED = {
     "gpt2": "transformer.h.{}.mlp.c_proj.bias",
@@ -47,7 +46,6 @@ def bake(
     path: str | Path,
     layer: int | None = None,
     *,
-    form: Format | None = None,
     source: str | Path | None = None,
 ) -> Path:
     """Write the model with one vector, or vectors of several blocks, in it; `SteeringVectors.bake`.
@@ -67,7 +65,7 @@ def bake(
         )
     added = dict(zip(rows.layers, rows.theta[0], strict=True))
     path = Path(path).expanduser().resolve()
-    if form == "gguf" or (form is None and path.suffix == ".gguf"):
+    if path.suffix == ".gguf":
         source = _source(model) if source is None else Path(source).expanduser()
         _write_gguf(source, path, model, added)
         return path

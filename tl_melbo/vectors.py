@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from torch import Tensor
@@ -140,7 +140,6 @@ class SteeringVectors(VectorLibrary):
         path: str | Path,
         *,
         layer: int | None = None,
-        format: Literal["safetensors", "gguf"] | None = None,
         source: str | Path | None = None,
     ) -> Path:
         """Write the model with one vector in it, for programs that know no vectors; gives the path.
@@ -149,9 +148,8 @@ class SteeringVectors(VectorLibrary):
         with its tokenizer (Llama, GPT-2, GPT-NeoX; Qwen2 is written as Llama), or a `.gguf` file.
 
         Args:
-            path: a new or empty folder; or a new file, for a GGUF file.
+            path: a new or empty folder; or a new file whose name ends in .gguf.
             layer: the block after which the vector is added; None takes its source layer.
-            format: None takes "gguf" for a path that ends so.
             source: the GGUF file to copy, llama models only; None takes the one that `model` was
                 loaded from.
 
@@ -162,7 +160,7 @@ class SteeringVectors(VectorLibrary):
         """
         # By its name, since it knows models, which nothing that this module imports may do.
         baking = importlib.import_module("tl_melbo.baking")
-        return baking.bake(model, self, path, layer, form=format, source=source)
+        return baking.bake(model, self, path, layer, source=source)
 
     @shape_checked
     def push_to_hub(
