@@ -30,13 +30,6 @@ class FastBlocks:
         with torch.no_grad():
             self.blocks = [_Block.of(layer, self.d_head, hot_rows) for layer in layers]
 
-    @property
-    def floats_per_token(self) -> int:
-        """How many numbers a block keeps of each token for the gradient, some scratch included."""
-        block = self.blocks[0]
-        widths = len(block.qkv.weight) + len(block.gate_up.weight)
-        return 3 * len(block.out.weight) + 2 * widths
-
     def rotation(self, cosine: Tensor, sine: Tensor) -> Tensor:
         """Rotary positions as complex numbers, [pos, a pair of each query and key head]."""
         half = self.d_head // 2

@@ -52,7 +52,6 @@ class Shortcut(NamedTuple):
     way: Way  # the faster of the two
     differentiable: Way  # twice, or forward, or by torch.func
     tangents: Tangents
-    floats_per_token: int | None  # that each block keeps for the gradient, if that is known
 
 
 class _Short(NamedTuple):
@@ -62,7 +61,7 @@ class _Short(NamedTuple):
     backward: Callable[[Tensor, Any], Tensor]
 
 
-_Made = tuple[Path, Callable[[Group, Tensor | None], _Short], Tangents, int | None]
+_Made = tuple[Path, Callable[[Group, Tensor | None], _Short], Tangents]
 
 
 def hooked_run(blocks: Sequence[nn.Module]) -> Run:
@@ -115,14 +114,14 @@ def find(
         expected = pushed(hooked_run(blocks))
         for make in (_fast, _unhooked):
             try:
-                path, short, tangents, floats = make(blocks, groups, x, mask)
+                path, short, tangents = make(blocks, groups, x, mask)
                 plain = _plain_run(blocks)
                 run = _shortened(short, plain)
                 found = pushed(run)
                 if all(map(_agree, found, expected, probes, [mask] * 2)):
                     y = push(x[None], groups, every, plain)[0]
                     way, other = Way(path, run, found[0][0]), Way(path, plain, y)
-                    return Shortcut(way, other, tangents, floats)
+                    return Shortcut(way, other, tangents)
             except Exception as error:  # quantised layers, for one, fail in many ways
                 if is_out_of_memory(error):
                     raise
@@ -172,7 +171,7 @@ def _fast(blocks: Sequence[nn.Module], groups: Sequence[Group], x: Tensor, mask:
             tangent, rotation, positions, kept[first:]
         )
 
-    return "fast", short, tangents, fast.floats_per_token
+    return "fast", short, tangents
 
 
 def _unhooked(blocks: Sequence[nn.Module], *_: Any) -> _Made:
@@ -182,7 +181,7 @@ def _unhooked(blocks: Sequence[nn.Module], *_: Any) -> _Made:
     def short(group: Group, positions: Tensor | None) -> _Short:
         return _graph(lambda rows: run_layers(layers, group.calls, rows, positions))
 
-    return "unhooked", short, tangents_of(_plain_layers(blocks)), None
+    return "unhooked", short, tangents_of(_plain_layers(blocks))
 
 
 def _plain_layers(blocks: Sequence[nn.Module]) -> list[nn.Module]:
