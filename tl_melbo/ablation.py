@@ -18,16 +18,14 @@ from tl_melbo.steering import Vectors, as_theta
 def ablated(model: Model, vectors: Vectors) -> Iterator[Model]:
     """Project the span of vectors out of the residual stream, inside the context.
 
-    It is taken out of what block 0 reads, which is what the embedding writes, and of the stream
-    after every block. Within a block it is not: what a block's attention writes along the span, the
-    same block's MLP still reads, unless both run in parallel.
+    It is taken out of what block 0 reads and of the stream after every block. Within a block it is
+    not: what its attention writes along the span, its MLP still reads.
 
         with tm.ablated(model, theta):
             print(model.generate("Once upon a time"))
 
-    Contexts nest; the hooks are gone at the end, whatever happens inside. With `steered`, the order
-    decides what becomes of a vector at its own layer: inside `steered`, `ablated` takes it out at
-    once; around `steered`, the next block reads it, and it is taken out after that block.
+    Contexts nest. Inside `steered`, `ablated` takes a vector out at its own layer; around
+    `steered`, after the next block.
 
     Args:
         vectors: one vector or several; their norms do not matter.

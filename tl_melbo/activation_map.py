@@ -28,11 +28,11 @@ _ROUNDING, _NARROW_ROUNDING = {torch.float64: 8.0, torch.float32: 8.0}, 3.0
 class ActivationMap:
     """f(x): the residual stream after `source_layer` pushed through to after `target_layer`.
 
-    Only the blocks between run, with the arguments that they got in one ordinary forward pass of
-    each prompt. `path` tells which code runs: "hooked", the model's own modules, while there are
-    hooks on them; "unhooked", the Hugging Face modules below; "fast", for blocks of the Llama kind,
-    with copies of their weights. A faster path is taken if it gave the model's own results when the
-    map was made, until hooks, modules or weights change (except through a tensor's `.data`).
+    Only the blocks between run, with the arguments that they got in one ordinary forward pass.
+    `path` tells which code runs: "hooked", the model's own modules; "unhooked", the Hugging Face
+    modules below; "fast", for blocks of the Llama kind. A faster path is taken if it gave the
+    model's own results when the map was made, until hooks, modules or weights change (except
+    through a tensor's `.data`).
 
     Attributes:
         x: residual stream after `source_layer` of the unsteered prompts, padded on the left.

@@ -1,8 +1,4 @@
-"""What steers a model: additions inside some blocks, a row for each row of a batch.
-
-The seam between what was found (vectors, vectors of several blocks, adapters) and the hooks that
-put it into a model. It knows tensors, no models.
-"""
+"""What steers a model: additions inside some blocks, a row for each row of a batch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

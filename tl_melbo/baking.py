@@ -1,8 +1,4 @@
-"""Vectors baked into a model: files that any program reads as an ordinary model, and that steer it.
-
-Adding a vector after a block is a bias on the block's MLP output projection, exactly, where the
-block adds that output to the residual stream as it is.
-"""
+"""Vectors baked into a model, as biases: files that any program reads as an ordinary model."""
 
 import shutil
 from collections.abc import Iterator, Mapping

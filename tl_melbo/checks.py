@@ -1,7 +1,4 @@
-"""Checks of what users pass, each written once, called at public boundaries.
-
-Each raises a ValueError that names the argument and says what came, what is allowed, what to do.
-"""
+"""Checks of what users pass, each written once, called at public boundaries."""
 
 import importlib
 import inspect
@@ -163,11 +160,7 @@ def argument_names(
 
 
 def installed(module: str, purpose: str, extra: str = "evaluation") -> Any:
-    """A module of a library that comes with an extra.
-
-    Raises:
-        ModuleNotFoundError: it is not installed; says how to install it.
-    """
+    """A module of an extra; a ModuleNotFoundError says how to install it."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

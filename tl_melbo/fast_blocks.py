@@ -2,8 +2,7 @@
 
 The kind is RMSNorm, grouped-query attention with rotary positions, RMSNorm and a SwiGLU MLP, as in
 Llama, SmolLM, Mistral and Qwen2. A norm's weights are folded into the projections behind it,
-projections of one input are one product, and the gradient, of the input alone, keeps six tensors a
-block. Nothing here knows TransformerLens: modules and tensors in, tensors out.
+projections of one input are one product. The gradient is of the input alone.
 """
 
 from collections.abc import Iterator, Sequence

@@ -15,8 +15,7 @@ _PARTIAL = re.compile(r"\..+\.[0-9a-f]{32}\.partial")
 def replacing(path: str | Path) -> Iterator[Path]:
     """Give a temporary path beside `path`; move it over `path` if the block succeeds.
 
-    The old file stays whole until the new one is complete and on disk, also when the machine stops
-    in between. After an exception the temporary file is gone and the old file untouched.
+    The old file stays whole until the new one is complete and on disk.
 
     Raises OSErrors: no such folder, `path` is a folder, or the folder cannot be written to.
     """

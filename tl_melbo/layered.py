@@ -118,29 +118,18 @@ class LayeredVectors(VectorLibrary, BlockLibrary):
         layers: Sequence[int] | None = None,
         model_type: str | None = None,
     ) -> None:
-        """Write the vectors of one index as a control vector for llama.cpp and repeng.
+        """Write the vectors of one index: see `SteeringVectors.to_repeng_gguf`.
 
         Args:
             layers: those of the blocks to write; None takes all. llama.cpp knows none after block
                 0: pass those from 1 on.
-            model_type: as in a Hugging Face config, "llama" for example; None takes the story's.
-
-        Raises:
-            ValueError: not exactly one index; block 0; no model type known.
         """
         directions = self._directions(layers, "to_repeng_gguf")
         exchange.write_control_vector(path, directions, model_type or self.story.get("model_type"))
 
     @shape_checked
     def to_steering_vectors(self, *, layers: Sequence[int] | None = None) -> "SteeringVector":
-        """The vectors of one index as an object of the steering-vectors package.
-
-        Args:
-            layers: those of the blocks to take; None takes all.
-
-        Raises:
-            ValueError: not exactly one index.
-        """
+        """The vectors of one index, of some blocks or all, for the steering-vectors package."""
         return exchange.as_steering_vector(self._directions(layers, "to_steering_vectors"))
 
     def _directions(self, layers: Sequence[int] | None, function: str) -> dict[int, Tensor]:

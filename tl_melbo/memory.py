@@ -32,8 +32,7 @@ def map_batches(
     """Call a function on batches of rows, in order, with smaller ones where memory is full.
 
     Returns the results, and the size of the batches that fit. `on_batch` is called after each with
-    the share of the rows that is done. The error comes through where one row
-    alone does not.
+    the share that is done. The error comes through where one row alone does not fit.
     """
     results: list[Result] = []
     start = 0

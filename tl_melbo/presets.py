@@ -27,9 +27,7 @@ class Preset:
     Attributes:
         about: what was looked for, in which model, and what came out.
         search: arguments of `melbo`, the published optimiser's steps included.
-        source_layer: the vectors are added to the residual stream after this block.
         target_from_end: the effect is measured after block n_layers - target_from_end.
-        source: where the settings come from.
     """
 
     about: str
@@ -47,11 +45,7 @@ class Preset:
 
     @shape_checked
     def layers(self, n_layers: int) -> dict[str, int]:
-        """The layers for a model of so many blocks, as arguments of `from_prompts`.
-
-        Raises:
-            ValueError: the model is so shallow that the target would not come after the source.
-        """
+        """For a model of so many blocks; a ValueError if they are too few."""
         target = n_layers - self.target_from_end
         if target <= self.source_layer:
             least = self.source_layer + self.target_from_end + 1

@@ -97,8 +97,7 @@ def next_token_log_probs(
     Args:
         vectors: vectors, vectors of several layers, adapters or gated factors; None for the
             unsteered model.
-        layer: None takes the layer that the vectors were found at.
-        chat: None takes the format that the vectors were found with.
+        layer, chat: None takes those that the vectors were found with.
 
     Raises:
         NotFinite: the logits are not finite under any of the vectors, or without; a warning if only
@@ -126,10 +125,7 @@ def map_next_token(
     chat: bool,
     batch_size: int = 32,
 ) -> Tensor:
-    """What `measure` says of the next token's log-probabilities, one batch of rows at a time.
-
-    Rows that are not finite are NaN throughout.
-    """
+    """What `measure` says of the next token's log-probabilities; of what is not finite, NaN."""
 
     def of_last(logits: Tensor) -> Tensor:
         log_probs = logits[:, -1].float().log_softmax(-1).cpu()

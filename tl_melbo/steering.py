@@ -48,9 +48,8 @@ def steered(
 
     Args:
         vectors: one vector for every row of the batch, or exactly one for each row; or vectors of
-            several layers, adapters or gated factors, in the same way.
-        layer: None takes the layer that the vectors were found at. Vectors of several layers,
-            adapters and gated factors know their own.
+            several layers, adapters or gated factors, which know their layers.
+        layer: None takes the layer that the vectors were found at.
         positions: which tokens of the prompt, the first forward pass, to steer: a slice or indices.
             Tokens generated from the KV cache are steered if the slice has no end.
 

@@ -81,11 +81,7 @@ class Library:
         return (self[i] for i in range(len(self)))
 
     def __getitem__(self, index: Index) -> Self:
-        """One row (still of the same type, of length 1) or several, with their numbers.
-
-        Raises:
-            IndexError: there is no such row.
-        """
+        """One row (a library of length 1) or several, with their numbers; else IndexError."""
         chosen = self._chosen(index)
         return replace(
             self,
@@ -128,7 +124,7 @@ class Library:
             return cls(**tensors, story=story, columns=columns)
 
     def _chosen(self, index: Index) -> Tensor:
-        """The positions that an index means; IndexError where there is no such row."""
+        """The positions that an index means."""
         n_rows = len(self)
         if isinstance(index, slice):
             return torch.tensor(list(range(n_rows))[index], dtype=torch.long)

@@ -45,11 +45,7 @@ class Difference(NamedTuple):
 
 
 def make(method: str, **facts: Any) -> dict[str, Any]:
-    """The metadata of a library: its method, the facts given, the versions of what ran, the date.
-
-    Two facts are read whatever the method: `measure`, which the function of that name makes, and
-    `about`, a sentence on how the vectors were found.
-    """
+    """The metadata of a library: its method, these facts, the versions of what ran, the date."""
     versions = {"python": platform.python_version()}
     return {
         "method": method,
@@ -92,10 +88,7 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[Diff
 
 
 def measure_of(story: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What was measured of each vector, as `measure` made it; None if nothing was.
-
-    Libraries of version 0.1 do not say it; what they hold is known by their method.
-    """
+    """What was measured of each vector, as `measure` made it; of version 0.1, by the method."""
     if story.get("measure"):
         return dict(story["measure"])
     chosen = story.get("hyperparameters") or {}

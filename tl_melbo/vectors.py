@@ -67,11 +67,8 @@ class SteeringVectors(VectorLibrary):
         """Take one vector or several that were made elsewhere, in the residual stream's units.
 
         Args:
-            source_layer: the layer after which they are to be added; None if not known.
+            source_layer: the layer after which they are to be added.
             method: how they were made, in a word.
-
-        Raises:
-            ValueError: a value is not finite.
         """
         checks.at_least(0, source_layer=source_layer)
         theta = vectors[None] if vectors.ndim == 1 else vectors
@@ -125,11 +122,7 @@ class SteeringVectors(VectorLibrary):
             with found[3].to_steering_vectors().apply(hugging_face_model):
                 ...
 
-        Args:
-            layer: the block after which it is added; None takes the vectors' source layer.
-
-        Raises:
-            ValueError: more or fewer than one vector, or no layer known.
+        `layer` and errors are those of `to_repeng_gguf`.
         """
         return exchange.as_steering_vector(exchange.direction(self, layer, "to_steering_vectors"))
 

@@ -38,7 +38,7 @@ def calibrate_radius(
 ) -> float:
     """Find the radius R at which the map's response to random vectors stops being linear.
 
-    It takes seconds, and is what radius="auto" does. R differs by 5% to 10% between seeds.
+    R differs by 5% to 10% between seeds.
 
     Args:
         level: the nonlinearity at R: the root mean square, over random unit vectors v, of

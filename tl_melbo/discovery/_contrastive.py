@@ -56,8 +56,7 @@ def contrastive(
 
     Args:
         f: the map of the prompts with the behaviour.
-        other: the map of those without it, of the same model and layers. Prompt i of both is a
-            pair, where there are as many.
+        other: the map of those without it. Prompt i of both is a pair, where there are as many.
         estimator: "mean", the difference of the means; or "principal", the first principal
             component of the pairs' differences, uncentred, with the sign of the mean.
         radius: the vector's norm; "auto" takes `calibrate_radius` of f at `positions`; None keeps
@@ -71,12 +70,11 @@ def contrastive(
     Raises:
         ValueError: maps of different models, layers, types, or prompt formats (`chat`); no
             difference between the two; pairs needed and not there; without a radius, a principal
-            component that the mean has no share of; a number out of its range.
+            component that the mean has no share of.
 
     Warns:
-        UserWarning: the pairs' differences hardly agree (a mean cosine below 0.1, which is a choice
-            and was not measured), so the vector may not steer; with a radius, a principal component
-            whose sign the mean does not tell.
+        UserWarning: the pairs' differences hardly agree (a mean cosine below 0.1), so the vector
+            may not steer; with a radius, a principal component whose sign the mean does not tell.
     """
     check_settings(n_vectors, radius)
     _check_alike(f, other)

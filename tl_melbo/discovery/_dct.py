@@ -61,12 +61,10 @@ def dct(
             third of the steps only those are pushed apart that share a strong direction. "linear"
             is always hard.
         radius: R, and the L2 norm of the vectors; "auto" takes `calibrate_radius`.
-        positions: where the effect is measured, counted on each prompt's own tokens.
+        positions: where the effect is measured, as in `melbo`.
         steps: gradient steps of all factors; published: 10 to 30, and 20 for "quadratic". Of
             "linear", which has a closed form, `steps`, `seed` and `start` change nothing.
-        seed: of the random start.
         start: "random", or "jacobian", the factors of the linear model.
-        previous: nothing, or all factors of the same search.
         on_step: called after each step with its number and the objective.
 
     Returns:
@@ -79,9 +77,7 @@ def dct(
         whose objective may be a few percent lower.
 
     Raises:
-        ValueError: a number out of its range; more factors than dimensions where they must be
-            orthogonal; positions that some prompt does not have; a radius without effect, or an
-            "order" of which the map has no derivative.
+        ValueError: a radius without effect, or an "order" of which the map has no derivative.
         DifferentSearch: `previous` is not this search, or more factors are wanted.
         NotFinite: the effect or its derivative is not finite.
 
@@ -139,10 +135,6 @@ def ranked(
     Args:
         by: a column, or a direction at the target layer: then by how far each factor moves the mean
             effect along it. `analysis.token_direction` gives that from one token to another.
-
-    Raises:
-        ValueError: the library lacks the column; the direction has another width, is zero or not
-            finite.
     """
     needed = by if isinstance(by, str) else "mean_effect"
     if needed not in found.columns:

@@ -1,8 +1,4 @@
-"""Fitting rank-one factors to the mean effect: the mathematics of `dct`.
-
-Source: Mack & Turner 2024, "Deep causal transcoding: a framework for mechanistically eliciting
-latent behaviors in language models".
-"""
+"""Fitting rank-one factors to the mean effect: the mathematics of `dct`."""
 
 import math
 import sys

@@ -40,9 +40,7 @@ def jacobian(
     over prompts and positions. Both signs of a direction matter; its largest component is positive.
 
     Args:
-        radius: their norm; "auto" takes `calibrate_radius`.
-        positions: where the effect is measured, counted on each prompt's own tokens.
-        previous: vectors 0 to k-1 of the same search, to go on from.
+        positions: where the effect is measured, as in `melbo`.
 
     Returns:
         The vectors, the largest `singular_value` first: the norm, to first order, of the effect of

@@ -137,8 +137,7 @@ def gram(
 ) -> Tensor:
     """J'J of `effect` at zero, float64 on the CPU: by the map's own `gram` where it has one.
 
-    `effect` must be what that means: the effects at these positions and zeros or nothing elsewhere,
-    or with `mean` their means over each prompt's. Not finite along an axis whose derivative is not.
+    `effect` is that at these positions, or with `mean` its mean over each prompt's.
     """
     own = getattr(f, "gram", None)
     with own_arithmetic(f):

@@ -76,8 +76,8 @@ def melbo_ortho(
         norm_penalty: 0 as published; larger asks for shorter vectors.
         previous: the vectors that this family has already, all of them; the search goes on as if
             there had been no break.
-        optimiser: "quasi-newton", fast: L-BFGS from zero; or "adam", as published.
-        steps: gradients for each vector, at most: 40 ("quasi-newton") or 1000 ("adam") by default.
+        optimiser: "quasi-newton", L-BFGS from zero; or "adam", as published.
+        steps: gradients for each vector, at most; None takes 40 or 1000.
 
     Returns:
         The new vectors in order, with their distance |z - z0|, how many gradients each took, and
@@ -192,7 +192,7 @@ class _Family:
         return torch.linalg.inv(gram + shift * torch.eye(len(gram), dtype=gram.dtype))
 
     def jacobian_gram(self) -> Tensor:
-        """J^T J at zero; zero along axes whose derivative is not finite, which is told."""
+        """J^T J at zero; zero along axes whose derivative is not finite."""
         gram = _map.gram(self.f, self.mean_effect, slice(None), mean=True)
         bad = ~gram.diagonal().isfinite()
         if bad.any():

@@ -27,9 +27,7 @@ def random_vectors(
         random = tm.random_vectors(f, 32, radius=float(found.norms[0]))
 
     Args:
-        radius: their norm; "auto" takes `calibrate_radius`.
         seed: vector k depends on the seed and k alone.
-        previous: vectors 0 to k-1 of the same search, to go on from.
 
     Source: the baseline of Mack & Turner 2024.
     """

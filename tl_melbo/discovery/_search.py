@@ -59,7 +59,7 @@ class Search(Parts[SteeringVectors]):
 
     Args:
         n_vectors: how many beyond `previous`; None if the method itself knows the end.
-        settings: the method's own arguments, for the metadata.
+        settings: for the metadata.
         find: the vectors that are there, and the next one's number -> the parts.
         needs: columns that must be finite, and which `previous` must have.
         orthogonal_to: vectors, by name, to which all are orthogonal, as they are to each other;
@@ -249,11 +249,7 @@ def collecting(function: Callable[..., Any], kind: type) -> Any:
 
 @shape_checked
 def join(parts: Sequence[Library]) -> Any:
-    """Join consecutive parts of one search, or of one training; each row keeps its number.
-
-    Raises:
-        DifferentSearch, ValueError: parts of other searches; none, or not in their order.
-    """
+    """Join consecutive parts of one search, or of one training; each row keeps its number."""
     if not parts:
         raise ValueError("parts: none given; pass at least one")
     first, last, expected = parts[0].story, parts[-1].story, 0

@@ -74,10 +74,7 @@ def execution_device(module: nn.Module) -> torch.device:
 
 
 def is_dispatched(*roots: nn.Module) -> bool:
-    """Whether hooks of accelerate bring weights or activations to a device at each call.
-
-    They are on the modules themselves: a copy without hooks would run none, or the original.
-    """
+    """Whether hooks of accelerate bring weights or activations to a device at each call."""
     return any(hasattr(module, "_hf_hook") for root in roots for module in root.modules())
 
 
@@ -229,8 +226,7 @@ def without_bridge(module: nn.Module, attention: Literal["sdpa", "eager"] = "sdp
 def plain_model(model: Model) -> Any:
     """The Hugging Face model below a bridge, which computes the same in less time.
 
-    None with user hooks, in compatibility mode, quantised, spread over devices, and for a
-    HookedTransformer.
+    None where it would not, as with user hooks.
     """
     if not hasattr(model, "original_model") or getattr(model, "compatibility_mode", False):
         return None

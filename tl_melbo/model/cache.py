@@ -1,7 +1,6 @@
 """Models that were GGUF files, kept as safetensors in the user's cache folder: a faster start.
 
-An entry is a folder, named by the sha256 of the source, the dtype and transformers's version. Its
-manifest is written last, and names its files with their digests.
+An entry is a folder. Its manifest is written last, and names its files with their digests.
 """
 
 import hashlib

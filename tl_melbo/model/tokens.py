@@ -18,8 +18,7 @@ def to_tokens(model: Model, prompt: str, chat: bool = False, system: str | None 
     """Tokenise one prompt, without a doubled beginning-of-sequence token; on the model's device.
 
     Args:
-        chat: put the text into the tokenizer's chat template, if there is one, as a user's turn.
-        system: a system prompt; before the text, where the template knows none.
+        system: a system prompt; before the text, where the chat template knows none.
 
     Raises:
         ValueError: an empty prompt, one that is too long, a model without a tokenizer.
@@ -75,11 +74,7 @@ def chat_tokens(tokenizer: Any, prompt: str, system: str | None = None) -> Tenso
 
 
 def default_system_prompt(model: Model) -> str | None:
-    """What the chat template tells the model before the user speaks, where it tells anything.
-
-    The template is filled in with a system prompt and without: where only that differs, what stands
-    in its place is the default.
-    """
+    """What the chat template tells the model before the user speaks, where it tells anything."""
     from jinja2 import TemplateError
 
     tokenizer = getattr(model, "tokenizer", None)
