@@ -55,10 +55,8 @@ def bake(
     if len(rows) != 1:
         raise ValueError(f"vectors: {len(rows)}, expected exactly one; pick one, as found[3]")
     if not isinstance(rows, VectorAdditions) or rows.place != "block":
-        raise ValueError(
-            f"vectors: {type(vectors).__name__} adds something else than vectors after blocks, "
-            "which no bias can hold; bake its .vectors(), if it has them"
-        )
+        kind = type(vectors).__name__
+        raise ValueError(f"vectors: no bias can hold what {kind} adds; bake its .vectors()")
     added = dict(zip(rows.layers, rows.theta[0], strict=True))
     path = Path(path).expanduser().resolve()
     if path.suffix == ".gguf":
@@ -85,10 +83,8 @@ def _baked(model: Model, added: Mapping[int, Tensor]) -> Any:
             "load it as a TransformerBridge with tm.load_model(), without compatibility mode"
         )
     if is_dispatched(model.original_model):
-        raise ValueError(
-            f"model: {model_name(model)} is spread over several devices; load it without "
-            "device_map, on a machine with room for it, then bake"
-        )
+        name = model_name(model)
+        raise ValueError(f"model: {name} is spread over several devices; load it on one")
     plain: Any = without_bridge(model.original_model)
     weights = plain.state_dict()
     if not all(weight.is_floating_point() for weight in weights.values()):

@@ -39,14 +39,10 @@ def write_control_vector(
     ControlVector.export_gguf.
     """
     if not model_type:
-        raise ValueError(
-            "model_type: not given, and the story does not tell; pass the one in the model's "
-            "config, for example model_type='llama'"
-        )
+        raise ValueError("model_type: not given, nor known; pass one, such as model_type='llama'")
     if min(directions) < 1:
         raise ValueError(
-            f"layer={min(directions)}: llama.cpp adds control vectors after blocks 1 and later; a "
-            "vector for block 0 cannot be written to such a file"
+            f"layer={min(directions)}: llama.cpp adds control vectors after blocks 1 and later only"
         )
     with gguf_writer(path, _CONTROL_VECTOR) as writer:
         writer.add_string(f"{_CONTROL_VECTOR}.model_hint", model_type)
@@ -89,10 +85,7 @@ def direction(library: "SteeringVectors", layer: int | None, function: str) -> d
     checks.exactly_one(library, function, f"pick one, as found[3].{function}(...)")
     layer = library.source_layer if layer is None else layer
     if layer is None:
-        raise ValueError(
-            "layer: not given, and the story does not tell where the vectors belong; pass "
-            "layer=, for example layer=8"
-        )
+        raise ValueError("layer: not given, nor known from the story; pass one, such as layer=8")
     checks.at_least(0, layer=layer)
     return {layer: library.vectors[0]}
 

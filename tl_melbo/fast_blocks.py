@@ -30,12 +30,11 @@ class FastBlocks:
             self.blocks = [_Block.of(layer, self.d_head, hot_rows) for layer in layers]
 
     def rotation(self, cosine: Tensor, sine: Tensor) -> Tensor:
-        """Rotary positions as complex numbers, [pos, a pair of each query and key head]."""
+        """Rotary positions as complex numbers, [pos, a pair of each query and key head].
+
+        Both halves of a head must be turned alike.
+        """
         half = self.d_head // 2
-        if cosine.shape[::2] != (1, self.d_head) or not all(
-            torch.equal(part[..., :half], part[..., half:]) for part in (cosine, sine)
-        ):
-            raise ValueError("the two halves of a head are not turned alike")
         return torch.complex(cosine[0, :, :half], sine[0, :, :half]).repeat(1, self.n_turned)
 
     def forward(

@@ -38,10 +38,8 @@ class LayeredVectors(VectorLibrary, BlockLibrary):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.vectors.shape[1] != len(self.layers):
-            raise ValueError(
-                f"layers: {len(self.layers)} given, but there are vectors of "
-                f"{self.vectors.shape[1]}; name the block of each"
-            )
+            count = self.vectors.shape[1]
+            raise ValueError(f"layers: {len(self.layers)} given, for vectors of {count} blocks")
 
     @classmethod
     @shape_checked

@@ -226,10 +226,7 @@ def steering_layer(model: Model, vectors: Vectors | None, layer: int | None) -> 
     if layer is None and isinstance(vectors, SteeringVectors):
         layer = vectors.source_layer
     if layer is None:
-        raise ValueError(
-            "layer: not given, and the vectors do not know where they belong; pass layer=, "
-            "for example layer=8"
-        )
+        raise ValueError("layer: not given, nor known from the vectors; pass one, such as layer=8")
     check_layer(model, layer)
     return layer
 
@@ -243,8 +240,5 @@ def as_chat(vectors: Steerable | None, chat: bool | None) -> bool:
         return bool(story["chat"])
     ways = {part.get("chat") for part in story.get("parts", [])} - {None}
     if len(ways) > 1:
-        raise ValueError(
-            "chat: some of the vectors were found with chat prompts and some with raw ones; pass "
-            "chat=True or chat=False"
-        )
+        raise ValueError("chat: the vectors were found with both; pass chat=True or chat=False")
     return ways == {True}

@@ -69,8 +69,8 @@ def check_radius(radius: Radius) -> None:
     """Make sure that a radius is a norm that float32 holds, or "auto"."""
     if radius != "auto" and not 0 < radius <= _LARGEST_NORM:
         raise ValueError(
-            f"radius={radius}: must be a positive norm up to {_LARGEST_NORM:g}, or 'auto'; useful "
-            "ones were 0.05 to 0.4 of a token's at the source layer; try 'auto', and read the texts"
+            f"radius={radius}: must be a positive norm up to {_LARGEST_NORM:g}, or 'auto'; try "
+            "'auto', and read the texts"
         )
 
 

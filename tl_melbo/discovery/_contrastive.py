@@ -131,15 +131,9 @@ def _check_alike(f: EffectMap, other: EffectMap) -> None:
     ours, theirs = f.story(), other.story()
     for fact in ("model", "dtype", "weights", "d_model", "source_layer", "chat"):
         if ours.get(fact) != theirs.get(fact):
-            advice = "make both maps from the same model and layers"
-            if fact == "chat":
-                advice = (
-                    "else the direction would be that of the chat template; make both maps with "
-                    f"chat={ours.get(fact)}"
-                )
             raise ValueError(
-                f"other: its {fact} is {theirs.get(fact)}, but that of f is {ours.get(fact)}; "
-                f"{advice}"
+                f"other: its {fact} is {theirs.get(fact)}, but that of f is {ours.get(fact)}; make "
+                f"both maps with {fact}={ours.get(fact)}"
             )
 
 

@@ -35,15 +35,11 @@ def check_model(model: Model) -> None:
     if not isinstance(model, nn.Module) or not all(hasattr(model, name) for name in needed):
         raise TypeError(
             f"model: got {type(model).__module__}.{type(model).__name__}, expected a "
-            "TransformerLens model (TransformerBridge or HookedTransformer). Load one with "
-            "tl_melbo.load_model('name'), or wrap a Hugging Face model with "
+            "TransformerLens model; load one with tl_melbo.load_model('name'), or wrap one: "
             "TransformerBridge.boot_transformers('name', hf_model=..., tokenizer=...)"
         )
     if any(parameter.is_meta for parameter in model.parameters()) and not is_dispatched(model):
-        raise ValueError(
-            "model: has parameters on the meta device, which holds no values; load the model with "
-            "its weights, for example tl_melbo.load_model('name')"
-        )
+        raise ValueError("model: has parameters on the meta device; load it with its weights")
 
 
 @shape_checked
@@ -126,9 +122,8 @@ def check_projection(model: Model, layer: int) -> None:
     """Make sure that attention's output projection of a block can be hooked."""
     if projection_hook_name(layer) not in model.hook_dict:
         raise ValueError(
-            f"model: block {layer} of {model_name(model)} has no attention with the hook point "
-            f"{projection_hook_name(layer)}, which gated factors need; use a TransformerBridge, as "
-            "tm.load_model makes it, and blocks with attention"
+            f"model: block {layer} of {model_name(model)} lacks the hook point "
+            f"{projection_hook_name(layer)}; gated factors need a TransformerBridge with attention"
         )
 
 

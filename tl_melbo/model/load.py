@@ -98,10 +98,8 @@ def _spread(
     """What transformers is told about several devices."""
     if device_map is None:
         if offload_folder is not None:
-            raise ValueError(
-                f"offload_folder={str(offload_folder)!r}: only for modules that device_map puts "
-                'on "disk"; pass both, or neither'
-            )
+            told = f"offload_folder={str(offload_folder)!r}"
+            raise ValueError(f"{told}: only beside a device_map; pass both, or neither")
         return {}
     if device is not None:
         raise ValueError(f"device={str(device)!r} and device_map: pass one of them")
@@ -255,10 +253,8 @@ def _from_hugging_face(
                 "{'model.embed_tokens': 'cpu', 'model.layers.0': 'disk', ...}"
             ) from error
         raise ValueError(
-            f"name={name!r}: cannot be loaded as a causal language model ({reason}). Allowed: the "
-            "id of a public hub model with safetensors, a folder that holds config.json, a "
-            "tokenizer and *.safetensors, or a .gguf file. For a gated model log in first, with "
-            "'hf auth login'"
+            f"name={name!r}: cannot be loaded as a causal language model ({reason}). Pass a hub id "
+            "(of a gated model after 'hf auth login'), a folder with safetensors, or a .gguf file"
         ) from error
     if spread:  # a weight that comes and goes keeps no flag that is changed in between
         hf_model.requires_grad_(False)
