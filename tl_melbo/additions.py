@@ -1,8 +1,8 @@
 """What steers a model: additions inside some blocks, a row for each row of a batch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, Self, runtime_checkable
+from typing import Any, Literal, Protocol, Self, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -14,32 +14,43 @@ from tl_melbo.shapes import Float, Theta
 Place = Literal["block", "attention"]
 
 
-class Additions(Protocol):
-    """Rows of additions in some blocks; sliced as a tensor is."""
+class Additions:
+    """A base: rows of additions in some blocks; sliced as a tensor is.
 
-    @property
-    def layers(self) -> Sequence[int]:
-        """The blocks in which something is added."""
+    A subclass is a dataclass, and all its tensors have these rows.
 
-    @property
-    def place(self) -> Place:
-        """Where in these blocks."""
+    Attributes:
+        layers: the blocks in which something is added.
+        place: where in these blocks.
+    """
 
-    def __len__(self) -> int: ...
+    layers: Sequence[int]
+    place: Place
 
-    def __getitem__(self, rows: slice | Tensor) -> Self: ...
+    def __len__(self) -> int:
+        return next(len(each) for each in vars(self).values() if isinstance(each, Tensor))
+
+    def __getitem__(self, rows: slice | Tensor) -> Self:
+        return self._each(lambda tensor: tensor[rows])
 
     def to(self, device: torch.device) -> Self:
         """The same on another device."""
+        return self._each(lambda tensor: tensor.to(device))
+
+    def _each(self, of: Callable[[Tensor], Tensor]) -> Self:
+        tensors = {name: of(each) for name, each in vars(self).items() if isinstance(each, Tensor)}
+        return replace(cast(Any, self), **tensors)
 
     def sizes(self, dtype: torch.dtype) -> Float[Tensor, "row"]:
         """A bound on what each row adds, in this type: 0 adds nothing, and must be exact."""
+        raise NotImplementedError
 
     def after(self, layer: int, read: Tensor) -> Tensor:
         """What to add in a block, to be broadcast, from what is read there: its type, its device.
 
         What is read has one row, or as many as there are rows here.
         """
+        raise NotImplementedError
 
 
 @runtime_checkable
@@ -62,8 +73,8 @@ class Steering(Protocol):
         """All at the first scale, then all at the second, and so on."""
 
 
-@dataclass(frozen=True)
-class VectorAdditions:
+@dataclass(eq=False)
+class VectorAdditions(Additions):
     """Vectors, whatever is read: `theta` is [row, layer, d_model], float32."""
 
     theta: Float[Tensor, "row layer d_model"]
@@ -75,16 +86,6 @@ class VectorAdditions:
         """Vectors after one block."""
         return cls(theta[:, None], (layer,))
 
-    def __len__(self) -> int:
-        return len(self.theta)
-
-    def __getitem__(self, rows: slice | Tensor) -> Self:
-        return replace(self, theta=self.theta[rows])
-
-    def to(self, device: torch.device) -> Self:
-        """The same on another device."""
-        return replace(self, theta=self.theta.to(device))
-
     def sizes(self, dtype: torch.dtype) -> Float[Tensor, "row"]:
         """The largest absolute value of each row."""
         return self.theta.to(dtype).abs().amax((1, 2)).cpu()
@@ -94,21 +95,11 @@ class VectorAdditions:
         return self.theta[:, [self.layers.index(layer)]].to(read.device, read.dtype)
 
 
-@dataclass(frozen=True)
-class LowRankRows:
+@dataclass(eq=False)
+class LowRankRows(Additions):
     """Rows of products A B and their sizes, [row]: what adapters and gated factors share."""
 
     A: Tensor
     B: Tensor
     size: Tensor
     layers: Sequence[int]
-
-    def __len__(self) -> int:
-        return len(self.A)
-
-    def __getitem__(self, rows: slice | Tensor) -> Self:
-        return replace(self, A=self.A[rows], B=self.B[rows], size=self.size[rows])
-
-    def to(self, device: torch.device) -> Self:
-        """The same on another device."""
-        return replace(self, A=self.A.to(device), B=self.B.to(device), size=self.size.to(device))

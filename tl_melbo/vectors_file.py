@@ -85,7 +85,7 @@ def read(path: str | Path, kind: Kind = VECTORS) -> tuple[dict[str, Any], dict[s
             raise ValueError(f"{len(names)} tensors, and at most {_MOST_TENSORS} can be kept")
         tensors = {name.removeprefix(_COLUMN): file.get_tensor(name) for name in names}
     # As they were written; version 0.1 did not tell.
-    order = json.loads(metadata.get("order", "[]"))
+    order: list[str] = json.loads(metadata.get("order", "[]"))
     if not _all_are(str)(order):
         raise ValueError("the order of its columns makes no sense")
     tensors = {n: tensors[n] for n in [*filter(tensors.__contains__, order), *tensors]}

@@ -21,7 +21,7 @@ from tl_melbo.vectors import SteeringVectors
 Estimator = Literal["difference", "addition"]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class AdapterAdditions(LowRankRows):
     """What adapters add: `size * h A B / |h A B|` to the residual stream h, row by row.
 

@@ -17,7 +17,7 @@ from tl_melbo.story import now
 _ABOUT = "Each vector is what a gated factor writes in a block, at its mean gate over the tokens."
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class GatedAdditions(LowRankRows):
     """What gated factors add: `size (z . a) b` to what attention's output projection makes of z.
 
