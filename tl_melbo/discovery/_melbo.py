@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -146,7 +145,7 @@ def melbo(
     }  # fmt: skip
 
     objective = partial(melbo_objective, p=p, q=q, norm=norm)
-    climb = _Climb(f, objective, radius, positions, optimiser, steps, on_step)
+    climb = _climber(f, objective, radius, positions, optimiser, steps, on_step)
 
     def find(earlier: Tensor, first: int) -> Iterator[Part]:
         starts = numbered_sphere(first + n_vectors, int(f.x.shape[-1]), seed)
@@ -183,40 +182,39 @@ iter_melbo = melbo.parts
 join_library = join
 
 
-@dataclass
-class _Climb:
+def _climber(
+    f: EffectMap,
+    objective: Callable[[Tensor], Tensor],
+    radius: float,
+    positions: slice,
+    optimiser: Optimiser,
+    steps: int,
+    on_step: OnStep | None,
+) -> Callable[[int, Tensor, Tensor], Part]:
     """The search for one vector, or for several that do not depend on each other."""
+    optimise, first_step = OPTIMISERS[optimiser]
+    evaluate = _map.value_and_gradient(f, objective, positions)
+    counted = f.position_mask(positions).double()[None, :, :, None]
+    of_rounding = float(objective(counted * _map.rounding(f, positions)))
 
-    f: EffectMap
-    objective: Callable[[Tensor], Tensor]
-    radius: float
-    positions: slice
-    optimiser: Optimiser
-    steps: int
-    on_step: OnStep | None
-
-    def __post_init__(self) -> None:
-        self.optimise, self.first_step = OPTIMISERS[self.optimiser]
-        self.evaluate = _map.value_and_gradient(self.f, self.objective, self.positions)
-        counted = self.f.position_mask(self.positions).double()[None, :, :, None]
-        self.of_rounding = float(self.objective(counted * _map.rounding(self.f, self.positions)))
-
-    def __call__(self, k: int, starts: Tensor, basis: Tensor) -> Part:
+    def climb(k: int, starts: Tensor, basis: Tensor) -> Part:
         """Vector k and those that follow, one for each start, in the complement of a basis."""
-        states = self.optimise(self.evaluate, starts, basis, self.radius, self.steps)
+        states = optimise(evaluate, starts, basis, radius, steps)
         started = state = next(states)
         _map.refuse_no_effect(
-            (started.value <= self.of_rounding).any(),
+            (started.value <= of_rounding).any(),
             "a random vector",
             f"use a larger radius, or a smaller p (vector {k})",
         )
         history = []
-        for step, state in enumerate(itertools.chain([started], states), self.first_step):
+        for step, state in enumerate(itertools.chain([started], states), first_step):
             history.append(state.value)
-            if self.on_step is not None:
-                self.on_step(Step(k, len(state.value), step, self.steps, state.value.clone()))
-        theta = (state.unit * self.radius).float()
+            if on_step is not None:
+                on_step(Step(k, len(state.value), step, steps, state.value.clone()))
+        theta = (state.unit * radius).float()
         return Part(k, theta, state.columns(), torch.stack(history, 1))
+
+    return climb
 
 
 def _warn_if_dominated(f: EffectMap, theta: Tensor, positions: slice, p: float) -> None:
