@@ -42,7 +42,8 @@ def write_control_vector(
         raise ValueError("model_type: not given, nor known; pass one, such as model_type='llama'")
     if min(directions) < 1:
         raise ValueError(
-            f"layer={min(directions)}: llama.cpp adds control vectors after blocks 1 and later only"
+            f"layer={min(directions)}: llama.cpp adds control vectors after blocks 1 on, never "
+            "after block 0"
         )
     with gguf_writer(path, _CONTROL_VECTOR) as writer:
         writer.add_string(f"{_CONTROL_VECTOR}.model_hint", model_type)

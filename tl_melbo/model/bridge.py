@@ -123,7 +123,7 @@ def check_projection(model: Model, layer: int) -> None:
     if projection_hook_name(layer) not in model.hook_dict:
         raise ValueError(
             f"model: block {layer} of {model_name(model)} lacks the hook point "
-            f"{projection_hook_name(layer)}; gated factors need a TransformerBridge with attention"
+            f"{projection_hook_name(layer)}; use a TransformerBridge with attention"
         )
 
 
