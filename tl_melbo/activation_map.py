@@ -247,10 +247,6 @@ class ActivationMap:
         """`gram` from one layer of this map to several later ones, all in one forward-mode pass.
 
         `on_batch` gets the number of directions that were pushed through for one prompt.
-
-        Raises:
-            ValueError: a layer outside the map, or a target at or before the source; the positions
-                miss some prompt.
         """
         first, last = self.source_layer, self.target_layer
         if not all(first <= source_layer < layer <= last for layer in target_layers):

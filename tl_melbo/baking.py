@@ -44,12 +44,7 @@ def bake(
     *,
     source: str | Path | None = None,
 ) -> Path:
-    """Write the model with one vector, or vectors of several blocks, in it; `SteeringVectors.bake`.
-
-    Raises:
-        ValueError: more or fewer than one; a model whose blocks cannot hold it, and why.
-        FileExistsError: something is in the folder, or there is such a file.
-    """
+    """Write the model with one vector, or vectors of several blocks: see `SteeringVectors.bake`."""
     check_model(model)
     rows = steering_rows(model, vectors, layer, [1.0])
     if len(rows) != 1:

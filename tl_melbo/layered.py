@@ -54,11 +54,7 @@ class LayeredVectors(VectorLibrary, BlockLibrary):
         """Take vectors that were made elsewhere, in the residual stream's units.
 
         Args:
-            layers: the block after which each is to be added.
-            method: how they were made, in a word.
-
-        Raises:
-            ValueError: a value is not finite, or a block is named twice.
+            layers: the block after which each is to be added, none of them twice.
         """
         story: dict[str, Any] = {"method": method, "model": model, "d_model": vectors.shape[2]}
         return cls(vectors, story={**story, "layers": list(layers), "date": now()})

@@ -69,6 +69,9 @@ class SteeringVectors(VectorLibrary):
         Args:
             source_layer: the layer after which they are to be added.
             method: how they were made, in a word.
+
+        Raises:
+            ValueError: a value is not finite.
         """
         checks.at_least(0, source_layer=source_layer)
         theta = vectors[None] if vectors.ndim == 1 else vectors

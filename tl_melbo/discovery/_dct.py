@@ -135,6 +135,9 @@ def ranked(
     Args:
         by: a column, or a direction at the target layer: then by how far each factor moves the mean
             effect along it. `analysis.token_direction` gives that from one token to another.
+
+    Raises:
+        ValueError: no such column; a direction of another width, zero or not finite.
     """
     needed = by if isinstance(by, str) else "mean_effect"
     if needed not in found.columns:

@@ -67,10 +67,6 @@ class Search(Parts[SteeringVectors]):
         together: all vectors are found together, so that fewer or more of them are others.
         nothing: the error where not one vector is found.
         facts: what else the metadata tells, such as `seed`, `measure` and `about`.
-
-    Raises:
-        ValueError: too few vectors, or more than can be orthogonal.
-        DifferentSearch: `previous` is not the beginning of this search.
     """
 
     def __init__(
