@@ -125,6 +125,17 @@ def test_a_search_for_factors_goes_on_where_it_was_killed(tiny_llama, tmp_path, 
         tm.GatedFactors(kept.A, kept.B, story=kept.story, columns=cut, history=kept.history)
 
 
+@pytest.mark.parametrize("words", ["mine", "vector,scale,prompt,completion\n0,1.0,mine,mine\n"])
+def test_a_table_of_the_users_own_is_not_replaced(tiny_llama, tmp_path, words):
+    run, path = tm.Run(tmp_path), tmp_path / "adapters.csv"
+    path.write_text(words)
+    adapter = run.adapters(tiny_llama, 1, PROMPT, max_new_tokens=2, steps=1)
+    with pytest.raises(ValueError, match=r"adapters\.csv: no run left it; move it"):
+        run.adapter_texts(tiny_llama, adapter, PROMPT, max_new_tokens=2)
+    run.adapters(tiny_llama, 1, PROMPT, max_new_tokens=2, steps=1, seed=1, overwrite=True)
+    assert path.read_text() == words
+
+
 def test_the_command_trains_keeps_and_writes(model_folder, cached_models, tmp_path):
     runner, out = CliRunner(), tmp_path / "run"
     command = ["adapters", *PROMPTS[:2], "--out", str(out), "--model", str(model_folder)]

@@ -180,7 +180,8 @@ def write_texts_under(
 ) -> "pd.DataFrame":
     """Sample under each adapter, or each gated factor, after each prompt, and save that.
 
-    It is saved in `adapters.csv` or `factors.csv`. `on_batch` is as `tm.generate` takes it.
+    It is saved in `adapters.csv` or `factors.csv`, which is a ValueError where no run left that
+    file. `on_batch` is as `tm.generate` takes it.
 
     Returns:
         The frame of `tm.generate`, at temperature 1; vector -1 is the model as it is.
@@ -190,6 +191,8 @@ def write_texts_under(
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": 1.0}
     options["chat"] = bool(steering.story.get("chat"))
     texts, path = checks.as_texts(prompts), self.folder / _FILES[type(steering)][1]
+    if path.is_file() and not _is_own(path):
+        raise ValueError(f"{path}: no run left it; move it elsewhere")
     tells = in_parts(on_batch, [len(texts), len(texts) * len(steering)])
     frames = [
         generate(model, texts, each, on_batch=tell, **options)
