@@ -87,6 +87,11 @@ def test_a_jacobian_that_is_too_large_is_not_held(monkeypatch):
     torch.testing.assert_close(found.vectors, whole.vectors, rtol=0, atol=1e-6)
 
 
+def test_a_map_that_is_none_is_named():
+    with pytest.raises(TypeError, match=r"value_and_gradient\(\): argument 'f' is None"):
+        tm.discovery.value_and_gradient(None, torch.sum, slice(None))
+
+
 class Flat(Linear):
     """A map whose singular values are known: some that stand out, then nearly equal ones."""
 
