@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import tl_melbo as tm
 from tests.tiny_models import D_MODEL, as_bridge, tiny_bridge, tiny_hf, tokenizer
 from tl_melbo.model.bridge import without_bridge
+from tl_melbo.model.load import gguf_reader
 
 PROMPT = "Tell me about yourself."
 
@@ -120,6 +121,7 @@ def test_a_gguf_file_takes_one_more_tensor(tmp_path):
     baked = one.bake(model, tmp_path / "baked.gguf", source=source)
     (-0.5 * one).bake(model, tmp_path / "twice.gguf", source=baked)
     old, new, twice = map(gguf.GGUFReader, (source, baked, tmp_path / "twice.gguf"))
+    assert type(gguf_reader()(baked).tensors[0].data) is np.ndarray  # a map is cut slowly
     facts = [{n: f.contents() for n, f in r.fields.items() if n[:4] != "GGUF"} for r in (old, new)]
     assert facts[0] == facts[1]
     assert "tokenizer.ggml.tokens" in facts[0]

@@ -238,7 +238,13 @@ def test_texts_come_back_from_a_table_as_they_were(tmp_path: Path) -> None:
     with (tmp_path / "t.csv").open(encoding="utf-8", newline="") as file:
         cells = [row["completion"] for row in csv.DictReader(file)]
     assert not any(cell.startswith(("=", "+", "-", "@")) for cell in cells)
+    limit = csv.field_size_limit()
     pd.testing.assert_frame_equal(runs.load_table(tmp_path / "t.csv", ["size"]), table)
+    assert csv.field_size_limit() == limit
+    with (tmp_path / "t.csv").open("a", encoding="utf-8") as file:
+        file.write("1,")
+    with pytest.raises(tm.errors.Damaged, match="a row is cut"):
+        runs.load_table(tmp_path / "t.csv", ["size"])
 
 
 @pytest.mark.slow

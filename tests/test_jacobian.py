@@ -75,6 +75,23 @@ def test_the_linear_map_to_nine_digits():
         assert ((vectors @ right.T).abs().diagonal() > 1 - 1e-9).all()
 
 
+def test_a_jacobian_that_is_too_large_is_not_held(monkeypatch):
+    module, f = sys.modules["tl_melbo.discovery._jacobian"], Linear(40)
+    whole, held = tm.jacobian(f, 3, radius=1.0, positions=slice(None)), []
+    monkeypatch.setattr(module, "_LARGEST_JACOBIAN", 8 * 40**2 - 1)  # two prompts, four positions
+    times = module._map.jacobian_times
+    count = lambda *a: held.append(len(a[2])) or times(*a)  # noqa: E731
+    monkeypatch.setattr(module._map, "jacobian_times", count)
+    found = tm.jacobian(f, 3, radius=1.0, positions=slice(None))
+    assert max(held) <= 16
+    torch.testing.assert_close(found.vectors, whole.vectors, rtol=0, atol=1e-6)
+
+
+def test_a_map_that_is_none_is_named():
+    with pytest.raises(TypeError, match=r"value_and_gradient\(\): argument 'f' is None"):
+        tm.discovery.value_and_gradient(None, torch.sum, slice(None))
+
+
 class Flat(Linear):
     """A map whose singular values are known: some that stand out, then nearly equal ones."""
 

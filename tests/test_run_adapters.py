@@ -91,6 +91,51 @@ def test_factors_are_kept_and_read_back(tiny_llama, tmp_path, monkeypatch):
     assert len(run.gated_factors(*arguments, overwrite=True, **settings)) == 3
 
 
+@pytest.mark.parametrize("n_kept", [1, 3])
+def test_a_search_for_factors_goes_on_where_it_was_killed(tiny_llama, tmp_path, n_kept):
+    arguments = tiny_llama, PROMPTS[:2], 3
+    settings = {"layers": [0, 1], "target_layer": 3, "steps": 3}
+    expected = tm.gated_factors(*arguments, **settings)
+    run, counts = tm.Run(tmp_path / "run"), []
+    path = run.folder / "factors.safetensors"
+
+    def die(done, total):
+        if done == n_kept:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.gated_factors(*arguments, on_step=die, **settings)
+    kept = tm.GatedFactors.load(path)
+    assert kept.history.shape == (3, n_kept)
+    with pytest.raises(ValueError, match="mean_gate"):
+        kept.vectors()
+    with pytest.raises(DifferentSearch, match="seed=0"):
+        run.gated_factors(*arguments, seed=1, **settings)
+    count = {"on_step": lambda *c: counts.append(c)}
+    found = run.gated_factors(*arguments, **count, **settings)
+    assert counts == [(step, 4) for step in range(n_kept, 5)]
+    for each in (found, tm.GatedFactors.load(path)):
+        assert torch.equal(each.A, expected.A)
+        assert torch.equal(each.B, expected.B)
+        assert torch.equal(each.history, expected.history)
+        assert each.columns.keys() == expected.columns.keys()
+        assert all(torch.equal(each.columns[name], expected.columns[name]) for name in each.columns)
+    cut = {**kept.columns, "unfinished": kept.columns["unfinished"][:, 1:]}
+    with pytest.raises(ValueError, match="'unfinished' is not what a search left"):
+        tm.GatedFactors(kept.A, kept.B, story=kept.story, columns=cut, history=kept.history)
+
+
+@pytest.mark.parametrize("words", ["mine", "vector,scale,prompt,completion\n0,1.0,mine,mine\n"])
+def test_a_table_of_the_users_own_is_not_replaced(tiny_llama, tmp_path, words):
+    run, path = tm.Run(tmp_path), tmp_path / "adapters.csv"
+    path.write_text(words)
+    adapter = run.adapters(tiny_llama, 1, PROMPT, max_new_tokens=2, steps=1)
+    with pytest.raises(ValueError, match=r"adapters\.csv: no run left it; move it"):
+        run.adapter_texts(tiny_llama, adapter, PROMPT, max_new_tokens=2)
+    run.adapters(tiny_llama, 1, PROMPT, max_new_tokens=2, steps=1, seed=1, overwrite=True)
+    assert path.read_text() == words
+
+
 def test_the_command_trains_keeps_and_writes(model_folder, cached_models, tmp_path):
     runner, out = CliRunner(), tmp_path / "run"
     command = ["adapters", *PROMPTS[:2], "--out", str(out), "--model", str(model_folder)]
@@ -107,6 +152,30 @@ def test_the_command_trains_keeps_and_writes(model_folder, cached_models, tmp_pa
     neither = runner.invoke(cli.app, ["adapters", "--out", str(out)])
     assert neither.exit_code == 1
     assert "--situations" in neither.stderr
+
+
+def test_the_command_finds_factors_and_goes_on(model_folder, cached_models, tmp_path, monkeypatch):
+    runner, out = CliRunner(), tmp_path / "run"
+    command = ["gated", PROMPT, "--out", str(out), "--model", str(model_folder), "--no-chat"]
+    command += ["--n-factors", "2", "--layers", "0", "--layers", "1", "--steps", "2"]
+    save = tm.GatedFactors.save
+
+    def stop(self, path):
+        if self.history.shape[1] == 2:
+            raise KeyboardInterrupt
+        save(self, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tm.GatedFactors, "save", stop)
+        result = runner.invoke(cli.app, command)
+    assert result.exit_code == 130
+    assert "1 step is kept in" in result.stderr
+    result = runner.invoke(cli.app, [*command, "--max-new-tokens", "3"])
+    assert result.exit_code == 0, result.output
+    assert result.stdout.strip().splitlines()[-1] == str((out / "factors.csv").resolve())
+    found = tm.GatedFactors.load(out / "factors.safetensors")
+    assert (len(found), found.layers, found.history.shape[1]) == (2, (0, 1), 3)
+    assert (out / "factors.csv").read_text().count(PROMPT) == 3
 
 
 def test_the_page_shows_what_the_folder_holds(tiny_llama, tmp_path, by_words):

@@ -259,6 +259,18 @@ def _date(data: bytes, folder: Path) -> str:
 
 
 @pytest.mark.usefixtures("no_page")
+def test_a_name_that_another_search_has_leaves_its_record(
+    swept: tuple[Path, dict, pd.DataFrame], tmp_path: Path
+) -> None:
+    out, grid, table = shutil.copytree(swept[0], tmp_path / "out"), *swept[1:]
+    name = table["folder"].iloc[0]
+    before = (out / name / "cell.json").read_bytes()
+    again = tm.sweep({**grid[0], "radius": 5.0, "source_layer": 1, "name": name}, out)
+    assert "holds vectors of another search" in again["error"].iloc[0]
+    assert (out / name / "cell.json").read_bytes() == before
+
+
+@pytest.mark.usefixtures("no_page")
 def test_a_search_that_was_given_up_says_why_and_is_tried_again(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

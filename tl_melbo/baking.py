@@ -20,7 +20,7 @@ from tl_melbo.model.bridge import (
     model_type,
     without_bridge,
 )
-from tl_melbo.model.load import BUNDLED_NAME, bundled_model_path, quiet_transformers
+from tl_melbo.model.load import BUNDLED_NAME, bundled_model_path, gguf_reader, quiet_transformers
 from tl_melbo.shapes import shape_checked
 from tl_melbo.steering import Steerable, steering_rows
 
@@ -168,7 +168,7 @@ def _write_gguf(source: Path, path: Path, model: Model, added: Mapping[int, Tens
     if not source.is_file():
         raise FileNotFoundError(f"source={str(source)!r}: no such file")
     try:
-        reader = gguf.GGUFReader(source)
+        reader = gguf_reader()(source)
         kind = reader.fields["general.architecture"].contents()
         facts = ("embedding_length", "block_count")
         sizes = tuple(reader.fields[f"{kind}.{fact}"].contents() for fact in facts)

@@ -223,6 +223,7 @@ def page(
 
 
 app.command(cls=terminal.Command)(cli_adapters.adapters)
+app.command(cls=terminal.Command)(cli_adapters.gated)
 app.command(cls=terminal.Command)(cli_sweep.sweep)
 
 

@@ -1,6 +1,7 @@
-"""Divergence adapters from a shell: `tl-melbo adapters --situations --out runs/adapters`."""
+"""Adapters and gated factors from a shell: `tl-melbo adapters --situations --out runs/adapters`."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
@@ -8,7 +9,10 @@ from typer import Argument, Option
 
 import tl_melbo as tm
 from tl_melbo import checks, terminal
-from tl_melbo.terminal import BundledModel, Chat, Device, Dtype, Out, option
+from tl_melbo.terminal import BundledModel, Chat, Device, Dtype, MaxNewTokens, Out, Prompts, option
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def adapters(
@@ -48,30 +52,80 @@ def adapters(
     checks.at_least(1, n_adapters=n_adapters, max_new_tokens=max_new_tokens)
     held_out = tm.adapters.situations().query("split == 'held_out'").groupby("situation").head(1)
     asked = [checks.as_text(prompt) for prompt in prompts or held_out["prompt"]]
+    chosen: dict[str, Any] = {
+        "rank": rank, "shared": shared, "alpha": alpha, "beta": beta,
+        "learning_rate": learning_rate, "length": length, "batch_size": batch_size, "steps": steps,
+        "max_new_tokens": max_new_tokens, "seed": seed, "chat": chat, "overwrite": overwrite,
+    }  # fmt: skip
+
+    def train(run: tm.Run, loaded: Any, count: Any) -> tm.Adapter:
+        return run.adapters(loaded, n_adapters, prompts or None, on_adapter=count, **chosen)
+
+    load = {"name": model, "device": device, "dtype": getattr(torch, dtype)}
+    terminal.print_adapters(_kept("adapter", "Training adapters", out, asked, 50, train, load))
+    typer.echo(str((out / "adapters.csv").expanduser().resolve()))
+
+
+def gated(
+    prompts: Prompts,
+    out: Out,
+    n_factors: Annotated[int, option("How many; they are found together.")] = 64,
+    layers: Annotated[list[int] | None, option("Of the band; repeatable.", "first third")] = None,
+    target_layer: Annotated[int | None, option("Measure effects after it.", "the middle")] = None,
+    radius: Annotated[float, option("R, which multiplies what they add.")] = 1.0,
+    steps: Annotated[int, option("Of the search.")] = 30,
+    seed: Annotated[int, option("Of the random start.")] = 0,
+    chat: Chat = True,
+    max_new_tokens: MaxNewTokens = 50,
+    model: BundledModel = None,
+    device: Device = None,
+    dtype: Dtype = "float32",
+    overwrite: Annotated[bool, option("Replace earlier factors in --out.")] = False,
+) -> None:
+    """Find gated factors: vectors of a band of blocks, whose length each token decides.
+
+    Writes factors.safetensors, and factors.csv with texts under each; prints the path of the texts
+    last. Every step is kept, and the same command goes on.
+    """
+    asked = checks.as_texts(prompts)
+    checks.at_least(1, n_factors=n_factors, steps=steps, max_new_tokens=max_new_tokens)
+    chosen: dict[str, Any] = {
+        "layers": layers, "target_layer": target_layer, "radius": radius, "steps": steps,
+        "seed": seed, "chat": chat, "overwrite": overwrite,
+    }  # fmt: skip
+
+    def find(run: tm.Run, loaded: Any, count: Any) -> tm.GatedFactors:
+        return run.gated_factors(loaded, prompts, n_factors, on_step=count, **chosen)
+
+    load = {"name": model, "device": device, "dtype": getattr(torch, dtype)}
+    table = _kept("factor", "Finding factors", out, asked, max_new_tokens, find, load)
+    terminal.print_factors(table)
+    typer.echo(str((out / "factors.csv").expanduser().resolve()))
+
+
+def _kept(
+    what: str, doing: str, out: Path, asked: list[str], length: int, find: Any, load: Any
+) -> "pd.DataFrame":
+    """Find what a folder keeps, and write under each; the table, with the first texts."""
     run, n_kept = tm.Run(out), 0
     try:
         with run.writing(), terminal.Stages() as stages:
             stages.begin("Loading the model")
-            loaded = tm.load_model(model, device=device, dtype=getattr(torch, dtype))
-            stages.begin("Training adapters")
+            loaded = tm.load_model(**load)
+            stages.begin(doing)
 
             def count(there: int, wanted: int) -> None:
                 nonlocal n_kept
                 n_kept = there
                 stages.count(there, wanted)
 
-            found = run.adapters(
-                loaded, n_adapters, prompts or None, on_adapter=count, overwrite=overwrite,
-                rank=rank, shared=shared, alpha=alpha, beta=beta, learning_rate=learning_rate,
-                length=length, batch_size=batch_size, steps=steps, max_new_tokens=max_new_tokens,
-                seed=seed, chat=chat,
-            )  # fmt: skip
-            stages.begin("Writing under each adapter")
-            texts = run.adapter_texts(loaded, found, asked, on_batch=stages.count)
+            found = find(run, loaded, count)
+            stages.begin(f"Writing under each {what}")
+            texts = run.adapter_texts(loaded, found, asked, length, on_batch=stages.count)
             stages.end()
             stages.stop()
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(terminal.kept_in(run.folder, n_kept, "adapter")) from None
+        kept = "step" if what == "factor" else what
+        raise KeyboardInterrupt(terminal.kept_in(run.folder, n_kept, kept)) from None
     first = texts[(texts["vector"] >= 0) & (texts["prompt"] == asked[0])]
-    terminal.print_adapters(found.table().assign(completion=[*first["completion"]]))
-    typer.echo(str((run.folder / "adapters.csv").resolve()))
+    return found.table().assign(completion=[*first["completion"]])

@@ -138,6 +138,7 @@ _SHOWN = {
     "repetition": ("repetition", ".3f"), "collapsed": ("", ""), "folder": ("folder", ""),
     "model": ("model", ""), "method": ("method", ""), "layers": ("layers", ""),
     "radius": ("radius", ".4g"), "kl_median": ("KL (median)", ".4g"), "kl_max": ("KL (max)", ".4g"),
+    "factor": ("factor", ""),
 }  # fmt: skip
 
 
@@ -187,6 +188,11 @@ def print_adapters(table: "pd.DataFrame") -> None:
     collapsed = ["collapsed" if each else "" for each in table["collapsed"]]
     table = table.assign(adapter=table["index"], collapsed=collapsed)
     _print_frame(table, ["adapter", "loss", "kl", "nll", "repetition", "collapsed"])
+
+
+def print_factors(table: "pd.DataFrame") -> None:
+    """Print what was measured of gated factors, and a text of each."""
+    _print_frame(table.assign(factor=table["index"]), ["factor", "importance", "effect"])
 
 
 def _print_frame(

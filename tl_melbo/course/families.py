@@ -20,6 +20,7 @@ def follower(answer: Callable[..., Any], f: tm.ActivationMap, theta0: tm.Steerin
     basis = torch.linalg.qr(torch.stack([start, *others]).T).Q
     # What start does, the others do, too: together, at four times its norm.
     known = basis[:, 1:] / 4 + basis[:, :1] / 8**0.5
+    theta, share = start, 1.0
     effects = (lambda vectors: vectors @ known, lambda vectors: f.delta(vectors).mean((1, 2)))
     for effect in effects:
         found = answer(effect, start.clone())

@@ -2,8 +2,9 @@
 
 import math
 import sys
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, cast
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,6 +50,19 @@ class Factors(NamedTuple):
         columns = {"importance": importance, "effect": (output * mean_effect).sum(-1)}
         columns |= {"output": output, "mean_effect": mean_effect}
         return inputs, columns, history[by_size]
+
+
+class Stage(NamedTuple):
+    """A search after a step: all that it goes on from.
+
+    The best factors so far, and where each v of theirs wants to go; where each v of the last step
+    does; the parts of the objective, [factor, step].
+    """
+
+    factors: Factors
+    towards: Tensor
+    gradients: Tensor
+    history: Tensor
 
 
 class Fit:
@@ -99,52 +113,74 @@ class Fit:
         return Factors(inputs, outputs, importance, self.mean_effects(inputs)), history
 
     def iterated(
-        self, order: Order, vectors: Tensor, steps: int, soft: bool, together: float = 2 / 3
+        self, order: Order, start: Tensor, steps: int, soft: bool
     ) -> tuple[Factors, Tensor]:
-        """Turn each v to where its own output's response grows.
+        """The factors that so many steps find, and all steps' parts of the objective."""
+        last = deque(self.stages(order, start, steps, soft), maxlen=1).pop()
+        return self.finished(order, last, soft)
 
-        For the share `together` of the steps, the v are the nearest orthonormal ones. Returns the
-        factors of the best step, and all steps' parts of the objective. Soft factors are of a later
-        step; they then make one more, taken whatever its objective, the last in the history.
+    def stages(
+        self,
+        order: Order,
+        start: Tensor,
+        steps: int,
+        soft: bool,
+        together: float = 2 / 3,
+        stage: Stage | None = None,
+    ) -> Iterator[Stage]:
+        """Turn each v to where its own output's response grows; goes on after a stage.
+
+        For the share `together` of the steps, the v are the nearest orthonormal ones. The best step
+        of soft factors is a later one.
         """
-        best, highest, parts = None, -math.inf, []
-        strengths = torch.ones(len(vectors), dtype=torch.float64)
-        for step in range(steps):
+        n_early = math.ceil(together * steps)
+        for step in range(0 if stage is None else stage.history.shape[1], steps):
+            vectors, strengths = start, torch.ones(len(start), dtype=torch.float64)
+            if stage is not None:
+                vectors, strengths = self.unit(stage.gradients), stage.gradients.norm(dim=-1)
             # Sharing recovers more factors; in turn, at the end, unmixes those of a linear map.
-            early = step < together * steps
+            early = step < n_early
             spread = _together if early else self.soft if soft else _in_turn
             vectors = spread(vectors, strengths)
             if soft and early:  # more than there are dimensions are not of norm 1 yet
                 vectors = self.unit(vectors)
             factors, part, gradients = self.fitted(order, vectors)
             objective = float(part.sum())
-            if best is None:
+            if stage is None:
                 self.refuse_no_effect(order, factors)
+                stage = Stage(factors, gradients, gradients, part[:, None])
             elif not math.isfinite(objective):
                 _warn_not_finite(f"step {step + 1} of {steps}")
-                break
-            parts.append(part)
-            self.tell(len(parts), objective)
-            # Near the highest, the later: a rotation of a linear map's factors changes nothing.
-            if best is None or objective >= highest * _NEAR:
-                best = factors, gradients
+                return
+            else:
+                # Near the highest, the later: a rotation of a linear map's factors changes nothing.
+                rivals = stage.history[:, n_early if soft else 0 :].sum(0)
+                is_best = not len(rivals) or objective >= float(rivals.max()) * _NEAR
+                best = (factors, gradients) if is_best else stage[:2]
+                stage = Stage(*best, gradients, torch.cat([stage.history, part[:, None]], 1))
+            self.tell(step + 1, objective)
+            yield stage
             if not math.isfinite(objective):
-                break
-            highest = -math.inf if soft and early else max(highest, objective)
-            strengths, vectors = gradients.norm(dim=-1), self.unit(gradients)
-        factors, gradients = cast(tuple[Factors, Tensor], best)
-        if soft and parts[0].isfinite().all():
+                return
+
+    def finished(self, order: Order, stage: Stage, soft: bool) -> tuple[Factors, Tensor]:
+        """The factors of the best step, and all steps' parts of the objective.
+
+        Soft factors make one more step, which is taken whatever its objective, and is the last in
+        the history.
+        """
+        factors, towards, _, history = stage
+        if soft and history[:, 0].isfinite().all():
             # Pushing apart biases each a little; where it wants to go is the factor.
-            polished, part, _ = self.fitted(order, self.unit(gradients))
+            polished, part, _ = self.fitted(order, self.unit(towards))
             if part.isfinite().all():
-                factors = polished
-                parts.append(part)
-                self.tell(len(parts), float(part.sum()))
+                factors, history = polished, torch.cat([history, part[:, None]], 1)
+                self.tell(history.shape[1], float(part.sum()))
             else:
                 _warn_not_finite("the last step")
         if order != "exponential":
             factors = factors._replace(mean_effect=self.mean_effects(factors.inputs))
-        return factors, torch.stack(parts, 1)
+        return factors, history
 
     def soft(self, vectors: Tensor, strengths: Tensor) -> Tensor:
         """Push vectors away from strong ones that they resemble."""
@@ -158,7 +194,8 @@ class Fit:
     def fitted(self, order: Order, vectors: Tensor) -> tuple[Factors, Tensor, Tensor]:
         """The factors with these v, their parts of the objective, and where each v wants to go."""
         moments = self.first_order if order == "exponential" else self.second_order
-        effects, gradients = moments(vectors)
+        with _map.own_arithmetic(self.f):
+            effects, gradients = moments(vectors)
         outputs = _unit(effects)
         alpha, response = _weights(order, vectors, outputs, effects)
         return Factors(vectors, outputs, alpha, effects), alpha * response / 2, gradients

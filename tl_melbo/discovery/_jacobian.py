@@ -15,8 +15,9 @@ from tl_melbo.geometry import complement, random_sphere
 from tl_melbo.story import measure
 from tl_melbo.vectors import SteeringVectors
 
-# Up to this width all of J'J is formed; above it, only products with it are taken.
-_EXACT_WIDTH = 2048
+# Up to this width, and so many numbers of J that are held, all of J'J is formed; above, only
+# products with it are taken.
+_EXACT_WIDTH, _LARGEST_JACOBIAN = 2048, 2**28
 # Vectors that are multiplied together, and how many products are kept at most.
 _BLOCK, _LARGEST_BASIS = 16, 1024
 # A direction has settled when |J'J v - s² v| is below this share of the largest s², or below
@@ -63,8 +64,11 @@ def jacobian(
         return _map.gram(f, effect, positions, on_share=search.show)
 
     def find(earlier: Tensor, first: int) -> Iterator[Part]:
+        # A map's own `gram` holds one prompt's J.
+        held = counted.sum(-1).max() if hasattr(f, "gram") else counted.sum()
         with _map.own_arithmetic(f):
-            units, values = top_directions(f, effect, first + n_vectors, search.show, gram)
+            count = first + n_vectors
+            units, values = top_directions(f, effect, count, search.show, gram, int(held))
         rounded = _map.rounding(f, positions)
         _map.refuse_no_effect(float(values[0]) * radius <= rounded, "every vector")
         vectors = (units * radius).float()
@@ -94,13 +98,14 @@ def top_directions(
     count: int,
     on_share: OnShare | None = None,
     gram: Callable[[], Tensor] | None = None,
+    n_positions: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """The first right singular vectors of the Jacobian, float64 [count, d_model], and values.
 
-    `gram` is a quicker way to J'J, where it is formed.
+    `gram` is a quicker way to J'J, where it is formed, which holds J at so many positions.
     """
     d_model = int(f.x.shape[-1])
-    if d_model <= _EXACT_WIDTH:
+    if d_model <= _EXACT_WIDTH and n_positions * d_model**2 <= _LARGEST_JACOBIAN:
         products = _map.gram_of(f, effect, on_share) if gram is None else gram()
         vectors, values = _eigen(torch.eye(d_model, dtype=torch.float64), products)
     else:

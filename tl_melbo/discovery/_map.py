@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from tl_melbo.memory import map_batches
+from tl_melbo.shapes import shape_checked
 
 # Rounding moves an effect by at most so many times the type's precision times the residual stream.
 _ROUNDING = 32
@@ -84,6 +85,7 @@ def theta_like(f: EffectMap, theta: Tensor) -> Tensor:
     return theta.to(f.x.device, torch.promote_types(f.x.dtype, torch.float32))
 
 
+@shape_checked
 def value_and_gradient(
     f: EffectMap, measure: Callable[[Tensor], Tensor], positions: slice
 ) -> Evaluate:

@@ -1,5 +1,6 @@
 """Gated factors: rank-one additions to attention's output projections of several blocks."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ from tl_melbo.shapes import Float, shape_checked
 from tl_melbo.stored import BlockLibrary
 from tl_melbo.story import now
 
+# The column of a search that has not ended: what it goes on from.
+UNFINISHED = "unfinished"
 _ABOUT = "Each vector is what a gated factor writes in a block, at its mean gate over the tokens."
 
 
@@ -68,6 +71,7 @@ class GatedFactors(BlockLibrary):
         B: what each block writes, as A.
         columns: of `gated_factors`: `importance`, `effect`, `output` and `mean_effect`, as `dct`
             has them; `mean_gate` [factor, layer], z . a over the prompts' tokens under the factor.
+            Of a search that was stopped: `importance`, and `unfinished`, from which it goes on.
         history: each factor's part of the objective after each step.
     """
 
@@ -84,6 +88,10 @@ class GatedFactors(BlockLibrary):
                 "row of each for each factor and block"
             )
         checks.positive(radius=self.radius)
+        if (kept := self.columns.get(UNFINISHED)) is not None:
+            size = sum(math.prod(each.shape[1:]) for each in (self.A, self.B))
+            if self.history is None or (kept.shape[1:], kept.dtype) != ((3, size), torch.float64):
+                raise ValueError(f"columns: {UNFINISHED!r} is not what a search left")
 
     @classmethod
     @shape_checked

@@ -6,9 +6,10 @@ read through notes on it and a port of it.
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,11 +17,10 @@ from tqdm.auto import tqdm
 
 from tl_melbo import checks, story
 from tl_melbo.activation_map import ActivationMap
-from tl_melbo.discovery._dct_fit import MEASURE, Factors, Fit
-from tl_melbo.discovery._map import own_arithmetic
+from tl_melbo.discovery._dct_fit import MEASURE, Factors, Fit, Stage
 from tl_melbo.discovery._search import Parts, collecting
 from tl_melbo.errors import NotFinite, told
-from tl_melbo.gated._factors import GatedAdditions, GatedFactors
+from tl_melbo.gated._factors import UNFINISHED, GatedAdditions, GatedFactors
 from tl_melbo.memory import map_batches
 from tl_melbo.model.bridge import (
     Model,
@@ -132,33 +132,54 @@ class GatedMap:
             yield
 
 
-def _found(
-    gated: GatedMap,
-    positions: slice,
-    start: Tensor,
-    steps: int,
-    progress: bool,
-    made: Mapping[str, Any],
-) -> Iterator[GatedFactors]:
-    """All factors, in one part."""
-    with (
-        tqdm(total=steps + 1, desc="gated factors", unit="step", disable=not progress) as bar,
-        own_arithmetic(gated),
-    ):
+class FactorSearch(Parts[GatedFactors]):
+    """A search that yields all factors after each of its steps; the last are what it finds.
 
-        def tell(step: int, objective: float) -> None:
-            bar.update()
+    It goes on after `begun`, where that is set before the first step.
+    """
 
-        fit = Fit(gated, positions, 1.0, tell, unit=gated.unit)
-        start = gated.unit(start.double())
-        found, history = fit.iterated("exponential", start, steps, soft=True, together=0)
-    _check_finite(found)
-    inputs, columns, history = found.ordered(history)
-    gates, rows = gated.mean_gates(inputs).float(), gated.additions(inputs)
-    columns["mean_gate"] = gates.abs()
-    # (-a, -b) adds what (a, b) adds: of the two, the one that is open on average.
-    signs = torch.where(gates < 0, -1.0, 1.0)[:, :, None]
-    yield GatedFactors(rows.A * signs, rows.B * signs, story=made, columns=columns, history=history)
+    begun: GatedFactors | None = None
+
+    def __init__(
+        self, made: dict[str, Any], gated: GatedMap, positions: slice, start: Tensor, progress: bool
+    ) -> None:
+        super().__init__(made, self._run())
+        self.gated, self.positions, self.start, self.progress = gated, positions, start, progress
+        self.n_steps = made["hyperparameters"]["steps"] + 1
+
+    def collect(self) -> GatedFactors:
+        """What is found."""
+        return deque(self, maxlen=1).pop()
+
+    def _run(self) -> Iterator[GatedFactors]:
+        gated, begun, stage = self.gated, self.begun, cast(Any, None)
+        shown = {"desc": "gated factors", "unit": "step", "disable": not self.progress}
+        with tqdm(total=self.n_steps, **shown) as bar:
+            fit = Fit(gated, self.positions, 1.0, lambda *_: bar.update(), unit=gated.unit)
+            if begun is not None:
+                if UNFINISHED not in begun.columns or begun.history is None:  # it has ended
+                    return
+                kept = begun.columns[UNFINISHED].unbind(1)
+                inputs, towards, pulls = (part.contiguous() for part in kept)
+                known, _, _ = fit.fitted("exponential", inputs)
+                stage = Stage(known, towards, pulls, begun.history)
+                bar.update(begun.history.shape[1])
+            start = gated.unit(self.start.double())
+            stages = fit.stages("exponential", start, self.n_steps - 1, True, 0, stage)
+            for stage in stages:
+                rows = gated.additions(_check_finite(stage.factors).inputs)
+                kept = torch.stack([stage.factors.inputs, stage.towards, stage.gradients], 1)
+                columns = {"importance": stage.factors.importance, UNFINISHED: kept}
+                options: Any = {"columns": columns, "history": stage.history}
+                yield GatedFactors(rows.A, rows.B, story=self.story, **options)
+            found, history = fit.finished("exponential", stage, True)
+        inputs, columns, history = _check_finite(found).ordered(history)
+        gates, rows = gated.mean_gates(inputs).float(), gated.additions(inputs)
+        columns["mean_gate"] = gates.abs()
+        # (-a, -b) adds what (a, b) adds: of the two, the one that is open on average.
+        signs = torch.where(gates < 0, -1.0, 1.0)[:, :, None]
+        options = {"columns": columns, "history": history}
+        yield GatedFactors(rows.A * signs, rows.B * signs, story=self.story, **options)
 
 
 @functools.partial(collecting, kind=GatedFactors)
@@ -176,7 +197,7 @@ def gated_factors(
     chat: bool = False,
     batch_size: int | None = None,
     progress: bool = False,
-) -> Parts:
+) -> FactorSearch:
     """Find factors: steering vectors of a band of early blocks, each with an input gate.
 
     A factor adds R (z . a) b to attention's output projection of each block of the band, where z is
@@ -233,7 +254,7 @@ def gated_factors(
         about="Each factor is a steering vector in attention of several blocks, with a gate that "
         "each token sets; all were found together, as soft factors of the effect.",
     )
-    return Parts(made, _found(gated, positions, start, steps, progress, made))
+    return FactorSearch(made, gated, positions, start, progress)
 
 
 def _band(model: Model, layers: Sequence[int] | None, target: int | None) -> tuple[list[int], int]:
@@ -255,7 +276,7 @@ def _band(model: Model, layers: Sequence[int] | None, target: int | None) -> tup
     return band, target
 
 
-def _check_finite(found: Factors) -> None:
+def _check_finite(found: Factors) -> Factors:
     parts = (found.inputs, found.importance[:, None], found.mean_effect)
     good = torch.stack([part.isfinite().all(-1) for part in parts]).all(0)
     if not good.all():
@@ -265,3 +286,4 @@ def _check_finite(found: Factors) -> None:
             "radius, or load the model in a wider type, such as dtype=torch.float32",
             bad,
         )
+    return found

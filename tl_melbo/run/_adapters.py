@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 from tl_melbo import checks
 from tl_melbo.adapters import Adapter, divergence_adapter
 from tl_melbo.concatenation import one_after_another
-from tl_melbo.errors import DifferentSearch
+from tl_melbo.errors import Damaged, DifferentSearch
 from tl_melbo.gated import GatedFactors, gated_factors
 from tl_melbo.generation import OnBatch, generate, in_parts
 from tl_melbo.model.bridge import Model
 from tl_melbo.run import _files
 from tl_melbo.shapes import shape_checked
-from tl_melbo.stored import Kept, Library
+from tl_melbo.stored import Library
 from tl_melbo.story import differences
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ _COLUMNS = ("vector", "prompt", "completion")
 # What `Run.adapters` and `Run.gated_factors` pass themselves.
 _OWN = ("model", "prompts", "n_adapters", "n_factors", "first", "progress")
 
-OnAdapter = Callable[[int, int], None]
+OnAdapter = OnStep = Callable[[int, int], None]
 
 
 @shape_checked
@@ -65,11 +65,18 @@ def keep_adapters(
     checks.at_least(1, n_adapters=n_adapters)
     with self.writing():
         path = self.folder / _FILES[Adapter][0]
-        found = None if overwrite else _files.load_kept(path, Adapter)
+        found: Any = None if overwrite else _files.load_kept(path, Adapter)
         known = 0 if found is None else len(found)
         options = {"first": known, "progress": progress, **settings}
         training = divergence_adapter.parts(model, prompts, max(1, n_adapters - known), **options)
-        return _kept(path, found, training, n_adapters, on_adapter or (lambda *_: None))
+        _check_same(path, found, training.story)
+        tell = on_adapter or (lambda *_: None)
+        tell(known, n_adapters)
+        for part in training if known < n_adapters else ():
+            found = part if found is None else one_after_another([found, part], found.story)
+            _replace(path, found, len(found) == 1)
+            tell(len(found), n_adapters)
+        return found[:n_adapters]
 
 
 @shape_checked
@@ -81,17 +88,20 @@ def keep_factors(
     *,
     progress: bool = False,
     overwrite: bool = False,
+    on_step: OnStep | None = None,
     **settings: Any,
 ) -> GatedFactors:
     """Find the factors of `tm.gated_factors`, or read them back where the folder holds them.
 
         run.gated_factors(model, "Tell me about yourself.", 16, radius=0.25, chat=True)
 
-    They are kept in `factors.safetensors` once all are found, which they are together: a search
-    that is stopped leaves nothing, and one for another number of factors is another search.
+    They are kept in `factors.safetensors`, after each step of the search. The same call goes on
+    where an earlier one ended. All are found together, so one for another number of factors is
+    another search.
 
     Args:
-        overwrite: find them anew; those that are there go when the new ones are found.
+        overwrite: find them anew; those that are there go after the first step.
+        on_step: called with the steps done, and those in all, at first and after each.
         settings: further arguments of `tm.gated_factors`.
 
     Raises:
@@ -99,26 +109,38 @@ def keep_factors(
         BlockingIOError: another process is writing.
     """
     checks.argument_names("gated_factors", settings, gated_factors, _OWN)
+    tell = on_step or (lambda *_: None)
     with self.writing():
         path = self.folder / _FILES[GatedFactors][0]
         found = None if overwrite else _files.load_kept(path, GatedFactors)
         search = gated_factors.parts(model, prompts, n_factors, progress=progress, **settings)
-        return _kept(path, found, search, n_factors, lambda *_: None)
+        _check_same(path, found, search.story)
+        search.begun = found
+        tell(_n_steps(found), search.n_steps)
+        for found in search:
+            _replace(path, found)
+            tell(_n_steps(found), search.n_steps)
+    return found
 
 
-def _kept(path: Path, found: Kept | None, search: Any, count: int, tell: OnAdapter) -> Kept:
-    """So many of a search: those that are there, then the others, each part saved as it comes."""
-    _check_same(path, found, search.story)
-    parts = [] if found is None else [found]
-    tell(sum(map(len, parts)), count)
-    if found is None or len(found) < count:
-        for part in search:
-            if not parts and path.is_file():  # texts under others, which go with them
-                path.with_suffix(".csv").unlink(missing_ok=True)
-            parts.append(part)
-            one_after_another(parts, parts[0].story).save(path)
-            tell(sum(map(len, parts)), count)
-    return one_after_another(parts, parts[0].story)[:count]
+def _n_steps(found: GatedFactors | None) -> int:
+    return 0 if found is None or found.history is None else found.history.shape[1]
+
+
+def _replace(path: Path, found: Library, is_other: bool = True) -> None:
+    """Save what is found; with what it replaces go the texts under that."""
+    texts = path.with_suffix(".csv")
+    if is_other and path.is_file() and _is_own(texts):
+        texts.unlink()
+    found.save(path)
+
+
+def _is_own(texts: Path) -> bool:
+    """Whether a table of texts is there that a run wrote: it has the unsteered model's."""
+    try:
+        return texts.is_file() and -1 in {*_files.load_table(texts, _COLUMNS)["vector"]}
+    except Damaged:
+        return False
 
 
 def all_kept(folder: Path) -> dict[str, Any]:
@@ -158,7 +180,8 @@ def write_texts_under(
 ) -> "pd.DataFrame":
     """Sample under each adapter, or each gated factor, after each prompt, and save that.
 
-    It is saved in `adapters.csv` or `factors.csv`. `on_batch` is as `tm.generate` takes it.
+    It is saved in `adapters.csv` or `factors.csv`, which is a ValueError where no run left that
+    file. `on_batch` is as `tm.generate` takes it.
 
     Returns:
         The frame of `tm.generate`, at temperature 1; vector -1 is the model as it is.
@@ -167,7 +190,9 @@ def write_texts_under(
 
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": 1.0}
     options["chat"] = bool(steering.story.get("chat"))
-    texts = checks.as_texts(prompts)
+    texts, path = checks.as_texts(prompts), self.folder / _FILES[type(steering)][1]
+    if path.is_file() and not _is_own(path):
+        raise ValueError(f"{path}: no run left it; move it elsewhere")
     tells = in_parts(on_batch, [len(texts), len(texts) * len(steering)])
     frames = [
         generate(model, texts, each, on_batch=tell, **options)
@@ -175,5 +200,5 @@ def write_texts_under(
     ]
     table = pd.concat(frames, ignore_index=True)
     with self.writing():
-        _files.save_table(self.folder / _FILES[type(steering)][1], table)
+        _files.save_table(path, table)
     return table

@@ -173,10 +173,12 @@ def save_table(path: Path, table: pd.DataFrame) -> None:
 def load_table(path: Path, columns: Sequence[str] = ()) -> pd.DataFrame:
     """Read what `save_table` wrote. Raises Damaged, also where a column is missing."""
     columns = columns or _COLUMNS[path.name]
-    csv.field_size_limit(2**27)
+    limit = csv.field_size_limit(2**27)  # of the whole process
     try:
         with path.open(encoding="utf-8", newline="") as file:
             header, *rows = list(csv.reader(file, strict=True))
+        if any(len(row) != len(header) for row in rows):
+            raise ValueError("a row is cut")
         table = pd.DataFrame(rows, columns=header)
         if missing := [name for name in columns if name not in table]:
             raise ValueError(f"lacks the columns {missing}")
@@ -194,6 +196,8 @@ def load_table(path: Path, columns: Sequence[str] = ()) -> pd.DataFrame:
             "the command again",
             path,
         ) from error
+    finally:
+        csv.field_size_limit(limit)
     return table
 
 

@@ -91,8 +91,14 @@ class Store:
                 self._fs.mv(f"{self._root}/{name}", f"{self._root}/{aside}")
 
     def keep(self, folder: str, record: dict[str, Any]) -> dict[str, Any]:
-        """Keep what is known of a cell's search, which has failed if that cannot be kept."""
+        """Keep what is known of a cell's search, which has failed if that cannot be kept.
+
+        That it failed is not kept over what is known of another search of that name.
+        """
         try:
+            known = self.record(folder) or record
+            if record["status"] == "failed" and known.get("cell") != record.get("cell"):
+                return record
             text = json.dumps(record, indent=1, allow_nan=False)
             self.write(f"{folder}/{RECORD}", text.encode())
         except Exception as error:  # the place itself, or a disk that is full
