@@ -46,6 +46,10 @@ _TELLING = ("refuses", "echoes the prompt", "leaks the system prompt")
 # Two texts of different stance or form: farther than any limit.
 _NEVER = 10.0
 _INCOHERENT, _UNSTEERED = -1, 0
+_KINDS = (
+    ("vector", "iu", "whole numbers"), ("scale", "iuf", "numbers"), ("sample", "iuf", "numbers"),
+    ("control", "b", "true or false in every row"),
+)  # fmt: skip
 _GROUP_COLUMNS = [
     "behaviour", "name", "prompt", "n_texts", "vectors", "negatives", "example", "stance", "form",
 ]  # fmt: skip
@@ -199,15 +203,9 @@ def behaviours(
 def _check(completions: pd.DataFrame) -> None:
     advice = "pass what generate or report.collect_completions returns"
     checks.columns(completions, ("vector", "prompt", "completion"), "completions", advice)
-    if (kind := completions["vector"].dtype).kind not in "iu":
-        raise ValueError(f"completions: vector holds {kind}, expected whole numbers; {advice}")
-    for name in ("scale", "sample"):
-        if name in completions and completions[name].dtype.kind not in "iuf":
-            kind = completions[name].dtype
-            raise ValueError(f"completions: {name} holds {kind}, expected numbers; {advice}")
-    if "control" in completions and completions["control"].dtype.kind != "b":
-        kind = completions["control"].dtype
-        raise ValueError(f"completions: control holds {kind}, expected true or false in every row")
+    for name, kinds, wanted in _KINDS:
+        if name in completions and (kind := completions[name].dtype).kind not in kinds:
+            raise ValueError(f"completions: {name} holds {kind}, expected {wanted}; {advice}")
     for row, prompt in enumerate(completions["prompt"]):
         if not isinstance(prompt, str):
             raise ValueError(f"completions: prompt of row {row} is {prompt!r}, expected a text")
