@@ -16,7 +16,7 @@ from tl_melbo.analysis._embedding import Embedder, default_embedder, embeddings
 from tl_melbo.errors import NoAnswer
 from tl_melbo.generation import generate
 from tl_melbo.judges._asking import Judge, ask, check_judge
-from tl_melbo.model.bridge import Model, check_model
+from tl_melbo.model.bridge import Model
 from tl_melbo.shapes import Float, shape_checked
 from tl_melbo.steering import Reference, Steerable, steering_rows
 from tl_melbo.tables import Table
@@ -77,46 +77,20 @@ def linearity(
     prompts: Sequence[str],
     *,
     judge: Judge,
-    n_batches: int = 6,
     layer: int | None = None,
-    max_new_tokens: int = 50,
-    chat: bool | None = None,
-    embedder: Embedder | None = None,
-    seed: int = 0,
-    batch_size: int = 32,
+    **settings: Any,
 ) -> Linearity:
     """Compare what a model writes under an adapter with what it writes under the adapter's vectors.
 
-    A judge sees random batches of texts beside the unsteered ones, and says in a sentence how they
-    differ. The score is high where it says the same of both sides. A score alone says little:
-    `linearity_null` holds several adapters' scores against the scores between them.
-
-    Args:
-        adapter: what `generate` takes; one row of it.
-        vectors: likewise; `layer` is theirs where they do not know it.
-        prompts: held out from the adapter's training; 96 for six batches of 16.
-        n_batches: on each side, drawn independently, so that no description meets one of the same
-            prompts by design.
-
-    Returns:
-        A `Linearity`. Texts of one prompt have the same number of tokens on both sides.
-
-    Raises:
-        ValueError: fewer prompts than batches, several rows, or nothing written on one side.
-        NoAnswer: a description is empty.
-
-    Source: "Unsupervised discovery of steering vectors" (2025). The null and the equal lengths are
-    this package's.
+    A score alone says little: `linearity_null` holds several adapters' scores against the scores
+    between them. Arguments and errors are those of `linearities`; a ValueError for several rows.
     """
+    checks.argument_names("linearity", settings, linearities)
     for name, (steering, own) in _sides(adapter, vectors, layer).items():
         if len(steering_rows(model, steering, own, [1.0])) > 1:
             raise ValueError(f"{name}: more than one; pass one, as found[5], or all to linearities")
-    (found,) = linearities(
-        model, adapter, vectors, prompts, judge=judge, n_batches=n_batches, layer=layer,
-        max_new_tokens=max_new_tokens, chat=chat, embedder=embedder, seed=seed,
-        batch_size=batch_size,
-    )  # fmt: skip
-    return found
+    options = {"judge": judge, "layer": layer, **settings}
+    return linearities(model, adapter, vectors, prompts, **options)[0]
 
 
 @shape_checked
@@ -140,15 +114,28 @@ def linearities(
         adapters = tm.divergence_adapter(model, n_adapters=8)
         scores = tm.evaluation.linearities(model, adapters, adapters.vectors(model), ...)
 
-    The unsteered texts are written once, and those of the adapters side by side.
+    A judge sees random batches of texts beside the unsteered ones, and says in a sentence how they
+    differ. The score is high where it says the same of both sides. The unsteered texts are written
+    once, and those of the adapters side by side.
 
     Args:
-        vectors: as many rows as adapters, in the same order. The rest is as in `linearity`.
+        adapters: what `generate` takes.
+        vectors: likewise, as many rows, in the same order; `layer` is theirs where they do not know
+            it.
+        prompts: held out from the adapters' training; 96 for six batches of 16.
+        n_batches: on each side, drawn independently, so that no description meets one of the same
+            prompts by design.
+
+    Returns:
+        One for each adapter. Texts of one prompt have the same number of tokens on both sides.
 
     Raises:
-        ValueError, NoAnswer: as in `linearity`; another number of vectors.
+        ValueError: fewer prompts than batches, other numbers of rows, nothing written on one side.
+        NoAnswer: a description is empty.
+
+    Source: "Unsupervised discovery of steering vectors" (2025). The null and the equal lengths are
+    this package's.
     """
-    check_model(model)
     check_judge(judge)
     checks.at_least(1, n_batches=n_batches)
     checks.seed(seed)
@@ -212,8 +199,9 @@ def _texts(
     texts = []
     for number in range(count):
         each = {name: [*frame["completion"][number::count]] for name, frame in frames.items()}
-        texts.append(pd.DataFrame({"prompt": unsteered["prompt"], **each}))
-    return [some.assign(unsteered=unsteered["completion"]) for some in texts]
+        own = {"prompt": unsteered["prompt"], **each, "unsteered": unsteered["completion"]}
+        texts.append(pd.DataFrame(own))
+    return texts
 
 
 def _equally_long(model: Model, texts: pd.DataFrame) -> pd.DataFrame:
@@ -247,9 +235,6 @@ def linearity_score(
     descriptions_a: Sequence[str], descriptions_b: Sequence[str], embedder: Embedder | None = None
 ) -> Score:
     """How alike two sets of descriptions are, in the best one-to-one matching of them.
-
-    Args:
-        embedder: as in `analysis.embeddings`; None takes sentences where that is installed.
 
     Raises:
         ValueError: none, or not as many on both sides.
@@ -291,14 +276,10 @@ def linearity_null(
 ) -> pd.DataFrame:
     """The scores of several adapters, beside those between different ones: the null.
 
-        scores = [tm.evaluation.linearity(model, ...) for ...]
+        scores = tm.evaluation.linearities(model, ...)
         tm.evaluation.linearity_null(
             [each.of_adapter for each in scores], [each.of_vectors for each in scores]
         )
-
-    Args:
-        of_adapters: the descriptions of each adapter's texts.
-        of_vectors: the descriptions of the texts of each one's vectors, in the same order.
 
     Returns:
         A row for each adapter: adapter, its number; score; null_mean, null_low and null_high, the
