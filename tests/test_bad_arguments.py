@@ -129,7 +129,7 @@ def shared_calls():
         ),
         "openai_compatible": (
             tm.judges.openai_compatible,
-            {"base_url": "http://127.0.0.1:9/v1", "model": "m", "api_key_env": None, "system": None,
+            {"base_url": "http://127.0.0.1:9/v1", "model": "m", "api_key_env": None,
              "timeout": 1.0, "retries": 0, "max_tokens": 9, "options": None, "cache": None},
         ),
         "cosine_similarity": (tm.analysis.cosine_similarity, {"vectors": found}),

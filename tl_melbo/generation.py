@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tl_melbo import checks
-from tl_melbo.additions import Additions, VectorAdditions
+from tl_melbo.additions import Additions
 from tl_melbo.engines import Engine
 from tl_melbo.engines._request import texts_by
 from tl_melbo.errors import warn_of_rows
@@ -179,20 +179,6 @@ def in_parts(on_batch: OnBatch | None, sizes: Sequence[int]) -> list[Tell]:
         return lambda there, wanted=1: tell(before + round(size * there / wanted), total)
 
     return [of_part(sum(sizes[:part]), size) for part, size in enumerate(sizes)]
-
-
-def written(model: Model, tokens: Tokens, max_new_tokens: int, engine: Engine | None = None) -> str:
-    """The greedy completion of the unsteered model after these tokens."""
-    check_room(model, [tokens], max_new_tokens)
-    nothing = VectorAdditions.of(torch.zeros(1, int(model.cfg.d_model)), 0)
-    if engine is not None:
-        label = [(-1, 0.0, 0)]
-        return texts_by(engine, model, [tokens], nothing, label, 0.0, 0, max_new_tokens, None)[0]
-    drawn = _draws(max_new_tokens, False)[None]
-    unsteered = _Rows(nothing, torch.zeros(1, dtype=torch.long), drawn, tokens)
-    texts, not_finite = _writer(model, max_new_tokens, 0.0)(unsteered)
-    warn_of_rows(not_finite, f"what {model_name(model)} writes", "")
-    return texts[0]
 
 
 def _sampling(n_samples: int | None, temperature: float | None) -> tuple[float, list[int]]:

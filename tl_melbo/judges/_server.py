@@ -20,7 +20,6 @@ def openai_compatible(
     model: str,
     *,
     api_key_env: str | None = "OPENAI_API_KEY",
-    system: str | None = None,
     timeout: float = 60.0,
     retries: int = 2,
     max_tokens: int = 256,
@@ -48,9 +47,7 @@ def openai_compatible(
         ValueError: no such variable, or an address that cannot be one.
         NoAnswer: when asked, if the server cannot be reached, refuses, or sends something else.
     """
-    checks.installed(
-        "openai", "judges.openai_compatible", "judges"
-    )  # or say at once that it is missing
+    checks.installed("openai", "judges.openai_compatible", "judges")
     checks.positive(timeout=timeout)
     checks.at_least(0, retries=retries)
     checks.at_least(1, max_tokens=max_tokens)
@@ -63,8 +60,9 @@ def openai_compatible(
         json.dumps(settings)
     except TypeError as error:
         raise ValueError(f"options: {error}; pass what JSON can hold") from None
-    judge = ServerJudge(base_url, settings, system, api_key_env, timeout, retries)
+    judge = ServerJudge(base_url, api_key_env, timeout, retries)
     judge.key()  # or say at once that there is none
+    judge.settings = settings
     judge.cache = None if cache is None else Cache(cache)
     return judge
 
@@ -77,26 +75,13 @@ class ServerJudge(Server):
         tokens: what it said that they and their answers cost.
     """
 
-    def __init__(
-        self,
-        base_url: str,
-        settings: Mapping[str, Any],
-        system: str | None,
-        api_key_env: str | None,
-        timeout: float,
-        retries: int,
-    ) -> None:
-        super().__init__(base_url, api_key_env, timeout, retries)
-        self.settings, self.system = dict(settings), system
-        self.cache: Cache | None = None
-        self.calls = self.tokens = 0
+    settings: dict[str, Any]
+    cache: Cache | None
+    calls = tokens = 0
 
     def __call__(self, text: str) -> str:
         """The answer, from the cache or the server."""
-        messages = [{"role": "user", "content": text}]
-        if self.system is not None:
-            messages.insert(0, {"role": "system", "content": self.system})
-        asked = {**self.settings, "messages": messages}
+        asked = {**self.settings, "messages": [{"role": "user", "content": text}]}
         known = None if self.cache is None else self.cache.get({**asked, "url": self.base_url})
         if known is not None:
             return known
