@@ -97,8 +97,6 @@ def test_other_frames_are_refused():
         tm.analysis.rates(COMPLETIONS, "behaviour")
     with pytest.raises(ValueError, match=r"random: lacks the columns \['completion'\]"):
         tm.analysis.rates(COMPLETIONS, is_human, random=pd.DataFrame({"vector": [0]}))
-    with pytest.raises(ValueError, match="confidence=2"):
-        tm.analysis.rates(COMPLETIONS, is_human, confidence=2.0)
 
 
 def test_bars_begin_with_unsteered_and_random():

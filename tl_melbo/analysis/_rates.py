@@ -9,7 +9,7 @@ import pandas as pd
 from tl_melbo import checks
 from tl_melbo.analysis._tagged import tagged, unsteered_of
 from tl_melbo.analysis._tags import TAGS
-from tl_melbo.probability import DEFAULT_CONFIDENCE, wilson_interval
+from tl_melbo.probability import wilson_interval
 from tl_melbo.shapes import shape_checked
 from tl_melbo.tables import Table, groups
 
@@ -28,7 +28,6 @@ def rates(
     by: Sequence[str] = ("vector", "scale"),
     *,
     random: pd.DataFrame | Sequence[int] | None = None,
-    confidence: float = DEFAULT_CONFIDENCE,
 ) -> Table:
     """How often completions do something: under each vector, unsteered, and under random vectors.
 
@@ -47,17 +46,15 @@ def rates(
         random: completions under `tm.random_vectors` of the same norm; or, where they are among
             `completions`, the numbers of these vectors. They are taken together, as are unsteered
             ones: by no vector and no scale.
-        confidence: of Wilson's intervals, which take texts for independent. Texts under one
-            vector are more alike than those under several.
 
     Returns:
         Rows of "unsteered", then "random", then "vector", in a column steering; the columns of
-        `by`; value, what was counted; hits, of n texts; rate; low, high.
+        `by`; value, what was counted; hits, of n texts; rate; low and high, Wilson's 95% interval,
+        which takes texts for independent. Texts under one vector are more alike than others.
 
     Raises:
         ValueError: no completions, or columns that are not there.
     """
-    wilson_interval(0, 1, confidence)
     among = [completions, *([random] if isinstance(random, pd.DataFrame) else [])]
     frame = _counted(completions, of, by, "completions", among).assign(steering="vector")
     if isinstance(random, pd.DataFrame):
@@ -84,7 +81,7 @@ def rates(
             place = dict(zip(told, key, strict=True))
             for value in values if len(texts) else ():
                 hits, n = [*texts["value"]].count(value), len(texts)
-                bounds = wilson_interval(hits, n, confidence)
+                bounds = wilson_interval(hits, n)
                 keys = [steering, *(place.get(name) for name in by)]
                 what = value if isinstance(of, str) else shown
                 rows.append((*keys, what, hits, n, hits / n, *bounds))

@@ -12,7 +12,7 @@ import pandas as pd
 from tl_melbo import checks
 from tl_melbo.errors import warn_user
 from tl_melbo.judges._asking import Judge, ask_for, check_judge
-from tl_melbo.probability import DEFAULT_CONFIDENCE, wilson_interval
+from tl_melbo.probability import wilson_interval
 from tl_melbo.shapes import shape_checked
 from tl_melbo.tables import Table, groups
 
@@ -59,7 +59,6 @@ def pairwise(
     quality: str,
     *,
     seed: int = 0,
-    confidence: float = DEFAULT_CONFIDENCE,
 ) -> Pairwise:
     """Let a judge compare texts in pairs, each in both orders, without saying which is whose.
 
@@ -89,7 +88,7 @@ def pairwise(
     check_judge(judge)
     checks.as_text(quality, "quality")
     checks.seed(seed)
-    wilson_interval(0, 1, confidence)
+    checks.installed("scipy.stats", "pairwise")  # or say at once that it is missing
     pairs = _paired(ours, theirs)
     order = random.Random(seed)
     # Both orders of every pair, all in one shuffled row: neighbours tell nothing.
@@ -108,7 +107,7 @@ def pairwise(
     told = {"first": first, "second": second, "verdict": [*map(_verdict, first, second)]}
     pairs = pd.concat([pairs, pd.DataFrame(told, index=pairs.index)], axis=1)
     grouped = groups(pairs, ["vector", "scale"]).items()
-    table = Table([(*key, *_row(some, confidence)) for key, some in grouped], columns=_COLUMNS)
+    table = Table([(*key, *_row(some)) for key, some in grouped], columns=_COLUMNS)
     counts, said = Counter(pairs["verdict"]), Counter([*first, *second])
     if counts["inconsistent"] > counts["ours"] + counts["theirs"] + counts["tie"]:
         warn_user(
@@ -165,11 +164,11 @@ def _verdict(first: str | None, second: str | None) -> str:
     return {"AB": "ours", "BA": "theirs", "TT": "tie"}.get(first + second, "inconsistent")
 
 
-def _row(pairs: pd.DataFrame, confidence: float) -> tuple[float, ...]:
+def _row(pairs: pd.DataFrame) -> tuple[float, ...]:
     counts = Counter(pairs["verdict"])
     won, lost, share = counts["ours"], counts["theirs"], (math.nan,) * 3
     if won + lost:
-        share = (won / (won + lost), *wilson_interval(won, won + lost, confidence))
+        share = (won / (won + lost), *wilson_interval(won, won + lost))
     valid = len(pairs) - counts["invalid"]
     same = (valid - counts["inconsistent"]) / valid if valid else math.nan
     said = Counter([*pairs["first"], *pairs["second"]])
