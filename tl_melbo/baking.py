@@ -1,4 +1,8 @@
-"""Vectors baked into a model, as biases: files that any program reads as an ordinary model."""
+"""Vectors baked into a model: files that any program reads as an ordinary model, and that steer it.
+
+Adding a vector after a block is a bias on the block's MLP output projection, exactly, where the
+block adds that output to the residual stream as it is.
+"""
 
 import shutil
 from collections.abc import Iterator, Mapping
@@ -12,14 +16,7 @@ from torch import Tensor
 
 from tl_melbo.additions import VectorAdditions
 from tl_melbo.exchange import gguf_writer
-from tl_melbo.model.bridge import (
-    Model,
-    check_model,
-    is_dispatched,
-    model_name,
-    model_type,
-    without_bridge,
-)
+from tl_melbo.model.bridge import Model, is_dispatched, model_name, model_type, without_bridge
 from tl_melbo.model.load import BUNDLED_NAME, bundled_model_path, quiet_transformers
 from tl_melbo.shapes import shape_checked
 from tl_melbo.steering import Steerable, steering_rows
@@ -41,17 +38,22 @@ def bake(
     vectors: Steerable,
     path: str | Path,
     layer: int | None = None,
-    *,
     source: str | Path | None = None,
 ) -> Path:
-    """Write the model with one vector, or vectors of several blocks: see `SteeringVectors.bake`."""
-    check_model(model)
+    """Write the model with one vector, or vectors of several blocks, in it; `SteeringVectors.bake`.
+
+    Raises:
+        ValueError: more or fewer than one; a model whose blocks cannot hold it, and why.
+        FileExistsError: something is in the folder, or there is such a file.
+    """
     rows = steering_rows(model, vectors, layer, [1.0])
     if len(rows) != 1:
         raise ValueError(f"vectors: {len(rows)}, expected exactly one; pick one, as found[3]")
     if not isinstance(rows, VectorAdditions) or rows.place != "block":
-        kind = type(vectors).__name__
-        raise ValueError(f"vectors: no bias can hold what {kind} adds; bake its .vectors()")
+        raise ValueError(
+            f"vectors: {type(vectors).__name__} adds something else than vectors after blocks, "
+            "which no bias can hold; bake its .vectors(), if it has them"
+        )
     added = dict(zip(rows.layers, rows.theta[0], strict=True))
     path = Path(path).expanduser().resolve()
     if path.suffix == ".gguf":
@@ -78,24 +80,24 @@ def _baked(model: Model, added: Mapping[int, Tensor]) -> Any:
             "load it as a TransformerBridge with tm.load_model(), without compatibility mode"
         )
     if is_dispatched(model.original_model):
-        name = model_name(model)
-        raise ValueError(f"model: {name} is spread over several devices; load it on one")
+        raise ValueError(
+            f"model: {model_name(model)} is spread over several devices; load it without "
+            "device_map, on a machine with room for it, then bake"
+        )
     plain: Any = without_bridge(model.original_model)
     weights = plain.state_dict()
     if not all(weight.is_floating_point() for weight in weights.values()):
         raise ValueError(f"model: {model_name(model)} is quantised; load it unquantised, then bake")
     kind, config = plain.config.model_type, plain.config.to_dict()
-    if kind in _BIASED:
-        name = _BIASED[kind]
-        kind_of, config_of = type(plain), type(plain.config)
-    elif kind in _AS_LLAMA and not config.get("use_sliding_window"):
+    kind_of, config_of, name = type(plain), type(plain.config), _BIASED.get(kind, _LLAMA_BIAS)
+    if kind in _AS_LLAMA and not config.get("use_sliding_window"):
         has_bias = kind == "qwen2" or config["attention_bias"]
         config |= {"mlp_bias": True, "attention_bias": has_bias, "model_type": "llama"}
         config |= {"architectures": ["LlamaForCausalLM"]}
         known = LlamaConfig().to_dict()
         config = {key: value for key, value in config.items() if key in known}
-        kind_of, config_of, name = LlamaForCausalLM, LlamaConfig, _LLAMA_BIAS
-    else:
+        kind_of, config_of = LlamaForCausalLM, LlamaConfig
+    elif kind not in _BIASED:
         raise ValueError(f"model: {_why_not(kind, config)}; steer it with tm.steered instead")
     facts = {"layers": [*added], "norms": [float(theta.norm()) for theta in added.values()]}
     config = config_of.from_dict({**config, "steering": facts, "dtype": plain.dtype})
