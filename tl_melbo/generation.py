@@ -188,10 +188,8 @@ def _sampling(n_samples: int | None, temperature: float | None) -> tuple[float, 
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature={temperature}: 0 for greedy, or a positive finite number")
     if n_samples and temperature == 0:
-        raise ValueError(
-            f"temperature=0 with n_samples={n_samples}: all would be the greedy completion; "
-            "pass a positive temperature, such as 0.7"
-        )
+        given = f"temperature=0 with n_samples={n_samples}: all would be the greedy completion"
+        raise ValueError(f"{given}; pass a positive temperature, such as 0.7")
     return temperature, list(range(n_samples + 1)) if n_samples else [int(temperature > 0)]
 
 

@@ -41,8 +41,6 @@ def token_divergence(
 ) -> pd.DataFrame:
     """Compare the steered and the unsteered model at every token of completions.
 
-    Both read each completion once, steered by the vector and at the scale of its row.
-
     Args:
         completions: of `vectors`, as `generate` gives them. Rows of the unsteered model and empty
             completions are left out.
@@ -77,7 +75,9 @@ def token_divergence(
         text: to_tokens(model, text, chat)[0].tolist() for text in {r["prompt"] for r in rows}
     }
     pairs = [(prompts[row["prompt"]], tokens_of(model, row["completion"])) for row in rows]
-    _check_room(model, pairs)
+    longest, limit = max(sum(map(len, pair)) for pair in pairs), context_length(model)
+    if limit and longest > limit:
+        raise ValueError(f"completions: one has {longest} tokens with its prompt; {limit} are read")
     texts = _Texts(model, pairs, _rows_of(model, rows, vectors, layer), n_top)
     # The longest first: neighbours are of nearly one length, so little is padded.
     order = sorted(range(len(rows)), key=lambda i: -texts.length(i))
@@ -91,15 +91,6 @@ def token_divergence(
     return Table(pd.concat([_frame(model, *each) for each in kept], ignore_index=True))
 
 
-def _check_room(model: Model, pairs: Sequence[tuple[list[int], list[int]]]) -> None:
-    longest, limit = max(sum(map(len, pair)) for pair in pairs), context_length(model)
-    if limit and longest > limit:
-        raise ValueError(
-            f"completions: one has {longest} tokens with its prompt, but {model_name(model)} reads "
-            f"at most {limit}; shorten it"
-        )
-
-
 def _rows_of(
     model: Model, rows: Sequence[Mapping[str, Any]], vectors: Steerable, layer: int | None
 ) -> Additions:
@@ -108,10 +99,8 @@ def _rows_of(
     steered = steering_rows(model, vectors, layer, scales)
     n_vectors = len(steered) // len(scales)
     if missing := {int(row["vector"]) for row in rows} - {*range(n_vectors)}:
-        raise ValueError(
-            f"completions: of vectors {sorted(missing)[:10]}, but vectors holds {n_vectors}; pass "
-            "those that wrote them"
-        )
+        given = f"of vectors {sorted(missing)[:10]}, but vectors holds {n_vectors}"
+        raise ValueError(f"completions: {given}; pass those that wrote them")
     places = [scales.index(float(row["scale"])) * n_vectors + int(row["vector"]) for row in rows]
     return steered[torch.tensor(places)]
 

@@ -14,14 +14,7 @@ from tl_melbo import checks
 from tl_melbo.additions import VectorAdditions
 from tl_melbo.errors import NotFinite
 from tl_melbo.memory import map_batches
-from tl_melbo.model.bridge import (
-    Model,
-    at_rest,
-    check_layer,
-    check_model,
-    model_name,
-    residual_hook_name,
-)
+from tl_melbo.model.bridge import Model, at_rest, check_layer, model_name, residual_hook_name
 from tl_melbo.model.tokens import to_tokens
 from tl_melbo.probability import kl_from_log_probs
 from tl_melbo.shapes import checked_slice, shape_checked
@@ -48,10 +41,10 @@ def mechanism(
 
     One component at a time puts out what it does in the steered run, at all tokens; the rest of the
     model is unsteered and reacts. So this shows which component is *enough* to bring about part of
-    the effect. It does not show which is needed: others may do the same. Shares do not add up to 1.
-    A component's steered output holds what steered ones before it did to it, both get the credit,
-    and later blocks are not linear. What no component carries is the direct path: the vector
-    itself, which stays in the residual stream up to the target layer, and which all of them read.
+    the effect, not which is needed. Shares do not add up to 1: a component's steered output holds
+    what steered ones before it did to it, both get the credit, and later blocks are not linear.
+    What no component carries is the direct path: the vector itself, which stays in the residual
+    stream.
 
     Args:
         target_layer: None takes the one that the vectors were found at.
@@ -71,7 +64,6 @@ def mechanism(
 
     Source: Heimersheim & Nanda 2024, "How to use and interpret activation patching".
     """
-    check_model(model)
     library = as_library(vectors)
     theta, source = as_theta(model, library), steering_layer(model, library, layer)
     target = _target(model, library, source, target_layer)
@@ -89,15 +81,11 @@ def mechanism(
 def _target(model: Model, library: Any, source: int, target: int | None) -> int:
     target = library.story.get("target_layer") if target is None else target
     if target is None:
-        raise ValueError(
-            "target_layer: not given, and the vectors do not know theirs; pass target_layer=, for "
-            f"example target_layer={min(source + 8, int(model.cfg.n_layers) - 1)}"
-        )
+        raise ValueError("target_layer: not given, and the vectors do not know theirs; pass it")
     check_layer(model, target, "target_layer")
     if target <= source:
-        raise ValueError(
-            f"target_layer={target}: the vectors are added after layer {source}; pass a later one"
-        )
+        where = f"the vectors are added after layer {source}"
+        raise ValueError(f"target_layer={target}: {where}; pass a later one")
     return target
 
 
@@ -108,12 +96,9 @@ def _points(model: Model, layers: Sequence[int]) -> dict[tuple[int, bool], nn.Mo
         for layer in layers
         for heads in (True, False)
     }
-    missing = [name for name in names.values() if name not in model.hook_dict]
-    if missing:
-        raise ValueError(
-            f"model: {model_name(model)} has no hook points {missing[:4]}; only blocks of "
-            "attention heads and an MLP can be taken apart"
-        )
+    if missing := [name for name in names.values() if name not in model.hook_dict]:
+        where = f"{model_name(model)} has no hook points {missing[:4]}"
+        raise ValueError(f"model: {where}; only attention heads and MLPs can be taken apart")
     return {place: model.hook_dict[name] for place, name in names.items()}
 
 
@@ -150,15 +135,11 @@ class _Patch:
         effects = (streams - unsteered[0]).flatten(1)
         kl = kl_from_log_probs(log_probs, unsteered[1].expand_as(log_probs))
         if not (effects.isfinite().all() and kl.isfinite().all()):
-            raise NotFinite(
-                f"vectors: what {model_name(self.model)} does under one of norm "
-                f"{float(theta.norm()):.4g} is not finite; use a shorter one"
-            )
+            of = f"{model_name(self.model)} under one of norm {float(theta.norm()):.4g}"
+            raise NotFinite(f"vectors: {of} is not finite; use a shorter one")
         size = effects[0].square().sum()
         if not size > 0:
-            raise ValueError(
-                "vectors: one has no effect after the target layer; leave it out, or pass it longer"
-            )
+            raise ValueError("vectors: one has no effect after the target layer; leave it out")
         kinds = ["all", "direct", *("mlp" if head == _MLP else "head" for _, head in components)]
         places = [(self.source, _MLP), (self.target, _MLP), *components]
         table = pd.DataFrame(places, columns=["layer", "head"])

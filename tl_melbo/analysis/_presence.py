@@ -9,7 +9,7 @@ from torch import Tensor
 from tl_melbo import checks
 from tl_melbo.analysis._texts import PASSAGES
 from tl_melbo.geometry import normalise
-from tl_melbo.model.bridge import Model, check_model, residual_streams
+from tl_melbo.model.bridge import Model, residual_streams
 from tl_melbo.model.tokens import to_tokens
 from tl_melbo.shapes import Float, checked_slice, shape_checked
 from tl_melbo.steering import Vectors, as_library, as_theta, one_vector, steering_layer
@@ -37,20 +37,16 @@ def presence(
 ) -> pd.DataFrame:
     """Does the unsteered model use these directions where a behaviour shows? `presence_statistics`.
 
-    Where it does not seem to, `other_texts` tell whether the test could have found it: a positive
-    control.
-
     Args:
         texts: raw texts that show the behaviour, code for example.
         control_texts: raw texts that do not.
         other_texts: others of both kinds, from which the positive control is made: the difference
-            of the means of their residuals.
+            of the means of their residuals. It tells whether the test could have found anything.
         positions: which tokens of each text count. By default all but the first, which is an
             attention sink in most models.
 
     Source of the question, not of the test: Jacob G-W 2024, "I found >800 orthogonal ...".
     """
-    check_model(model)
     library = as_library(vectors)
     as_theta(model, library)
     layer = steering_layer(model, library, layer)
@@ -71,10 +67,8 @@ def _check_apart(other_texts: tuple[Texts, Texts], *tested: Texts) -> None:
     used = {text for some in tested for text in checks.as_texts(some)}
     for place, some in enumerate(other_texts):
         for text in used.intersection(checks.as_texts(some, f"other_texts[{place}]")):
-            raise ValueError(
-                f"other_texts[{place}]: holds {quoted(text)}, which the test is made on; a "
-                "direction made from it would be found whatever the model does. Pass others"
-            )
+            given = f"other_texts[{place}]: holds {quoted(text)}"
+            raise ValueError(f"{given}, which the test is made on; pass others")
 
 
 @shape_checked
@@ -95,8 +89,7 @@ def presence_statistics(
         residuals: the residual stream where the behaviour shows, a row a token.
         control: the same where it does not.
         n_frames: of the null, from 1 to 100,000.
-        known_direction: one that is known to tell the two apart, made from other residuals: where
-            the test does not find it, it would have found none.
+        known_direction: one that is known to tell the two apart, made from other residuals.
 
     Returns:
         A row for each vector: index; mean_projection and mean_projection_control on the unit
@@ -169,9 +162,9 @@ def residuals_of(
     tokens = [to_tokens(model, text) for text in listed]
     kept = [residual_streams(model, each, [layer])[0][0].float().cpu() for each in tokens]
     parts = [residual[list(range(len(residual))[checked_slice(positions)])] for residual in kept]
-    for number, (text, residual, chosen) in enumerate(zip(listed, kept, parts, strict=True)):
+    for number, (residual, chosen) in enumerate(zip(kept, parts, strict=True)):
         if not len(chosen):
-            given = f"{argument}[{number}]={text[:40]!r}: {len(residual)} token(s)"
+            given = f"{argument}[{number}]: {len(residual)} token(s)"
             raise ValueError(f"{given}, of which positions={positions} leaves none; leave it out")
     return torch.cat(parts)
 

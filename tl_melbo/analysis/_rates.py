@@ -60,10 +60,8 @@ def rates(
     if isinstance(random, pd.DataFrame):
         other = _counted(random, of, by, "random", among).assign(steering="random")
         if ("sample" in random) != ("sample" in completions):
-            raise ValueError(
-                "random: one of completions and random is of samples, the other greedy; write both "
-                "with n_samples, or neither"
-            )
+            what = "one of completions and random is of samples, the other greedy"
+            raise ValueError(f"random: {what}; write both with n_samples, or neither")
         frame = pd.concat([frame, other[other["vector"] >= 0]], ignore_index=True)
     elif random is not None:
         if unknown := {*random} - {*frame["vector"]}:
@@ -95,10 +93,8 @@ def sampled(completions: pd.DataFrame) -> pd.DataFrame:
     if "sample" not in completions:
         return completions
     if any(completions["sample"].isna()):
-        raise ValueError(
-            "completions: some rows have a sample and some have none; write all of them with "
-            "n_samples, or none"
-        )
+        what = "some rows have a sample and some have none"
+        raise ValueError(f"completions: {what}; write all with n_samples, or none")
     if max(completions["sample"], default=0) <= 0:
         return completions
     return pd.DataFrame(completions[completions["sample"] > 0])

@@ -59,9 +59,6 @@ def atlas(
 ) -> Atlas:
     """Find the top singular vectors of the Jacobian of each pair of layers, and try them out.
 
-    One forward-mode pass from a source serves all its targets, so that 29 targets cost little more
-    than the last of them.
-
     Args:
         sources: layers after which vectors are added; None takes all.
         targets: layers after which effects are read; None takes all. A pair's target is the later.
@@ -143,10 +140,8 @@ def _pairs(sources: list[int], targets: list[int]) -> dict[int, list[int]]:
     """The targets of each source that has any."""
     pairs = {source: [each for each in targets if each > source] for source in sources}
     if not any(pairs.values()):
-        raise ValueError(
-            f"sources={sources}, targets={targets}: no target comes after a source; a target is a "
-            "later layer than its source"
-        )
+        given = f"sources={sources}, targets={targets}"
+        raise ValueError(f"{given}: no target comes after a source; pass a later one")
     return {source: each for source, each in pairs.items() if each}
 
 
@@ -157,42 +152,33 @@ def check_settings(
     checks.at_least(1, n_vectors=n_vectors, max_new_tokens=max_new_tokens)
     checks.between(0, 1e3, "nats", kl_threshold=kl_threshold)
     if radius != "auto" and not 0 < radius <= _LARGEST_SHARE:
-        raise ValueError(
-            f"radius={radius}: a share of the tokens' norm, above 0 and up to {_LARGEST_SHARE:g}, "
-            f"or 'auto'; the published share is {_SHARE}"
-        )
+        what = f"a share of the tokens' norm, above 0 and up to {_LARGEST_SHARE:g}, or 'auto'"
+        raise ValueError(f"radius={radius}: {what}")
 
 
 def _check_sizes(model: Model, per_vector: int, n_vectors: int, max_new_tokens: int) -> None:
     d_model = int(model.cfg.d_model)
     if d_model > _MOST_WIDTH:
-        raise ValueError(
-            f"model: d_model={d_model}, and an atlas takes a derivative for each dimension, which "
-            f"is possible up to {_MOST_WIDTH}; use tm.jacobian for single pairs"
-        )
+        what = f"d_model={d_model}, and an atlas takes at most {_MOST_WIDTH}"
+        raise ValueError(f"model: {what}; use tm.jacobian for single pairs")
     checks.between(1, d_model, "at most d_model", n_vectors=n_vectors)
     if per_vector * n_vectors * max_new_tokens > _MOST_TOKENS:
         raise ValueError(
             f"n_vectors={n_vectors}, max_new_tokens={max_new_tokens}: {per_vector * n_vectors} "
-            f"completions for a source, which keeps {_MOST_TOKENS:,} tokens; ask for less, or "
-            "for fewer prompts or targets"
+            f"completions for a source, which keeps {_MOST_TOKENS:,} tokens; ask for less"
         )
 
 
 def _check_memory(f: ActivationMap, n_targets: int, positions: slice) -> None:
-    """The derivatives of one source must fit: those of all its targets, for one prompt at a time.
-
-    Each has a float for each dimension, position and dimension, and a float64 matrix for J'J.
-    """
+    """The derivatives of one source must fit: of all its targets, for one prompt at a time."""
     counted = f.position_mask(positions)  # refuses what some prompt does not have
     n_pos = int(counted.sum(-1).max())
     needed = n_targets * f.d_model**2 * (n_pos * f.x.element_size() + 8)
     free = free_memory(torch.device("cpu"))
     if needed > free:
         raise ValueError(
-            f"positions={positions}: the derivatives of {n_targets} targets at {n_pos} positions "
-            f"need {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free; take "
-            "fewer positions, or fewer targets at a time"
+            f"positions={positions}: derivatives of {n_targets} targets at {n_pos} positions need "
+            f"{needed / 2**30:.1f} GiB, and {free / 2**30:.1f} are free; take fewer of either"
         )
 
 
@@ -267,10 +253,8 @@ def _decomposed(
 ) -> dict[str, Tensor]:
     """The first directions of one J'J, as vectors and columns."""
     if not gram.isfinite().all():
-        raise NotFinite(
-            f"the derivative of {model_name(f.model)} from layer {source} to layer {target} is not "
-            "finite; load the model in a wider type, such as dtype=torch.float32"
-        )
+        what = f"the derivative of {model_name(f.model)} from layer {source} to {target}"
+        raise NotFinite(f"{what} is not finite; load the model in a wider type")
     squares, directions = torch.linalg.eigh(gram)
     squares = squares.flip(0).clamp_min(0)
     shares = squares[:n_vectors] / squares.sum()

@@ -27,8 +27,7 @@ class Atlas:
 
     Attributes:
         libraries: by source layer, the vectors of its pairs, nearest target first. Columns: those
-            of `table`, and kl as [vector, prompt, sign]. The metadata hold the completions, and in
-            `unsteered` those without a vector.
+            of `table`, and kl as [vector, prompt, sign]. The metadata hold the completions.
     """
 
     libraries: Mapping[int, SteeringVectors]
@@ -55,10 +54,8 @@ class Atlas:
         """
         library = self.libraries.get(source_layer)
         if library is None or target_layer not in library.columns["target_layer"]:
-            raise ValueError(
-                f"source_layer={source_layer}, target_layer={target_layer}: not a pair of this "
-                "atlas; its table names those that are"
-            )
+            pair = f"source_layer={source_layer}, target_layer={target_layer}"
+            raise ValueError(f"{pair}: not a pair of this atlas; its table names those that are")
         return library[library.columns["target_layer"] == target_layer]
 
     @classmethod

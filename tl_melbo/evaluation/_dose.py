@@ -131,10 +131,8 @@ def dose_response(
         raise ValueError(f"scales={list(scales)}: finite numbers other than 0, each once")
     if steering is None:
         raise ValueError("steering: none given; pass vectors, or an adapter")
-    options: dict[str, Any] = {
-        "n_samples": n_samples, "temperature": temperature, "seed": seed,
-        "max_new_tokens": max_new_tokens, "batch_size": batch_size,
-    }  # fmt: skip
+    options: dict[str, Any] = {"n_samples": n_samples, "temperature": temperature, "seed": seed}
+    options |= {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     steered = generate(model, prompts, steering, layer, scales=steps, chat=chat, **options)
     options["chat"] = steered.attrs["chat"]
     unsteered = generate(model, prompts, **options)
@@ -163,10 +161,8 @@ def _random(
 ) -> tuple[torch.Tensor, int]:
     """Random vectors, `n_random` for each vector, and their layer."""
     if not isinstance(steering, SteeringVectors | torch.Tensor):
-        raise ValueError(
-            f"n_random={n_random}: {type(steering).__name__} has no random vectors of equal norm; "
-            "pass n_random=0"
-        )
+        what = f"{type(steering).__name__} has no random vectors of equal norm"
+        raise ValueError(f"n_random={n_random}: {what}; pass n_random=0")
     theta = checks.as_matrix(steering, "steering")
     # Far from the seeds that vectors may have been drawn with: they must not come back.
     seeds = [(seed + 1_000_003 * number) % 2**63 for number in range(1, n_random + 1)]

@@ -142,10 +142,8 @@ def linearities(
     sides = _sides(adapters, vectors, layer)
     counts = [len(steering_rows(model, *side, [1.0])) for side in sides.values()]
     if len({*counts}) > 1:
-        raise ValueError(
-            f"adapters, vectors: {counts[0]} and {counts[1]}; pass the vectors of each adapter, in "
-            "the same order"
-        )
+        given = f"adapters, vectors: {counts[0]} and {counts[1]}"
+        raise ValueError(f"{given}; pass the vectors of each adapter, in the same order")
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     texts, questions = _texts(model, sides, prompts, counts[0], chat, options), []
     cut = [_equally_long(model, some) for some in texts]
@@ -161,9 +159,8 @@ def linearities(
             questions += [_question(batch, name) for batch in batches]
     described = ask(judge, questions)
     if empty := [number for number, text in enumerate(described) if not text]:
-        raise NoAnswer(
-            f"judge: descriptions {empty} of {len(described)} are empty; ask another judge"
-        )
+        what = f"descriptions {empty} of {len(described)} are empty"
+        raise NoAnswer(f"judge: {what}; ask another judge")
     found = []
     for some in cut:
         said, described = described[: 2 * n_batches], described[2 * n_batches :]
@@ -248,10 +245,8 @@ def linearity_score(
 
 def _check(a: Sequence[str], b: Sequence[str]) -> None:
     if isinstance(a, str) or isinstance(b, str) or len(a) != len(b) or not a:
-        raise ValueError(
-            f"descriptions_a, descriptions_b: {len(a)} and {len(b)}; pass two lists of the same, "
-            "positive length"
-        )
+        given = f"descriptions_a, descriptions_b: {len(a)} and {len(b)}"
+        raise ValueError(f"{given}; pass two lists of the same, positive length")
 
 
 def _score(a: Tensor, b: Tensor) -> Score:
@@ -292,10 +287,8 @@ def linearity_null(
     """
     count = len(of_adapters)
     if count != len(of_vectors) or count < 2:
-        raise ValueError(
-            f"of_adapters, of_vectors: {count} and {len(of_vectors)} sets of descriptions; pass "
-            "those of at least two adapters, as many on both sides"
-        )
+        given = f"of_adapters, of_vectors: {count} and {len(of_vectors)} sets"
+        raise ValueError(f"{given}; pass those of at least two adapters, as many on both sides")
     for some in (*of_adapters, *of_vectors):
         _check(of_adapters[0], some)
     flat = [text for some in (*of_adapters, *of_vectors) for text in some]

@@ -77,9 +77,8 @@ def pairwise(
         theirs, how many were preferred in both orders; tie, in both orders; inconsistent; invalid,
         where an answer was no letter, asked twice; share, ours of ours and theirs, with low and
         high, Wilson's interval, NaN if no pair was decided; consistent, the share of valid pairs
-        that have the same verdict in both orders; first, how many of the answers A and B were A:
-        0.5 for a judge without a preference for a place. A warning where more pairs are
-        inconsistent than not.
+        that have the same verdict in both orders; first, how many of the answers A and B were A.
+        A warning where more pairs are inconsistent than not.
 
     Raises:
         ValueError: other numbers of texts, completions without a partner, no texts.
@@ -112,8 +111,7 @@ def pairwise(
     if counts["inconsistent"] > counts["ours"] + counts["theirs"] + counts["tie"]:
         warn_user(
             f"judge: {counts['inconsistent']} of {len(pairs)} verdicts changed with the order of "
-            f"the texts; it answered A {said['A']} times and B {said['B']} "
-            "times. Its answers say more about places than about texts; take another judge"
+            f"the texts; it answered A {said['A']} times and B {said['B']} times. Take another one"
         )
     return Pairwise(table, Table(pairs))
 
@@ -130,14 +128,10 @@ def _paired(
     if isinstance(ours, pd.DataFrame) and isinstance(theirs, pd.DataFrame):
         return _merged(ours, theirs)
     if isinstance(ours, pd.DataFrame) or isinstance(theirs, pd.DataFrame):
-        raise ValueError(
-            "ours, theirs: one is a frame and one is not; pass two lists or two frames"
-        )
+        raise ValueError("ours, theirs: one is a frame and one is not; pass two of a kind")
     if isinstance(ours, str) or isinstance(theirs, str) or len(ours) != len(theirs) or not ours:
-        raise ValueError(
-            f"ours, theirs: {len(ours)} and {len(theirs)} texts; pass two lists of the same, "
-            "positive length"
-        )
+        given = f"ours, theirs: {len(ours)} and {len(theirs)} texts"
+        raise ValueError(f"{given}; pass two lists of the same, positive length")
     texts = {"ours": list(ours), "theirs": list(theirs)}
     return pd.DataFrame({"vector": math.nan, "scale": math.nan, **texts})
 
