@@ -50,10 +50,8 @@ def bake(
     if len(rows) != 1:
         raise ValueError(f"vectors: {len(rows)}, expected exactly one; pick one, as found[3]")
     if not isinstance(rows, VectorAdditions) or rows.place != "block":
-        raise ValueError(
-            f"vectors: {type(vectors).__name__} adds something else than vectors after blocks, "
-            "which no bias can hold; bake its .vectors(), if it has them"
-        )
+        what = f"no bias can hold what {type(vectors).__name__} adds"
+        raise ValueError(f"vectors: {what}; bake its .vectors(), if it has them")
     added = dict(zip(rows.layers, rows.theta[0], strict=True))
     path = Path(path).expanduser().resolve()
     if path.suffix == ".gguf":
@@ -75,15 +73,11 @@ def _baked(model: Model, added: Mapping[int, Tensor]) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     if not hasattr(model, "original_model") or getattr(model, "compatibility_mode", False):
-        raise ValueError(
-            f"model: the weights of {model_name(model)} are not those of a checkpoint any more; "
-            "load it as a TransformerBridge with tm.load_model(), without compatibility mode"
-        )
+        what = f"the weights of {model_name(model)} are not those of a checkpoint any more"
+        raise ValueError(f"model: {what}; load it with tm.load_model()")
     if is_dispatched(model.original_model):
-        raise ValueError(
-            f"model: {model_name(model)} is spread over several devices; load it without "
-            "device_map, on a machine with room for it, then bake"
-        )
+        what = f"{model_name(model)} is spread over several devices"
+        raise ValueError(f"model: {what}; load it without device_map, then bake")
     plain: Any = without_bridge(model.original_model)
     weights = plain.state_dict()
     if not all(weight.is_floating_point() for weight in weights.values()):
@@ -151,10 +145,8 @@ def _source(model: Model) -> Path:
     hf_model = getattr(model, "original_model", None)
     path = Path(getattr(hf_model, "name_or_path", "")) / f"{model_name(model)}.gguf"
     if not path.is_file():
-        raise ValueError(
-            f"source: {model_name(model)} was not loaded from a .gguf file that is still there; "
-            "pass source=, the file to add the vector to, or bake into a folder"
-        )
+        what = f"{model_name(model)} was not loaded from a .gguf file that is still there"
+        raise ValueError(f"source: {what}; pass source=, or bake into a folder")
     return path
 
 

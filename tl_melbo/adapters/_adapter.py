@@ -46,11 +46,10 @@ class AdapterAdditions(LowRankRows):
 
 
 def _direction(low: Tensor, added: Tensor) -> Tensor:
-    """The addition at length 1; 0 where it is 0.
+    """The addition at length 1; 0 where it is 0, with the gradient of `h A B / |h A|`.
 
-    There its direction is not defined. The gradient is that of `h A B / |h A|`, which is of the
-    size of later ones. A tiny constant below the fraction would give one so large that the
-    optimiser's running mean of squares would hold B in place from then on.
+    A tiny constant below the fraction would give a gradient so large that the optimiser's running
+    mean of squares would hold B in place from then on.
     """
     norm, reference = added.norm(dim=-1, keepdim=True), low.detach().norm(dim=-1, keepdim=True)
     norm = torch.where(norm > 0, norm, reference)
@@ -66,12 +65,11 @@ class Adapter(BlockLibrary):
         with tm.steered(model, adapter[0]):
             print(model.generate("Dear diary,"))
 
-    It is a library: its length is the number of adapters, `adapter[3]` is one of them, and row i of
-    a batch gets adapter i. A scale multiplies what is added. Where B is 0, nothing is added.
+    It is a library: `adapter[3]` is one of them, and row i of a batch gets adapter i. A scale
+    multiplies what is added. Where B is 0, nothing is added.
 
     Attributes:
-        A: float32, on the CPU. One pair for all blocks, or one for each.
-        B: as A.
+        A, B: float32, on the CPU. One pair for all blocks, or one for each.
         columns: what was measured at the end of the training: `loss`, `kl`, `nll`, `entropy` and
             `entropy_without` the adapter (all in nats a token), `repetition`, `collapsed` (1 or 0).
         history: the loss after each step.
@@ -87,9 +85,7 @@ class Adapter(BlockLibrary):
         if self.B.shape != (*shape[:2], shape[3], shape[2]):
             raise ValueError(f"B: shape {(*self.B.shape,)} does not belong to A's {(*shape,)}")
         if shape[1] not in (1, n_layers):
-            raise ValueError(
-                f"A: {shape[1]} pairs for {n_layers} blocks; one for all, or one for each"
-            )
+            raise ValueError(f"A: {shape[1]} pairs for {n_layers} blocks; one for all or for each")
         check_rank(shape[3], shape[2])
         checks.positive(length=self.length)
 
@@ -104,11 +100,7 @@ class Adapter(BlockLibrary):
         length: float = 2.0,
         model: str | None = None,
     ) -> "Adapter":
-        """Take adapters that were made elsewhere.
-
-        Args:
-            layers: the blocks after which they add something.
-            length: of what they add, in the residual stream's units.
+        """Take adapters that were made elsewhere, for these blocks.
 
         Raises:
             ValueError: shapes that do not fit together; a value that is not finite.
@@ -164,9 +156,8 @@ class Adapter(BlockLibrary):
             prompts: None takes the held-out prompts of `tm.adapters.situations`.
             layer: the block of which a vector is wanted; None for all blocks of the adapter.
             max_new_tokens: of the continuation; 0 takes the prompts alone.
-            positions: which tokens of each text count; `slice(1, None)` leaves out the first, whose
-                residual is an attention sink in many models.
-            chat: None takes the format that the adapter was trained with.
+            positions: which tokens of each text count; the first is an attention sink in many
+                models.
             on_batch: called with the texts done, and those in all, of all adapters, after each.
 
         Returns:

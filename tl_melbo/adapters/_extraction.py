@@ -117,10 +117,7 @@ def _mean_and_share(parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     if not count:
         raise ValueError("positions: no token of any text; pass a longer slice")
     if not squares.isfinite().all():
-        raise NotFinite(
-            "the residual stream with the adapter is not finite; load the model in a wider type, "
-            "for example dtype=torch.float32"
-        )
+        raise NotFinite("the adapted residual stream is not finite; load the model in a wider type")
     mean, squares = total / count, squares / count
     share = mean.square().sum(-1) / squares.clamp_min(torch.finfo(torch.float64).tiny)
     return mean.float(), share.float()
@@ -156,7 +153,6 @@ def _effects(
     else:
         with hooked(model, added):
             adapted = residual_streams(model, tokens, adapter.layers)
-        effects = [
-            one.double() - other.double() for one, other in zip(adapted, without, strict=True)
-        ]
+        pairs = zip(adapted, without, strict=True)
+        effects = [one.double() - other.double() for one, other in pairs]
     return torch.cat(effects).double().cpu()

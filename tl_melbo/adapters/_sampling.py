@@ -18,10 +18,9 @@ from tl_melbo.steering import hooked
 
 
 class Sampled(NamedTuple):
-    """Prompts with what was sampled after them, padded at the right, so that no pad is seen.
+    """Prompts with what was sampled after them, its end included, padded at the right.
 
-    `sampled` tells which tokens were sampled, the one that ends the text included; `text` which
-    are of the prompt or were sampled.
+    `sampled` tells which tokens were sampled; `text` which are of the prompt or were sampled.
     """
 
     tokens: Int[Tensor, "prompt pos"]
@@ -43,10 +42,7 @@ def running(model: Model, plain: Any, rows: Additions) -> Iterator[Any]:
 def check_can_sample(model: Model) -> None:
     """A bridge can: it has the Hugging Face model's own loop."""
     if not hasattr(model, "original_model"):
-        raise TypeError(
-            "model: a HookedTransformer; adapters are trained in a TransformerBridge, as "
-            "tm.load_model makes it"
-        )
+        raise TypeError("model: a HookedTransformer; pass a TransformerBridge, as from load_model")
 
 
 @torch.no_grad()
@@ -58,10 +54,7 @@ def sample(
     max_new_tokens: int,
     generator: torch.Generator,
 ) -> Sampled:
-    """Sample at temperature 1 after each prompt; the numbers come from this generator alone.
-
-    Raises NotFinite where the logits are not.
-    """
+    """Sample at temperature 1 after each prompt; the numbers come from this generator alone."""
     from transformers import GenerationConfig, LogitsProcessorList
 
     ends = end_tokens(model.tokenizer, model.original_model, int(model.cfg.d_vocab))
@@ -97,10 +90,8 @@ class _Drawn:
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if not scores.amax(-1).isfinite().all():
-            raise NotFinite(
-                f"the logits of {self.name} with the adapter are not finite; use a smaller length "
-                "or learning rate, or load the model in a wider type"
-            )
+            what = f"the logits of {self.name} with the adapter are not finite"
+            raise NotFinite(f"{what}; use a smaller length or learning rate, or a wider type")
         # On the CPU, so that all devices draw the same.
         noise = torch.empty(scores.shape).exponential_(generator=self.generator)
         return scores.float() - noise.log().to(scores.device)

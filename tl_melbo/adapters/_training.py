@@ -108,11 +108,9 @@ class Training(Parts[Adapter]):
             told, gradients = loss_and_gradients(self.model, plain, rows, drawn, alpha, beta)
             rows.A.grad, rows.B.grad = gradients
             if not math.isfinite(told.loss) or not all(g.isfinite().all() for g in gradients):
-                raise NotFinite(
-                    f"adapter {number}: its loss or gradient at step {step + 1} is not finite; use "
-                    "a smaller length or learning rate, or load the model in a wider type",
-                    [number],
-                )
+                what = f"adapter {number}: its loss or gradient at step {step + 1} is not finite"
+                advice = "use a smaller length or learning rate, or load the model in a wider type"
+                raise NotFinite(f"{what}; {advice}", [number])
             optimiser.step()
             pairs = zip(drawn.tokens, drawn.sampled, strict=True)
             repeated = [repetition(row[own].tolist()) for row, own in pairs]
@@ -190,7 +188,7 @@ def divergence_adapter(
 
     Each step samples continuations of a batch of prompts from the adapted model P. Then AdamW
     lowers the mean over the sampled tokens of `-alpha KL(P || Q) + beta NLL_P(token)`, where Q is
-    the model without the adapter.
+    the model without the adapter. A warning tells of an adapter that has collapsed into gibberish.
 
     Args:
         prompts: what is continued; None takes those for training of `tm.adapters.situations`.
@@ -199,21 +197,17 @@ def divergence_adapter(
         steps: of the optimiser; None goes through the prompts once.
         length: of what is added after each block, in the residual stream's units.
         layers: the blocks with an adapter; None takes all.
-        chat: put the prompts into the model's chat template.
         first: the number of the first adapter, to go on where an earlier call ended.
         on_step: called after each step with the numbers of adapter and step, and what was measured.
 
     Returns:
-        The adapters, with the columns that `Adapter` names and the loss after each step. What was
-        measured is the mean over the last quarter of the steps.
+        The adapters, with the loss after each step, and the columns that `Adapter` names: means
+        over the last quarter of the steps.
 
     Raises:
         ValueError: a rank over the width, an unknown block, a number out of its range, prompts that
             leave no room for the tokens.
         NotFinite: logits, loss or gradient are not finite.
-
-    Warns:
-        UserWarning: an adapter has collapsed: what it writes repeats itself, or is gibberish.
 
     Source: "steer-clear" (2025).
     """

@@ -75,10 +75,8 @@ def vllm(
     try:
         engine, plugin = map(importlib.import_module, ("vllm", "vllm_lens"))
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"engines.vllm: needs {error.name} in this environment, which docs/engines.md says how "
-            "to install; or pass the address of a server"
-        ) from error
+        advice = "see docs/engines.md, or pass the address of a server"
+        raise ModuleNotFoundError(f"engines.vllm: needs {error.name}; {advice}") from error
     options = {"max_logprobs": _TOP, "disable_log_stats": True, **options}
     return _LocalVLLM(engine, plugin, str(place), options, tolerance)
 
@@ -102,10 +100,8 @@ class _LocalVLLM:
         texts = [[*out.outputs[0].token_ids] for out in self._run(requests, options)]
         for tokens in texts:
             if _broke_off(tokens, max_new_tokens, ends):
-                raise ValueError(
-                    f"engine: {self!r} broke a text off after {len(tokens)} of max_new_tokens="
-                    f"{max_new_tokens}; give it a larger max_model_len, or ask for fewer"
-                )
+                short = f"broke a text off after {len(tokens)} of max_new_tokens={max_new_tokens}"
+                raise ValueError(f"engine: {self!r} {short}; give it a larger max_model_len")
         return texts
 
     def log_probs(self, requests: Sequence[Request]) -> list[dict[int, float]]:
@@ -117,28 +113,15 @@ class _LocalVLLM:
     def _run(self, requests: Sequence[Request], options: dict[str, Any]) -> Any:
         prompts = [{"prompt_token_ids": [*r.tokens], "cache_salt": r.salt} for r in requests]
         # New ones at each call: the plugin takes the vector out of them.
-        params = [
-            self._library.SamplingParams(
-                temperature=request.temperature,
-                seed=request.seed,
-                detokenize=False,
-                extra_args=self._steering(request),
-                **options,
-            )
-            for request in requests
-        ]
+        params = []
+        for request in requests:
+            own: dict[str, Any] = {"temperature": request.temperature, "seed": request.seed}
+            if request.theta is not None:
+                vector = {"activations": request.theta.clone(), "layer_indices": [*request.layers]}
+                steering = self._plugin.SteeringVector(**vector, scale=1.0, norm_match=False)
+                own["extra_args"] = {"apply_steering_vectors": [steering]}
+            params.append(self._library.SamplingParams(detokenize=False, **own, **options))
         return self._llm.generate(prompts, params, use_tqdm=False)
-
-    def _steering(self, request: Request) -> dict[str, Any] | None:
-        if request.theta is None:
-            return None
-        vector = self._plugin.SteeringVector(
-            activations=request.theta.clone(),
-            layer_indices=[*request.layers],
-            scale=1.0,
-            norm_match=False,
-        )
-        return {"apply_steering_vectors": [vector]}
 
     def __repr__(self) -> str:
         return f"engines.vllm({Path(self.place).name!r})"
