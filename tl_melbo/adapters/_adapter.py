@@ -1,24 +1,41 @@
 """An adapter: a low-rank map of the residual stream whose addition has a constant length."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from tl_melbo import checks, vectors_file
-from tl_melbo.adapters import _extraction
-from tl_melbo.additions import LowRankRows, Place
+from tl_melbo import checks, story, vectors_file
+from tl_melbo.adapters import _sampling
+from tl_melbo.adapters._situations import held_out
+from tl_melbo.additions import Additions, LowRankRows, Place
+from tl_melbo.errors import NotFinite
 from tl_melbo.generation import OnBatch
 from tl_melbo.layered import LayeredVectors
-from tl_melbo.model.bridge import Model
-from tl_melbo.shapes import Float, shape_checked
+from tl_melbo.model.bridge import (
+    Model,
+    model_name,
+    model_type,
+    plain_model,
+    residual_streams,
+    weights_digest,
+)
+from tl_melbo.model.tokens import check_room, to_tokens
+from tl_melbo.shapes import Float, Tokens, checked_slice, shape_checked
+from tl_melbo.steering import as_chat, hooked, steering_rows
 from tl_melbo.stored import BlockLibrary
-from tl_melbo.story import now
 from tl_melbo.vectors import SteeringVectors
 
 Estimator = Literal["difference", "addition"]
+# Texts sampled at once.
+_BATCH = 16
+_ABOUT = {
+    "difference": "Each vector is the mean over tokens of the residual stream with the adapter "
+    "less that without it; it holds what earlier blocks added, too.",
+    "addition": "Each vector is the mean over tokens of what the adapter adds after the block.",
+}
 
 
 @dataclass(eq=False)
@@ -105,7 +122,12 @@ class Adapter(BlockLibrary):
         Raises:
             ValueError: shapes that do not fit together; a value that is not finite.
         """
-        facts = {"method": "from_tensor", "model": model, "d_model": A.shape[2], "date": now()}
+        facts = {
+            "method": "from_tensor",
+            "model": model,
+            "d_model": A.shape[2],
+            "date": story.now(),
+        }
         chosen = {"hyperparameters": {"length": float(length)}, "layers": list(layers)}
         return cls(A, B, story=facts | chosen)
 
@@ -170,9 +192,39 @@ class Adapter(BlockLibrary):
         """
         if layer is not None and layer not in self.layers:
             raise ValueError(f"layer={layer}: the adapter's blocks are {list(self.layers)}")
-        found = _extraction.extract(
-            model, self, prompts, estimator, max_new_tokens, positions, seed, chat, on_batch
+        checks.at_least(0, max_new_tokens=max_new_tokens)
+        checks.seed(seed)
+        positions = checked_slice(positions)
+        rows = steering_rows(model, self, None, [1.0])
+        texts = checks.as_texts(held_out() if prompts is None else prompts)
+        chat = as_chat(self, chat)
+        tokens = [to_tokens(model, text, chat) for text in texts]
+        check_room(model, tokens, max_new_tokens)
+        means, shares = [], []
+        for row, number in enumerate(self.columns["index"].tolist()):
+            added, random = rows[row : row + 1], _sampling.generator(seed, number)
+            effects = (
+                _effects(model, added, text, estimator)[:, [*range(text.shape[1])[positions]]]
+                for text in _continued(model, added, tokens, max_new_tokens, random)
+            )
+            counts = row * len(tokens), len(rows) * len(tokens)
+            mean, share = _mean_and_share(_told(effects, on_batch or (lambda *_: None), *counts))
+            means.append(mean)
+            shares.append(share)
+        chosen = {"estimator": estimator, "max_new_tokens": max_new_tokens}
+        facts = story.make(
+            "adapter_vectors",
+            **facts_of(model),
+            layers=list(self.layers),
+            prompts=texts,
+            chat=chat,
+            seed=seed,
+            adapter={name: self.story.get(name) for name in ("method", "seed", "hyperparameters")},
+            hyperparameters=chosen | {"positions": story.slice_to_json(positions)},
+            about=_ABOUT[estimator],
         )
+        columns = {"index": self.columns["index"], "constant_share": torch.stack(shares)}
+        found = LayeredVectors(torch.stack(means), story=facts, columns=columns)
         return found if layer is None else found.at(layer)
 
     def __repr__(self) -> str:
@@ -181,7 +233,70 @@ class Adapter(BlockLibrary):
         return self._described(f"{told} {blocks}", f"length {self.length:g}")
 
 
+def facts_of(model: Model) -> dict[str, Any]:
+    """Which model it is, for the metadata."""
+    facts = {"model": model_name(model), "model_type": model_type(model)}
+    return {**facts, "weights": weights_digest(model), "d_model": int(model.cfg.d_model)}
+
+
 def check_rank(rank: int, d_model: int) -> None:
     """A rank must not be over the width."""
     if not 1 <= rank <= d_model:
         raise ValueError(f"rank={rank}: from 1 to d_model={d_model}")
+
+
+def _told(parts: Iterable[Tensor], tell: OnBatch, done: int, total: int) -> Iterator[Tensor]:
+    """The same, each counted once it was taken."""
+    for number, part in enumerate(parts, start=done + 1):
+        yield part
+        tell(number, total)
+
+
+def _mean_and_share(parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """The mean over tokens of vectors, [layer, pos, d_model], and its share of the mean square."""
+    total = squares = torch.zeros((), dtype=torch.float64)
+    count = 0
+    for vectors in parts:
+        total = total + vectors.sum(1)
+        squares = squares + vectors.square().sum((1, 2))
+        count += vectors.shape[1]
+    if not count:
+        raise ValueError("positions: no token of any text; pass a longer slice")
+    if not squares.isfinite().all():
+        raise NotFinite("the adapted residual stream is not finite; load the model in a wider type")
+    mean, squares = total / count, squares / count
+    share = mean.square().sum(-1) / squares.clamp_min(torch.finfo(torch.float64).tiny)
+    return mean.float(), share.float()
+
+
+def _continued(
+    model: Model,
+    added: Additions,
+    prompts: Sequence[Tokens],
+    max_new_tokens: int,
+    random: torch.Generator,
+) -> Iterator[Tokens]:
+    """Each prompt and what the adapted model samples after it."""
+    if not max_new_tokens:
+        yield from prompts
+        return
+    _sampling.check_can_sample(model)
+    plain = plain_model(model)
+    for first in range(0, len(prompts), _BATCH):
+        some = prompts[first : first + _BATCH]
+        drawn = _sampling.sample(model, plain, added, some, max_new_tokens, random)
+        yield from (row[kept][None] for row, kept in zip(drawn.tokens, drawn.text, strict=True))
+
+
+def _effects(model: Model, added: Additions, tokens: Tokens, estimator: str) -> Tensor:
+    """What the adapter changes after each of its blocks: float64 [layer, pos, d_model]."""
+    without = residual_streams(model, tokens, added.layers)
+    if estimator == "addition":
+        pairs = zip(added.layers, without, strict=True)
+        effects = [added.after(layer, residual) for layer, residual in pairs]
+    else:
+        with hooked(model, added):
+            adapted = residual_streams(model, tokens, added.layers)
+        pairs = zip(adapted, without, strict=True)
+        effects = [one.double() - other.double() for one, other in pairs]
+    return torch.cat(effects).double().cpu()

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,12 @@ from tl_melbo.model.tokens import end_tokens
 from tl_melbo.reading import adding_below
 from tl_melbo.shapes import Bool, Int, Tokens
 from tl_melbo.steering import hooked
+
+
+def generator(*key: int) -> torch.Generator:
+    """Random numbers of their own for each key, such as a seed and the number of an adapter."""
+    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
 
 class Sampled(NamedTuple):

@@ -15,22 +15,12 @@ from tqdm.auto import tqdm
 
 from tl_melbo import checks, story
 from tl_melbo.adapters import _sampling, _situations
-from tl_melbo.adapters._adapter import Adapter, AdapterAdditions, check_rank
-from tl_melbo.adapters._extraction import generator
+from tl_melbo.adapters._adapter import Adapter, AdapterAdditions, check_rank, facts_of
 from tl_melbo.adapters._loss import Measured, loss_and_gradients
 from tl_melbo.analysis._coherence import DEFAULT_REPETITION, repetition
 from tl_melbo.discovery._search import Parts, collecting
 from tl_melbo.errors import NotFinite, warn_user
-from tl_melbo.model.bridge import (
-    Model,
-    check_layer,
-    check_model,
-    model_device,
-    model_name,
-    model_type,
-    plain_model,
-    weights_digest,
-)
+from tl_melbo.model.bridge import Model, check_layer, check_model, model_device, plain_model
 from tl_melbo.model.tokens import check_room, to_tokens
 
 _COLUMNS = (*Measured._fields, "repetition")
@@ -67,10 +57,7 @@ class Training(Parts[Adapter]):
         self.n_steps = settings["steps"] or math.ceil(len(prompts) / settings["batch_size"])
         made = story.make(
             "divergence_adapter",
-            model=model_name(model),
-            model_type=model_type(model),
-            weights=weights_digest(model),
-            d_model=int(model.cfg.d_model),
+            **facts_of(model),
             dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
             prompts=list(prompts),
             chat=chat,
@@ -93,7 +80,7 @@ class Training(Parts[Adapter]):
                 yield adapter
 
     def _train(self, number: int, bar: Any) -> Adapter:
-        random = generator(self.seed, number)
+        random = _sampling.generator(self.seed, number)
         rows, plain = self._begin(random), plain_model(self.model)
         optimiser = torch.optim.AdamW([rows.A, rows.B], lr=self.settings["learning_rate"])
         alpha, beta = self.settings["alpha"], self.settings["beta"]
