@@ -1,7 +1,7 @@
 """Which attention heads and MLPs carry a vector's effect from its layer to the target layer?"""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,6 +23,7 @@ from tl_melbo.tables import Table
 
 # Stands for a head where there is none.
 _MLP = -1
+_Hook = tuple[nn.Module, Callable[..., Any]]
 
 
 @shape_checked
@@ -119,15 +120,15 @@ class _Patch:
         components = [(layer, head) for layer, is_attention in self.points if is_attention
                       for head in heads]  # fmt: skip
         kept: dict[tuple[int, bool], Tensor] = {}
+        keeping = [(point, partial(_keep, kept, place)) for place, point in self.points.items()]
 
         def of_batch(some: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-            with self.patched(some, kept):
-                return self.read(len(some))
+            return self.read(len(some), self.patching(some, kept))
 
         with at_rest(self.model):
             unsteered = self.read(1)
-            with self.keeping(kept), hooked(self.model, VectorAdditions.of(theta, self.source)):
-                whole = self.read(1)
+            with hooked(self.model, VectorAdditions.of(theta, self.source)):
+                whole = self.read(1, keeping)
             with hooked(self.model, VectorAdditions.of(theta, self.target)):
                 direct = self.read(1)
             parts, _ = map_batches(of_batch, components, batch_size)
@@ -146,47 +147,37 @@ class _Patch:
         table.insert(0, "component", kinds)
         return table.assign(share=(effects @ effects[0] / size).numpy(), kl=kl.numpy())
 
-    def read(self, n_rows: int) -> tuple[Tensor, Tensor]:
+    def read(self, n_rows: int, hooks: Sequence[_Hook] = ()) -> tuple[Tensor, Tensor]:
         """The residual stream after the target layer, and the next token's log-probabilities."""
-        tokens = self.tokens.expand(n_rows, -1)
-        kept: list[Tensor] = []
-        point = self.model.hook_dict[residual_hook_name(self.target)]
-        with point.register_forward_hook(
-            lambda module, args, output: kept.append(output[:, self.positions].double().cpu())
-        ):
-            logits = self.model(tokens)
-        return kept[0], logits[:, -1].float().log_softmax(-1).cpu()
+        kept: dict[str, Tensor] = {}
+        name = residual_hook_name(self.target)
+        with ExitStack() as stack:
+            for point, hook in (*hooks, (self.model.hook_dict[name], partial(_keep, kept, name))):
+                stack.enter_context(point.register_forward_hook(hook))
+            logits = self.model(self.tokens.expand(n_rows, -1))
+        stream = kept[name][:, self.positions].double().cpu()
+        return stream, logits[:, -1].float().log_softmax(-1).cpu()
 
-    @contextmanager
-    def keeping(self, kept: dict[tuple[int, bool], Tensor]) -> Iterator[None]:
-        """Keep what each component puts out."""
-        with ExitStack() as hooks:
-            for place, point in self.points.items():
-
-                def keep(module: Any, args: Any, output: Tensor, place: Any = place) -> None:
-                    kept[place] = output.detach().clone()
-
-                hooks.enter_context(point.register_forward_hook(keep))
-            yield
-
-    @contextmanager
-    def patched(
+    def patching(
         self, components: Sequence[tuple[int, int]], kept: Mapping[tuple[int, bool], Tensor]
-    ) -> Iterator[None]:
+    ) -> list[_Hook]:
         """Row by row, one component puts out what was kept."""
-        with ExitStack() as hooks:
-            for (layer, is_attention), point in self.points.items():
-                mine = [
-                    (row, head)
-                    for row, (own, head) in enumerate(components)
-                    if own == layer and (head != _MLP) == is_attention
-                ]
-                if mine:
-                    put = partial(
-                        _put, mine, kept[layer, is_attention], int(self.model.cfg.n_heads)
-                    )
-                    hooks.enter_context(point.register_forward_hook(put))
-            yield
+        hooks = []
+        for (layer, is_attention), point in self.points.items():
+            mine = [
+                (row, head)
+                for row, (own, head) in enumerate(components)
+                if own == layer and (head != _MLP) == is_attention
+            ]
+            if mine:
+                n_heads = int(self.model.cfg.n_heads)
+                hooks.append((point, partial(_put, mine, kept[layer, is_attention], n_heads)))
+        return hooks
+
+
+def _keep(kept: dict[Any, Tensor], name: Any, module: Any, args: Any, output: Tensor) -> None:
+    """A hook: keep what comes by."""
+    kept[name] = output.detach().clone()
 
 
 def _put(
