@@ -7,7 +7,6 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,7 +35,7 @@ _TEXTS_OF_SEVERAL = 32
 OnBatch = Callable[[int, int], None]
 # Of a part: called with the share that is done, or with what is done of it and its whole.
 Tell = Callable[..., None]
-_Write = Callable[["_Rows"], tuple[list[str], list[bool]]]
+_Write = Callable[[Tensor, Tensor, Tokens], tuple[list[str], list[bool]]]
 
 
 @shape_checked
@@ -105,9 +104,9 @@ def generate(
         drawn = (temperature, seed, max_new_tokens, on_batch)
         completions, bad = texts_by(engine, model, prompt_tokens, rows, labels, *drawn), []
     else:
-        write = _writer(model, max_new_tokens, temperature)
+        write = _writer(model, rows, max_new_tokens, temperature)
         drawn = (max_new_tokens, seed, batch_size, on_batch)
-        completions, bad = _by_model(model, write, prompt_tokens, rows, labels, *drawn)
+        completions, bad = _by_model(model, write, prompt_tokens, len(rows), labels, *drawn)
     frame = Table(labels * len(texts), columns=["vector", "scale", "sample"])
     frame["prompt"] = [text for text in texts for _ in labels]
     frame["completion"] = completions
@@ -124,7 +123,7 @@ def _by_model(
     model: Model,
     write: _Write,
     prompts: Sequence[Tokens],
-    rows: Additions,
+    n_rows: int,
     labels: Sequence[tuple[int, float, int]],
     max_new_tokens: int,
     seed: int,
@@ -133,7 +132,7 @@ def _by_model(
 ) -> tuple[list[str], list[bool]]:
     """One text a prompt and label, and whether its logits were not finite."""
     # The samples of a vector are neighbours: they share the reading of their prompt.
-    places = torch.arange(len(labels)) % len(rows)
+    places = torch.arange(len(labels)) % n_rows
     order = places.argsort(stable=True)
     found, total = {}, len(prompts) * len(labels)
     for numbers in _of_one_length(prompts, min(batch_size, _TEXTS_OF_SEVERAL) // len(labels)):
@@ -141,15 +140,19 @@ def _by_model(
         named = [(number, *labels[label]) for number, label in keys]
         drawn = [_draws(max_new_tokens, each[-1] > 0, seed, *each) for each in named]
         tokens = torch.cat([prompts[number] for number, _ in keys])
-        steered = _Rows(rows, places[order].repeat(len(numbers)), torch.stack(drawn), tokens)
+        texts = (places[order].repeat(len(numbers)), torch.stack(drawn), tokens)
         tell = in_parts(on_batch, [len(found), len(keys), total - len(found) - len(keys)])[1]
         at_once = min(batch_size, _fitting(model, tokens.shape[1], max_new_tokens))
-        parts, fitting = map_batches(write, steered, at_once, tell)
+
+        def write_some(some: Tensor, texts: Any = texts) -> tuple[list[str], list[bool]]:
+            return write(*(each[some] for each in texts))
+
+        parts, fitting = map_batches(write_some, torch.arange(len(keys)), at_once, tell)
         batch_size = batch_size if fitting == at_once else fitting
         written = [each for some in parts for each in zip(*some, strict=True)]
         found.update(zip(keys, written, strict=True))
-    texts, not_finite = zip(*(found[key] for key in sorted(found)), strict=True)
-    return list(texts), list(not_finite)
+    written, not_finite = zip(*(found[key] for key in sorted(found)), strict=True)
+    return list(written), list(not_finite)
 
 
 def _fitting(model: Model, n_prompt: int, n_new: int) -> int:
@@ -202,23 +205,6 @@ def _draws(n_tokens: int, is_sampled: bool, *name: float) -> Tensor:
     return torch.rand(n_tokens, generator=own, dtype=torch.float64)
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """What is added to each row, by its place in `added`; whence it draws; what it goes on from."""
-
-    added: Additions
-    places: Tensor
-    draws: Tensor
-    tokens: Tokens
-
-    def __len__(self) -> int:
-        return len(self.draws)
-
-    def __getitem__(self, rows: slice) -> "_Rows":
-        parts = (self.places[rows], self.draws[rows], self.tokens[rows])
-        return _Rows(self.added, *parts)
-
-
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Lend the global generators, from which libraries sample, this seed."""
@@ -227,8 +213,11 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def _writer(model: Model, max_new_tokens: int, temperature: float) -> _Write:
-    """A function that writes one text a row, and tells whether its logits were not finite."""
+def _writer(model: Model, added: Additions, max_new_tokens: int, temperature: float) -> _Write:
+    """A function that writes one text a row, and tells whether its logits were not finite.
+
+    Of each row it takes the place in `added`, the draws, and the tokens that it goes on from.
+    """
     from transformers import GenerationConfig, LogitsProcessorList
 
     plain, bridged = plain_model(model), getattr(model, "original_model", None)
@@ -243,15 +232,14 @@ def _writer(model: Model, max_new_tokens: int, temperature: float) -> _Write:
     if writes is not None:
         writes.generation_config = GenerationConfig()
 
-    def write(steered: _Rows) -> tuple[list[str], list[bool]]:
+    def write(places: Tensor, draws: Tensor, rows: Tokens) -> tuple[list[str], list[bool]]:
         nonlocal shares
         past: dict[str, Any] = {}
-        rows = steered.tokens
-        choice = _Choice(steered.draws, torch.tensor(ends, device=rows.device), temperature)
+        choice = _Choice(draws, torch.tensor(ends, device=rows.device), temperature)
         if shares and rows.shape[1] > 1:
-            past = _past(model, plain, steered)
+            past = _past(model, plain, added, places, rows)
             shares = bool(past)
-        with adding(model, plain, steered.added[steered.places]):
+        with adding(model, plain, added[places]):
             if writes is None:  # a HookedTransformer
                 with model.unembed.register_forward_hook(choice.of_logits):
                     out = model.generate(rows, return_type="tokens", verbose=False, **options)
@@ -271,16 +259,17 @@ def _writer(model: Model, max_new_tokens: int, temperature: float) -> _Write:
     return write
 
 
-def _past(model: Model, plain: Any, steered: _Rows) -> dict[str, Any]:
+def _past(
+    model: Model, plain: Any, added: Additions, places: Tensor, tokens: Tokens
+) -> dict[str, Any]:
     """The keys and values of prompts but for their last tokens, read once for each vector."""
-    device = steered.tokens.device
-    read = torch.cat([steered.places[:, None].to(device), steered.tokens[:, :-1]], 1)
+    read = torch.cat([places[:, None].to(tokens.device), tokens[:, :-1]], 1)
     distinct, rows = read.unique(dim=0, return_inverse=True)
     places, tokens = distinct[:, 0].cpu(), distinct[:, 1:]
     if (tokens == tokens[0]).all():
         # One row runs up to the first steered layer, and the vectors make many of it.
         tokens = tokens[:1]
-    with adding(model, plain, steered.added[places]):
+    with adding(model, plain, added[places]):
         past = read_ahead(plain, tokens)
     for cache in past.values():
         for layer in cache.layers:
