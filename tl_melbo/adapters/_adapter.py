@@ -12,7 +12,7 @@ from tl_melbo.adapters import _sampling
 from tl_melbo.adapters._situations import held_out
 from tl_melbo.additions import Additions, LowRankRows, Place
 from tl_melbo.errors import NotFinite
-from tl_melbo.generation import OnBatch
+from tl_melbo.generation import OnBatch, Tell, in_parts
 from tl_melbo.layered import LayeredVectors
 from tl_melbo.model.bridge import (
     Model,
@@ -200,15 +200,14 @@ class Adapter(BlockLibrary):
         chat = as_chat(self, chat)
         tokens = [to_tokens(model, text, chat) for text in texts]
         check_room(model, tokens, max_new_tokens)
-        means, shares = [], []
+        means, shares, tells = [], [], in_parts(on_batch, [len(tokens)] * len(rows))
         for row, number in enumerate(self.columns["index"].tolist()):
             added, random = rows[row : row + 1], _sampling.generator(seed, number)
             effects = (
                 _effects(model, added, text, estimator)[:, [*range(text.shape[1])[positions]]]
                 for text in _continued(model, added, tokens, max_new_tokens, random)
             )
-            counts = row * len(tokens), len(rows) * len(tokens)
-            mean, share = _mean_and_share(_told(effects, on_batch or (lambda *_: None), *counts))
+            mean, share = _mean_and_share(effects, tells[row], len(tokens))
             means.append(mean)
             shares.append(share)
         chosen = {"estimator": estimator, "max_new_tokens": max_new_tokens}
@@ -245,21 +244,15 @@ def check_rank(rank: int, d_model: int) -> None:
         raise ValueError(f"rank={rank}: from 1 to d_model={d_model}")
 
 
-def _told(parts: Iterable[Tensor], tell: OnBatch, done: int, total: int) -> Iterator[Tensor]:
-    """The same, each counted once it was taken."""
-    for number, part in enumerate(parts, start=done + 1):
-        yield part
-        tell(number, total)
-
-
-def _mean_and_share(parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+def _mean_and_share(parts: Iterable[Tensor], tell: Tell, n_parts: int) -> tuple[Tensor, Tensor]:
     """The mean over tokens of vectors, [layer, pos, d_model], and its share of the mean square."""
     total = squares = torch.zeros((), dtype=torch.float64)
     count = 0
-    for vectors in parts:
+    for number, vectors in enumerate(parts, 1):
         total = total + vectors.sum(1)
         squares = squares + vectors.square().sum((1, 2))
         count += vectors.shape[1]
+        tell(number, n_parts)
     if not count:
         raise ValueError("positions: no token of any text; pass a longer slice")
     if not squares.isfinite().all():

@@ -54,21 +54,18 @@ def presence(
     control = residuals_of(model, control_texts, layer, positions, "control_texts")
     known = None
     if other_texts is not None:
-        _check_apart(other_texts, texts, control_texts)
-        named = zip(other_texts, ("other_texts[0]", "other_texts[1]"), strict=True)
-        means = [residuals_of(model, some, layer, positions, name).mean(0) for some, name in named]
+        used = {*checks.as_texts(texts), *checks.as_texts(control_texts)}
+        means = []
+        for place, some in enumerate(other_texts):
+            name = f"other_texts[{place}]"
+            for text in used.intersection(checks.as_texts(some, name)):
+                what = f"{name}: holds {quoted(text)}, which the test is made on"
+                raise ValueError(f"{what}; pass others")
+            means.append(residuals_of(model, some, layer, positions, name).mean(0))
         known = means[0] - means[1]
     return presence_statistics(
         residuals, control, library, n_frames=n_frames, seed=seed, known_direction=known
     )
-
-
-def _check_apart(other_texts: tuple[Texts, Texts], *tested: Texts) -> None:
-    used = {text for some in tested for text in checks.as_texts(some)}
-    for place, some in enumerate(other_texts):
-        for text in used.intersection(checks.as_texts(some, f"other_texts[{place}]")):
-            given = f"other_texts[{place}]: holds {quoted(text)}"
-            raise ValueError(f"{given}, which the test is made on; pass others")
 
 
 @shape_checked
