@@ -155,7 +155,9 @@ def linearities(
                 f"n_batches={n_batches}; pass more prompts, or ask for fewer batches"
             )
         for name in sides:
-            batches = _batches(some, n_batches, f"{seed} {name}")
+            order = random.Random(f"{seed} {name}").sample(range(len(some)), len(some))
+            # A random partition, sizes as equal as can be.
+            batches = [some.iloc[order[first::n_batches]] for first in range(n_batches)]
             questions += [_question(batch, name) for batch in batches]
     described = ask(judge, questions)
     if empty := [number for number, text in enumerate(described) if not text]:
@@ -211,12 +213,6 @@ def _equally_long(model: Model, texts: pd.DataFrame) -> pd.DataFrame:
             cut = {side: model.tokenizer.decode(some[:length]) for side, some in tokens.items()}
             rows.append({**row, **cut})
     return pd.DataFrame(rows, columns=texts.columns)
-
-
-def _batches(texts: pd.DataFrame, n_batches: int, seed: str) -> list[pd.DataFrame]:
-    """A random partition, sizes as equal as can be."""
-    order = random.Random(seed).sample(range(len(texts)), len(texts))
-    return [texts.iloc[order[first::n_batches]] for first in range(n_batches)]
 
 
 def _question(batch: pd.DataFrame, side: str) -> str:
