@@ -65,14 +65,13 @@ def generate(
             completion of each, greedy or sampled as `temperature` says.
         temperature: 0 takes the likeliest token (greedy), above 0 samples. None takes 0, or 0.7
             with `n_samples`.
-        seed: for sampling. Each row draws from a generator of its own, by the seed, the numbers of
-            prompt, vector and sample, and the scale: the batch size changes nothing but rounding.
+        seed: for sampling. Each row draws from a generator of its own: the batch size changes
+            nothing but rounding.
         chat: None takes the format that the vectors were found with.
-        engine: what writes instead of the model, such as `tm.engines.vllm(folder)`; it must have
-            the model's log-probabilities. Its samples are drawn from other numbers than ours.
+        engine: what writes instead of the model, such as `tm.engines.vllm(folder)`. Its samples
+            are drawn from other numbers than ours.
         batch_size: the most texts written at once; fewer where their keys and values would fill
-            more than a quarter of the free memory. Each step reads all weights, however many texts
-            there are.
+            more than a quarter of the free memory.
         on_batch: called with the texts written, and those in all, after each batch.
 
     Returns:

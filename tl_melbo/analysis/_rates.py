@@ -40,12 +40,12 @@ def rates(
         completions: as `generate` returns them, or the texts of a `Behaviours`.
         of: a column, each of whose values gets a rate: "behaviour", "stance", "form", "speaker",
             "baseline"; tags are found by rule where they are missing (by `tags`, beside the
-            unsteered rows; without a system prompt, so that no leak of it is known). Or a function
-            of a text: what it gives counts as a yes if it is true, or a count above 0.
+            unsteered rows, without a system prompt). Or a function of a text, whose answer is
+            counted where it is true.
         by: columns whose values are told apart, such as "vector", "scale", "prompt".
         random: completions under `tm.random_vectors` of the same norm; or, where they are among
             `completions`, the numbers of these vectors. They are taken together, as are unsteered
-            ones: by no vector and no scale.
+            ones.
 
     Returns:
         Rows of "unsteered", then "random", then "vector", in a column steering; the columns of

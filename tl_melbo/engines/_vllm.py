@@ -50,9 +50,7 @@ def vllm(
             never shown, saved or logged by this package.
         tolerance: how far log-probabilities may be apart on average, in nats: 1e-4 was measured in
             float32; narrow types need more.
-        concurrency: requests at once to a server.
-        timeout: of a request to a server, in seconds.
-        retries: of a request after a lost connection or an error that the server calls temporary.
+        concurrency: requests at once to a server; `timeout` and `retries` are of each.
         options: of `vllm.LLM`, such as dtype="float32"; for a checkpoint only.
 
     Raises:

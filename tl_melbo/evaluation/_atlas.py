@@ -64,8 +64,8 @@ def atlas(
         targets: layers after which effects are read; None takes all. A pair's target is the later.
         n_vectors: of each pair.
         radius: norm at which vectors are tried out, as a share of the median norm of the prompts'
-            tokens at the source: all targets of a source at one norm. 0.35 is the published share.
-            "auto" takes `calibrate_radius` for each pair, which takes seconds a pair.
+            tokens at the source; 0.35 is the published share. "auto" takes `calibrate_radius` for
+            each pair, which takes seconds a pair.
         positions: where effects are measured, as in `jacobian`.
         kl_threshold: completions are written where the KL, in nats, is above it.
         folder: the vectors of each source are kept there when they are done; the same call goes on.
@@ -74,11 +74,10 @@ def atlas(
 
     Returns:
         An `Atlas`, whose `table` has a row for each pair, vector, sign and prompt: source_layer,
-        target_layer; vector, 0 for the largest singular value;
-        singular_value, as `jacobian` has it; share, the part that its square has of the sum of all
-        squares; cumulative_share, that of this vector and those before it; norm; prompt; sign, 1
-        or -1; kl, the next token's divergence from unsteered, in nats; completion, missing where
-        the KL is not above the threshold.
+        target_layer; vector, 0 for the largest singular value; singular_value, as `jacobian` has
+        it; share, the part that its square has of the sum of all squares; cumulative_share, with
+        those before it; norm; prompt; sign, 1 or -1; kl, the next token's divergence from
+        unsteered, in nats; completion, missing where the KL is not above the threshold.
 
     Raises:
         ValueError: no pair of layers; a number out of its range; a model wider than 4096; more
