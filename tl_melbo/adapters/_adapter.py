@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tl_melbo import checks, story, vectors_file
 from tl_melbo.adapters import _sampling
-from tl_melbo.adapters._situations import held_out
+from tl_melbo.adapters._situations import prompts_of
 from tl_melbo.additions import Additions, LowRankRows, Place
 from tl_melbo.errors import NotFinite
 from tl_melbo.generation import OnBatch, Tell, in_parts
@@ -196,7 +196,7 @@ class Adapter(BlockLibrary):
         checks.seed(seed)
         positions = checked_slice(positions)
         rows = steering_rows(model, self, None, [1.0])
-        texts = checks.as_texts(held_out() if prompts is None else prompts)
+        texts = checks.as_texts(prompts_of("held_out") if prompts is None else prompts)
         chat = as_chat(self, chat)
         tokens = [to_tokens(model, text, chat) for text in texts]
         check_room(model, tokens, max_new_tokens)

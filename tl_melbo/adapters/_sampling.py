@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from tl_melbo.additions import Additions
 from tl_melbo.errors import NotFinite
@@ -65,13 +66,9 @@ def sample(
     from transformers import GenerationConfig, LogitsProcessorList
 
     ends = end_tokens(model.tokenizer, model.original_model, int(model.cfg.d_vocab))
-    longest = max(tokens.shape[1] for tokens in prompts)
-    device = prompts[0].device
-    padded = torch.full((len(prompts), longest), (ends or [0])[0], device=device)
-    mask = torch.zeros_like(padded)
-    for row, tokens in enumerate(prompts):
-        padded[row, longest - tokens.shape[1] :] = tokens[0]
-        mask[row, longest - tokens.shape[1] :] = 1
+    texts = [tokens[0] for tokens in prompts]
+    padded = pad_sequence(texts, True, (ends or [0])[0], "left")
+    mask = pad_sequence([torch.ones_like(text) for text in texts], True, 0, "left")
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
@@ -86,7 +83,7 @@ def sample(
         out = writes.generate(
             input_ids=padded, attention_mask=mask, generation_config=config, logits_processor=choice
         )
-    return _put_right(out, [tokens.shape[1] for tokens in prompts], longest, ends)
+    return _put_right(out, [len(text) for text in texts], padded.shape[1], ends)
 
 
 class _Drawn:

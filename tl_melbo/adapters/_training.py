@@ -215,7 +215,7 @@ def divergence_adapter(
         raise ValueError(f"layers={list(blocks)}: numbers of blocks, each once")
     return Training(
         model,
-        checks.as_texts(_situations.training() if prompts is None else prompts),
+        checks.as_texts(_situations.prompts_of("train") if prompts is None else prompts),
         range(first, first + n_adapters),
         blocks,
         chat,

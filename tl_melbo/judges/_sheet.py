@@ -60,7 +60,8 @@ class Sheet:
                 # With its mark, Excel takes the file for UTF-8.
                 known.to_csv(temporary, index=False, encoding="utf-8-sig")
         asked = {_name(text) for text in texts}
-        answers = dict(zip(known["id"], known["answer"].map(_answer), strict=True))
+        given = [undefused(cell.strip())[:MOST_CHARACTERS].strip() for cell in known["answer"]]
+        answers = dict(zip(known["id"], given, strict=True))
         is_open = [name in asked and not answers[name] for name in known["id"]]
         if any(is_open):
             numbers = known["number"][is_open].tolist()
@@ -114,7 +115,3 @@ def _fitting(text: str) -> str:
         most = f"a cell of a spreadsheet holds at most {_LONGEST_CELL:,}"
         raise ValueError(f"a question of {len(shown):,} characters: {most}; take shorter texts")
     return shown
-
-
-def _answer(cell: str) -> str:
-    return undefused(cell.strip())[:MOST_CHARACTERS].strip()
