@@ -147,7 +147,6 @@ def composition(
         reference: what to compare with, theta0 of a MELBO-ortho family for example.
         sizes: how many vectors to add up; those beyond the library are left out.
         n_random_subsets: different ones of each size, at most 1,000; fewer where there are no more.
-        on_batch: as in `family`.
 
     Returns:
         A row for each composition: size; members, positions in `vectors`; subset, "first" or
@@ -234,10 +233,7 @@ def collect_family(
     max_new_tokens: int = 50,
     on_batch: OnBatch | None = None,
 ) -> Family:
-    """Measure a family for the report: `analysis.family`, and `analysis.composition` of `sizes`.
-
-    `on_batch` is called with about how many rows of both are done, and with all, after each batch.
-    """
+    """Measure a family for the report: `analysis.family`, and `analysis.composition` of `sizes`."""
     sizes = [size for size in sizes if size <= len(vectors)] or [1]
     # Of each size, up to four subsets, each in four ways.
     first, then = in_parts(on_batch, [2 + 3 * len(vectors), 16 * len(sizes)])

@@ -52,7 +52,6 @@ def hit_rate(
         prompts: clean ones, without a trigger or a behaviour.
         max_new_tokens: enough for the longest behaviour.
         similarity: the least cosine of some sentence's embedding with the behaviour's.
-        engine: what writes instead of the model, as in `generate`.
 
     Returns:
         A row for each behaviour and match, "exact" (but for case and spaces) or "similar" (that, or
@@ -61,7 +60,6 @@ def hit_rate(
 
     Raises:
         ValueError: no vectors, backdoors or clean prompts; a number out of its range.
-        ModuleNotFoundError: scipy, or what the embedder needs, is not installed.
 
     Source: Mack & Turner 2024, "Mechanistically eliciting latent behaviors in language models".
     """
@@ -85,11 +83,7 @@ def count_hits(
     confidence: float = DEFAULT_CONFIDENCE,
     embedder: Embedder | None = None,
 ) -> pd.DataFrame:
-    """The table of `hit_rate` for the completions that `generate` returned, of vectors at scale 1.
-
-    Raises:
-        ValueError: no such completions or columns; as `hit_rate` does.
-    """
+    """The table of `hit_rate` for completions of `generate`, of vectors at scale 1; its errors."""
     _check(backdoors, similarity, confidence)
     advice = "pass what generate returns"
     checks.columns(completions, ("vector", "completion"), "completions", advice)
@@ -183,7 +177,6 @@ def layer_sweep(
     Raises:
         TypeError: a setting that MELBO does not have.
         ValueError: layers out of order or beyond the model; what `hit_rate` or MELBO refuses.
-        FloatingPointError, ValueError: as MELBO does, where no pair can be searched.
     """
     check_model(model)
     texts = checks.as_texts(prompts)
