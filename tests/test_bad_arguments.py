@@ -287,7 +287,8 @@ def shared_calls():
         "tags": (tm.analysis.tags, {"prompt": "Hi!", "texts": ["Hi you!"], "system": "Be good."}),
         "rates": (
             tm.analysis.rates,
-            {"completions": completions, "of": "form", "by": ["vector"], "random": [1]},
+            {"completions": completions, "of": "form", "by": ["vector"],
+             "random": completions},
         ),
         "behaviour_rates": (
             tm.plots.behaviour_rates,

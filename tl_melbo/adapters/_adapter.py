@@ -137,11 +137,6 @@ class Adapter(BlockLibrary):
         return self.A.shape[3]
 
     @property
-    def shared(self) -> bool:
-        """Whether all blocks have the same pair."""
-        return self.A.shape[1] == 1
-
-    @property
     def length(self) -> float:
         """The length of what is added after each block, in the residual stream's units."""
         return float((self.story.get("hyperparameters") or {}).get("length", 2.0))
@@ -227,8 +222,9 @@ class Adapter(BlockLibrary):
         return found if layer is None else found.at(layer)
 
     def __repr__(self) -> str:
-        blocks = f"{len(self.layers)} blocks"
-        told = f"{len(self)} of rank {self.rank}, {'shared by' if self.shared else 'in each of'}"
+        blocks, shared = f"{len(self.layers)} blocks", self.A.shape[1] == 1
+        where = "shared by" if shared else "in each of"
+        told = f"{len(self)} of rank {self.rank}, {where}"
         return self._described(f"{told} {blocks}", f"length {self.length:g}")
 
 

@@ -27,7 +27,7 @@ def rates(
     of: str | Callable[[str], Any],
     by: Sequence[str] = ("vector", "scale"),
     *,
-    random: pd.DataFrame | Sequence[int] | None = None,
+    random: pd.DataFrame | None = None,
 ) -> Table:
     """How often completions do something: under each vector, unsteered, and under random vectors.
 
@@ -43,9 +43,8 @@ def rates(
             unsteered rows, without a system prompt). Or a function of a text, whose answer is
             counted where it is true.
         by: columns whose values are told apart, such as "vector", "scale", "prompt".
-        random: completions under `tm.random_vectors` of the same norm; or, where they are among
-            `completions`, the numbers of these vectors. They are taken together, as are unsteered
-            ones.
+        random: completions under `tm.random_vectors` of the same norm, which are taken together, as
+            are unsteered ones.
 
     Returns:
         Rows of "unsteered", then "random", then "vector", in a column steering; the columns of
@@ -55,18 +54,14 @@ def rates(
     Raises:
         ValueError: no completions, or columns that are not there.
     """
-    among = [completions, *([random] if isinstance(random, pd.DataFrame) else [])]
+    among = [completions] if random is None else [completions, random]
     frame = _counted(completions, of, by, "completions", among).assign(steering="vector")
-    if isinstance(random, pd.DataFrame):
+    if random is not None:
         other = _counted(random, of, by, "random", among).assign(steering="random")
         if ("sample" in random) != ("sample" in completions):
             what = "one of completions and random is of samples, the other greedy"
             raise ValueError(f"random: {what}; write both with n_samples, or neither")
         frame = pd.concat([frame, other[other["vector"] >= 0]], ignore_index=True)
-    elif random is not None:
-        if unknown := {*random} - {*frame["vector"]}:
-            raise ValueError(f"random: completions has no texts of vectors {sorted(unknown)[:10]}")
-        frame.loc[frame["vector"].isin([*random]), "steering"] = "random"
     frame.loc[(frame["vector"] < 0) | (frame["scale"] == 0), "steering"] = "unsteered"
     values, shown = [True], getattr(of, "__name__", "function")
     if isinstance(of, str):
