@@ -22,6 +22,8 @@ from tl_melbo.shapes import shape_checked
 
 # The most that a vLLM server tells by default.
 _TOP = 20
+# Requests to a server.
+_AT_ONCE = 64
 _NAMED = "token_id:"
 
 
@@ -32,7 +34,6 @@ def vllm(
     model: str | None = None,
     api_key_env: str | None = None,
     tolerance: float = 0.05,
-    concurrency: int = 64,
     timeout: float = 600.0,
     retries: int = 2,
     **options: Any,
@@ -50,7 +51,7 @@ def vllm(
             never shown, saved or logged by this package.
         tolerance: how far log-probabilities may be apart on average, in nats: 1e-4 was measured in
             float32; narrow types need more.
-        concurrency: requests at once to a server; `timeout` and `retries` are of each.
+        timeout, retries: of a request to a server.
         options: of `vllm.LLM`, such as dtype="float32"; for a checkpoint only.
 
     Raises:
@@ -59,7 +60,6 @@ def vllm(
         NoAnswer: when asked, if the server cannot be reached, refuses, or sends something else.
     """
     checks.positive(tolerance=tolerance, timeout=timeout)
-    checks.at_least(1, concurrency=concurrency)
     checks.at_least(0, retries=retries)
     if str(place).startswith(("http://", "https://")):
         if options:
@@ -67,7 +67,7 @@ def vllm(
         checks.installed("openai", "engines.vllm", "judges")
         server = Server(str(place), api_key_env, timeout, retries)
         server.key()  # or say at once that there is none
-        return _ServedVLLM(server, model, tolerance, concurrency)
+        return _ServedVLLM(server, model, tolerance)
     if model is not None or api_key_env is not None:
         raise ValueError("model, api_key_env: of a server; leave them out for a checkpoint")
     try:
@@ -128,10 +128,8 @@ class _LocalVLLM:
 class _ServedVLLM:
     """Behind a server."""
 
-    def __init__(
-        self, server: Server, model: str | None, tolerance: float, concurrency: int
-    ) -> None:
-        self.server, self.model, self.concurrency = server, model, concurrency
+    def __init__(self, server: Server, model: str | None, tolerance: float) -> None:
+        self.server, self.model = server, model
         self.tolerance, self.agreed = tolerance, set()
 
     def write(
@@ -149,7 +147,7 @@ class _ServedVLLM:
         return [self._top(choice) for choice in self._ask(requests, options)]
 
     def _ask(self, requests: Sequence[Request], options: dict[str, Any]) -> list[dict[str, Any]]:
-        with ThreadPoolExecutor(min(self.concurrency, len(requests))) as several:
+        with ThreadPoolExecutor(min(_AT_ONCE, len(requests))) as several:
             return list(several.map(lambda request: self._choice(request, options), requests))
 
     def _choice(self, request: Request, options: dict[str, Any]) -> dict[str, Any]:
