@@ -189,13 +189,11 @@ def _put(
     output: Tensor,
 ) -> Tensor:
     """A hook: heads lie side by side, as an axis (HookedTransformer) or in one (bridge)."""
-    changed, width = output.clone(), output.shape[-1] // n_heads
+    changed = output.clone(memory_format=torch.contiguous_format)
+    shape = (output.shape[1], n_heads, -1)
     for row, head in rows:
         if head == _MLP:
             changed[row] = kept[0]
-        elif output.ndim == 4:
-            changed[row, :, head] = kept[0, :, head]
         else:
-            columns = slice(head * width, (head + 1) * width)
-            changed[row, :, columns] = kept[0, :, columns]
+            changed[row].view(shape)[:, head] = kept[0].reshape(shape)[:, head]
     return changed

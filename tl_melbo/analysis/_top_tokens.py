@@ -123,7 +123,7 @@ def top_tokens_and_kl(
 def _ends(
     log_probs: LogProbs, unsteered: Float[Tensor, "d_vocab"], n: int, least: float
 ) -> Float[Tensor, "vector direction rank number"]:
-    """Token, change and both log-probabilities of the tokens that change most, both ways.
+    """Token, change and both probabilities of the tokens that change most, both ways.
 
     The token is -1 where no more are likely enough, NaN where the row is.
     """
@@ -137,8 +137,8 @@ def _ends(
         found = best.values > -torch.inf
         token = best.indices.double().masked_fill(~found, -1.0)
         token = token.masked_fill(log_probs.isnan().any(-1, keepdim=True), torch.nan)
-        own = log_probs.double().gather(-1, best.indices)
-        other = unsteered.double()[best.indices]
+        own = log_probs.double().gather(-1, best.indices).exp()
+        other = unsteered.double()[best.indices].exp()
         kinds.append(torch.stack([token, sign * best.values, own, other], -1))
     return torch.stack(kinds, 1)
 
@@ -158,7 +158,4 @@ def _frame(model: Model, found: Tensor, layers: list[int]) -> Table:
                         told = (text[int(token)], int(token), change)
                         rows.append((vector, layer, direction, rank, *told, own, other))
     columns = ["vector", "layer", "direction", "rank", "token", "token_id", "log_prob_change"]
-    frame = Table(rows, columns=[*columns, "probability", "unsteered_probability"])
-    for name in ("probability", "unsteered_probability"):
-        frame[name] = torch.tensor(frame[name].tolist(), dtype=torch.float64).exp().numpy()
-    return frame
+    return Table(rows, columns=[*columns, "probability", "unsteered_probability"])

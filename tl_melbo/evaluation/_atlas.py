@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -275,13 +276,10 @@ def _tried(
     options: dict[str, Any] = {"layer": source, "chat": f.chat}
     length = {"max_new_tokens": chosen["max_new_tokens"]}
     kl = torch.stack([kl_divergence(f.model, text, both, **options) for text in f.prompts], 1)
-    texts: list[list[str | None]] = [[None] * len(f.prompts) for _ in both]
+    texts = np.full((len(vectors), len(f.prompts), 2), None, dtype=object)
     for number, text in enumerate(f.prompts):
-        rows = (kl[:, number] > chosen["kl_threshold"]).nonzero().flatten()
+        rows = (kl[:, number] > chosen["kl_threshold"]).nonzero().flatten().numpy()
         if len(rows):
             written = generate(f.model, text, both[rows], **options, **length)
-            for row, completion in zip(rows.tolist(), written["completion"], strict=True):
-                texts[row][number] = completion
-    signs = zip(texts[::2], texts[1::2], strict=True)
-    by_prompt = [[list(each) for each in zip(*pair, strict=True)] for pair in signs]
-    return kl.unflatten(0, (-1, 2)).transpose(1, 2), by_prompt
+            texts[rows // 2, number, rows % 2] = written["completion"].to_numpy()
+    return kl.unflatten(0, (-1, 2)).transpose(1, 2), texts.tolist()
