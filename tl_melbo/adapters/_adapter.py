@@ -122,14 +122,9 @@ class Adapter(BlockLibrary):
         Raises:
             ValueError: shapes that do not fit together; a value that is not finite.
         """
-        facts = {
-            "method": "from_tensor",
-            "model": model,
-            "d_model": A.shape[2],
-            "date": story.now(),
-        }
-        chosen = {"hyperparameters": {"length": float(length)}, "layers": list(layers)}
-        return cls(A, B, story=facts | chosen)
+        facts: dict[str, Any] = {"method": "from_tensor", "model": model, "d_model": A.shape[2]}
+        facts |= {"date": story.now(), "layers": list(layers)}
+        return cls(A, B, story={**facts, "hyperparameters": {"length": float(length)}})
 
     @property
     def rank(self) -> int:

@@ -51,7 +51,7 @@ def vllm(
             never shown, saved or logged by this package.
         tolerance: how far log-probabilities may be apart on average, in nats: 1e-4 was measured in
             float32; narrow types need more.
-        timeout, retries: of a request to a server.
+        timeout: of a request to a server, in seconds; `retries` of it.
         options: of `vllm.LLM`, such as dtype="float32"; for a checkpoint only.
 
     Raises:
