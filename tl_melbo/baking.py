@@ -1,8 +1,4 @@
-"""Vectors baked into a model: files that any program reads as an ordinary model, and that steer it.
-
-Adding a vector after a block is a bias on the block's MLP output projection, exactly, where the
-block adds that output to the residual stream as it is.
-"""
+"""Vectors baked into a model, as biases: files that any program reads as an ordinary model."""
 
 import shutil
 from collections.abc import Iterator, Mapping
@@ -38,6 +34,7 @@ def bake(
     vectors: Steerable,
     path: str | Path,
     layer: int | None = None,
+    *,
     source: str | Path | None = None,
 ) -> Path:
     """Write the model with one vector, or vectors of several blocks, in it; `SteeringVectors.bake`.
@@ -50,8 +47,8 @@ def bake(
     if len(rows) != 1:
         raise ValueError(f"vectors: {len(rows)}, expected exactly one; pick one, as found[3]")
     if not isinstance(rows, VectorAdditions) or rows.place != "block":
-        what = f"no bias can hold what {type(vectors).__name__} adds"
-        raise ValueError(f"vectors: {what}; bake its .vectors(), if it has them")
+        kind = type(vectors).__name__
+        raise ValueError(f"vectors: no bias can hold what {kind} adds; bake its .vectors()")
     added = dict(zip(rows.layers, rows.theta[0], strict=True))
     path = Path(path).expanduser().resolve()
     if path.suffix == ".gguf":
@@ -76,8 +73,8 @@ def _baked(model: Model, added: Mapping[int, Tensor]) -> Any:
         what = f"the weights of {model_name(model)} are not those of a checkpoint any more"
         raise ValueError(f"model: {what}; load it with tm.load_model()")
     if is_dispatched(model.original_model):
-        what = f"{model_name(model)} is spread over several devices"
-        raise ValueError(f"model: {what}; load it without device_map, then bake")
+        name = model_name(model)
+        raise ValueError(f"model: {name} is spread over several devices; load it on one")
     plain: Any = without_bridge(model.original_model)
     weights = plain.state_dict()
     if not all(weight.is_floating_point() for weight in weights.values()):
