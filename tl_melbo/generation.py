@@ -217,19 +217,13 @@ def _writer(model: Model, added: Additions, max_new_tokens: int, temperature: fl
 
     Of each row it takes the place in `added`, the draws, and the tokens that it goes on from.
     """
-    from transformers import GenerationConfig, LogitsProcessorList
+    from transformers import LogitsProcessorList
 
     plain, bridged = plain_model(model), getattr(model, "original_model", None)
     ends = end_tokens(model.tokenizer, bridged, int(model.cfg.d_vocab))
-    # Always the likeliest token, after `_Choice` has made what is drawn the likeliest.
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
-    config = GenerationConfig(
-        eos_token_id=ends or None, pad_token_id=(ends or [None])[0], **options
-    )
-    # With no settings but ours: some models bring a penalty or a temperature along.
-    shares, writes = plain is not None, copy.copy(bridged if plain is None else plain)
+    shares, writes = plain is not None, bridged if plain is None else plain
     if writes is not None:
-        writes.generation_config = GenerationConfig()
+        writes, config = greedy(writes, max_new_tokens, ends)
 
     def write(places: Tensor, draws: Tensor, rows: Tokens) -> tuple[list[str], list[bool]]:
         nonlocal shares
@@ -241,7 +235,9 @@ def _writer(model: Model, added: Additions, max_new_tokens: int, temperature: fl
         with adding(model, plain, added[places]):
             if writes is None:  # a HookedTransformer
                 with model.unembed.register_forward_hook(choice.of_logits):
-                    out = model.generate(rows, return_type="tokens", verbose=False, **options)
+                    out = model.generate(
+                        rows, max_new_tokens, do_sample=False, return_type="tokens", verbose=False
+                    )
             else:
                 out = writes.generate(
                     input_ids=rows,
@@ -256,6 +252,19 @@ def _writer(model: Model, added: Additions, max_new_tokens: int, temperature: fl
         return texts, choice.not_finite.tolist()
 
     return write
+
+
+def greedy(hf_model: Any, max_new_tokens: int, ends: Sequence[int]) -> tuple[Any, Any]:
+    """A model that writes the likeliest tokens, and the configuration to pass to its `generate`.
+
+    With no settings but ours: some models bring a penalty or a temperature along.
+    """
+    from transformers import GenerationConfig
+
+    writes = copy.copy(hf_model)
+    writes.generation_config = GenerationConfig()
+    told = {"eos_token_id": [*ends] or None, "pad_token_id": [*ends, None][0]}
+    return writes, GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, **told)
 
 
 def _past(

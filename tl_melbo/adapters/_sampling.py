@@ -1,6 +1,5 @@
 """Continuations of a batch of prompts that an adapted model samples, with a KV cache."""
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tl_melbo.additions import Additions
 from tl_melbo.errors import NotFinite
+from tl_melbo.generation import greedy
 from tl_melbo.model.bridge import Model, frozen, model_name, whole_model
 from tl_melbo.model.tokens import end_tokens
 from tl_melbo.reading import adding_below
@@ -63,23 +63,16 @@ def sample(
     generator: torch.Generator,
 ) -> Sampled:
     """Sample at temperature 1 after each prompt; the numbers come from this generator alone."""
-    from transformers import GenerationConfig, LogitsProcessorList
+    from transformers import LogitsProcessorList
 
     ends = end_tokens(model.tokenizer, model.original_model, int(model.cfg.d_vocab))
     texts = [tokens[0] for tokens in prompts]
     padded = pad_sequence(texts, True, (ends or [0])[0], "left")
     mask = pad_sequence([torch.ones_like(text) for text in texts], True, 0, "left")
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=ends or None,
-        pad_token_id=(ends or [None])[0],
-    )
+    choice = LogitsProcessorList([_Drawn(generator, model_name(model))])
     with running(model, plain, rows) as runs:
-        # With no settings but ours: some models bring a penalty or a temperature along.
-        writes = copy.copy(runs)
-        writes.generation_config = GenerationConfig()
-        choice = LogitsProcessorList([_Drawn(generator, model_name(model))])
+        # Always the likeliest, after what is drawn has been made that.
+        writes, config = greedy(runs, max_new_tokens, ends)
         out = writes.generate(
             input_ids=padded, attention_mask=mask, generation_config=config, logits_processor=choice
         )

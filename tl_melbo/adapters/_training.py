@@ -213,22 +213,9 @@ def divergence_adapter(
         check_layer(model, layer, "layers")
     if not blocks or len({*blocks}) < len(blocks):
         raise ValueError(f"layers={list(blocks)}: numbers of blocks, each once")
-    return Training(
-        model,
-        checks.as_texts(_situations.prompts_of("train") if prompts is None else prompts),
-        range(first, first + n_adapters),
-        blocks,
-        chat,
-        progress,
-        on_step,
-        seed,
-        rank=rank,
-        shared=shared,
-        alpha=alpha,
-        beta=beta,
-        learning_rate=learning_rate,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        steps=steps,
-        length=length,
-    )
+    settings: dict[str, Any] = {"rank": rank, "shared": shared, "length": length, "steps": steps}
+    settings |= {"alpha": alpha, "beta": beta, "learning_rate": learning_rate}
+    settings |= {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+    texts = checks.as_texts(_situations.prompts_of("train") if prompts is None else prompts)
+    numbers = range(first, first + n_adapters)
+    return Training(model, texts, numbers, blocks, chat, progress, on_step, seed, **settings)
