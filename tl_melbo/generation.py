@@ -221,7 +221,7 @@ def _writer(model: Model, added: Additions, max_new_tokens: int, temperature: fl
 
     plain, bridged = plain_model(model), getattr(model, "original_model", None)
     ends = end_tokens(model.tokenizer, bridged, int(model.cfg.d_vocab))
-    shares, writes = plain is not None, bridged if plain is None else plain
+    shares, writes, config = plain is not None, bridged if plain is None else plain, None
     if writes is not None:
         writes, config = greedy(writes, max_new_tokens, ends)
 
