@@ -213,10 +213,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def _writer(model: Model, added: Additions, max_new_tokens: int, temperature: float) -> _Write:
-    """A function that writes one text a row, and tells whether its logits were not finite.
-
-    Of each row it takes the place in `added`, the draws, and the tokens that it goes on from.
-    """
+    """From places in `added`, draws and tokens to a text a row, and if logits were not finite."""
     from transformers import LogitsProcessorList
 
     plain, bridged = plain_model(model), getattr(model, "original_model", None)
@@ -317,8 +314,7 @@ class _Choice:
     def _drawn(self, scores: Tensor, draws: Tensor) -> Tensor:
         """Scores that leave one token of each row: where its cumulated probability passes `draws`.
 
-        From the largest score down, so that no temperature makes infinities. A row takes one
-        number a token, whatever the other rows take.
+        From the largest score down, so that no temperature makes infinities.
         """
         cumulated = (scores.double() / self.temperature).exp().cumsum(-1)
         token = torch.searchsorted(cumulated, draws * cumulated[:, -1:], right=True)

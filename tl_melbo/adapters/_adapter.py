@@ -117,10 +117,9 @@ class Adapter(BlockLibrary):
         length: float = 2.0,
         model: str | None = None,
     ) -> "Adapter":
-        """Take adapters that were made elsewhere, for these blocks.
+        """Take adapters that were made elsewhere, for these blocks; ValueError if they do not fit.
 
-        Raises:
-            ValueError: shapes that do not fit together; a value that is not finite.
+        `length` is in the residual stream's units.
         """
         facts: dict[str, Any] = {"method": "from_tensor", "model": model, "d_model": A.shape[2]}
         facts |= {"date": story.now(), "layers": list(layers)}
@@ -160,9 +159,8 @@ class Adapter(BlockLibrary):
 
         The mean over all tokens of the prompts and of a continuation, which the adapted model
         samples: of what the adapter changes in the residual stream after the block, all that
-        earlier blocks did included ("difference"); or of what the adapter adds there to the
-        unsteered model ("addition"). So the vectors of a difference are for one block each, those
-        of an addition for all blocks at once.
+        earlier blocks did included ("difference", for one block each); or of what the adapter adds
+        there to the unsteered model ("addition", for all blocks at once).
 
         Args:
             prompts: None takes the held-out prompts of `tm.adapters.situations`.

@@ -1,8 +1,4 @@
-"""Train adapters that make a model say something else, without saying what.
-
-Source: the divergence objective of "steer-clear" (2025): away from the unadapted model on tokens
-that the adapted one samples, and sure of itself.
-"""
+"""Train adapters that make a model say something else, without saying what."""
 
 import functools
 import math
@@ -196,7 +192,7 @@ def divergence_adapter(
             leave no room for the tokens.
         NotFinite: logits, loss or gradient are not finite.
 
-    Source: "steer-clear" (2025).
+    Source: the divergence objective of "steer-clear" (2025).
     """
     check_model(model)
     _sampling.check_can_sample(model)

@@ -172,8 +172,7 @@ def token_projections(
 ) -> tuple[list[str], list[float]]:
     """A text's tokens, and how far the unsteered residual at each points along a vector.
 
-    In standard deviations from the mean over the tokens of PASSAGES, ordinary prose; the projection
-    itself is rarely near zero. 0 for the first token, an attention sink in most models.
+    In standard deviations from the mean over the tokens of PASSAGES; 0 for the first token.
     """
     theta = one_vector(vector, "vector")
     layer = steering_layer(model, theta, layer)

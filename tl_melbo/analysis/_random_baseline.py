@@ -55,11 +55,7 @@ def random_baseline(
 def random_texts(
     model: Model, f: ActivationMap, found: SteeringVectors, prompts: Sequence[str], **options: Any
 ) -> pd.DataFrame | None:
-    """What the model writes under random vectors of the library's norm, and their negatives.
-
-    The control of a library's texts: written with the same options, those of `generate`. None where
-    the library's norms differ.
-    """
+    """What the model writes under such vectors and their negatives, with options of `generate`."""
     drawn = _drawn(f, found, _WRITING)
     return None if drawn is None else generate(model, prompts, drawn, scales=[1, -1], **options)
 

@@ -102,10 +102,7 @@ def _counted(
     argument: str,
     among: Sequence[pd.DataFrame],
 ) -> pd.DataFrame:
-    """The completions with a scale, and with the value that is counted.
-
-    What the unsteered model writes is in the first of `among` that has it.
-    """
+    """The completions with a scale and what is counted; unsteered texts are in one of `among`."""
     column = of if isinstance(of, str) else "completion"
     frame = _with_scale(completions)
     if column in TAGS and column not in frame:

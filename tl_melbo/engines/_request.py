@@ -72,11 +72,7 @@ def texts_by(
     max_new_tokens: int,
     on_batch: Callable[[int, int], None] | None,
 ) -> list[str]:
-    """What an engine writes after each prompt, for each label: vector, scale and sample.
-
-    Raises:
-        ValueError: what is added is not a vector; the engine does not do what the model does.
-    """
+    """What an engine writes after each prompt, for each label: vector, scale and sample."""
     if not isinstance(rows, VectorAdditions) or rows.place != "block":
         what = "an engine adds vectors after blocks, and no adapters or gated factors"
         raise ValueError(f"vectors: {what}; pass their .vectors(), or leave engine= out")

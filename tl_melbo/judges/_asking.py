@@ -66,11 +66,8 @@ def ask_for(
 ) -> list[Value | None]:
     """What `read` makes of the answers; None for those that it cannot read, asked twice.
 
-    The second time the question ends with what is `wanted`, such as "a number". An answer that is
-    too long cannot be read.
-
-    Raises:
-        Unreadable: more than half of the answers cannot be read.
+    The second time the question ends with what is `wanted`, such as "a number". Unreadable where
+    more than half of the answers are, which they also are if they are too long.
     """
 
     def pairs_of(asked: Sequence[str]) -> list[tuple[str, Value | None]]:
