@@ -159,9 +159,9 @@ def residuals_of(
     tokens = [to_tokens(model, text) for text in listed]
     kept = [residual_streams(model, each, [layer])[0][0].float().cpu() for each in tokens]
     parts = [residual[list(range(len(residual))[checked_slice(positions)])] for residual in kept]
-    for number, (residual, chosen) in enumerate(zip(kept, parts, strict=True)):
+    for number, (text, residual, chosen) in enumerate(zip(listed, kept, parts, strict=True)):
         if not len(chosen):
-            given = f"{argument}[{number}]: {len(residual)} token(s)"
+            given = f"{argument}[{number}]={text[:40]!r}: {len(residual)} token(s)"
             raise ValueError(f"{given}, of which positions={positions} leaves none; leave it out")
     return torch.cat(parts)
 
