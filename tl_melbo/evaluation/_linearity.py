@@ -89,8 +89,7 @@ def linearity(
     for name, (steering, own) in _sides(adapter, vectors, layer).items():
         if len(steering_rows(model, steering, own, [1.0])) > 1:
             raise ValueError(f"{name}: more than one; pass one, as found[5], or all to linearities")
-    options = {"judge": judge, "layer": layer, **settings}
-    return linearities(model, adapter, vectors, prompts, **options)[0]
+    return linearities(model, adapter, vectors, prompts, judge=judge, layer=layer, **settings)[0]
 
 
 @shape_checked
