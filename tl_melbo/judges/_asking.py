@@ -29,8 +29,8 @@ def ask(judge: Judge, questions: Sequence[str]) -> list[str]:
     for number, answer in enumerate(answers):
         if len(answer) > MOST_CHARACTERS:
             raise Unreadable(
-                f"judge: answer {number}, {quoted(printable(answer[:200]))}, has {len(answer):,} "
-                f"characters, at most {MOST_CHARACTERS:,} are read; ask for fewer tokens"
+                f"judge: answer {number} has {len(answer):,} characters, at most "
+                f"{MOST_CHARACTERS:,}; it begins with {quoted(printable(answer[:200]))}"
             )
     return [printable(answer).strip() for answer in answers]
 
