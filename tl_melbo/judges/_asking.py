@@ -29,8 +29,8 @@ def ask(judge: Judge, questions: Sequence[str]) -> list[str]:
     for number, answer in enumerate(answers):
         if len(answer) > MOST_CHARACTERS:
             raise Unreadable(
-                f"judge: answer {number} has {len(answer):,} characters, at most "
-                f"{MOST_CHARACTERS:,}; it begins with {quoted(printable(answer[:200]))}"
+                f"judge: answer {number} has {len(answer):,} characters, of {MOST_CHARACTERS:,}: "
+                f"{quoted(printable(answer[:200]))}; ask for fewer tokens"
             )
     return [printable(answer).strip() for answer in answers]
 
