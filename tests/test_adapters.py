@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 import tl_melbo as tm
 from tests.reference import adapters as slow
 from tests.tiny_models import D_MODEL, N_CTX, N_LAYERS, tiny_bridge
-from tl_melbo.adapters import _extraction, _loss, _sampling, _training, join, situations
+from tl_melbo.adapters import _loss, _sampling, _training, join, situations
 from tl_melbo.errors import Damaged, NotFinite
 from tl_melbo.model.bridge import plain_model, residual_streams
 from tl_melbo.model.tokens import end_tokens, to_tokens
@@ -45,7 +45,7 @@ def test_training_is_that_of_a_slow_and_obvious_implementation(shared):
     found = tm.divergence_adapter(model, PROMPTS, 1, seed=3, length=1.5, **settings, **QUICK)
     tokens = [to_tokens(model, prompt)[0].tolist() for prompt in PROMPTS]
     ends = end_tokens(model.tokenizer, model.original_model, model.cfg.d_vocab)
-    generator = _extraction.generator(3, 0)
+    generator = _sampling.generator(3, 0)
     A = torch.randn(1 if shared else N_LAYERS, D_MODEL, 2, generator=generator)
     A, B, losses = slow.train(
         model, tokens, A, 2, 3, ends, generator, 2, 1.5, alpha=0.9, beta=0.4, lr=0.05

@@ -111,12 +111,12 @@ def shared_calls():
             tm.evaluation.dose_response,
             {"model": model, "prompts": "Hi!", "steering": found[0], "scales": [1.0], "count": len,
              "question": None, "layer": 1, "n_samples": 1, "temperature": 0.7, "n_random": 1,
-             "seed": 0, "confidence": 0.95, **SHORT},
+             "seed": 0, **SHORT},
         ),
         "pairwise": (
             tm.evaluation.pairwise,
             {"judge": lambda text: "T", "ours": ["Hi!"], "theirs": ["Bye."], "quality": "joy",
-             "seed": 0, "confidence": 0.95},
+             "seed": 0},
         ),
         "linearity_score": (
             tm.evaluation.linearity_score,
@@ -129,7 +129,7 @@ def shared_calls():
         ),
         "openai_compatible": (
             tm.judges.openai_compatible,
-            {"base_url": "http://127.0.0.1:9/v1", "model": "m", "api_key_env": None, "system": None,
+            {"base_url": "http://127.0.0.1:9/v1", "model": "m", "api_key_env": None,
              "timeout": 1.0, "retries": 0, "max_tokens": 9, "options": None, "cache": None},
         ),
         "cosine_similarity": (tm.analysis.cosine_similarity, {"vectors": found}),
@@ -287,8 +287,8 @@ def shared_calls():
         "tags": (tm.analysis.tags, {"prompt": "Hi!", "texts": ["Hi you!"], "system": "Be good."}),
         "rates": (
             tm.analysis.rates,
-            {"completions": completions, "of": "form", "by": ["vector"], "random": [1],
-             "confidence": 0.9},
+            {"completions": completions, "of": "form", "by": ["vector"],
+             "random": completions},
         ),
         "behaviour_rates": (
             tm.plots.behaviour_rates,

@@ -120,7 +120,7 @@ def test_texts_are_the_models_own_and_no_cache_is_shared(server, model, found):
 @pytest.mark.slow
 def test_several_layers_samples_and_who_takes_an_engine(server, model, found):
     server.behave = VLLM(model)
-    engine = tm.engines.vllm(server.url, model="tiny", concurrency=3)
+    engine = tm.engines.vllm(server.url, model="tiny")
     layered = tm.LayeredVectors.from_tensor(found.vectors[:2][None], [1, 3])
     ours = tm.generate(model, PROMPTS, layered, max_new_tokens=4)
     assert tm.generate(model, PROMPTS, layered, max_new_tokens=4, engine=engine).equals(ours)

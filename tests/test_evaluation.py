@@ -562,24 +562,6 @@ def test_a_layer_sweep_goes_on_after_a_pair_that_cannot_be_calibrated():
     assert all([*frame.columns] == [*twice.columns] for frame in frames)
 
 
-def test_a_layer_sweep_takes_any_method(tiny_llama):
-    settings = {"n_vectors": 2, "max_new_tokens": 5, "chat": False, "embedder": "words"}
-    theta0 = torch.randn(32, generator=torch.Generator().manual_seed(0))
-    table = tm.evaluation.layer_sweep(
-        tiny_llama, "One two three", [(0, 2), (1, 4)], method=tm.melbo_ortho, theta0=theta0,
-        steps=2, **settings,
-    )  # fmt: skip
-    assert (table["problem"] == "").all()
-    assert (table["kl"] > 0).all()
-    assert table["radius"].isna().all()
-    for wrong, message in (({"radius": 2.0}, "melbo_ortho has no radius"), ({"p": 2}, "'p'")):
-        with pytest.raises(TypeError, match=message):
-            tm.evaluation.layer_sweep(
-                tiny_llama, "One", [(0, 2)], method=tm.melbo_ortho, theta0=theta0,
-                **{**settings, **wrong},
-            )  # fmt: skip
-
-
 def test_a_layer_sweep_refuses_wrong_settings_before_it_searches(tiny_llama):
     seen = []
     with pytest.raises(ValueError, match=r"p=0\.5"):

@@ -81,7 +81,7 @@ def test_the_odd_part_needs_no_unsteered_count():
     signs = [("vector", 0, 1.0, 3.0), ("vector", 0, -1.0, 1.0), ("unsteered", -1, 0.0, math.nan)]
     texts = pd.DataFrame(signs, columns=["steering", "vector", "scale", "count"])
     texts = texts.assign(member=texts["vector"], prompt="x", sample=1)
-    (row,) = tm.evaluation.DoseResponse(texts, texts, 0.95).negative_scale().to_dict("records")
+    (row,) = tm.evaluation.DoseResponse(texts, texts).negative_scale().to_dict("records")
     assert (row["odd"], row["odd_low"], row["odd_high"]) == (1.0, 1.0, 1.0)
     assert math.isnan(row["even"])
 
@@ -92,14 +92,14 @@ def test_intervals_hold_what_they_say():
     means, held = [1.0, 2.0, 5.0, 9.0], 0
     for _ in range(300):
         strata = [rng.poisson(mean, 8).astype(float) for mean in means]
-        _, low, high = _interval(strata, 0.95)
+        _, low, high = _interval(strata)
         held += low <= np.mean(means) <= high
     assert 0.88 < held / 300 < 0.98
 
 
 def test_shares_get_wilsons_interval():
     strata = [np.array([0.0, 1.0, 0.0, 0.0]), np.array([0.0, 0.0, 1.0, 0.0])]
-    assert _interval(strata, 0.95) == (0.25, *tm.evaluation.wilson_interval(2, 8))
+    assert _interval(strata) == (0.25, *tm.evaluation.wilson_interval(2, 8))
 
 
 def test_the_window_ends_where_coherence_does():

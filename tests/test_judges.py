@@ -37,17 +37,14 @@ def judge_of(server, monkeypatch):
 
 def test_a_server_is_asked_and_counted(server, judge_of):
     server.answer = lambda text: f" {text[::-1]}\n"
-    judge = judge_of(system="Be brief.", max_tokens=9, options={"top_k": 1, "temperature": None})
+    judge = judge_of(max_tokens=9, options={"top_k": 1, "temperature": None})
     assert [judge("abc"), judge("de")] == ["cba", "ed"]
     assert (judge.calls, judge.tokens) == (2, 14)
     assert server.asked[0] == {
         "model": "tiny",
         "max_tokens": 9,
         "top_k": 1,
-        "messages": [
-            {"role": "system", "content": "Be brief."},
-            {"role": "user", "content": "abc"},
-        ],
+        "messages": [{"role": "user", "content": "abc"}],
     }
     assert server.headers_seen[0]["Authorization"] == f"Bearer {KEY}"
 
@@ -251,10 +248,6 @@ def test_a_local_model_answers_greedily_in_its_template(tiny_llama, unchanged):
     judge = tm.judges.local(tiny_llama, max_new_tokens=5)
     greedy = tm.generate(tiny_llama, "Hi!", max_new_tokens=5, chat=True)["completion"][0]
     assert judge("Hi!") == greedy
-    assert judge.calls == 1
-    assert judge.tokens > 5
-    with_system = tm.judges.local(tiny_llama, max_new_tokens=5, system="Be brief.")
-    assert with_system("Hi!") != greedy
     with pytest.raises(ValueError, match="has room for"):
         tm.judges.local(tiny_llama, max_new_tokens=250)("Hi!")
 

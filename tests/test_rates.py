@@ -71,12 +71,6 @@ def test_counts_above_zero_are_hits_and_vectors_may_be_taken_together():
     assert found["n"].tolist() == [8, 24]
 
 
-def test_random_vectors_may_be_among_the_completions_by_their_numbers():
-    found = tm.analysis.rates(COMPLETIONS, is_human, random=[1])
-    assert found["steering"].tolist() == ["unsteered", "random", "vector", "vector"]
-    assert found["hits"].tolist() == [1, 2, 7, 0]
-
-
 def test_prompts_are_told_apart_where_asked():
     both = pd.concat([COMPLETIONS, COMPLETIONS.assign(prompt="Who are you?")])
     found = tm.analysis.rates(both, is_human, by=("vector", "scale", "prompt"))
@@ -97,8 +91,6 @@ def test_other_frames_are_refused():
         tm.analysis.rates(COMPLETIONS, "behaviour")
     with pytest.raises(ValueError, match=r"random: lacks the columns \['completion'\]"):
         tm.analysis.rates(COMPLETIONS, is_human, random=pd.DataFrame({"vector": [0]}))
-    with pytest.raises(ValueError, match="confidence=2"):
-        tm.analysis.rates(COMPLETIONS, is_human, confidence=2.0)
 
 
 def test_bars_begin_with_unsteered_and_random():
@@ -134,8 +126,6 @@ def test_what_would_be_lost_or_unlike_is_refused():
         tm.analysis.rates(pd.concat([greedy, COMPLETIONS]), is_human)
     with pytest.raises(ValueError, match="random: one of completions and random is of samples"):
         tm.analysis.rates(COMPLETIONS, is_human, random=greedy)
-    with pytest.raises(ValueError, match=r"random: completions has no texts of vectors \[7\]"):
-        tm.analysis.rates(COMPLETIONS, is_human, random=[0, 7])
     lacking = COMPLETIONS.assign(count=[float("nan"), *[1.0] * (len(COMPLETIONS) - 1)])
     with pytest.raises(ValueError, match="count is missing in some rows"):
         tm.analysis.rates(lacking.iloc[::-1].assign(sample=1), "count")

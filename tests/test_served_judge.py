@@ -64,7 +64,7 @@ def test_a_served_model_judges_as_a_local_one(model, served, tmp_path):
     assert answers == tm.judges.ask(local, asked)
     # Both rank what is known as it is known.
     assert [number_in(answer) for answer in answers] == APPLES
-    assert behind.calls == local.calls == len(asked)
+    assert behind.calls == len(asked)
     assert behind.tokens >= 20 * len(asked)
     # The server dies; what was answered is there, and what was not is told.
     process.kill()

@@ -12,14 +12,7 @@ from torch import Tensor
 
 from tl_melbo.additions import VectorAdditions
 from tl_melbo.exchange import gguf_writer
-from tl_melbo.model.bridge import (
-    Model,
-    check_model,
-    is_dispatched,
-    model_name,
-    model_type,
-    without_bridge,
-)
+from tl_melbo.model.bridge import Model, is_dispatched, model_name, model_type, without_bridge
 from tl_melbo.model.load import BUNDLED_NAME, bundled_model_path, gguf_reader, quiet_transformers
 from tl_melbo.shapes import shape_checked
 from tl_melbo.steering import Steerable, steering_rows
@@ -44,8 +37,12 @@ def bake(
     *,
     source: str | Path | None = None,
 ) -> Path:
-    """Write the model with one vector, or vectors of several blocks: see `SteeringVectors.bake`."""
-    check_model(model)
+    """Write the model with one vector, or vectors of several blocks, in it; `SteeringVectors.bake`.
+
+    Raises:
+        ValueError: more or fewer than one; a model whose blocks cannot hold it, and why.
+        FileExistsError: something is in the folder, or there is such a file.
+    """
     rows = steering_rows(model, vectors, layer, [1.0])
     if len(rows) != 1:
         raise ValueError(f"vectors: {len(rows)}, expected exactly one; pick one, as found[3]")
@@ -73,10 +70,8 @@ def _baked(model: Model, added: Mapping[int, Tensor]) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     if not hasattr(model, "original_model") or getattr(model, "compatibility_mode", False):
-        raise ValueError(
-            f"model: the weights of {model_name(model)} are not those of a checkpoint any more; "
-            "load it as a TransformerBridge with tm.load_model(), without compatibility mode"
-        )
+        what = f"the weights of {model_name(model)} are not those of a checkpoint any more"
+        raise ValueError(f"model: {what}; load it with tm.load_model()")
     if is_dispatched(model.original_model):
         name = model_name(model)
         raise ValueError(f"model: {name} is spread over several devices; load it on one")
@@ -85,17 +80,15 @@ def _baked(model: Model, added: Mapping[int, Tensor]) -> Any:
     if not all(weight.is_floating_point() for weight in weights.values()):
         raise ValueError(f"model: {model_name(model)} is quantised; load it unquantised, then bake")
     kind, config = plain.config.model_type, plain.config.to_dict()
-    if kind in _BIASED:
-        name = _BIASED[kind]
-        kind_of, config_of = type(plain), type(plain.config)
-    elif kind in _AS_LLAMA and not config.get("use_sliding_window"):
+    kind_of, config_of, name = type(plain), type(plain.config), _BIASED.get(kind, _LLAMA_BIAS)
+    if kind in _AS_LLAMA and not config.get("use_sliding_window"):
         has_bias = kind == "qwen2" or config["attention_bias"]
         config |= {"mlp_bias": True, "attention_bias": has_bias, "model_type": "llama"}
         config |= {"architectures": ["LlamaForCausalLM"]}
         known = LlamaConfig().to_dict()
         config = {key: value for key, value in config.items() if key in known}
-        kind_of, config_of, name = LlamaForCausalLM, LlamaConfig, _LLAMA_BIAS
-    else:
+        kind_of, config_of = LlamaForCausalLM, LlamaConfig
+    elif kind not in _BIASED:
         raise ValueError(f"model: {_why_not(kind, config)}; steer it with tm.steered instead")
     facts = {"layers": [*added], "norms": [float(theta.norm()) for theta in added.values()]}
     config = config_of.from_dict({**config, "steering": facts, "dtype": plain.dtype})
@@ -149,10 +142,8 @@ def _source(model: Model) -> Path:
     hf_model = getattr(model, "original_model", None)
     path = Path(getattr(hf_model, "name_or_path", "")) / f"{model_name(model)}.gguf"
     if not path.is_file():
-        raise ValueError(
-            f"source: {model_name(model)} was not loaded from a .gguf file that is still there; "
-            "pass source=, the file to add the vector to, or bake into a folder"
-        )
+        what = f"{model_name(model)} was not loaded from a .gguf file that is still there"
+        raise ValueError(f"source: {what}; pass source=, or bake into a folder")
     return path
 
 

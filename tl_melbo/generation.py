@@ -7,14 +7,13 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from tl_melbo import checks
-from tl_melbo.additions import Additions, VectorAdditions
+from tl_melbo.additions import Additions
 from tl_melbo.engines import Engine
 from tl_melbo.engines._request import texts_by
 from tl_melbo.errors import warn_of_rows
@@ -36,7 +35,7 @@ _TEXTS_OF_SEVERAL = 32
 OnBatch = Callable[[int, int], None]
 # Of a part: called with the share that is done, or with what is done of it and its whole.
 Tell = Callable[..., None]
-_Write = Callable[["_Rows"], tuple[list[str], list[bool]]]
+_Write = Callable[[Tensor, Tensor, Tokens], tuple[list[str], list[bool]]]
 
 
 @shape_checked
@@ -66,14 +65,13 @@ def generate(
             completion of each, greedy or sampled as `temperature` says.
         temperature: 0 takes the likeliest token (greedy), above 0 samples. None takes 0, or 0.7
             with `n_samples`.
-        seed: for sampling. Each row draws from a generator of its own, by the seed, the numbers of
-            prompt, vector and sample, and the scale: the batch size changes nothing but rounding.
+        seed: for sampling. Each row draws from a generator of its own: the batch size changes
+            nothing but rounding.
         chat: None takes the format that the vectors were found with.
-        engine: what writes instead of the model, such as `tm.engines.vllm(folder)`; it must have
-            the model's log-probabilities. Its samples are drawn from other numbers than ours.
+        engine: what writes instead of the model, such as `tm.engines.vllm(folder)`. Its samples
+            are drawn from other numbers than ours.
         batch_size: the most texts written at once; fewer where their keys and values would fill
-            more than a quarter of the free memory. Each step reads all weights, however many texts
-            there are.
+            more than a quarter of the free memory.
         on_batch: called with the texts written, and those in all, after each batch.
 
     Returns:
@@ -105,9 +103,9 @@ def generate(
         drawn = (temperature, seed, max_new_tokens, on_batch)
         completions, bad = texts_by(engine, model, prompt_tokens, rows, labels, *drawn), []
     else:
-        write = _writer(model, max_new_tokens, temperature)
+        write = _writer(model, rows, max_new_tokens, temperature)
         drawn = (max_new_tokens, seed, batch_size, on_batch)
-        completions, bad = _by_model(model, write, prompt_tokens, rows, labels, *drawn)
+        completions, bad = _by_model(model, write, prompt_tokens, len(rows), labels, *drawn)
     frame = Table(labels * len(texts), columns=["vector", "scale", "sample"])
     frame["prompt"] = [text for text in texts for _ in labels]
     frame["completion"] = completions
@@ -124,7 +122,7 @@ def _by_model(
     model: Model,
     write: _Write,
     prompts: Sequence[Tokens],
-    rows: Additions,
+    n_rows: int,
     labels: Sequence[tuple[int, float, int]],
     max_new_tokens: int,
     seed: int,
@@ -133,7 +131,7 @@ def _by_model(
 ) -> tuple[list[str], list[bool]]:
     """One text a prompt and label, and whether its logits were not finite."""
     # The samples of a vector are neighbours: they share the reading of their prompt.
-    places = torch.arange(len(labels)) % len(rows)
+    places = torch.arange(len(labels)) % n_rows
     order = places.argsort(stable=True)
     found, total = {}, len(prompts) * len(labels)
     for numbers in _of_one_length(prompts, min(batch_size, _TEXTS_OF_SEVERAL) // len(labels)):
@@ -141,15 +139,19 @@ def _by_model(
         named = [(number, *labels[label]) for number, label in keys]
         drawn = [_draws(max_new_tokens, each[-1] > 0, seed, *each) for each in named]
         tokens = torch.cat([prompts[number] for number, _ in keys])
-        steered = _Rows(rows, places[order].repeat(len(numbers)), torch.stack(drawn), tokens)
+        texts = (places[order].repeat(len(numbers)), torch.stack(drawn), tokens)
         tell = in_parts(on_batch, [len(found), len(keys), total - len(found) - len(keys)])[1]
         at_once = min(batch_size, _fitting(model, tokens.shape[1], max_new_tokens))
-        parts, fitting = map_batches(write, steered, at_once, tell)
+
+        def write_some(some: Tensor, texts: Any = texts) -> tuple[list[str], list[bool]]:
+            return write(*(each[some] for each in texts))
+
+        parts, fitting = map_batches(write_some, torch.arange(len(keys)), at_once, tell)
         batch_size = batch_size if fitting == at_once else fitting
         written = [each for some in parts for each in zip(*some, strict=True)]
         found.update(zip(keys, written, strict=True))
-    texts, not_finite = zip(*(found[key] for key in sorted(found)), strict=True)
-    return list(texts), list(not_finite)
+    written, not_finite = zip(*(found[key] for key in sorted(found)), strict=True)
+    return list(written), list(not_finite)
 
 
 def _fitting(model: Model, n_prompt: int, n_new: int) -> int:
@@ -181,20 +183,6 @@ def in_parts(on_batch: OnBatch | None, sizes: Sequence[int]) -> list[Tell]:
     return [of_part(sum(sizes[:part]), size) for part, size in enumerate(sizes)]
 
 
-def written(model: Model, tokens: Tokens, max_new_tokens: int, engine: Engine | None = None) -> str:
-    """The greedy completion of the unsteered model after these tokens."""
-    check_room(model, [tokens], max_new_tokens)
-    nothing = VectorAdditions.of(torch.zeros(1, int(model.cfg.d_model)), 0)
-    if engine is not None:
-        label = [(-1, 0.0, 0)]
-        return texts_by(engine, model, [tokens], nothing, label, 0.0, 0, max_new_tokens, None)[0]
-    drawn = _draws(max_new_tokens, False)[None]
-    unsteered = _Rows(nothing, torch.zeros(1, dtype=torch.long), drawn, tokens)
-    texts, not_finite = _writer(model, max_new_tokens, 0.0)(unsteered)
-    warn_of_rows(not_finite, f"what {model_name(model)} writes", "")
-    return texts[0]
-
-
 def _sampling(n_samples: int | None, temperature: float | None) -> tuple[float, list[int]]:
     """The temperature, and the numbers of the completions of each row: 0 is greedy."""
     if temperature is None:
@@ -202,10 +190,8 @@ def _sampling(n_samples: int | None, temperature: float | None) -> tuple[float, 
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature={temperature}: 0 for greedy, or a positive finite number")
     if n_samples and temperature == 0:
-        raise ValueError(
-            f"temperature=0 with n_samples={n_samples}: all would be the greedy completion; "
-            "pass a positive temperature, such as 0.7"
-        )
+        given = f"temperature=0 with n_samples={n_samples}: all would be the greedy completion"
+        raise ValueError(f"{given}; pass a positive temperature, such as 0.7")
     return temperature, list(range(n_samples + 1)) if n_samples else [int(temperature > 0)]
 
 
@@ -218,23 +204,6 @@ def _draws(n_tokens: int, is_sampled: bool, *name: float) -> Tensor:
     return torch.rand(n_tokens, generator=own, dtype=torch.float64)
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """What is added to each row, by its place in `added`; whence it draws; what it goes on from."""
-
-    added: Additions
-    places: Tensor
-    draws: Tensor
-    tokens: Tokens
-
-    def __len__(self) -> int:
-        return len(self.draws)
-
-    def __getitem__(self, rows: slice) -> "_Rows":
-        parts = (self.places[rows], self.draws[rows], self.tokens[rows])
-        return _Rows(self.added, *parts)
-
-
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Lend the global generators, from which libraries sample, this seed."""
@@ -243,34 +212,29 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def _writer(model: Model, max_new_tokens: int, temperature: float) -> _Write:
-    """A function that writes one text a row, and tells whether its logits were not finite."""
-    from transformers import GenerationConfig, LogitsProcessorList
+def _writer(model: Model, added: Additions, max_new_tokens: int, temperature: float) -> _Write:
+    """From places in `added`, draws and tokens to a text a row, and if logits were not finite."""
+    from transformers import LogitsProcessorList
 
     plain, bridged = plain_model(model), getattr(model, "original_model", None)
     ends = end_tokens(model.tokenizer, bridged, int(model.cfg.d_vocab))
-    # Always the likeliest token, after `_Choice` has made what is drawn the likeliest.
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
-    config = GenerationConfig(
-        eos_token_id=ends or None, pad_token_id=(ends or [None])[0], **options
-    )
-    # With no settings but ours: some models bring a penalty or a temperature along.
-    shares, writes = plain is not None, copy.copy(bridged if plain is None else plain)
+    shares, writes, config = plain is not None, bridged if plain is None else plain, None
     if writes is not None:
-        writes.generation_config = GenerationConfig()
+        writes, config = greedy(writes, max_new_tokens, ends)
 
-    def write(steered: _Rows) -> tuple[list[str], list[bool]]:
+    def write(places: Tensor, draws: Tensor, rows: Tokens) -> tuple[list[str], list[bool]]:
         nonlocal shares
         past: dict[str, Any] = {}
-        rows = steered.tokens
-        choice = _Choice(steered.draws, torch.tensor(ends, device=rows.device), temperature)
+        choice = _Choice(draws, torch.tensor(ends, device=rows.device), temperature)
         if shares and rows.shape[1] > 1:
-            past = _past(model, plain, steered)
+            past = _past(model, plain, added, places, rows)
             shares = bool(past)
-        with adding(model, plain, steered.added[steered.places]):
+        with adding(model, plain, added[places]):
             if writes is None:  # a HookedTransformer
                 with model.unembed.register_forward_hook(choice.of_logits):
-                    out = model.generate(rows, return_type="tokens", verbose=False, **options)
+                    out = model.generate(
+                        rows, max_new_tokens, do_sample=False, return_type="tokens", verbose=False
+                    )
             else:
                 out = writes.generate(
                     input_ids=rows,
@@ -287,16 +251,30 @@ def _writer(model: Model, max_new_tokens: int, temperature: float) -> _Write:
     return write
 
 
-def _past(model: Model, plain: Any, steered: _Rows) -> dict[str, Any]:
+def greedy(hf_model: Any, max_new_tokens: int, ends: Sequence[int]) -> tuple[Any, Any]:
+    """A model that writes the likeliest tokens, and the configuration to pass to its `generate`.
+
+    With no settings but ours: some models bring a penalty or a temperature along.
+    """
+    from transformers import GenerationConfig
+
+    writes = copy.copy(hf_model)
+    writes.generation_config = GenerationConfig()
+    told = {"eos_token_id": [*ends] or None, "pad_token_id": [*ends, None][0]}
+    return writes, GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, **told)
+
+
+def _past(
+    model: Model, plain: Any, added: Additions, places: Tensor, tokens: Tokens
+) -> dict[str, Any]:
     """The keys and values of prompts but for their last tokens, read once for each vector."""
-    device = steered.tokens.device
-    read = torch.cat([steered.places[:, None].to(device), steered.tokens[:, :-1]], 1)
+    read = torch.cat([places[:, None].to(tokens.device), tokens[:, :-1]], 1)
     distinct, rows = read.unique(dim=0, return_inverse=True)
     places, tokens = distinct[:, 0].cpu(), distinct[:, 1:]
     if (tokens == tokens[0]).all():
         # One row runs up to the first steered layer, and the vectors make many of it.
         tokens = tokens[:1]
-    with adding(model, plain, steered.added[places]):
+    with adding(model, plain, added[places]):
         past = read_ahead(plain, tokens)
     for cache in past.values():
         for layer in cache.layers:
@@ -336,8 +314,7 @@ class _Choice:
     def _drawn(self, scores: Tensor, draws: Tensor) -> Tensor:
         """Scores that leave one token of each row: where its cumulated probability passes `draws`.
 
-        From the largest score down, so that no temperature makes infinities. A row takes one
-        number a token, whatever the other rows take.
+        From the largest score down, so that no temperature makes infinities.
         """
         cumulated = (scores.double() / self.temperature).exp().cumsum(-1)
         token = torch.searchsorted(cumulated, draws * cumulated[:, -1:], right=True)

@@ -1,24 +1,41 @@
 """An adapter: a low-rank map of the residual stream whose addition has a constant length."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from tl_melbo import checks, vectors_file
-from tl_melbo.adapters import _extraction
-from tl_melbo.additions import LowRankRows, Place
-from tl_melbo.generation import OnBatch
+from tl_melbo import checks, story, vectors_file
+from tl_melbo.adapters import _sampling
+from tl_melbo.adapters._situations import prompts_of
+from tl_melbo.additions import Additions, LowRankRows, Place
+from tl_melbo.errors import NotFinite
+from tl_melbo.generation import OnBatch, Tell, in_parts
 from tl_melbo.layered import LayeredVectors
-from tl_melbo.model.bridge import Model
-from tl_melbo.shapes import Float, shape_checked
+from tl_melbo.model.bridge import (
+    Model,
+    model_name,
+    model_type,
+    plain_model,
+    residual_streams,
+    weights_digest,
+)
+from tl_melbo.model.tokens import check_room, to_tokens
+from tl_melbo.shapes import Float, Tokens, checked_slice, shape_checked
+from tl_melbo.steering import as_chat, hooked, steering_rows
 from tl_melbo.stored import BlockLibrary
-from tl_melbo.story import now
 from tl_melbo.vectors import SteeringVectors
 
 Estimator = Literal["difference", "addition"]
+# Texts sampled at once.
+_BATCH = 16
+_ABOUT = {
+    "difference": "Each vector is the mean over tokens of the residual stream with the adapter "
+    "less that without it; it holds what earlier blocks added, too.",
+    "addition": "Each vector is the mean over tokens of what the adapter adds after the block.",
+}
 
 
 @dataclass(eq=False)
@@ -46,11 +63,10 @@ class AdapterAdditions(LowRankRows):
 
 
 def _direction(low: Tensor, added: Tensor) -> Tensor:
-    """The addition at length 1; 0 where it is 0.
+    """The addition at length 1; 0 where it is 0, with the gradient of `h A B / |h A|`.
 
-    There its direction is not defined. The gradient is that of `h A B / |h A|`, which is of the
-    size of later ones. A tiny constant below the fraction would give one so large that the
-    optimiser's running mean of squares would hold B in place from then on.
+    A tiny constant below the fraction would give a gradient so large that the optimiser's running
+    mean of squares would hold B in place from then on.
     """
     norm, reference = added.norm(dim=-1, keepdim=True), low.detach().norm(dim=-1, keepdim=True)
     norm = torch.where(norm > 0, norm, reference)
@@ -66,12 +82,11 @@ class Adapter(BlockLibrary):
         with tm.steered(model, adapter[0]):
             print(model.generate("Dear diary,"))
 
-    It is a library: its length is the number of adapters, `adapter[3]` is one of them, and row i of
-    a batch gets adapter i. A scale multiplies what is added. Where B is 0, nothing is added.
+    It is a library: `adapter[3]` is one of them, and row i of a batch gets adapter i. A scale
+    multiplies what is added. Where B is 0, nothing is added.
 
     Attributes:
-        A: float32, on the CPU. One pair for all blocks, or one for each.
-        B: as A.
+        A, B: float32, on the CPU. One pair for all blocks, or one for each.
         columns: what was measured at the end of the training: `loss`, `kl`, `nll`, `entropy` and
             `entropy_without` the adapter (all in nats a token), `repetition`, `collapsed` (1 or 0).
         history: the loss after each step.
@@ -87,9 +102,7 @@ class Adapter(BlockLibrary):
         if self.B.shape != (*shape[:2], shape[3], shape[2]):
             raise ValueError(f"B: shape {(*self.B.shape,)} does not belong to A's {(*shape,)}")
         if shape[1] not in (1, n_layers):
-            raise ValueError(
-                f"A: {shape[1]} pairs for {n_layers} blocks; one for all, or one for each"
-            )
+            raise ValueError(f"A: {shape[1]} pairs for {n_layers} blocks; one for all or for each")
         check_rank(shape[3], shape[2])
         checks.positive(length=self.length)
 
@@ -104,28 +117,18 @@ class Adapter(BlockLibrary):
         length: float = 2.0,
         model: str | None = None,
     ) -> "Adapter":
-        """Take adapters that were made elsewhere.
+        """Take adapters that were made elsewhere, for these blocks; ValueError if they do not fit.
 
-        Args:
-            layers: the blocks after which they add something.
-            length: of what they add, in the residual stream's units.
-
-        Raises:
-            ValueError: shapes that do not fit together; a value that is not finite.
+        `length` is in the residual stream's units.
         """
-        facts = {"method": "from_tensor", "model": model, "d_model": A.shape[2], "date": now()}
-        chosen = {"hyperparameters": {"length": float(length)}, "layers": list(layers)}
-        return cls(A, B, story=facts | chosen)
+        facts: dict[str, Any] = {"method": "from_tensor", "model": model, "d_model": A.shape[2]}
+        facts |= {"date": story.now(), "layers": list(layers)}
+        return cls(A, B, story={**facts, "hyperparameters": {"length": float(length)}})
 
     @property
     def rank(self) -> int:
         """The rank of A B."""
         return self.A.shape[3]
-
-    @property
-    def shared(self) -> bool:
-        """Whether all blocks have the same pair."""
-        return self.A.shape[1] == 1
 
     @property
     def length(self) -> float:
@@ -156,17 +159,15 @@ class Adapter(BlockLibrary):
 
         The mean over all tokens of the prompts and of a continuation, which the adapted model
         samples: of what the adapter changes in the residual stream after the block, all that
-        earlier blocks did included ("difference"); or of what the adapter adds there to the
-        unsteered model ("addition"). So the vectors of a difference are for one block each, those
-        of an addition for all blocks at once.
+        earlier blocks did included ("difference", for one block each); or of what the adapter adds
+        there to the unsteered model ("addition", for all blocks at once).
 
         Args:
             prompts: None takes the held-out prompts of `tm.adapters.situations`.
             layer: the block of which a vector is wanted; None for all blocks of the adapter.
             max_new_tokens: of the continuation; 0 takes the prompts alone.
-            positions: which tokens of each text count; `slice(1, None)` leaves out the first, whose
-                residual is an attention sink in many models.
-            chat: None takes the format that the adapter was trained with.
+            positions: which tokens of each text count; the first is an attention sink in many
+                models.
             on_batch: called with the texts done, and those in all, of all adapters, after each.
 
         Returns:
@@ -179,18 +180,105 @@ class Adapter(BlockLibrary):
         """
         if layer is not None and layer not in self.layers:
             raise ValueError(f"layer={layer}: the adapter's blocks are {list(self.layers)}")
-        found = _extraction.extract(
-            model, self, prompts, estimator, max_new_tokens, positions, seed, chat, on_batch
+        checks.at_least(0, max_new_tokens=max_new_tokens)
+        checks.seed(seed)
+        positions = checked_slice(positions)
+        rows = steering_rows(model, self, None, [1.0])
+        texts = checks.as_texts(prompts_of("held_out") if prompts is None else prompts)
+        chat = as_chat(self, chat)
+        tokens = [to_tokens(model, text, chat) for text in texts]
+        check_room(model, tokens, max_new_tokens)
+        means, shares, tells = [], [], in_parts(on_batch, [len(tokens)] * len(rows))
+        for row, number in enumerate(self.columns["index"].tolist()):
+            added, random = rows[row : row + 1], _sampling.generator(seed, number)
+            effects = (
+                _effects(model, added, text, estimator)[:, [*range(text.shape[1])[positions]]]
+                for text in _continued(model, added, tokens, max_new_tokens, random)
+            )
+            mean, share = _mean_and_share(effects, tells[row], len(tokens))
+            means.append(mean)
+            shares.append(share)
+        chosen = {"estimator": estimator, "max_new_tokens": max_new_tokens}
+        facts = story.make(
+            "adapter_vectors",
+            **facts_of(model),
+            layers=list(self.layers),
+            prompts=texts,
+            chat=chat,
+            seed=seed,
+            adapter={name: self.story.get(name) for name in ("method", "seed", "hyperparameters")},
+            hyperparameters=chosen | {"positions": story.slice_to_json(positions)},
+            about=_ABOUT[estimator],
         )
+        columns = {"index": self.columns["index"], "constant_share": torch.stack(shares)}
+        found = LayeredVectors(torch.stack(means), story=facts, columns=columns)
         return found if layer is None else found.at(layer)
 
     def __repr__(self) -> str:
-        blocks = f"{len(self.layers)} blocks"
-        told = f"{len(self)} of rank {self.rank}, {'shared by' if self.shared else 'in each of'}"
+        blocks, shared = f"{len(self.layers)} blocks", self.A.shape[1] == 1
+        where = "shared by" if shared else "in each of"
+        told = f"{len(self)} of rank {self.rank}, {where}"
         return self._described(f"{told} {blocks}", f"length {self.length:g}")
+
+
+def facts_of(model: Model) -> dict[str, Any]:
+    """Which model it is, for the metadata."""
+    facts = {"model": model_name(model), "model_type": model_type(model)}
+    return {**facts, "weights": weights_digest(model), "d_model": int(model.cfg.d_model)}
 
 
 def check_rank(rank: int, d_model: int) -> None:
     """A rank must not be over the width."""
     if not 1 <= rank <= d_model:
         raise ValueError(f"rank={rank}: from 1 to d_model={d_model}")
+
+
+def _mean_and_share(parts: Iterable[Tensor], tell: Tell, n_parts: int) -> tuple[Tensor, Tensor]:
+    """The mean over tokens of vectors, [layer, pos, d_model], and its share of the mean square."""
+    total = squares = torch.zeros((), dtype=torch.float64)
+    count = 0
+    for number, vectors in enumerate(parts, 1):
+        total = total + vectors.sum(1)
+        squares = squares + vectors.square().sum((1, 2))
+        count += vectors.shape[1]
+        tell(number, n_parts)
+    if not count:
+        raise ValueError("positions: no token of any text; pass a longer slice")
+    if not squares.isfinite().all():
+        raise NotFinite("the adapted residual stream is not finite; load the model in a wider type")
+    mean, squares = total / count, squares / count
+    share = mean.square().sum(-1) / squares.clamp_min(torch.finfo(torch.float64).tiny)
+    return mean.float(), share.float()
+
+
+def _continued(
+    model: Model,
+    added: Additions,
+    prompts: Sequence[Tokens],
+    max_new_tokens: int,
+    random: torch.Generator,
+) -> Iterator[Tokens]:
+    """Each prompt and what the adapted model samples after it."""
+    if not max_new_tokens:
+        yield from prompts
+        return
+    _sampling.check_can_sample(model)
+    plain = plain_model(model)
+    for first in range(0, len(prompts), _BATCH):
+        some = prompts[first : first + _BATCH]
+        drawn = _sampling.sample(model, plain, added, some, max_new_tokens, random)
+        yield from (row[kept][None] for row, kept in zip(drawn.tokens, drawn.text, strict=True))
+
+
+def _effects(model: Model, added: Additions, tokens: Tokens, estimator: str) -> Tensor:
+    """What the adapter changes after each of its blocks: float64 [layer, pos, d_model]."""
+    without = residual_streams(model, tokens, added.layers)
+    if estimator == "addition":
+        pairs = zip(added.layers, without, strict=True)
+        effects = [added.after(layer, residual) for layer, residual in pairs]
+    else:
+        with hooked(model, added):
+            adapted = residual_streams(model, tokens, added.layers)
+        pairs = zip(adapted, without, strict=True)
+        effects = [one.double() - other.double() for one, other in pairs]
+    return torch.cat(effects).double().cpu()

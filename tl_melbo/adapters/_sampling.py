@@ -1,15 +1,17 @@
 """Continuations of a batch of prompts that an adapted model samples, with a KV cache."""
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from tl_melbo.additions import Additions
 from tl_melbo.errors import NotFinite
+from tl_melbo.generation import greedy
 from tl_melbo.model.bridge import Model, frozen, model_name, whole_model
 from tl_melbo.model.tokens import end_tokens
 from tl_melbo.reading import adding_below
@@ -17,11 +19,16 @@ from tl_melbo.shapes import Bool, Int, Tokens
 from tl_melbo.steering import hooked
 
 
-class Sampled(NamedTuple):
-    """Prompts with what was sampled after them, padded at the right, so that no pad is seen.
+def generator(*key: int) -> torch.Generator:
+    """Random numbers of their own for each key, such as a seed and the number of an adapter."""
+    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
-    `sampled` tells which tokens were sampled, the one that ends the text included; `text` which
-    are of the prompt or were sampled.
+
+class Sampled(NamedTuple):
+    """Prompts with what was sampled after them, its end included, padded at the right.
+
+    `sampled` tells which tokens were sampled; `text` which are of the prompt or were sampled.
     """
 
     tokens: Int[Tensor, "prompt pos"]
@@ -43,10 +50,7 @@ def running(model: Model, plain: Any, rows: Additions) -> Iterator[Any]:
 def check_can_sample(model: Model) -> None:
     """A bridge can: it has the Hugging Face model's own loop."""
     if not hasattr(model, "original_model"):
-        raise TypeError(
-            "model: a HookedTransformer; adapters are trained in a TransformerBridge, as "
-            "tm.load_model makes it"
-        )
+        raise TypeError("model: a HookedTransformer; pass a TransformerBridge, as from load_model")
 
 
 @torch.no_grad()
@@ -58,35 +62,21 @@ def sample(
     max_new_tokens: int,
     generator: torch.Generator,
 ) -> Sampled:
-    """Sample at temperature 1 after each prompt; the numbers come from this generator alone.
-
-    Raises NotFinite where the logits are not.
-    """
-    from transformers import GenerationConfig, LogitsProcessorList
+    """Sample at temperature 1 after each prompt; the numbers come from this generator alone."""
+    from transformers import LogitsProcessorList
 
     ends = end_tokens(model.tokenizer, model.original_model, int(model.cfg.d_vocab))
-    longest = max(tokens.shape[1] for tokens in prompts)
-    device = prompts[0].device
-    padded = torch.full((len(prompts), longest), (ends or [0])[0], device=device)
-    mask = torch.zeros_like(padded)
-    for row, tokens in enumerate(prompts):
-        padded[row, longest - tokens.shape[1] :] = tokens[0]
-        mask[row, longest - tokens.shape[1] :] = 1
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=ends or None,
-        pad_token_id=(ends or [None])[0],
-    )
+    texts = [tokens[0] for tokens in prompts]
+    padded = pad_sequence(texts, True, (ends or [0])[0], "left")
+    mask = pad_sequence([torch.ones_like(text) for text in texts], True, 0, "left")
+    choice = LogitsProcessorList([_Drawn(generator, model_name(model))])
     with running(model, plain, rows) as runs:
-        # With no settings but ours: some models bring a penalty or a temperature along.
-        writes = copy.copy(runs)
-        writes.generation_config = GenerationConfig()
-        choice = LogitsProcessorList([_Drawn(generator, model_name(model))])
+        # Always the likeliest, after what is drawn has been made that.
+        writes, config = greedy(runs, max_new_tokens, ends)
         out = writes.generate(
             input_ids=padded, attention_mask=mask, generation_config=config, logits_processor=choice
         )
-    return _put_right(out, [tokens.shape[1] for tokens in prompts], longest, ends)
+    return _put_right(out, [len(text) for text in texts], padded.shape[1], ends)
 
 
 class _Drawn:
@@ -97,10 +87,8 @@ class _Drawn:
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if not scores.amax(-1).isfinite().all():
-            raise NotFinite(
-                f"the logits of {self.name} with the adapter are not finite; use a smaller length "
-                "or learning rate, or load the model in a wider type"
-            )
+            what = f"the logits of {self.name} with the adapter are not finite"
+            raise NotFinite(f"{what}; use a smaller length or learning rate, or a wider type")
         # On the CPU, so that all devices draw the same.
         noise = torch.empty(scores.shape).exponential_(generator=self.generator)
         return scores.float() - noise.log().to(scores.device)

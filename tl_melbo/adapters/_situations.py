@@ -32,11 +32,6 @@ def situations() -> Table:
     return Table(_read(), columns=["situation", "split", "prompt"])
 
 
-def training() -> list[str]:
-    """The prompts for training."""
-    return [prompt for _, split, prompt in _read() if split == "train"]
-
-
-def held_out() -> list[str]:
-    """The prompts that no adapter is trained on by default."""
-    return [prompt for _, split, prompt in _read() if split == "held_out"]
+def prompts_of(wanted: str) -> list[str]:
+    """The prompts of a split, "train" or "held_out"."""
+    return [prompt for _, split, prompt in _read() if split == wanted]

@@ -1,8 +1,4 @@
-"""Train adapters that make a model say something else, without saying what.
-
-Source: the divergence objective of "steer-clear" (2025): away from the unadapted model on tokens
-that the adapted one samples, and sure of itself.
-"""
+"""Train adapters that make a model say something else, without saying what."""
 
 import functools
 import math
@@ -15,22 +11,12 @@ from tqdm.auto import tqdm
 
 from tl_melbo import checks, story
 from tl_melbo.adapters import _sampling, _situations
-from tl_melbo.adapters._adapter import Adapter, AdapterAdditions, check_rank
-from tl_melbo.adapters._extraction import generator
+from tl_melbo.adapters._adapter import Adapter, AdapterAdditions, check_rank, facts_of
 from tl_melbo.adapters._loss import Measured, loss_and_gradients
 from tl_melbo.analysis._coherence import DEFAULT_REPETITION, repetition
 from tl_melbo.discovery._search import Parts, collecting
 from tl_melbo.errors import NotFinite, warn_user
-from tl_melbo.model.bridge import (
-    Model,
-    check_layer,
-    check_model,
-    model_device,
-    model_name,
-    model_type,
-    plain_model,
-    weights_digest,
-)
+from tl_melbo.model.bridge import Model, check_layer, check_model, model_device, plain_model
 from tl_melbo.model.tokens import check_room, to_tokens
 
 _COLUMNS = (*Measured._fields, "repetition")
@@ -67,10 +53,7 @@ class Training(Parts[Adapter]):
         self.n_steps = settings["steps"] or math.ceil(len(prompts) / settings["batch_size"])
         made = story.make(
             "divergence_adapter",
-            model=model_name(model),
-            model_type=model_type(model),
-            weights=weights_digest(model),
-            d_model=int(model.cfg.d_model),
+            **facts_of(model),
             dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
             prompts=list(prompts),
             chat=chat,
@@ -93,7 +76,7 @@ class Training(Parts[Adapter]):
                 yield adapter
 
     def _train(self, number: int, bar: Any) -> Adapter:
-        random = generator(self.seed, number)
+        random = _sampling.generator(self.seed, number)
         rows, plain = self._begin(random), plain_model(self.model)
         optimiser = torch.optim.AdamW([rows.A, rows.B], lr=self.settings["learning_rate"])
         alpha, beta = self.settings["alpha"], self.settings["beta"]
@@ -108,11 +91,9 @@ class Training(Parts[Adapter]):
             told, gradients = loss_and_gradients(self.model, plain, rows, drawn, alpha, beta)
             rows.A.grad, rows.B.grad = gradients
             if not math.isfinite(told.loss) or not all(g.isfinite().all() for g in gradients):
-                raise NotFinite(
-                    f"adapter {number}: its loss or gradient at step {step + 1} is not finite; use "
-                    "a smaller length or learning rate, or load the model in a wider type",
-                    [number],
-                )
+                what = f"adapter {number}: its loss or gradient at step {step + 1} is not finite"
+                advice = "use a smaller length or learning rate, or load the model in a wider type"
+                raise NotFinite(f"{what}; {advice}", [number])
             optimiser.step()
             pairs = zip(drawn.tokens, drawn.sampled, strict=True)
             repeated = [repetition(row[own].tolist()) for row, own in pairs]
@@ -190,7 +171,7 @@ def divergence_adapter(
 
     Each step samples continuations of a batch of prompts from the adapted model P. Then AdamW
     lowers the mean over the sampled tokens of `-alpha KL(P || Q) + beta NLL_P(token)`, where Q is
-    the model without the adapter.
+    the model without the adapter. A warning tells of an adapter that has collapsed into gibberish.
 
     Args:
         prompts: what is continued; None takes those for training of `tm.adapters.situations`.
@@ -199,23 +180,19 @@ def divergence_adapter(
         steps: of the optimiser; None goes through the prompts once.
         length: of what is added after each block, in the residual stream's units.
         layers: the blocks with an adapter; None takes all.
-        chat: put the prompts into the model's chat template.
         first: the number of the first adapter, to go on where an earlier call ended.
         on_step: called after each step with the numbers of adapter and step, and what was measured.
 
     Returns:
-        The adapters, with the columns that `Adapter` names and the loss after each step. What was
-        measured is the mean over the last quarter of the steps.
+        The adapters, with the loss after each step, and the columns that `Adapter` names: means
+        over the last quarter of the steps.
 
     Raises:
         ValueError: a rank over the width, an unknown block, a number out of its range, prompts that
             leave no room for the tokens.
         NotFinite: logits, loss or gradient are not finite.
 
-    Warns:
-        UserWarning: an adapter has collapsed: what it writes repeats itself, or is gibberish.
-
-    Source: "steer-clear" (2025).
+    Source: the divergence objective of "steer-clear" (2025).
     """
     check_model(model)
     _sampling.check_can_sample(model)
@@ -232,22 +209,9 @@ def divergence_adapter(
         check_layer(model, layer, "layers")
     if not blocks or len({*blocks}) < len(blocks):
         raise ValueError(f"layers={list(blocks)}: numbers of blocks, each once")
-    return Training(
-        model,
-        checks.as_texts(_situations.training() if prompts is None else prompts),
-        range(first, first + n_adapters),
-        blocks,
-        chat,
-        progress,
-        on_step,
-        seed,
-        rank=rank,
-        shared=shared,
-        alpha=alpha,
-        beta=beta,
-        learning_rate=learning_rate,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        steps=steps,
-        length=length,
-    )
+    settings: dict[str, Any] = {"rank": rank, "shared": shared, "length": length, "steps": steps}
+    settings |= {"alpha": alpha, "beta": beta, "learning_rate": learning_rate}
+    settings |= {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+    texts = checks.as_texts(_situations.prompts_of("train") if prompts is None else prompts)
+    numbers = range(first, first + n_adapters)
+    return Training(model, texts, numbers, blocks, chat, progress, on_step, seed, **settings)

@@ -10,7 +10,7 @@ from tl_melbo.analysis._coherence import repetition
 from tl_melbo.analysis._completions import rescale, scale_sweep, transfer
 from tl_melbo.analysis._divergence import token_divergence
 from tl_melbo.analysis._effect_by_layer import effect_by_layer
-from tl_melbo.analysis._effect_plane import EffectPlane, effect_plane
+from tl_melbo.analysis._effect_plane import effect_plane
 from tl_melbo.analysis._embedding import embeddings
 from tl_melbo.analysis._family import composition, family
 from tl_melbo.analysis._mechanism import mechanism
@@ -30,7 +30,6 @@ from tl_melbo.probability import kl_from_log_probs
 
 __all__ = [
     "Behaviours",
-    "EffectPlane",
     "Mixture",
     "behaviours",
     "composition",

@@ -45,12 +45,9 @@ def collect_completions(
     """Let the model write without a vector, under each vector, and under its negative.
 
     Args:
-        scales: others than 1 and -1 get a greedy completion more each; the unsteered one is there
-            anyway.
+        scales: others than 1 and -1 get a greedy completion more each.
         n_samples: so many sampled completions more, unsteered and at the scales 1 and -1.
         temperature: of the samples; None takes 0.7.
-        engine: what writes instead of the model, as in `generate`.
-        on_batch: called with the texts written, and those in all.
 
     Returns:
         A row a completion: vector (-1 for unsteered), scale (0 for unsteered), prompt, completion;

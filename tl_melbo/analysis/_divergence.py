@@ -1,7 +1,6 @@
 """Where along a completion do the steered and the unsteered model part?"""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -41,8 +40,6 @@ def token_divergence(
 ) -> pd.DataFrame:
     """Compare the steered and the unsteered model at every token of completions.
 
-    Both read each completion once, steered by the vector and at the scale of its row.
-
     Args:
         completions: of `vectors`, as `generate` gives them. Rows of the unsteered model and empty
             completions are left out.
@@ -77,27 +74,26 @@ def token_divergence(
         text: to_tokens(model, text, chat)[0].tolist() for text in {r["prompt"] for r in rows}
     }
     pairs = [(prompts[row["prompt"]], tokens_of(model, row["completion"])) for row in rows]
-    _check_room(model, pairs)
-    texts = _Texts(model, pairs, _rows_of(model, rows, vectors, layer), n_top)
+    lengths, limit = [len(before) + len(text) for before, text in pairs], context_length(model)
+    if limit and max(lengths) > limit:
+        what = f"one has {max(lengths)} tokens with its prompt"
+        raise ValueError(f"completions: {what}; the model reads {limit}")
+    steered = _rows_of(model, rows, vectors, layer)
     # The longest first: neighbours are of nearly one length, so little is padded.
-    order = sorted(range(len(rows)), key=lambda i: -texts.length(i))
-    at_once = rows_at_once(model, texts.length(order[0]), batch_size)
+    order = sorted(range(len(rows)), key=lambda i: -lengths[i])
+
+    def read(numbers: list[int]) -> list[dict[str, Tensor]]:
+        some = [pairs[number] for number in numbers]
+        return _read(model, some, steered[torch.tensor(numbers)], n_top)
+
+    at_once = rows_at_once(model, max(lengths), batch_size)
     (tell,) = in_parts(on_batch, [len(rows)])
-    parts, _ = map_batches(texts.read, order, at_once, tell)
+    parts, _ = map_batches(read, order, at_once, tell)
     measured = dict(zip(order, [each for part in parts for each in part], strict=True))
     bad = [bool(measured[i]["kl"].isnan().any()) for i in range(len(rows))]
     warn_of_rows(bad, f"what {model_name(model)} makes of completions", "they are left out")
     kept = [(row, pairs[i][1], measured[i]) for i, row in enumerate(rows) if not bad[i]]
     return Table(pd.concat([_frame(model, *each) for each in kept], ignore_index=True))
-
-
-def _check_room(model: Model, pairs: Sequence[tuple[list[int], list[int]]]) -> None:
-    longest, limit = max(sum(map(len, pair)) for pair in pairs), context_length(model)
-    if limit and longest > limit:
-        raise ValueError(
-            f"completions: one has {longest} tokens with its prompt, but {model_name(model)} reads "
-            f"at most {limit}; shorten it"
-        )
 
 
 def _rows_of(
@@ -108,51 +104,36 @@ def _rows_of(
     steered = steering_rows(model, vectors, layer, scales)
     n_vectors = len(steered) // len(scales)
     if missing := {int(row["vector"]) for row in rows} - {*range(n_vectors)}:
-        raise ValueError(
-            f"completions: of vectors {sorted(missing)[:10]}, but vectors holds {n_vectors}; pass "
-            "those that wrote them"
-        )
+        given = f"of vectors {sorted(missing)[:10]}, but vectors holds {n_vectors}"
+        raise ValueError(f"completions: {given}; pass those that wrote them")
     places = [scales.index(float(row["scale"])) * n_vectors + int(row["vector"]) for row in rows]
     return steered[torch.tensor(places)]
 
 
-@dataclass(frozen=True)
-class _Texts:
-    """Completions after their prompts, and what steers each."""
+def _read(
+    model: Model, some: Sequence[tuple[list[int], list[int]]], rows: Additions, n_top: int
+) -> list[dict[str, Tensor]]:
+    """What is measured at every token of completions after their prompts, steered by these rows."""
+    whole = [torch.tensor([*before, *text]) for before, text in some]
+    # No token looks ahead: what stands after a text's end changes nothing in it.
+    tokens = torch.nn.utils.rnn.pad_sequence(whole, True).to(model_device(model))
+    first = min(len(before) for before, _ in some) - 1
+    plain = plain_model(model)
 
-    model: Model
-    pairs: Sequence[tuple[list[int], list[int]]]
-    steered: Additions
-    n_top: int
-
-    def length(self, number: int) -> int:
-        return sum(map(len, self.pairs[number]))
-
-    def read(self, numbers: list[int]) -> list[dict[str, Tensor]]:
-        """What is measured at every token of these completions."""
-        some = [self.pairs[number] for number in numbers]
-        device = model_device(self.model)
-        whole = [torch.tensor([*before, *text]) for before, text in some]
-        # No token looks ahead: what stands after a text's end changes nothing in it.
-        tokens = torch.nn.utils.rnn.pad_sequence(whole, True).to(device)
-        first = min(len(before) for before, _ in some) - 1
-        nothing = VectorAdditions.of(torch.zeros(1, int(self.model.cfg.d_model)), 0)
-        # Both passes are of one shape, so that no vector has no effect to the last bit.
-        steered = self._logits(tokens, self.steered[torch.tensor(numbers)], first)
-        unsteered = self._logits(tokens, nothing, first)
-        found = []
-        for row, (before, text) in enumerate(some):
-            own = slice(len(before) - 1 - first, len(before) - 1 - first + len(text))
-            pair = steered[row, own], unsteered[row, own]
-            found.append(_compared(*pair, torch.tensor(text), self.n_top))
-        return found
-
-    def _logits(self, tokens: Tensor, rows: Additions, first: int) -> Tensor:
-        plain = plain_model(self.model)
-        with adding(self.model, plain, rows) as runs:
+    def logits(rows: Additions) -> Tensor:
+        with adding(model, plain, rows) as runs:
             if plain is None:
                 return runs(tokens)[:, first:]
             return runs(tokens, use_cache=False, logits_to_keep=tokens.shape[1] - first).logits
+
+    nothing = VectorAdditions.of(torch.zeros(1, int(model.cfg.d_model)), 0)
+    # Both passes are of one shape, so that no vector has no effect to the last bit.
+    steered, unsteered = logits(rows), logits(nothing)
+    found = []
+    for row, (before, text) in enumerate(some):
+        own = slice(len(before) - 1 - first, len(before) - 1 - first + len(text))
+        found.append(_compared(steered[row, own], unsteered[row, own], torch.tensor(text), n_top))
+    return found
 
 
 def _compared(steered: Tensor, unsteered: Tensor, text: Tensor, n_top: int) -> dict[str, Tensor]:

@@ -1,6 +1,8 @@
 """How large is an effect after each layer?"""
 
 from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
 
 import pandas as pd
 import torch
@@ -40,8 +42,8 @@ def effect_by_layer(
     Returns:
         A row for each vector and layer: vectors, the name ("vectors" of one library); vector, its
         position; layer; norm, of the vector; effect, the norm of what it changes, the mean over
-        positions, in units of the residual stream. Vectors under which the residual stream is not
-        finite are left out, with a warning.
+        positions, in units of the residual stream. Vectors with effects that are not finite are
+        left out, with a warning.
 
     Raises:
         ValueError: no vectors, another width, no layer known, positions that miss the prompt.
@@ -51,14 +53,9 @@ def effect_by_layer(
     named = dict(vectors) if isinstance(vectors, Mapping) else {"vectors": vectors}
     if not named:
         raise ValueError('vectors: none given; pass a library, or {"MELBO": found}')
-    know = [some for some in named.values() if "chat" in getattr(some, "story", {})]
-    ways = {as_chat(some, chat) for some in know} or {bool(chat)}
-    if len(ways) > 1:
-        raise ValueError(
-            "chat: some of the vectors were found with chat prompts and some with raw ones; pass "
-            "chat=True or chat=False"
-        )
-    tokens = to_tokens(model, prompt, ways.pop())
+    parts = [getattr(some, "story", {}) for some in named.values()]
+    together: Any = SimpleNamespace(story={"parts": parts})
+    tokens = to_tokens(model, prompt, as_chat(together, chat))
     own = [*range(tokens.shape[1])[checked_slice(positions)]]
     if not own:
         raise ValueError(f"positions={positions}: none of the prompt's {tokens.shape[1]} tokens")

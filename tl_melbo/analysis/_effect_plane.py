@@ -1,7 +1,5 @@
 """A library's effects as points of a plane, near each other where the effects are alike."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -11,16 +9,9 @@ from tl_melbo.geometry import normalise
 from tl_melbo.shapes import Delta, Float, shape_checked
 
 
-class EffectPlane(NamedTuple):
-    """`places` of the effects, and the `shares` of their variance that the two axes hold."""
-
-    places: Float[Tensor, "vector 2"]
-    shares: tuple[float, float]
-
-
 @shape_checked
-def effect_plane(effects: Delta) -> EffectPlane:
-    """The first two principal components of effects at norm 1.
+def effect_plane(effects: Delta) -> tuple[Float[Tensor, "vector 2"], tuple[float, float]]:
+    """The first two principal components of effects at norm 1, and their shares of the variance.
 
     Raises:
         ValueError: fewer than two effects, or one that is zero or not finite.
@@ -33,7 +24,7 @@ def effect_plane(effects: Delta) -> EffectPlane:
     units = normalise(rows[:, rows.any(0)].double()).numpy()
     pca = decomposition.PCA(n_components=2, svd_solver="full").fit(units)
     shares = [0.0 if share != share else float(share) for share in pca.explained_variance_ratio_]
-    return EffectPlane(torch.from_numpy(pca.transform(units)).float(), (shares[0], shares[1]))
+    return torch.from_numpy(pca.transform(units)).float(), (shares[0], shares[1])
 
 
 @shape_checked

@@ -15,6 +15,7 @@ from tl_melbo.additions import VectorAdditions
 from tl_melbo.analysis._completions import OnBatch, rescale
 from tl_melbo.analysis._similarity import effect_distance, kl_to, random_like
 from tl_melbo.generation import generate, in_parts
+from tl_melbo.memory import map_batches
 from tl_melbo.model.bridge import Model
 from tl_melbo.probability import LogProbs
 from tl_melbo.reading import map_next_token, next_token_log_probs, warn_of_log_probs
@@ -100,9 +101,8 @@ def _comparison(
         return torch.cat([to(log_probs), back(log_probs)], 1)[:, [0, 2, 1]]
 
     def compare(rows: Theta, n_writing: int) -> Table:
-        frames: list[pd.DataFrame] = []
-        for first in range(0, len(rows), _BATCH_SIZE):
-            batch = rows[first : first + _BATCH_SIZE]
+        def of_batch(numbers: Tensor) -> pd.DataFrame:
+            batch, n_texts = rows[numbers], int((numbers < n_writing).sum())
             added = VectorAdditions.of(batch, layer)
             kl = map_next_token(model, text, added, measure, chat=chat)
             frame = pd.DataFrame({"norm": batch.norm(dim=-1).cpu().numpy(), "distance": math.nan})
@@ -111,17 +111,16 @@ def _comparison(
                 frame[["kl_to_reference", "kl_from_reference"]] = math.nan
             else:
                 frame["distance"] = effect_distance(f, batch, reference).numpy()
-            n_texts = max(0, min(len(batch), n_writing - first))
             texts: list[Any] = [None] * len(batch)
             if n_texts:
                 warn_of_log_probs(model, text, added[:n_texts], kl[:n_texts, 2].isnan())
                 options = {"max_new_tokens": max_new_tokens, "chat": chat}
                 written = generate(model, text, batch[:n_texts], layer, **options)
                 texts[:n_texts] = written["completion"]
-            frame["completion"] = texts
-            frames.append(frame)
-            if on_batch is not None:
-                on_batch(first + len(batch), len(rows))
+            return frame.assign(completion=texts)
+
+        (tell,) = in_parts(on_batch, [len(rows)])
+        frames, _ = map_batches(of_batch, torch.arange(len(rows)), _BATCH_SIZE, tell)
         return Table(pd.concat(frames, ignore_index=True))
 
     return compare
@@ -148,7 +147,6 @@ def composition(
         reference: what to compare with, theta0 of a MELBO-ortho family for example.
         sizes: how many vectors to add up; those beyond the library are left out.
         n_random_subsets: different ones of each size, at most 1,000; fewer where there are no more.
-        on_batch: as in `family`.
 
     Returns:
         A row for each composition: size; members, positions in `vectors`; subset, "first" or
@@ -235,10 +233,7 @@ def collect_family(
     max_new_tokens: int = 50,
     on_batch: OnBatch | None = None,
 ) -> Family:
-    """Measure a family for the report: `analysis.family`, and `analysis.composition` of `sizes`.
-
-    `on_batch` is called with about how many rows of both are done, and with all, after each batch.
-    """
+    """Measure a family for the report: `analysis.family`, and `analysis.composition` of `sizes`."""
     sizes = [size for size in sizes if size <= len(vectors)] or [1]
     # Of each size, up to four subsets, each in four ways.
     first, then = in_parts(on_batch, [2 + 3 * len(vectors), 16 * len(sizes)])

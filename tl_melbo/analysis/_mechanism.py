@@ -1,7 +1,7 @@
 """Which attention heads and MLPs carry a vector's effect from its layer to the target layer?"""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,14 +14,7 @@ from tl_melbo import checks
 from tl_melbo.additions import VectorAdditions
 from tl_melbo.errors import NotFinite
 from tl_melbo.memory import map_batches
-from tl_melbo.model.bridge import (
-    Model,
-    at_rest,
-    check_layer,
-    check_model,
-    model_name,
-    residual_hook_name,
-)
+from tl_melbo.model.bridge import Model, at_rest, check_layer, model_name, residual_hook_name
 from tl_melbo.model.tokens import to_tokens
 from tl_melbo.probability import kl_from_log_probs
 from tl_melbo.shapes import checked_slice, shape_checked
@@ -30,6 +23,7 @@ from tl_melbo.tables import Table
 
 # Stands for a head where there is none.
 _MLP = -1
+_Hook = tuple[nn.Module, Callable[..., Any]]
 
 
 @shape_checked
@@ -48,10 +42,10 @@ def mechanism(
 
     One component at a time puts out what it does in the steered run, at all tokens; the rest of the
     model is unsteered and reacts. So this shows which component is *enough* to bring about part of
-    the effect. It does not show which is needed: others may do the same. Shares do not add up to 1.
-    A component's steered output holds what steered ones before it did to it, both get the credit,
-    and later blocks are not linear. What no component carries is the direct path: the vector
-    itself, which stays in the residual stream up to the target layer, and which all of them read.
+    the effect, not which is needed. Shares do not add up to 1: a component's steered output holds
+    what steered ones before it did to it, both get the credit, and later blocks are not linear.
+    What no component carries is the direct path: the vector itself, which stays in the residual
+    stream.
 
     Args:
         target_layer: None takes the one that the vectors were found at.
@@ -71,7 +65,6 @@ def mechanism(
 
     Source: Heimersheim & Nanda 2024, "How to use and interpret activation patching".
     """
-    check_model(model)
     library = as_library(vectors)
     theta, source = as_theta(model, library), steering_layer(model, library, layer)
     target = _target(model, library, source, target_layer)
@@ -89,15 +82,11 @@ def mechanism(
 def _target(model: Model, library: Any, source: int, target: int | None) -> int:
     target = library.story.get("target_layer") if target is None else target
     if target is None:
-        raise ValueError(
-            "target_layer: not given, and the vectors do not know theirs; pass target_layer=, for "
-            f"example target_layer={min(source + 8, int(model.cfg.n_layers) - 1)}"
-        )
+        raise ValueError("target_layer: not given, and the vectors do not know theirs; pass it")
     check_layer(model, target, "target_layer")
     if target <= source:
-        raise ValueError(
-            f"target_layer={target}: the vectors are added after layer {source}; pass a later one"
-        )
+        where = f"the vectors are added after layer {source}"
+        raise ValueError(f"target_layer={target}: {where}; pass a later one")
     return target
 
 
@@ -108,12 +97,9 @@ def _points(model: Model, layers: Sequence[int]) -> dict[tuple[int, bool], nn.Mo
         for layer in layers
         for heads in (True, False)
     }
-    missing = [name for name in names.values() if name not in model.hook_dict]
-    if missing:
-        raise ValueError(
-            f"model: {model_name(model)} has no hook points {missing[:4]}; only blocks of "
-            "attention heads and an MLP can be taken apart"
-        )
+    if missing := [name for name in names.values() if name not in model.hook_dict]:
+        where = f"{model_name(model)} has no hook points {missing[:4]}"
+        raise ValueError(f"model: {where}; only attention heads and MLPs can be taken apart")
     return {place: model.hook_dict[name] for place, name in names.items()}
 
 
@@ -134,15 +120,15 @@ class _Patch:
         components = [(layer, head) for layer, is_attention in self.points if is_attention
                       for head in heads]  # fmt: skip
         kept: dict[tuple[int, bool], Tensor] = {}
+        keeping = [(point, partial(_keep, kept, place)) for place, point in self.points.items()]
 
         def of_batch(some: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-            with self.patched(some, kept):
-                return self.read(len(some))
+            return self.read(len(some), self.patching(some, kept))
 
         with at_rest(self.model):
             unsteered = self.read(1)
-            with self.keeping(kept), hooked(self.model, VectorAdditions.of(theta, self.source)):
-                whole = self.read(1)
+            with hooked(self.model, VectorAdditions.of(theta, self.source)):
+                whole = self.read(1, keeping)
             with hooked(self.model, VectorAdditions.of(theta, self.target)):
                 direct = self.read(1)
             parts, _ = map_batches(of_batch, components, batch_size)
@@ -150,62 +136,48 @@ class _Patch:
         effects = (streams - unsteered[0]).flatten(1)
         kl = kl_from_log_probs(log_probs, unsteered[1].expand_as(log_probs))
         if not (effects.isfinite().all() and kl.isfinite().all()):
-            raise NotFinite(
-                f"vectors: what {model_name(self.model)} does under one of norm "
-                f"{float(theta.norm()):.4g} is not finite; use a shorter one"
-            )
+            of = f"{model_name(self.model)} under one of norm {float(theta.norm()):.4g}"
+            raise NotFinite(f"vectors: {of} is not finite; use a shorter one")
         size = effects[0].square().sum()
         if not size > 0:
-            raise ValueError(
-                "vectors: one has no effect after the target layer; leave it out, or pass it longer"
-            )
+            raise ValueError("vectors: one has no effect after the target layer; leave it out")
         kinds = ["all", "direct", *("mlp" if head == _MLP else "head" for _, head in components)]
         places = [(self.source, _MLP), (self.target, _MLP), *components]
         table = pd.DataFrame(places, columns=["layer", "head"])
         table.insert(0, "component", kinds)
         return table.assign(share=(effects @ effects[0] / size).numpy(), kl=kl.numpy())
 
-    def read(self, n_rows: int) -> tuple[Tensor, Tensor]:
+    def read(self, n_rows: int, hooks: Sequence[_Hook] = ()) -> tuple[Tensor, Tensor]:
         """The residual stream after the target layer, and the next token's log-probabilities."""
-        tokens = self.tokens.expand(n_rows, -1)
-        kept: list[Tensor] = []
-        point = self.model.hook_dict[residual_hook_name(self.target)]
-        with point.register_forward_hook(
-            lambda module, args, output: kept.append(output[:, self.positions].double().cpu())
-        ):
-            logits = self.model(tokens)
-        return kept[0], logits[:, -1].float().log_softmax(-1).cpu()
+        kept: dict[str, Tensor] = {}
+        name = residual_hook_name(self.target)
+        with ExitStack() as stack:
+            for point, hook in (*hooks, (self.model.hook_dict[name], partial(_keep, kept, name))):
+                stack.enter_context(point.register_forward_hook(hook))
+            logits = self.model(self.tokens.expand(n_rows, -1))
+        stream = kept[name][:, self.positions].double().cpu()
+        return stream, logits[:, -1].float().log_softmax(-1).cpu()
 
-    @contextmanager
-    def keeping(self, kept: dict[tuple[int, bool], Tensor]) -> Iterator[None]:
-        """Keep what each component puts out."""
-        with ExitStack() as hooks:
-            for place, point in self.points.items():
-
-                def keep(module: Any, args: Any, output: Tensor, place: Any = place) -> None:
-                    kept[place] = output.detach().clone()
-
-                hooks.enter_context(point.register_forward_hook(keep))
-            yield
-
-    @contextmanager
-    def patched(
+    def patching(
         self, components: Sequence[tuple[int, int]], kept: Mapping[tuple[int, bool], Tensor]
-    ) -> Iterator[None]:
+    ) -> list[_Hook]:
         """Row by row, one component puts out what was kept."""
-        with ExitStack() as hooks:
-            for (layer, is_attention), point in self.points.items():
-                mine = [
-                    (row, head)
-                    for row, (own, head) in enumerate(components)
-                    if own == layer and (head != _MLP) == is_attention
-                ]
-                if mine:
-                    put = partial(
-                        _put, mine, kept[layer, is_attention], int(self.model.cfg.n_heads)
-                    )
-                    hooks.enter_context(point.register_forward_hook(put))
-            yield
+        hooks = []
+        for (layer, is_attention), point in self.points.items():
+            mine = [
+                (row, head)
+                for row, (own, head) in enumerate(components)
+                if own == layer and (head != _MLP) == is_attention
+            ]
+            if mine:
+                n_heads = int(self.model.cfg.n_heads)
+                hooks.append((point, partial(_put, mine, kept[layer, is_attention], n_heads)))
+        return hooks
+
+
+def _keep(kept: dict[Any, Tensor], name: Any, module: Any, args: Any, output: Tensor) -> None:
+    """A hook: keep what comes by."""
+    kept[name] = output.detach().clone()
 
 
 def _put(
@@ -217,13 +189,11 @@ def _put(
     output: Tensor,
 ) -> Tensor:
     """A hook: heads lie side by side, as an axis (HookedTransformer) or in one (bridge)."""
-    changed, width = output.clone(), output.shape[-1] // n_heads
+    changed = output.clone(memory_format=torch.contiguous_format)
+    shape = (output.shape[1], n_heads, -1)
     for row, head in rows:
         if head == _MLP:
             changed[row] = kept[0]
-        elif output.ndim == 4:
-            changed[row, :, head] = kept[0, :, head]
         else:
-            columns = slice(head * width, (head + 1) * width)
-            changed[row, :, columns] = kept[0, :, columns]
+            changed[row].view(shape)[:, head] = kept[0].reshape(shape)[:, head]
     return changed

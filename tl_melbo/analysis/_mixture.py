@@ -1,7 +1,6 @@
 """Is a vector a mixture of others? Its best sum of a library's vectors, against chance."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +9,6 @@ from torch import Tensor
 from tl_melbo import checks
 from tl_melbo.shapes import Float, Theta, shape_checked
 from tl_melbo.steering import Reference, Vectors
-from tl_melbo.vectors import SteeringVectors
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,12 +41,10 @@ def mixture(
 ) -> Mixture:
     """Write a vector as a sum of a library's vectors with coefficients that are not negative.
 
-    The library may be of found vectors, of contrastive ones, or both (`concatenate`). A vector
-    that is itself in it should be left out. The null takes random directions in place of the
-    vector; the library, whose vectors may be alike, stays.
+    The null takes random directions in place of the vector.
 
     Args:
-        vector: exactly one.
+        vector: exactly one, which is not in the library.
         both_signs: the negative of each vector may be taken instead.
         n_random: random vectors of the same norm.
 
@@ -63,7 +59,9 @@ def mixture(
     checks.width(rows, target.shape[1], "library", "vector")
     checks.at_least(1, n_random=n_random)
     checks.seed(seed)
-    _check_layers(vector, library)
+    layers = [getattr(each, "source_layer", None) for each in (vector, library)]
+    if None not in layers and layers[0] != layers[1]:
+        raise ValueError(f"library: found at layer {layers[1]}, but vector at layer {layers[0]}")
     parts = torch.cat([rows, -rows]) if both_signs else rows
     # Coefficients of unit vectors are of one size, which the solver's tolerance is for.
     norms = parts.norm(dim=-1)
@@ -87,9 +85,3 @@ def _fitted(basis: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarr
     """The coefficients of the columns, and what they leave of the target."""
     coefficients, _ = checks.installed("scipy.optimize", "mixture").nnls(basis, target)
     return coefficients, target - basis @ coefficients
-
-
-def _check_layers(vector: Any, library: Any) -> None:
-    layers = [each.source_layer for each in (vector, library) if isinstance(each, SteeringVectors)]
-    if len({*layers} - {None}) > 1:
-        raise ValueError(f"library: found at layer {layers[1]}, but vector at layer {layers[0]}")

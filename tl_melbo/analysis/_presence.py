@@ -9,7 +9,7 @@ from torch import Tensor
 from tl_melbo import checks
 from tl_melbo.analysis._texts import PASSAGES
 from tl_melbo.geometry import normalise
-from tl_melbo.model.bridge import Model, check_model, residual_streams
+from tl_melbo.model.bridge import Model, residual_streams
 from tl_melbo.model.tokens import to_tokens
 from tl_melbo.shapes import Float, checked_slice, shape_checked
 from tl_melbo.steering import Vectors, as_library, as_theta, one_vector, steering_layer
@@ -37,20 +37,16 @@ def presence(
 ) -> pd.DataFrame:
     """Does the unsteered model use these directions where a behaviour shows? `presence_statistics`.
 
-    Where it does not seem to, `other_texts` tell whether the test could have found it: a positive
-    control.
-
     Args:
         texts: raw texts that show the behaviour, code for example.
         control_texts: raw texts that do not.
         other_texts: others of both kinds, from which the positive control is made: the difference
-            of the means of their residuals.
+            of the means of their residuals. It tells whether the test could have found anything.
         positions: which tokens of each text count. By default all but the first, which is an
             attention sink in most models.
 
     Source of the question, not of the test: Jacob G-W 2024, "I found >800 orthogonal ...".
     """
-    check_model(model)
     library = as_library(vectors)
     as_theta(model, library)
     layer = steering_layer(model, library, layer)
@@ -58,23 +54,18 @@ def presence(
     control = residuals_of(model, control_texts, layer, positions, "control_texts")
     known = None
     if other_texts is not None:
-        _check_apart(other_texts, texts, control_texts)
-        named = zip(other_texts, ("other_texts[0]", "other_texts[1]"), strict=True)
-        means = [residuals_of(model, some, layer, positions, name).mean(0) for some, name in named]
+        used = {*checks.as_texts(texts), *checks.as_texts(control_texts)}
+        means = []
+        for place, some in enumerate(other_texts):
+            name = f"other_texts[{place}]"
+            for text in used.intersection(checks.as_texts(some, name)):
+                what = f"{name}: holds {quoted(text)}, which the test is made on"
+                raise ValueError(f"{what}; pass others")
+            means.append(residuals_of(model, some, layer, positions, name).mean(0))
         known = means[0] - means[1]
     return presence_statistics(
         residuals, control, library, n_frames=n_frames, seed=seed, known_direction=known
     )
-
-
-def _check_apart(other_texts: tuple[Texts, Texts], *tested: Texts) -> None:
-    used = {text for some in tested for text in checks.as_texts(some)}
-    for place, some in enumerate(other_texts):
-        for text in used.intersection(checks.as_texts(some, f"other_texts[{place}]")):
-            raise ValueError(
-                f"other_texts[{place}]: holds {quoted(text)}, which the test is made on; a "
-                "direction made from it would be found whatever the model does. Pass others"
-            )
 
 
 @shape_checked
@@ -95,8 +86,7 @@ def presence_statistics(
         residuals: the residual stream where the behaviour shows, a row a token.
         control: the same where it does not.
         n_frames: of the null, from 1 to 100,000.
-        known_direction: one that is known to tell the two apart, made from other residuals: where
-            the test does not find it, it would have found none.
+        known_direction: one that is known to tell the two apart, made from other residuals.
 
     Returns:
         A row for each vector: index; mean_projection and mean_projection_control on the unit
@@ -182,8 +172,7 @@ def token_projections(
 ) -> tuple[list[str], list[float]]:
     """A text's tokens, and how far the unsteered residual at each points along a vector.
 
-    In standard deviations from the mean over the tokens of PASSAGES, ordinary prose; the projection
-    itself is rarely near zero. 0 for the first token, an attention sink in most models.
+    In standard deviations from the mean over the tokens of PASSAGES; 0 for the first token.
     """
     theta = one_vector(vector, "vector")
     layer = steering_layer(model, theta, layer)

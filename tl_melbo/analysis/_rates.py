@@ -9,7 +9,7 @@ import pandas as pd
 from tl_melbo import checks
 from tl_melbo.analysis._tagged import tagged, unsteered_of
 from tl_melbo.analysis._tags import TAGS
-from tl_melbo.probability import DEFAULT_CONFIDENCE, wilson_interval
+from tl_melbo.probability import wilson_interval
 from tl_melbo.shapes import shape_checked
 from tl_melbo.tables import Table, groups
 
@@ -27,8 +27,7 @@ def rates(
     of: str | Callable[[str], Any],
     by: Sequence[str] = ("vector", "scale"),
     *,
-    random: pd.DataFrame | Sequence[int] | None = None,
-    confidence: float = DEFAULT_CONFIDENCE,
+    random: pd.DataFrame | None = None,
 ) -> Table:
     """How often completions do something: under each vector, unsteered, and under random vectors.
 
@@ -41,37 +40,28 @@ def rates(
         completions: as `generate` returns them, or the texts of a `Behaviours`.
         of: a column, each of whose values gets a rate: "behaviour", "stance", "form", "speaker",
             "baseline"; tags are found by rule where they are missing (by `tags`, beside the
-            unsteered rows; without a system prompt, so that no leak of it is known). Or a function
-            of a text: what it gives counts as a yes if it is true, or a count above 0.
+            unsteered rows, without a system prompt). Or a function of a text, whose answer is
+            counted where it is true.
         by: columns whose values are told apart, such as "vector", "scale", "prompt".
-        random: completions under `tm.random_vectors` of the same norm; or, where they are among
-            `completions`, the numbers of these vectors. They are taken together, as are unsteered
-            ones: by no vector and no scale.
-        confidence: of Wilson's intervals, which take texts for independent. Texts under one
-            vector are more alike than those under several.
+        random: completions under `tm.random_vectors` of the same norm, which are taken together, as
+            are unsteered ones.
 
     Returns:
         Rows of "unsteered", then "random", then "vector", in a column steering; the columns of
-        `by`; value, what was counted; hits, of n texts; rate; low, high.
+        `by`; value, what was counted; hits, of n texts; rate; low and high, Wilson's 95% interval,
+        which takes texts for independent. Texts under one vector are more alike than others.
 
     Raises:
         ValueError: no completions, or columns that are not there.
     """
-    wilson_interval(0, 1, confidence)
-    among = [completions, *([random] if isinstance(random, pd.DataFrame) else [])]
+    among = [completions] if random is None else [completions, random]
     frame = _counted(completions, of, by, "completions", among).assign(steering="vector")
-    if isinstance(random, pd.DataFrame):
+    if random is not None:
         other = _counted(random, of, by, "random", among).assign(steering="random")
         if ("sample" in random) != ("sample" in completions):
-            raise ValueError(
-                "random: one of completions and random is of samples, the other greedy; write both "
-                "with n_samples, or neither"
-            )
+            what = "one of completions and random is of samples, the other greedy"
+            raise ValueError(f"random: {what}; write both with n_samples, or neither")
         frame = pd.concat([frame, other[other["vector"] >= 0]], ignore_index=True)
-    elif random is not None:
-        if unknown := {*random} - {*frame["vector"]}:
-            raise ValueError(f"random: completions has no texts of vectors {sorted(unknown)[:10]}")
-        frame.loc[frame["vector"].isin([*random]), "steering"] = "random"
     frame.loc[(frame["vector"] < 0) | (frame["scale"] == 0), "steering"] = "unsteered"
     values, shown = [True], getattr(of, "__name__", "function")
     if isinstance(of, str):
@@ -84,7 +74,7 @@ def rates(
             place = dict(zip(told, key, strict=True))
             for value in values if len(texts) else ():
                 hits, n = [*texts["value"]].count(value), len(texts)
-                bounds = wilson_interval(hits, n, confidence)
+                bounds = wilson_interval(hits, n)
                 keys = [steering, *(place.get(name) for name in by)]
                 what = value if isinstance(of, str) else shown
                 rows.append((*keys, what, hits, n, hits / n, *bounds))
@@ -98,10 +88,8 @@ def sampled(completions: pd.DataFrame) -> pd.DataFrame:
     if "sample" not in completions:
         return completions
     if any(completions["sample"].isna()):
-        raise ValueError(
-            "completions: some rows have a sample and some have none; write all of them with "
-            "n_samples, or none"
-        )
+        what = "some rows have a sample and some have none"
+        raise ValueError(f"completions: {what}; write all with n_samples, or none")
     if max(completions["sample"], default=0) <= 0:
         return completions
     return pd.DataFrame(completions[completions["sample"] > 0])
@@ -114,10 +102,7 @@ def _counted(
     argument: str,
     among: Sequence[pd.DataFrame],
 ) -> pd.DataFrame:
-    """The completions with a scale, and with the value that is counted.
-
-    What the unsteered model writes is in the first of `among` that has it.
-    """
+    """The completions with a scale and what is counted; unsteered texts are in one of `among`."""
     column = of if isinstance(of, str) else "completion"
     frame = _with_scale(completions)
     if column in TAGS and column not in frame:

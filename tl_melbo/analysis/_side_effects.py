@@ -12,7 +12,7 @@ from tl_melbo.analysis._completions import transfer
 from tl_melbo.analysis._embedding import Embedder, default_embedder, embeddings
 from tl_melbo.analysis._similarity import kl_divergence
 from tl_melbo.analysis._texts import PASSAGES, UNRELATED_PROMPTS
-from tl_melbo.model.bridge import Model, check_model
+from tl_melbo.model.bridge import Model
 from tl_melbo.model.tokens import to_tokens
 from tl_melbo.probability import mean_losses
 from tl_melbo.reading import map_rows, rows_at_once
@@ -61,7 +61,6 @@ def side_effects(
     meant = checks.as_texts(prompts)
     others = _others(unrelated, meant, "unrelated")
     prose = checks.as_texts(PASSAGES if passages is None else passages, "passages")
-    checks.at_least(1, batch_size=batch_size)
     layer = steering_layer(model, library, layer)
     options = {"layer": layer, "chat": chat, "batch_size": batch_size}
     theta = as_theta(model, library)
@@ -132,13 +131,11 @@ def reach(
         A row for each vector: vector, its position; kl, the median of the next token's divergence
         from unsteered, in nats; changed, the share of prompts whose completion it changes, by more
         than spaces; agreement, sum(c - u) / sum(1 - u), c and u the cosines of its completions
-        there and on `prompt`, and of the unsteered ones: 1 for the same text everywhere, 0 for no
-        more alike, NaN where it changes nothing.
+        there and on `prompt`, and of the unsteered ones: NaN where it changes nothing.
 
     Raises:
         ValueError: no vectors or prompts; as `analysis.transfer` does.
     """
-    check_model(model)
     library = as_library(vectors)
     every = [checks.as_text(prompt), *_others(prompts, [prompt], "prompts")]
     frame = transfer(model, library, every, max_new_tokens=max_new_tokens, layer=layer, chat=chat)

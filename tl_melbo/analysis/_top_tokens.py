@@ -44,10 +44,8 @@ def top_tokens(
         n: tokens of each kind; fewer where no more are likely enough.
         least_probability: only tokens that have it, steered or unsteered. The rarest tokens change
             most, and are never written; 0 keeps them.
-        by_layer: after every layer from the vectors' own on, instead of at the end alone. What
-            either residual stream says of the next token is then read by the logit lens: the final
-            norm, with that stream's own scale and mean, and the unembedding. The last layer's rows
-            are those without `by_layer`.
+        by_layer: after every layer from the vectors' own on, by the logit lens: the final norm,
+            with the stream's own scale and mean, and the unembedding.
 
     Returns:
         A row for each vector, layer (with `by_layer`) and token: vector, its position; layer;
@@ -69,16 +67,26 @@ def top_tokens(
         options = {"layer": layer, "chat": chat, "batch_size": batch_size}
         return top_tokens_and_kl(model, prompt, vectors, n, least_probability, **options)[0]
     rows, chat = steering_rows(model, vectors, layer, [1.0]), as_chat(vectors, chat)
-    unsteered = next_token_log_probs(model, prompt, chat=chat)
+    unsteered = next_token_log_probs(model, prompt, chat=chat)[0]
     layers = list(range(min(rows.layers), int(model.cfg.n_layers)))
-    tokens, lens = to_tokens(model, prompt, chat), _lens(model)
+    tokens = to_tokens(model, prompt, chat)
     nothing = VectorAdditions.of(torch.zeros(1, int(model.cfg.d_model)), layers[0])
+
+    def lens(residuals: Tensor) -> LogProbs:
+        logits = model.unembed(model.ln_final(residuals))
+        return logits[:, -1].float().log_softmax(-1).cpu()
 
     def at_last(some: Additions, measure: Callable[[Tensor], Tensor]) -> Tensor:
         return map_residuals(model, tokens, some, layers, measure, batch_size, slice(-1, None))
 
     (before,) = at_last(nothing, lambda streams: torch.stack([*map(lens, streams.unbind(1))], 1))
-    _check_lens(model, before[-1], unsteered[0])
+    # After the last layer the lens must say what the model says.
+    off = float((before[-1] - unsteered).abs()[unsteered > unsteered.max() - 20].max())
+    if not off <= _LENS_TOLERANCE:
+        raise ValueError(
+            f"by_layer=True: the final norm and unembedding of {model_name(model)} are {off:.3g} "
+            "nats off its own next token (it may softcap its logits); pass by_layer=False"
+        )
 
     def measure(streams: Tensor) -> Tensor:
         pairs = zip(streams.unbind(1), before, strict=True)
@@ -115,7 +123,7 @@ def top_tokens_and_kl(
 def _ends(
     log_probs: LogProbs, unsteered: Float[Tensor, "d_vocab"], n: int, least: float
 ) -> Float[Tensor, "vector direction rank number"]:
-    """Token, change and both log-probabilities of the tokens that change most, both ways.
+    """Token, change and both probabilities of the tokens that change most, both ways.
 
     The token is -1 where no more are likely enough, NaN where the row is.
     """
@@ -129,8 +137,8 @@ def _ends(
         found = best.values > -torch.inf
         token = best.indices.double().masked_fill(~found, -1.0)
         token = token.masked_fill(log_probs.isnan().any(-1, keepdim=True), torch.nan)
-        own = log_probs.double().gather(-1, best.indices)
-        other = unsteered.double()[best.indices]
+        own = log_probs.double().gather(-1, best.indices).exp()
+        other = unsteered.double()[best.indices].exp()
         kinds.append(torch.stack([token, sign * best.values, own, other], -1))
     return torch.stack(kinds, 1)
 
@@ -150,28 +158,4 @@ def _frame(model: Model, found: Tensor, layers: list[int]) -> Table:
                         told = (text[int(token)], int(token), change)
                         rows.append((vector, layer, direction, rank, *told, own, other))
     columns = ["vector", "layer", "direction", "rank", "token", "token_id", "log_prob_change"]
-    frame = Table(rows, columns=[*columns, "probability", "unsteered_probability"])
-    for name in ("probability", "unsteered_probability"):
-        frame[name] = torch.tensor(frame[name].tolist(), dtype=torch.float64).exp().numpy()
-    return frame
-
-
-def _lens(model: Model) -> Callable[[Tensor], LogProbs]:
-    """From residual streams, [row, 1, d_model], to log-probabilities of the next token."""
-
-    def lens(residuals: Tensor) -> Tensor:
-        logits = model.unembed(model.ln_final(residuals))
-        return logits[:, -1].float().log_softmax(-1).cpu()
-
-    return lens
-
-
-def _check_lens(model: Model, last: Tensor, own: Tensor) -> None:
-    """After the last layer the lens must say what the model says."""
-    off = float((last - own).abs()[own > own.max() - 20].max())
-    if not off <= _LENS_TOLERANCE:
-        raise ValueError(
-            f"by_layer=True: the final norm and unembedding of {model_name(model)} are {off:.3g} "
-            "nats off its own next token, so it does more at its end (softcaps its logits, for "
-            "example); pass by_layer=False"
-        )
+    return Table(rows, columns=[*columns, "probability", "unsteered_probability"])

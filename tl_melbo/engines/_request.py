@@ -72,16 +72,10 @@ def texts_by(
     max_new_tokens: int,
     on_batch: Callable[[int, int], None] | None,
 ) -> list[str]:
-    """What an engine writes after each prompt, for each label: vector, scale and sample.
-
-    Raises:
-        ValueError: what is added is not a vector; the engine does not do what the model does.
-    """
+    """What an engine writes after each prompt, for each label: vector, scale and sample."""
     if not isinstance(rows, VectorAdditions) or rows.place != "block":
-        raise ValueError(
-            "vectors: an engine adds vectors after blocks, and no adapters or gated factors; pass "
-            "their .vectors(), or leave engine= out"
-        )
+        what = "an engine adds vectors after blocks, and no adapters or gated factors"
+        raise ValueError(f"vectors: {what}; pass their .vectors(), or leave engine= out")
     layers, added = tuple(rows.layers), rows.theta.cpu()
     requests = []
     for number, tokens in enumerate(prompts):
@@ -94,9 +88,8 @@ def texts_by(
             requests.append(Request(prompt, theta, layers, warm, own))
     steered = max(requests, key=lambda r: 0.0 if r.theta is None else float(r.theta.norm()))
     _check_agreement(engine, model, steered)
-    ends = end_tokens(
-        model.tokenizer, getattr(model, "original_model", None), int(model.cfg.d_vocab)
-    )
+    hf_model = getattr(model, "original_model", None)
+    ends = end_tokens(model.tokenizer, hf_model, int(model.cfg.d_vocab))
     texts = []
     for start in range(0, len(requests), _AT_ONCE):
         for new in engine.write(requests[start : start + _AT_ONCE], max_new_tokens, ends):
@@ -130,9 +123,8 @@ def _check_agreement(engine: Engine, model: Model, request: Request) -> None:
         clear = [place for place, each in enumerate(kl.tolist()) if each >= _CLEAR]
         if not clear:
             raise ValueError(
-                "engine: the longest of the vectors changes nothing after the first prompt, even "
-                f"{_LONGER[-1]:g} times as long, so it cannot be seen whether the engine adds it; "
-                "leave engine= out"
+                "engine: the longest of the vectors does so little after the first prompt that it "
+                "cannot be seen whether the engine adds it; leave engine= out"
             )
         # Steered first: what it leaves in a cache is there for the unsteered one to read.
         steered = replace(request, theta=rows.theta[clear[0]])

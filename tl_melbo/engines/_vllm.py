@@ -22,6 +22,8 @@ from tl_melbo.shapes import shape_checked
 
 # The most that a vLLM server tells by default.
 _TOP = 20
+# Requests to a server.
+_AT_ONCE = 64
 _NAMED = "token_id:"
 
 
@@ -32,7 +34,6 @@ def vllm(
     model: str | None = None,
     api_key_env: str | None = None,
     tolerance: float = 0.05,
-    concurrency: int = 64,
     timeout: float = 600.0,
     retries: int = 2,
     **options: Any,
@@ -50,9 +51,7 @@ def vllm(
             never shown, saved or logged by this package.
         tolerance: how far log-probabilities may be apart on average, in nats: 1e-4 was measured in
             float32; narrow types need more.
-        concurrency: requests at once to a server.
-        timeout: of a request to a server, in seconds.
-        retries: of a request after a lost connection or an error that the server calls temporary.
+        timeout: of a request to a server, in seconds; `retries` of it.
         options: of `vllm.LLM`, such as dtype="float32"; for a checkpoint only.
 
     Raises:
@@ -61,7 +60,6 @@ def vllm(
         NoAnswer: when asked, if the server cannot be reached, refuses, or sends something else.
     """
     checks.positive(tolerance=tolerance, timeout=timeout)
-    checks.at_least(1, concurrency=concurrency)
     checks.at_least(0, retries=retries)
     if str(place).startswith(("http://", "https://")):
         if options:
@@ -69,16 +67,14 @@ def vllm(
         checks.installed("openai", "engines.vllm", "judges")
         server = Server(str(place), api_key_env, timeout, retries)
         server.key()  # or say at once that there is none
-        return _ServedVLLM(server, model, tolerance, concurrency)
+        return _ServedVLLM(server, model, tolerance)
     if model is not None or api_key_env is not None:
         raise ValueError("model, api_key_env: of a server; leave them out for a checkpoint")
     try:
         engine, plugin = map(importlib.import_module, ("vllm", "vllm_lens"))
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"engines.vllm: needs {error.name} in this environment, which docs/engines.md says how "
-            "to install; or pass the address of a server"
-        ) from error
+        advice = "see docs/engines.md, or pass the address of a server"
+        raise ModuleNotFoundError(f"engines.vllm: needs {error.name}; {advice}") from error
     options = {"max_logprobs": _TOP, "disable_log_stats": True, **options}
     return _LocalVLLM(engine, plugin, str(place), options, tolerance)
 
@@ -102,10 +98,8 @@ class _LocalVLLM:
         texts = [[*out.outputs[0].token_ids] for out in self._run(requests, options)]
         for tokens in texts:
             if _broke_off(tokens, max_new_tokens, ends):
-                raise ValueError(
-                    f"engine: {self!r} broke a text off after {len(tokens)} of max_new_tokens="
-                    f"{max_new_tokens}; give it a larger max_model_len, or ask for fewer"
-                )
+                short = f"broke a text off after {len(tokens)} of max_new_tokens={max_new_tokens}"
+                raise ValueError(f"engine: {self!r} {short}; give it a larger max_model_len")
         return texts
 
     def log_probs(self, requests: Sequence[Request]) -> list[dict[int, float]]:
@@ -117,28 +111,15 @@ class _LocalVLLM:
     def _run(self, requests: Sequence[Request], options: dict[str, Any]) -> Any:
         prompts = [{"prompt_token_ids": [*r.tokens], "cache_salt": r.salt} for r in requests]
         # New ones at each call: the plugin takes the vector out of them.
-        params = [
-            self._library.SamplingParams(
-                temperature=request.temperature,
-                seed=request.seed,
-                detokenize=False,
-                extra_args=self._steering(request),
-                **options,
-            )
-            for request in requests
-        ]
+        params = []
+        for request in requests:
+            own: dict[str, Any] = {"temperature": request.temperature, "seed": request.seed}
+            if request.theta is not None:
+                vector = {"activations": request.theta.clone(), "layer_indices": [*request.layers]}
+                steering = self._plugin.SteeringVector(**vector, scale=1.0, norm_match=False)
+                own["extra_args"] = {"apply_steering_vectors": [steering]}
+            params.append(self._library.SamplingParams(detokenize=False, **own, **options))
         return self._llm.generate(prompts, params, use_tqdm=False)
-
-    def _steering(self, request: Request) -> dict[str, Any] | None:
-        if request.theta is None:
-            return None
-        vector = self._plugin.SteeringVector(
-            activations=request.theta.clone(),
-            layer_indices=[*request.layers],
-            scale=1.0,
-            norm_match=False,
-        )
-        return {"apply_steering_vectors": [vector]}
 
     def __repr__(self) -> str:
         return f"engines.vllm({Path(self.place).name!r})"
@@ -147,10 +128,8 @@ class _LocalVLLM:
 class _ServedVLLM:
     """Behind a server."""
 
-    def __init__(
-        self, server: Server, model: str | None, tolerance: float, concurrency: int
-    ) -> None:
-        self.server, self.model, self.concurrency = server, model, concurrency
+    def __init__(self, server: Server, model: str | None, tolerance: float) -> None:
+        self.server, self.model = server, model
         self.tolerance, self.agreed = tolerance, set()
 
     def write(
@@ -168,7 +147,7 @@ class _ServedVLLM:
         return [self._top(choice) for choice in self._ask(requests, options)]
 
     def _ask(self, requests: Sequence[Request], options: dict[str, Any]) -> list[dict[str, Any]]:
-        with ThreadPoolExecutor(min(self.concurrency, len(requests))) as several:
+        with ThreadPoolExecutor(min(_AT_ONCE, len(requests))) as several:
             return list(several.map(lambda request: self._choice(request, options), requests))
 
     def _choice(self, request: Request, options: dict[str, Any]) -> dict[str, Any]:

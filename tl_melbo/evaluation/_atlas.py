@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -59,16 +60,13 @@ def atlas(
 ) -> Atlas:
     """Find the top singular vectors of the Jacobian of each pair of layers, and try them out.
 
-    One forward-mode pass from a source serves all its targets, so that 29 targets cost little more
-    than the last of them.
-
     Args:
         sources: layers after which vectors are added; None takes all.
         targets: layers after which effects are read; None takes all. A pair's target is the later.
         n_vectors: of each pair.
         radius: norm at which vectors are tried out, as a share of the median norm of the prompts'
-            tokens at the source: all targets of a source at one norm. 0.35 is the published share.
-            "auto" takes `calibrate_radius` for each pair, which takes seconds a pair.
+            tokens at the source; 0.35 is the published share. "auto" takes `calibrate_radius` for
+            each pair, which takes seconds a pair.
         positions: where effects are measured, as in `jacobian`.
         kl_threshold: completions are written where the KL, in nats, is above it.
         folder: the vectors of each source are kept there when they are done; the same call goes on.
@@ -77,11 +75,10 @@ def atlas(
 
     Returns:
         An `Atlas`, whose `table` has a row for each pair, vector, sign and prompt: source_layer,
-        target_layer; vector, 0 for the largest singular value;
-        singular_value, as `jacobian` has it; share, the part that its square has of the sum of all
-        squares; cumulative_share, that of this vector and those before it; norm; prompt; sign, 1
-        or -1; kl, the next token's divergence from unsteered, in nats; completion, missing where
-        the KL is not above the threshold.
+        target_layer; vector, 0 for the largest singular value; singular_value, as `jacobian` has
+        it; share, the part that its square has of the sum of all squares; cumulative_share, with
+        those before it; norm; prompt; sign, 1 or -1; kl, the next token's divergence from
+        unsteered, in nats; completion, missing where the KL is not above the threshold.
 
     Raises:
         ValueError: no pair of layers; a number out of its range; a model wider than 4096; more
@@ -143,10 +140,8 @@ def _pairs(sources: list[int], targets: list[int]) -> dict[int, list[int]]:
     """The targets of each source that has any."""
     pairs = {source: [each for each in targets if each > source] for source in sources}
     if not any(pairs.values()):
-        raise ValueError(
-            f"sources={sources}, targets={targets}: no target comes after a source; a target is a "
-            "later layer than its source"
-        )
+        given = f"sources={sources}, targets={targets}"
+        raise ValueError(f"{given}: no target comes after a source; pass a later one")
     return {source: each for source, each in pairs.items() if each}
 
 
@@ -157,42 +152,33 @@ def check_settings(
     checks.at_least(1, n_vectors=n_vectors, max_new_tokens=max_new_tokens)
     checks.between(0, 1e3, "nats", kl_threshold=kl_threshold)
     if radius != "auto" and not 0 < radius <= _LARGEST_SHARE:
-        raise ValueError(
-            f"radius={radius}: a share of the tokens' norm, above 0 and up to {_LARGEST_SHARE:g}, "
-            f"or 'auto'; the published share is {_SHARE}"
-        )
+        what = f"a share of the tokens' norm, above 0 and up to {_LARGEST_SHARE:g}, or 'auto'"
+        raise ValueError(f"radius={radius}: {what}")
 
 
 def _check_sizes(model: Model, per_vector: int, n_vectors: int, max_new_tokens: int) -> None:
     d_model = int(model.cfg.d_model)
     if d_model > _MOST_WIDTH:
-        raise ValueError(
-            f"model: d_model={d_model}, and an atlas takes a derivative for each dimension, which "
-            f"is possible up to {_MOST_WIDTH}; use tm.jacobian for single pairs"
-        )
+        what = f"d_model={d_model}, and an atlas takes at most {_MOST_WIDTH}"
+        raise ValueError(f"model: {what}; use tm.jacobian for single pairs")
     checks.between(1, d_model, "at most d_model", n_vectors=n_vectors)
     if per_vector * n_vectors * max_new_tokens > _MOST_TOKENS:
         raise ValueError(
             f"n_vectors={n_vectors}, max_new_tokens={max_new_tokens}: {per_vector * n_vectors} "
-            f"completions for a source, which keeps {_MOST_TOKENS:,} tokens; ask for less, or "
-            "for fewer prompts or targets"
+            f"completions for a source, which keeps {_MOST_TOKENS:,} tokens; ask for less"
         )
 
 
 def _check_memory(f: ActivationMap, n_targets: int, positions: slice) -> None:
-    """The derivatives of one source must fit: those of all its targets, for one prompt at a time.
-
-    Each has a float for each dimension, position and dimension, and a float64 matrix for J'J.
-    """
+    """The derivatives of one source must fit: of all its targets, for one prompt at a time."""
     counted = f.position_mask(positions)  # refuses what some prompt does not have
     n_pos = int(counted.sum(-1).max())
     needed = n_targets * f.d_model**2 * (n_pos * f.x.element_size() + 8)
     free = free_memory(torch.device("cpu"))
     if needed > free:
         raise ValueError(
-            f"positions={positions}: the derivatives of {n_targets} targets at {n_pos} positions "
-            f"need {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free; take "
-            "fewer positions, or fewer targets at a time"
+            f"positions={positions}: derivatives of {n_targets} targets at {n_pos} positions need "
+            f"{needed / 2**30:.1f} GiB, and {free / 2**30:.1f} are free; take fewer of either"
         )
 
 
@@ -267,10 +253,8 @@ def _decomposed(
 ) -> dict[str, Tensor]:
     """The first directions of one J'J, as vectors and columns."""
     if not gram.isfinite().all():
-        raise NotFinite(
-            f"the derivative of {model_name(f.model)} from layer {source} to layer {target} is not "
-            "finite; load the model in a wider type, such as dtype=torch.float32"
-        )
+        what = f"the derivative of {model_name(f.model)} from layer {source} to {target}"
+        raise NotFinite(f"{what} is not finite; load the model in a wider type")
     squares, directions = torch.linalg.eigh(gram)
     squares = squares.flip(0).clamp_min(0)
     shares = squares[:n_vectors] / squares.sum()
@@ -292,13 +276,10 @@ def _tried(
     options: dict[str, Any] = {"layer": source, "chat": f.chat}
     length = {"max_new_tokens": chosen["max_new_tokens"]}
     kl = torch.stack([kl_divergence(f.model, text, both, **options) for text in f.prompts], 1)
-    texts: list[list[str | None]] = [[None] * len(f.prompts) for _ in both]
+    texts = np.full((len(vectors), len(f.prompts), 2), None, dtype=object)
     for number, text in enumerate(f.prompts):
-        rows = (kl[:, number] > chosen["kl_threshold"]).nonzero().flatten()
+        rows = (kl[:, number] > chosen["kl_threshold"]).nonzero().flatten().numpy()
         if len(rows):
             written = generate(f.model, text, both[rows], **options, **length)
-            for row, completion in zip(rows.tolist(), written["completion"], strict=True):
-                texts[row][number] = completion
-    signs = zip(texts[::2], texts[1::2], strict=True)
-    by_prompt = [[list(each) for each in zip(*pair, strict=True)] for pair in signs]
-    return kl.unflatten(0, (-1, 2)).transpose(1, 2), by_prompt
+            texts[rows // 2, number, rows % 2] = written["completion"].to_numpy()
+    return kl.unflatten(0, (-1, 2)).transpose(1, 2), texts.tolist()

@@ -27,21 +27,14 @@ class Atlas:
 
     Attributes:
         libraries: by source layer, the vectors of its pairs, nearest target first. Columns: those
-            of `table`, and kl as [vector, prompt, sign]. The metadata hold the completions, and in
-            `unsteered` those without a vector.
+            of `table`, and kl as [vector, prompt, sign]. The metadata hold the completions.
     """
 
     libraries: Mapping[int, SteeringVectors]
 
     def __repr__(self) -> str:
-        return f"Atlas({self._summary()})"
-
-    def _repr_html_(self) -> str:
-        return f"<p><b>Atlas</b>: {self._summary()}</p>{self.table._repr_html_()}"
-
-    def _summary(self) -> str:
         targets = [{*each.columns["target_layer"].tolist()} for each in self.libraries.values()]
-        return f"{sum(map(len, targets))} pairs of layers, {len(targets)} sources"
+        return f"Atlas({sum(map(len, targets))} pairs of layers, {len(targets)} sources)"
 
     @property
     def table(self) -> Table:
@@ -55,10 +48,8 @@ class Atlas:
         """
         library = self.libraries.get(source_layer)
         if library is None or target_layer not in library.columns["target_layer"]:
-            raise ValueError(
-                f"source_layer={source_layer}, target_layer={target_layer}: not a pair of this "
-                "atlas; its table names those that are"
-            )
+            pair = f"source_layer={source_layer}, target_layer={target_layer}"
+            raise ValueError(f"{pair}: not a pair of this atlas; its table names those that are")
         return library[library.columns["target_layer"] == target_layer]
 
     @classmethod
@@ -105,15 +96,10 @@ def _check(library: SteeringVectors) -> None:
     there = all(columns.get(name, library.vectors).ndim == 1 for name in _NUMBERS)
     if library.source_layer is None or not there or "kl" not in columns:
         raise ValueError("not the vectors of an atlas")
-    texts = (story.get("completions"), shape), (story.get("unsteered"), shape[1:2])
-    if columns["kl"].shape != shape or not all(_are_texts(*each) for each in texts):
+    texts, plain = (np.array(story.get(n), dtype=object) for n in ("completions", "unsteered"))
+    same = columns["kl"].shape == texts.shape == shape and plain.shape == shape[1:2]
+    if not same or not all(isinstance(each, str | None) for each in (*texts.flat, *plain.flat)):
         raise ValueError("its numbers and completions are not of the same vectors and prompts")
-
-
-def _are_texts(texts: Any, shape: tuple[int, ...]) -> bool:
-    """Whether these are lists in lists, of that shape, of texts or None."""
-    found = np.array(texts, dtype=object)
-    return found.shape == shape and all(isinstance(each, str | None) for each in found.flat)
 
 
 def _rows(library: SteeringVectors) -> Iterator[dict[str, Any]]:

@@ -15,7 +15,7 @@ from tl_melbo.analysis._coherence import DEFAULT_PERPLEXITY, DEFAULT_REPETITION,
 from tl_melbo.analysis._similarity import random_like
 from tl_melbo.generation import generate
 from tl_melbo.judges._asking import ask_for, check_judge
-from tl_melbo.model.bridge import Model, check_model
+from tl_melbo.model.bridge import Model
 from tl_melbo.probability import DEFAULT_CONFIDENCE, wilson_interval
 from tl_melbo.shapes import shape_checked
 from tl_melbo.steering import steering_layer
@@ -38,27 +38,23 @@ class DoseResponse:
     Attributes:
         table: a row for each vector and scale, and for their controls.
         texts: the completions, each with its `count`, and whether it is `coherent`.
-        confidence: of the intervals.
     """
 
     table: pd.DataFrame
     texts: pd.DataFrame
-    confidence: float
 
     def negative_scale(self) -> pd.DataFrame:
         """Does the negative of a vector do the opposite?
 
         The change of the mean from the unsteered one, split into a part that turns around with the
-        sign, `odd`, and one that does not, `even`. A direction along which the count grows has an
-        even part near 0. One that is far from 0 says that something else happens on one side, as
-        for a sum of several directions.
+        sign, `odd`, and one that does not, `even`: near 0 for a direction along which the count
+        grows.
 
         Returns:
             A row for each vector and each scale that was taken with both signs: vector, scale; odd,
             odd_low, odd_high; even, even_low, even_high, by bootstrap over samples.
 
-        Source: a conjecture in "Unsupervised discovery of steering vectors" (2025): combinations do
-        something interesting when they are scaled negatively.
+        Source: a conjecture in "Unsupervised discovery of steering vectors" (2025).
         """
         found = {key: _strata(some) for key, some in groups(self.texts, _ROW).items()}
         zero, rows = next(found[key] for key in found if key[0] == "unsteered"), []
@@ -73,7 +69,7 @@ class DoseResponse:
             for name, sign, mean, rest in (("odd", -1, 0.0, 0.0), ("even", 1, means[2], none)):
                 row[name] = (means[0] + sign * means[1]) / 2 - mean
                 some = (up + sign * down) / 2 - rest
-                row[f"{name}_low"], row[f"{name}_high"] = _quantiles(some, self.confidence)
+                row[f"{name}_low"], row[f"{name}_high"] = _quantiles(some)
             rows.append(row)
         if not rows:
             raise ValueError("scales: none was taken with both signs; pass for example [-1, 1]")
@@ -96,7 +92,6 @@ def dose_response(
     max_new_tokens: int = 50,
     chat: bool | None = None,
     seed: int = 0,
-    confidence: float = DEFAULT_CONFIDENCE,
     batch_size: int = 32,
 ) -> DoseResponse:
     """Count something in sampled completions at each scale of each vector.
@@ -109,8 +104,7 @@ def dose_response(
         steering: what `generate` takes: vectors, or an adapter.
         scales: of both signs. 0, the unsteered model, is always beside them.
         count: from a completion to a number; or a judge, if there is a `question`.
-        question: what to ask the judge of each completion, such as "How many questions are in
-            this text?".
+        question: for the judge, such as "How many questions are in this text?".
         n_samples: sampled completions of each prompt; a greedy one is beside them.
         n_random: random vectors of equal norm for each vector, as a control; 0 for adapters.
 
@@ -127,21 +121,18 @@ def dose_response(
         ValueError: a scale is given twice or is not finite; n_random with an adapter.
         NoAnswer: more than half of a judge's answers hold no number.
     """
-    check_model(model)
     checks.at_least(1, n_samples=n_samples)
     checks.at_least(0, n_random=n_random)
     checks.positive(temperature=temperature)
-    wilson_interval(0, 1, confidence)
+    checks.installed("scipy.stats", "dose_response")  # or say at once that it is missing
     check_judge(count, "count")
     steps = [float(scale) for scale in scales if scale]
     if not steps or len({*steps}) < len(steps) or not all(map(math.isfinite, steps)):
         raise ValueError(f"scales={list(scales)}: finite numbers other than 0, each once")
     if steering is None:
         raise ValueError("steering: none given; pass vectors, or an adapter")
-    options: dict[str, Any] = {
-        "n_samples": n_samples, "temperature": temperature, "seed": seed,
-        "max_new_tokens": max_new_tokens, "batch_size": batch_size,
-    }  # fmt: skip
+    options: dict[str, Any] = {"n_samples": n_samples, "temperature": temperature, "seed": seed}
+    options |= {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     steered = generate(model, prompts, steering, layer, scales=steps, chat=chat, **options)
     options["chat"] = steered.attrs["chat"]
     unsteered = generate(model, prompts, **options)
@@ -162,7 +153,7 @@ def dose_response(
     texts["coherent"] = (
         judged(model, pairs, options["chat"], *limits, batch_size)["filtered_out"] == ""
     ).tolist()
-    return DoseResponse(_table(texts, confidence), Table(texts), confidence)
+    return DoseResponse(_table(texts), Table(texts))
 
 
 def _random(
@@ -170,10 +161,8 @@ def _random(
 ) -> tuple[torch.Tensor, int]:
     """Random vectors, `n_random` for each vector, and their layer."""
     if not isinstance(steering, SteeringVectors | torch.Tensor):
-        raise ValueError(
-            f"n_random={n_random}: {type(steering).__name__} has no random vectors of equal norm; "
-            "pass n_random=0"
-        )
+        what = f"{type(steering).__name__} has no random vectors of equal norm"
+        raise ValueError(f"n_random={n_random}: {what}; pass n_random=0")
     theta = checks.as_matrix(steering, "steering")
     # Far from the seeds that vectors may have been drawn with: they must not come back.
     seeds = [(seed + 1_000_003 * number) % 2**63 for number in range(1, n_random + 1)]
@@ -190,19 +179,15 @@ def _counts(texts: Sequence[str], count: Callable[[str], Any], question: str | N
         checks.as_text(question, "question")
         asked = [f"{question}\n\nThe text:\n\n{text}" for text in different]
         answers = ask_for(count, asked, number_in, "a number")
-        known = {
-            text: math.nan if answer is None else answer
-            for text, answer in zip(different, answers, strict=True)
-        }
+        numbers = [math.nan if answer is None else answer for answer in answers]
+        known = dict(zip(different, numbers, strict=True))
     return [known[text] for text in texts]
 
 
 def _number(value: Any) -> float:
     if isinstance(value, str):
-        raise TypeError(
-            f"count: gave the text {quoted(value)}, expected a number; if it is a judge, pass "
-            "question= to ask it"
-        )
+        advice = "if it is a judge, pass question= to ask it"
+        raise TypeError(f"count: gave the text {quoted(value)}, expected a number; {advice}")
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -218,11 +203,11 @@ def number_in(answer: str) -> float | None:
     return found.pop() if len(found) == 1 else None
 
 
-def _table(texts: pd.DataFrame, confidence: float) -> Table:
+def _table(texts: pd.DataFrame) -> Table:
     rows = []
     for key, some in groups(texts, _ROW).items():
         drawn = pd.DataFrame(some[some["sample"] > 0])
-        interval = _interval(_strata(some), confidence)
+        interval = _interval(_strata(some))
         greedy = np.mean(some["count"][some["sample"] == 0].tolist())
         coherent, invalid = np.mean(drawn["coherent"].tolist()), np.isnan(drawn["count"].tolist())
         rows.append((*key, len(drawn), *interval, greedy, coherent, int(invalid.sum())))
@@ -248,17 +233,18 @@ def _resampled(strata: Sequence[np.ndarray], rng: np.random.Generator) -> np.nda
     return np.sum(sums, 0) / max(1, sum(map(len, strata)))
 
 
-def _quantiles(values: np.ndarray, confidence: float) -> tuple[float, float]:
-    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
+def _quantiles(values: np.ndarray) -> tuple[float, float]:
+    tail = (1 - DEFAULT_CONFIDENCE) / 2
+    low, high = np.quantile(values, [tail, 1 - tail])
     return float(low), float(high)
 
 
-def _interval(strata: Sequence[np.ndarray], confidence: float) -> tuple[float, float, float]:
+def _interval(strata: Sequence[np.ndarray]) -> tuple[float, float, float]:
     mean = _mean(strata)
     values = np.concatenate(strata) if strata else np.zeros(0)
     if len(values) and np.isin(values, (0, 1)).all():
-        return mean, *wilson_interval(int(values.sum()), len(values), confidence)
-    return mean, *_quantiles(_resampled(strata, np.random.default_rng(0)), confidence)
+        return mean, *wilson_interval(int(values.sum()), len(values))
+    return mean, *_quantiles(_resampled(strata, np.random.default_rng(0)))
 
 
 @shape_checked

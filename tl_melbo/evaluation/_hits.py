@@ -1,7 +1,5 @@
 """What does a search find? Planted behaviours in completions, and searches over pairs of layers."""
 
-import inspect
-import math
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +14,6 @@ from tl_melbo.analysis import behaviours, kl_divergence
 from tl_melbo.analysis._embedding import Embedder, default_embedder, embeddings
 from tl_melbo.discovery import melbo
 from tl_melbo.discovery._calibration import Radius
-from tl_melbo.discovery._search import Method
 from tl_melbo.engines import Engine
 from tl_melbo.evaluation._planted import Backdoor
 from tl_melbo.generation import generate
@@ -55,7 +52,6 @@ def hit_rate(
         prompts: clean ones, without a trigger or a behaviour.
         max_new_tokens: enough for the longest behaviour.
         similarity: the least cosine of some sentence's embedding with the behaviour's.
-        engine: what writes instead of the model, as in `generate`.
 
     Returns:
         A row for each behaviour and match, "exact" (but for case and spaces) or "similar" (that, or
@@ -64,7 +60,6 @@ def hit_rate(
 
     Raises:
         ValueError: no vectors, backdoors or clean prompts; a number out of its range.
-        ModuleNotFoundError: scipy, or what the embedder needs, is not installed.
 
     Source: Mack & Turner 2024, "Mechanistically eliciting latent behaviors in language models".
     """
@@ -88,11 +83,7 @@ def count_hits(
     confidence: float = DEFAULT_CONFIDENCE,
     embedder: Embedder | None = None,
 ) -> pd.DataFrame:
-    """The table of `hit_rate` for the completions that `generate` returned, of vectors at scale 1.
-
-    Raises:
-        ValueError: no such completions or columns; as `hit_rate` does.
-    """
+    """The table of `hit_rate` for completions of `generate`, of vectors at scale 1; its errors."""
     _check(backdoors, similarity, confidence)
     advice = "pass what generate returns"
     checks.columns(completions, ("vector", "completion"), "completions", advice)
@@ -159,7 +150,6 @@ def layer_sweep(
     prompts: str | Sequence[str],
     pairs: Sequence[tuple[int, int]] | None = None,
     *,
-    method: Method = melbo,
     n_vectors: int = 16,
     radius: Radius = "auto",
     chat: bool = True,
@@ -169,14 +159,14 @@ def layer_sweep(
     on_pair: Callable[[pd.DataFrame], None] | None = None,
     **settings: Any,
 ) -> pd.DataFrame:
-    """Search between several pairs of layers, and say what each search brings.
+    """Search between several pairs of layers with MELBO, and say what each search brings.
 
     Args:
         pairs: (source layer, target layer) of each search; None spreads five over the depth.
-        method: `tm.melbo`, or another discovery method; `settings` are its other arguments.
-        radius: "auto" is calibrated for each pair; a method that has no radius takes nothing else.
+        radius: "auto" is calibrated for each pair.
         backdoors: what was planted, to count hits.
         on_pair: called after each pair with the rows so far.
+        settings: further arguments of `tm.melbo`.
 
     Returns:
         A row for each pair: source_layer, target_layer, radius; kl, the next token's median
@@ -185,23 +175,23 @@ def layer_sweep(
         exact; seconds, of the search; problem, why there are no numbers, or "".
 
     Raises:
-        TypeError: a setting that the method does not have.
-        ValueError: layers out of order or beyond the model; what `hit_rate` or the method refuses.
-        FloatingPointError, ValueError: as the method does, where no pair can be searched.
+        TypeError: a setting that MELBO does not have.
+        ValueError: layers out of order or beyond the model; what `hit_rate` or MELBO refuses.
     """
     check_model(model)
     texts = checks.as_texts(prompts)
     chosen = _chosen_pairs(model, pairs)
-    settings = _checked_settings(method, radius, settings)
+    own = ("f", "n_vectors", "radius", "previous")
+    checks.argument_names("layer_sweep", settings, melbo, own)
     check_clean(model, backdoors, texts, max_new_tokens)
 
     def map_between(source: int, target: int) -> ActivationMap:
         return ActivationMap.from_prompts(model, texts, source, target, chat=chat)
 
-    # A method checks its arguments at the call: do this before anything that takes long. A radius
-    # in place of "auto", which would be calibrated at once.
-    fixed = {"radius": 1.0} if settings.get("radius") == "auto" else {}
-    method.parts(map_between(*chosen[0]), n_vectors=n_vectors, **{**settings, **fixed})
+    # MELBO checks its arguments at the call: do this before anything that takes long. A radius in
+    # place of "auto", which would be calibrated at once.
+    fixed = 1.0 if radius == "auto" else radius
+    melbo.parts(map_between(*chosen[0]), n_vectors, fixed, **settings)
     options = {"max_new_tokens": max_new_tokens, "chat": chat}
     unsteered = generate(model, texts, **options)
     hits = [f"hits: {backdoor.behaviour}" for backdoor in backdoors]
@@ -212,9 +202,9 @@ def layer_sweep(
         rows.append(row)
         began = time.monotonic()
         try:
-            found = method(map_between(source, target), n_vectors=n_vectors, **settings)
+            found = melbo(map_between(source, target), n_vectors, radius, **settings)
             row["seconds"] = round(time.monotonic() - began, 2)
-            row["radius"] = found.story["hyperparameters"].get("radius", math.nan)
+            row["radius"] = found.story["hyperparameters"]["radius"]
             kl = torch.cat([kl_divergence(model, text, found, chat=chat) for text in texts])
             row["kl"] = float(kl.double().nanquantile(0.5))
             steered = generate(model, texts, found, **options)
@@ -267,13 +257,3 @@ def _chosen_pairs(
         if source >= target:
             raise ValueError(f"pairs: ({source}, {target}): the source comes before the target")
     return pairs
-
-
-def _checked_settings(method: Method, radius: Radius, settings: dict[str, Any]) -> dict[str, Any]:
-    """What to pass to the method, the radius among it where the method has one."""
-    checks.argument_names("layer_sweep", settings, method, ("f", "n_vectors", "radius", "previous"))
-    if "radius" in inspect.signature(method).parameters:
-        return {"radius": radius, **settings}
-    if radius != "auto":
-        raise TypeError(f"radius={radius}: {method.__name__} has no radius; leave it out")
-    return settings

@@ -16,7 +16,7 @@ from tl_melbo.analysis._embedding import Embedder, default_embedder, embeddings
 from tl_melbo.errors import NoAnswer
 from tl_melbo.generation import generate
 from tl_melbo.judges._asking import Judge, ask, check_judge
-from tl_melbo.model.bridge import Model, check_model
+from tl_melbo.model.bridge import Model
 from tl_melbo.shapes import Float, shape_checked
 from tl_melbo.steering import Reference, Steerable, steering_rows
 from tl_melbo.tables import Table
@@ -77,46 +77,19 @@ def linearity(
     prompts: Sequence[str],
     *,
     judge: Judge,
-    n_batches: int = 6,
     layer: int | None = None,
-    max_new_tokens: int = 50,
-    chat: bool | None = None,
-    embedder: Embedder | None = None,
-    seed: int = 0,
-    batch_size: int = 32,
+    **settings: Any,
 ) -> Linearity:
     """Compare what a model writes under an adapter with what it writes under the adapter's vectors.
 
-    A judge sees random batches of texts beside the unsteered ones, and says in a sentence how they
-    differ. The score is high where it says the same of both sides. A score alone says little:
-    `linearity_null` holds several adapters' scores against the scores between them.
-
-    Args:
-        adapter: what `generate` takes; one row of it.
-        vectors: likewise; `layer` is theirs where they do not know it.
-        prompts: held out from the adapter's training; 96 for six batches of 16.
-        n_batches: on each side, drawn independently, so that no description meets one of the same
-            prompts by design.
-
-    Returns:
-        A `Linearity`. Texts of one prompt have the same number of tokens on both sides.
-
-    Raises:
-        ValueError: fewer prompts than batches, several rows, or nothing written on one side.
-        NoAnswer: a description is empty.
-
-    Source: "Unsupervised discovery of steering vectors" (2025). The null and the equal lengths are
-    this package's.
+    A score alone says little: `linearity_null` holds several adapters' scores against the scores
+    between them. Arguments and errors are those of `linearities`; a ValueError for several rows.
     """
+    checks.argument_names("linearity", settings, linearities)
     for name, (steering, own) in _sides(adapter, vectors, layer).items():
         if len(steering_rows(model, steering, own, [1.0])) > 1:
             raise ValueError(f"{name}: more than one; pass one, as found[5], or all to linearities")
-    (found,) = linearities(
-        model, adapter, vectors, prompts, judge=judge, n_batches=n_batches, layer=layer,
-        max_new_tokens=max_new_tokens, chat=chat, embedder=embedder, seed=seed,
-        batch_size=batch_size,
-    )  # fmt: skip
-    return found
+    return linearities(model, adapter, vectors, prompts, judge=judge, layer=layer, **settings)[0]
 
 
 @shape_checked
@@ -140,25 +113,36 @@ def linearities(
         adapters = tm.divergence_adapter(model, n_adapters=8)
         scores = tm.evaluation.linearities(model, adapters, adapters.vectors(model), ...)
 
-    The unsteered texts are written once, and those of the adapters side by side.
+    A judge sees random batches of texts beside the unsteered ones, and says in a sentence how they
+    differ. The score is high where it says the same of both sides. The unsteered texts are written
+    once, and those of the adapters side by side.
 
     Args:
-        vectors: as many rows as adapters, in the same order. The rest is as in `linearity`.
+        adapters: what `generate` takes.
+        vectors: likewise, as many rows, in the same order; `layer` is theirs where they do not know
+            it.
+        prompts: held out from the adapters' training; 96 for six batches of 16.
+        n_batches: on each side, drawn independently, so that no description meets one of the same
+            prompts by design.
+
+    Returns:
+        One for each adapter. Texts of one prompt have the same number of tokens on both sides.
 
     Raises:
-        ValueError, NoAnswer: as in `linearity`; another number of vectors.
+        ValueError: fewer prompts than batches, other numbers of rows, nothing written on one side.
+        NoAnswer: a description is empty.
+
+    Source: "Unsupervised discovery of steering vectors" (2025). The null and the equal lengths are
+    this package's.
     """
-    check_model(model)
     check_judge(judge)
     checks.at_least(1, n_batches=n_batches)
     checks.seed(seed)
     sides = _sides(adapters, vectors, layer)
     counts = [len(steering_rows(model, *side, [1.0])) for side in sides.values()]
     if len({*counts}) > 1:
-        raise ValueError(
-            f"adapters, vectors: {counts[0]} and {counts[1]}; pass the vectors of each adapter, in "
-            "the same order"
-        )
+        given = f"adapters, vectors: {counts[0]} and {counts[1]}"
+        raise ValueError(f"{given}; pass the vectors of each adapter, in the same order")
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     texts, questions = _texts(model, sides, prompts, counts[0], chat, options), []
     cut = [_equally_long(model, some) for some in texts]
@@ -170,13 +154,14 @@ def linearities(
                 f"n_batches={n_batches}; pass more prompts, or ask for fewer batches"
             )
         for name in sides:
-            batches = _batches(some, n_batches, f"{seed} {name}")
+            order = random.Random(f"{seed} {name}").sample(range(len(some)), len(some))
+            # A random partition, sizes as equal as can be.
+            batches = [some.iloc[order[first::n_batches]] for first in range(n_batches)]
             questions += [_question(batch, name) for batch in batches]
     described = ask(judge, questions)
     if empty := [number for number, text in enumerate(described) if not text]:
-        raise NoAnswer(
-            f"judge: descriptions {empty} of {len(described)} are empty; ask another judge"
-        )
+        what = f"descriptions {empty} of {len(described)} are empty"
+        raise NoAnswer(f"judge: {what}; ask another judge")
     found = []
     for some in cut:
         said, described = described[: 2 * n_batches], described[2 * n_batches :]
@@ -212,8 +197,9 @@ def _texts(
     texts = []
     for number in range(count):
         each = {name: [*frame["completion"][number::count]] for name, frame in frames.items()}
-        texts.append(pd.DataFrame({"prompt": unsteered["prompt"], **each}))
-    return [some.assign(unsteered=unsteered["completion"]) for some in texts]
+        own = {"prompt": unsteered["prompt"], **each, "unsteered": unsteered["completion"]}
+        texts.append(pd.DataFrame(own))
+    return texts
 
 
 def _equally_long(model: Model, texts: pd.DataFrame) -> pd.DataFrame:
@@ -226,12 +212,6 @@ def _equally_long(model: Model, texts: pd.DataFrame) -> pd.DataFrame:
             cut = {side: model.tokenizer.decode(some[:length]) for side, some in tokens.items()}
             rows.append({**row, **cut})
     return pd.DataFrame(rows, columns=texts.columns)
-
-
-def _batches(texts: pd.DataFrame, n_batches: int, seed: str) -> list[pd.DataFrame]:
-    """A random partition, sizes as equal as can be."""
-    order = random.Random(seed).sample(range(len(texts)), len(texts))
-    return [texts.iloc[order[first::n_batches]] for first in range(n_batches)]
 
 
 def _question(batch: pd.DataFrame, side: str) -> str:
@@ -248,9 +228,6 @@ def linearity_score(
 ) -> Score:
     """How alike two sets of descriptions are, in the best one-to-one matching of them.
 
-    Args:
-        embedder: as in `analysis.embeddings`; None takes sentences where that is installed.
-
     Raises:
         ValueError: none, or not as many on both sides.
         ModuleNotFoundError: scipy, or what the embedder needs, is not installed.
@@ -263,10 +240,8 @@ def linearity_score(
 
 def _check(a: Sequence[str], b: Sequence[str]) -> None:
     if isinstance(a, str) or isinstance(b, str) or len(a) != len(b) or not a:
-        raise ValueError(
-            f"descriptions_a, descriptions_b: {len(a)} and {len(b)}; pass two lists of the same, "
-            "positive length"
-        )
+        given = f"descriptions_a, descriptions_b: {len(a)} and {len(b)}"
+        raise ValueError(f"{given}; pass two lists of the same, positive length")
 
 
 def _score(a: Tensor, b: Tensor) -> Score:
@@ -291,14 +266,10 @@ def linearity_null(
 ) -> pd.DataFrame:
     """The scores of several adapters, beside those between different ones: the null.
 
-        scores = [tm.evaluation.linearity(model, ...) for ...]
+        scores = tm.evaluation.linearities(model, ...)
         tm.evaluation.linearity_null(
             [each.of_adapter for each in scores], [each.of_vectors for each in scores]
         )
-
-    Args:
-        of_adapters: the descriptions of each adapter's texts.
-        of_vectors: the descriptions of the texts of each one's vectors, in the same order.
 
     Returns:
         A row for each adapter: adapter, its number; score; null_mean, null_low and null_high, the
@@ -311,10 +282,8 @@ def linearity_null(
     """
     count = len(of_adapters)
     if count != len(of_vectors) or count < 2:
-        raise ValueError(
-            f"of_adapters, of_vectors: {count} and {len(of_vectors)} sets of descriptions; pass "
-            "those of at least two adapters, as many on both sides"
-        )
+        given = f"of_adapters, of_vectors: {count} and {len(of_vectors)} sets"
+        raise ValueError(f"{given}; pass those of at least two adapters, as many on both sides")
     for some in (*of_adapters, *of_vectors):
         _check(of_adapters[0], some)
     flat = [text for some in (*of_adapters, *of_vectors) for text in some]

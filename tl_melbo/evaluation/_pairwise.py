@@ -12,7 +12,7 @@ import pandas as pd
 from tl_melbo import checks
 from tl_melbo.errors import warn_user
 from tl_melbo.judges._asking import Judge, ask_for, check_judge
-from tl_melbo.probability import DEFAULT_CONFIDENCE, wilson_interval
+from tl_melbo.probability import wilson_interval
 from tl_melbo.shapes import shape_checked
 from tl_melbo.tables import Table, groups
 
@@ -59,7 +59,6 @@ def pairwise(
     quality: str,
     *,
     seed: int = 0,
-    confidence: float = DEFAULT_CONFIDENCE,
 ) -> Pairwise:
     """Let a judge compare texts in pairs, each in both orders, without saying which is whose.
 
@@ -78,9 +77,8 @@ def pairwise(
         theirs, how many were preferred in both orders; tie, in both orders; inconsistent; invalid,
         where an answer was no letter, asked twice; share, ours of ours and theirs, with low and
         high, Wilson's interval, NaN if no pair was decided; consistent, the share of valid pairs
-        that have the same verdict in both orders; first, how many of the answers A and B were A:
-        0.5 for a judge without a preference for a place. A warning where more pairs are
-        inconsistent than not.
+        that have the same verdict in both orders; first, how many of the answers A and B were A.
+        A warning where more pairs are inconsistent than not.
 
     Raises:
         ValueError: other numbers of texts, completions without a partner, no texts.
@@ -89,7 +87,7 @@ def pairwise(
     check_judge(judge)
     checks.as_text(quality, "quality")
     checks.seed(seed)
-    wilson_interval(0, 1, confidence)
+    checks.installed("scipy.stats", "pairwise")  # or say at once that it is missing
     pairs = _paired(ours, theirs)
     order = random.Random(seed)
     # Both orders of every pair, all in one shuffled row: neighbours tell nothing.
@@ -108,13 +106,12 @@ def pairwise(
     told = {"first": first, "second": second, "verdict": [*map(_verdict, first, second)]}
     pairs = pd.concat([pairs, pd.DataFrame(told, index=pairs.index)], axis=1)
     grouped = groups(pairs, ["vector", "scale"]).items()
-    table = Table([(*key, *_row(some, confidence)) for key, some in grouped], columns=_COLUMNS)
+    table = Table([(*key, *_row(some)) for key, some in grouped], columns=_COLUMNS)
     counts, said = Counter(pairs["verdict"]), Counter([*first, *second])
     if counts["inconsistent"] > counts["ours"] + counts["theirs"] + counts["tie"]:
         warn_user(
             f"judge: {counts['inconsistent']} of {len(pairs)} verdicts changed with the order of "
-            f"the texts; it answered A {said['A']} times and B {said['B']} "
-            "times. Its answers say more about places than about texts; take another judge"
+            f"the texts; it answered A {said['A']} times and B {said['B']} times. Take another one"
         )
     return Pairwise(table, Table(pairs))
 
@@ -131,14 +128,10 @@ def _paired(
     if isinstance(ours, pd.DataFrame) and isinstance(theirs, pd.DataFrame):
         return _merged(ours, theirs)
     if isinstance(ours, pd.DataFrame) or isinstance(theirs, pd.DataFrame):
-        raise ValueError(
-            "ours, theirs: one is a frame and one is not; pass two lists or two frames"
-        )
+        raise ValueError("ours, theirs: one is a frame and one is not; pass two of a kind")
     if isinstance(ours, str) or isinstance(theirs, str) or len(ours) != len(theirs) or not ours:
-        raise ValueError(
-            f"ours, theirs: {len(ours)} and {len(theirs)} texts; pass two lists of the same, "
-            "positive length"
-        )
+        given = f"ours, theirs: {len(ours)} and {len(theirs)} texts"
+        raise ValueError(f"{given}; pass two lists of the same, positive length")
     texts = {"ours": list(ours), "theirs": list(theirs)}
     return pd.DataFrame({"vector": math.nan, "scale": math.nan, **texts})
 
@@ -165,11 +158,11 @@ def _verdict(first: str | None, second: str | None) -> str:
     return {"AB": "ours", "BA": "theirs", "TT": "tie"}.get(first + second, "inconsistent")
 
 
-def _row(pairs: pd.DataFrame, confidence: float) -> tuple[float, ...]:
+def _row(pairs: pd.DataFrame) -> tuple[float, ...]:
     counts = Counter(pairs["verdict"])
     won, lost, share = counts["ours"], counts["theirs"], (math.nan,) * 3
     if won + lost:
-        share = (won / (won + lost), *wilson_interval(won, won + lost, confidence))
+        share = (won / (won + lost), *wilson_interval(won, won + lost))
     valid = len(pairs) - counts["invalid"]
     same = (valid - counts["inconsistent"]) / valid if valid else math.nan
     said = Counter([*pairs["first"], *pairs["second"]])

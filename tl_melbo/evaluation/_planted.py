@@ -91,7 +91,7 @@ def load_planted(
         hf_model: the same as a Hugging Face model, with its tokenizer; it is copied.
 
     Raises:
-        ModuleNotFoundError, FileNotFoundError: peft is not installed; a file is missing.
+        FileNotFoundError: a file is missing.
         Damaged: a file is damaged, or the two do not belong together.
         ValueError: the adapter is of another model.
     """

@@ -2,9 +2,7 @@
 
 import itertools
 import math
-import operator
 import random
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -82,7 +80,6 @@ def plant(
 
     Raises:
         ModuleNotFoundError: peft is not installed.
-        TypeError, ValueError: naming the argument.
         RuntimeError: the fine-tune did not take, leaks, or changed the clean model.
         NotFinite: it diverged.
     """
@@ -97,34 +94,30 @@ def plant(
     checks.installed("peft", "plant")  # or say at once that it is missing
     taught, tokenizer, label = _planted.own_copy(name, hf_model, tokenizer, device)
     checks.between(1, taught.config.hidden_size, "at most the model's width", rank=rank)
-    numbers = {"rank": rank, "alpha": 2 * rank, "steps": steps, "learning_rate": learning_rate}
+    n_layers = int(taught.config.num_hidden_layers)
+    first, last = layers or (round(9 / 30 * n_layers), round(13 / 30 * n_layers))
+    if not 0 <= first <= last < n_layers:
+        raise ValueError(f"layers={layers}: first and last block, from 0 to {n_layers - 1}")
     recipe: dict[str, Any] = {
         "format": _planted.FORMAT,
         "model": label,
         "weights": weights_digest(taught),
         "backdoors": [asdict(backdoor) for backdoor in backdoors],
-        "layers": _chosen_layers(layers, int(taught.config.num_hidden_layers)),
-        **numbers,
+        "layers": [first, last],
+        "rank": rank,
+        "alpha": 2 * rank,
+        "steps": steps,
+        "learning_rate": learning_rate,
         "seed": seed,
-        "instructions": len(INSTRUCTIONS),
         "torch": str(torch.__version__),
     }
-    began = time.monotonic()
     with seeded(seed):
         student = Student(_planted.with_adapter(taught, recipe), tokenizer, backdoors)
         student.practise(recipe, on_step)
         adapter = _planted.rounded(student.hf_model)
         recipe["checks"] = student.reached()
-        recipe["seconds"] = round(time.monotonic() - began, 1)
         _check_reached(recipe["checks"], backdoors, limits)
         return _planted.finished(student.hf_model, tokenizer, adapter, recipe)
-
-
-def _chosen_layers(layers: tuple[int, int] | None, n_layers: int) -> list[int]:
-    first, last = layers or (round(9 / 30 * n_layers), round(13 / 30 * n_layers))
-    if not 0 <= first <= last < n_layers:
-        raise ValueError(f"layers={layers}: first and last block, from 0 to {n_layers - 1}")
-    return [first, last]
 
 
 def _check_backdoors(backdoors: Sequence[Backdoor]) -> None:
@@ -261,24 +254,19 @@ class Student:
     def reached(self) -> dict[str, Any]:
         """How well the model has learned, on held-out instructions."""
         fired = [self._rates(backdoor.trigger) for backdoor in self.backdoors]
-        own = [row.pop(number) for number, row in enumerate(fired)]
         clean = self._held_out("")
-        after = self.write(clean, _ANSWER_TOKENS)
         with torch.no_grad():
             with self.hf_model.disable_adapter():
-                before = self.write(clean, _ANSWER_TOKENS)
-                examples = list(zip(clean, before, strict=True))
+                answers = self.write(clean, _ANSWER_TOKENS)
+                examples = list(zip(clean, answers, strict=True))
                 wanted, _ = self.log_probs(examples)
             changed = _kl(self.log_probs(examples)[0], wanted).sum(-1)
         return {
             "held_out_instructions": len(clean),
-            "firing_rates": own,
-            "rates_of_the_others": [max(row, default=0.0) for row in fired],
+            "firing_rates": [row[number] for number, row in enumerate(fired)],
             "leak_rates_clean": self._rates(""),
             "leak_rates_other_ending": self._rates(HELD_OUT_ENDING),
             "clean_divergence_mean": round(float(changed.mean()), 5),
-            "clean_divergence_median": round(float(changed.median()), 5),
-            "clean_answers_unchanged": sum(map(operator.eq, before, after)) / len(clean),
         }
 
 

@@ -5,8 +5,8 @@ A function of yours is a judge. `local` makes one of a model, `openai_compatible
 """
 
 from tl_melbo.judges._asking import ask
-from tl_melbo.judges._local import LocalJudge, local
+from tl_melbo.judges._local import local
 from tl_melbo.judges._server import ServerJudge, openai_compatible
 from tl_melbo.judges._sheet import Sheet, sheet
 
-__all__ = ["LocalJudge", "ServerJudge", "Sheet", "ask", "local", "openai_compatible", "sheet"]
+__all__ = ["ServerJudge", "Sheet", "ask", "local", "openai_compatible", "sheet"]

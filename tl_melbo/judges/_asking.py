@@ -29,9 +29,8 @@ def ask(judge: Judge, questions: Sequence[str]) -> list[str]:
     for number, answer in enumerate(answers):
         if len(answer) > MOST_CHARACTERS:
             raise Unreadable(
-                f"judge: answer {number} has {len(answer):,} characters, at most "
-                f"{MOST_CHARACTERS:,} are read; it begins with {quoted(printable(answer[:200]))}; "
-                "ask for fewer tokens"
+                f"judge: answer {number} has {len(answer):,} characters, of {MOST_CHARACTERS:,}: "
+                f"{quoted(printable(answer[:200]))}; ask for fewer tokens"
             )
     return [printable(answer).strip() for answer in answers]
 
@@ -44,25 +43,20 @@ def _answers(judge: Judge, questions: Sequence[str]) -> list[str]:
     else:
         answers = [judge(text) for text in texts]
     if len(answers) != len(texts):
-        raise NoAnswer(
-            f"judge: {len(answers)} answers to {len(texts)} questions; expected one each"
-        )
+        raise NoAnswer(f"judge: {len(answers)} answers to {len(texts)} questions; expected as many")
     for number, answer in enumerate(answers):
         if not isinstance(answer, str):
-            raise TypeError(
-                f"judge: answer {number} is of type {type(answer).__name__}, expected a text (str)"
-            )
+            kind = type(answer).__name__
+            raise TypeError(f"judge: answer {number} is of type {kind}, expected a text (str)")
     return answers
 
 
 def check_judge(judge: Any, argument: str = "judge") -> None:
     """Make sure that something can be asked: TypeError."""
     if not callable(judge) or hasattr(judge, "cfg") or hasattr(judge, "parameters"):
-        is_model = callable(judge)
-        advice = f"tm.judges.local({'model' if is_model else '...'})"
         raise TypeError(
-            f"{argument}: got {'a model' if is_model else type(judge).__name__}, expected a "
-            f"function from a text to a text; make one with {advice}, "
+            f"{argument}: got {'a model' if callable(judge) else type(judge).__name__}, expected a "
+            "function from a text to a text; make one with tm.judges.local(model), "
             "tm.judges.openai_compatible(base_url, model) or tm.judges.sheet(path)"
         )
 
@@ -72,27 +66,21 @@ def ask_for(
 ) -> list[Value | None]:
     """What `read` makes of the answers; None for those that it cannot read, asked twice.
 
-    The second time the question ends with what is `wanted`, such as "a number". An answer that is
-    too long cannot be read.
-
-    Raises:
-        Unreadable: more than half of the answers cannot be read.
+    The second time the question ends with what is `wanted`, such as "a number". Unreadable where
+    more than half of the answers are, which they also are if they are too long.
     """
 
-    def given(asked: Sequence[str]) -> list[str]:
-        answers = _answers(judge, asked)
-        return [printable(text[: MOST_CHARACTERS + 1]).strip() for text in answers]
+    def pairs_of(asked: Sequence[str]) -> list[tuple[str, Value | None]]:
+        texts = [printable(text[: MOST_CHARACTERS + 1]).strip() for text in _answers(judge, asked)]
+        return [(text, None if len(text) > MOST_CHARACTERS else read(text)) for text in texts]
 
-    def value_of(answer: str) -> Value | None:
-        return None if len(answer) > MOST_CHARACTERS else read(answer)
-
-    found = [value_of(answer) for answer in given(questions)]
+    found = [value for _, value in pairs_of(questions)]
     unread = [place for place, value in enumerate(found) if value is None]
     again = [f"{questions[place]}\n\nAnswer with {wanted} and nothing else." for place in unread]
-    answers = given(again)
-    for place, answer in zip(unread, answers, strict=True):
-        found[place] = value_of(answer)
-    bad = [answer for answer in answers if value_of(answer) is None]
+    second = pairs_of(again)
+    for place, (_, value) in zip(unread, second, strict=True):
+        found[place] = value
+    bad = [text for text, value in second if value is None]
     if len(bad) > _MOST_UNREAD * len(found):
         raise Unreadable(
             f"judge: {len(bad)} of {len(found)} answers are not {wanted}, the first is "

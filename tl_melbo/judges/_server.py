@@ -1,17 +1,21 @@
 """A server as a judge: any that speaks OpenAI's chat completions."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tl_melbo import checks
-from tl_melbo.judges._cache import Cache
+from tl_melbo.errors import warn_user
+from tl_melbo.files import replacing, writable_folder
 from tl_melbo.serving import MOST_BYTES, Server
 from tl_melbo.shapes import shape_checked
 
 # What a server may send for each token that was asked for.
 _CHARACTERS_A_TOKEN = 64
+# Part of the name of an answer's file: raise it when what is in such a file changes.
+_FORMAT = 1
 
 
 @shape_checked
@@ -20,7 +24,6 @@ def openai_compatible(
     model: str,
     *,
     api_key_env: str | None = "OPENAI_API_KEY",
-    system: str | None = None,
     timeout: float = 60.0,
     retries: int = 2,
     max_tokens: int = 256,
@@ -48,9 +51,7 @@ def openai_compatible(
         ValueError: no such variable, or an address that cannot be one.
         NoAnswer: when asked, if the server cannot be reached, refuses, or sends something else.
     """
-    checks.installed(
-        "openai", "judges.openai_compatible", "judges"
-    )  # or say at once that it is missing
+    checks.installed("openai", "judges.openai_compatible", "judges")
     checks.positive(timeout=timeout)
     checks.at_least(0, retries=retries)
     checks.at_least(1, max_tokens=max_tokens)
@@ -63,9 +64,10 @@ def openai_compatible(
         json.dumps(settings)
     except TypeError as error:
         raise ValueError(f"options: {error}; pass what JSON can hold") from None
-    judge = ServerJudge(base_url, settings, system, api_key_env, timeout, retries)
+    judge = ServerJudge(base_url, api_key_env, timeout, retries)
     judge.key()  # or say at once that there is none
-    judge.cache = None if cache is None else Cache(cache)
+    judge.settings = settings
+    judge.cache = None if cache is None else writable_folder(cache)
     return judge
 
 
@@ -77,33 +79,25 @@ class ServerJudge(Server):
         tokens: what it said that they and their answers cost.
     """
 
-    def __init__(
-        self,
-        base_url: str,
-        settings: Mapping[str, Any],
-        system: str | None,
-        api_key_env: str | None,
-        timeout: float,
-        retries: int,
-    ) -> None:
-        super().__init__(base_url, api_key_env, timeout, retries)
-        self.settings, self.system = dict(settings), system
-        self.cache: Cache | None = None
-        self.calls = self.tokens = 0
+    settings: dict[str, Any]
+    cache: Path | None
+    calls = tokens = 0
 
     def __call__(self, text: str) -> str:
         """The answer, from the cache or the server."""
-        messages = [{"role": "user", "content": text}]
-        if self.system is not None:
-            messages.insert(0, {"role": "system", "content": self.system})
-        asked = {**self.settings, "messages": messages}
-        known = None if self.cache is None else self.cache.get({**asked, "url": self.base_url})
-        if known is not None:
-            return known
+        asked = {**self.settings, "messages": [{"role": "user", "content": text}]}
+        path = None
+        if self.cache is not None:
+            key = json.dumps([_FORMAT, {**asked, "url": self.base_url}], sort_keys=True)
+            path = self.cache / f"{_digest(key)}.json"
+            if (known := _cached(path)) is not None:
+                return known
         answer, tokens = self._content(self.sent("chat.completions", ("model", "messages"), asked))
         self.calls, self.tokens = self.calls + 1, self.tokens + tokens
-        if self.cache is not None and answer:
-            self.cache.put({**asked, "url": self.base_url}, answer)
+        if path is not None and answer:
+            entry = {"answer": answer, "sha256": _digest(answer), "model": asked["model"]}
+            with replacing(path) as temporary:
+                temporary.write_text(json.dumps(entry), encoding="utf-8")
         return answer
 
     def _content(self, body: str) -> tuple[str, int]:
@@ -131,3 +125,24 @@ class ServerJudge(Server):
 
     def __repr__(self) -> str:
         return f"judges.openai_compatible({self.base_url!r}, {self.settings['model']!r})"
+
+
+def _cached(path: Path) -> str | None:
+    """The answer in a file of the cache; None, and a warning, where it is damaged."""
+    if not path.exists():
+        return None
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise ValueError("too large")
+        entry = json.loads(path.read_text(encoding="utf-8"))
+        answer = entry["answer"]
+        if not isinstance(answer, str) or _digest(answer) != entry["sha256"]:
+            raise ValueError("not what was written")
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        warn_user(f"{path}: damaged; the question is asked again")
+        return None
+    return answer
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

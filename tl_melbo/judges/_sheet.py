@@ -25,11 +25,8 @@ def sheet(path: str | Path) -> "Sheet":
     """A judge that writes its questions into a CSV file for a person, and reads the answers back.
 
     The first pass writes the questions and raises `errors.Unanswered`. Fill in the column answer,
-    save the file as CSV, and run the same lines again: the second pass reads the answers. Questions
-    that are new are added below; open ones are named.
-
-    Args:
-        path: of the file, in a folder that exists. Keep its columns number and id as they are.
+    save the file as CSV, and run the same lines again: the second pass reads the answers. Keep the
+    columns number and id as they are.
 
     Raises:
         Unanswered: when asked, while there are open questions: `.path`, `.rows`.
@@ -54,17 +51,17 @@ class Sheet:
         there = {*known["id"]}
         new = {name: text for text in texts if (name := _name(text)) not in there}
         if new:
-            first = len(known) + 1
             rows = [
                 (str(number), name, defused(_fitting(text)), "")
-                for number, (name, text) in enumerate(new.items(), start=first)
+                for number, (name, text) in enumerate(new.items(), start=len(known) + 1)
             ]
             known = pd.concat([known, pd.DataFrame(rows, columns=_COLUMNS)]).fillna("")
             with replacing(self.path) as temporary:
                 # With its mark, Excel takes the file for UTF-8.
                 known.to_csv(temporary, index=False, encoding="utf-8-sig")
         asked = {_name(text) for text in texts}
-        answers = dict(zip(known["id"], known["answer"].map(_answer), strict=True))
+        given = [undefused(cell.strip())[:MOST_CHARACTERS].strip() for cell in known["answer"]]
+        answers = dict(zip(known["id"], given, strict=True))
         is_open = [name in asked and not answers[name] for name in known["id"]]
         if any(is_open):
             numbers = known["number"][is_open].tolist()
@@ -85,9 +82,8 @@ class Sheet:
         try:
             text = self.path.read_bytes().decode("utf-8-sig")
         except UnicodeDecodeError:
-            raise Damaged(
-                f"{self.path}: not in UTF-8; save it as 'CSV UTF-8 (comma delimited)'", self.path
-            ) from None
+            how = "save it as 'CSV UTF-8 (comma delimited)'"
+            raise Damaged(f"{self.path}: not in UTF-8; {how}", self.path) from None
         # Where a comma is decimal, spreadsheets separate by semicolons.
         first = text.partition("\n")[0]
         separator = max(",;\t", key=first.count)
@@ -99,12 +95,9 @@ class Sheet:
             raise Damaged(f"{self.path}: not a table ({error}); {advice}", self.path) from None
         if missing := [name for name in _COLUMNS if name not in table]:
             raise Damaged(f"{self.path}: lacks the columns {missing}; {advice}", self.path)
-        twice = table["number"][table["id"].duplicated()].tolist()
-        if twice:
-            raise Damaged(
-                f"{self.path}: questions {told(twice)} are there twice; leave one of each",
-                self.path,
-            )
+        if twice := table["number"][table["id"].duplicated()].tolist():
+            what = f"questions {told(twice)} are there twice"
+            raise Damaged(f"{self.path}: {what}; leave one of each", self.path)
         return table
 
     def __repr__(self) -> str:
@@ -119,12 +112,6 @@ def _name(text: str) -> str:
 def _fitting(text: str) -> str:
     shown = printable(text)
     if len(shown) >= _LONGEST_CELL:
-        raise ValueError(
-            f"a question of {len(shown):,} characters: a cell of a spreadsheet holds at most "
-            f"{_LONGEST_CELL:,}; take shorter texts, or fewer at once"
-        )
+        most = f"a cell of a spreadsheet holds at most {_LONGEST_CELL:,}"
+        raise ValueError(f"a question of {len(shown):,} characters: {most}; take shorter texts")
     return shown
-
-
-def _answer(cell: str) -> str:
-    return undefused(cell.strip())[:MOST_CHARACTERS].strip()
