@@ -1,6 +1,7 @@
 """What the page tells of a library before its table: how it was found, and what is random."""
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -82,12 +83,8 @@ def groups_told(groups: Behaviours | None, data: Mapping[str, Any], n_found: int
 
 def random_median(baselines: pd.DataFrame | None, column: str) -> float | None:
     """The median of a column over the random vectors; None where it is not known."""
-    if baselines is None or column not in baselines:
-        return None
-    is_random = baselines["kind"] == "random" if "kind" in baselines else slice(None)
-    values = baselines.loc[is_random, column].astype(float).to_numpy()
-    known = values[np.isfinite(values)]
-    return float(np.median(known)) if len(known) else None
+    known = [] if baselines is None else [*filter(math.isfinite, baselines[column])]
+    return float(np.median(known)) if known else None
 
 
 def positions_of(found: SteeringVectors) -> slice:

@@ -12,7 +12,6 @@ from tl_melbo.model.bridge import Model
 from tl_melbo.report._text import number, shown
 from tl_melbo.vectors import SteeringVectors
 
-TOP = ("vector", "direction", "token", "log_prob_change")
 DIVERGENCE = ("vector", "scale", "prompt", "position", "token", "kl")
 _MOST_TOKENS, _MOST_TOP = 8, 3
 # The rows of the page, by prompt, vector and sign.
@@ -30,33 +29,32 @@ def measured_after(
     both = concatenate([found, -found])
     for prompt in prompts:
         frame, far = top_tokens_and_kl(model, prompt, both, _MOST_TOKENS, **options)
-        signs = [1.0 if vector < n_found else -1.0 for vector in frame["vector"]]
-        frames.append(frame.assign(prompt=prompt, scale=signs, vector=frame["vector"] % n_found))
+        signs = [1 if vector < n_found else -1 for vector in frame["vector"]]
+        frames.append(frame.assign(prompt=prompt, sign=signs, vector=frame["vector"] % n_found))
         kl[prompt, 1], kl[prompt, -1] = far[:n_found].tolist(), far[n_found:].tolist()
         on_batch(len(frames), len(prompts))
     return pd.concat(frames, ignore_index=True), kl
 
 
-def top_tokens_data(
-    frame: pd.DataFrame, keys: Keys, prompts: Sequence[str]
-) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """By row, the tokens promoted and suppressed; without a prompt or a scale, the first and 1."""
-    if "layer" in frame:
-        frame = pd.DataFrame(frame[frame["layer"] == frame["layer"].max()])
-    told: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for row in frame.to_dict("records"):
-        sign = 1 if row.get("scale", 1.0) > 0 else -1
-        key = keys.get((row.get("prompt", prompts[0]), int(row["vector"]), sign))
-        if key is None or row["direction"] not in ("promoted", "suppressed"):
-            continue
-        some = told.setdefault(key, {"promoted": [], "suppressed": []})[row["direction"]]
-        if len(some) < _MOST_TOKENS:
+def told(
+    rows: Sequence[Mapping[str, Any]],
+    prompts: Sequence[str],
+    top_tokens: pd.DataFrame,
+    divergence: pd.DataFrame | None,
+) -> dict[str, Any]:
+    """The tokens of each row of the page: those that change most, and where its text parts."""
+    keys = {(prompts[row["prompt"]], row["vector"], row["sign"]): row["key"] for row in rows}
+    changed: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for row in top_tokens.to_dict("records"):
+        key = keys.get((row["prompt"], row["vector"], row["sign"]))
+        if key is not None:
+            some = changed.setdefault(key, {"promoted": [], "suppressed": []})[row["direction"]]
             change = number(float(row["log_prob_change"]))
             some.append({"token": shown(row["token"]), "change": change})
-    return told
+    return {"tokens": changed, "divergence": _divergence(divergence, keys)}
 
 
-def divergence_data(frame: pd.DataFrame | None, keys: Keys) -> dict[str, list[dict[str, Any]]]:
+def _divergence(frame: pd.DataFrame | None, keys: Keys) -> dict[str, list[dict[str, Any]]]:
     """By row, the tokens of its greedy completion with their KL from unsteered, and what else."""
     if frame is None:
         return {}
