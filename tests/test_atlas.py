@@ -374,7 +374,8 @@ def test_the_command_leaves_vectors_a_table_and_a_picture(model_folder, tmp_path
     expected = Atlas.load(out).table
     np.testing.assert_allclose(table["singular_value"], expected["singular_value"])
     page = (out / "atlas.html").read_text(encoding="utf-8")
-    assert page.count('role="img" aria-label="Heatmap of source and target layers: ') == 3
+    assert page.count('role="img" aria-label="') == 3
+    assert 'aria-label="KL to unsteered (nats) of vector 0 for 3 pairs of layers: ' in page
     assert "<script src=" not in page
     assert "<link" not in page
     assert page.count("Plotly.newPlot(") >= 3

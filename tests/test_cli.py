@@ -748,11 +748,9 @@ def test_a_contrastive_vector_from_the_shell(model_folder: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_measuring_and_the_page_are_commands_of_their_own(
-    model_folder: Path, tmp_path: Path
-) -> None:
+def test_measuring_and_the_page_need_no_search(model_folder: Path, tmp_path: Path) -> None:
     assert discover(model_folder, tmp_path).exit_code == 0
-    result = run_command("measure", tmp_path)
+    result = run_command("page", tmp_path, "--side-effects")
     assert result.exit_code == 0, result.output
     measured = pd.read_csv(tmp_path / "side_effects.csv")
     header, *rows = [line for line in result.stdout.splitlines() if "│" in line or "┃" in line]

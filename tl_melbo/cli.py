@@ -29,6 +29,7 @@ from tl_melbo.terminal import (
 # Options that several commands have.
 _Folder = Annotated[Path, Argument(help="The folder that `discover` wrote.")]
 _Model = Annotated[str | None, option("Hub id, folder or .gguf file.", "as for discover")]
+_SideEffects = Annotated[bool, option("Measure effects on other prompts and prose.")]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -83,7 +84,7 @@ def discover(
     scales: Scales = None,
     device: Device = None,
     dtype: Dtype = "float32",
-    side_effects: Annotated[bool, option("Measure effects on other prompts and prose.")] = False,
+    side_effects: _SideEffects = False,
     overwrite: Annotated[bool, option("Replace an earlier run in --out.")] = False,
 ) -> None:
     """Find vectors that change the model most, let it write under each, and make a page of it.
@@ -190,20 +191,6 @@ app.command(cls=terminal.Command)(cli_atlas.atlas)
 
 
 @app.command(cls=terminal.Command)
-def measure(
-    folder: _Folder,
-    model: _Model = None,
-    device: Device = None,
-    overwrite: Annotated[bool, option("Measure anew what is there.")] = False,
-) -> None:
-    """Measure what each vector does on other prompts and to prose, and show it on the page."""
-    with _opened(folder, model, device, side_effects=not overwrite) as (run, loaded, f, stages):
-        stages.begin("Measuring side effects")
-        run.side_effects(loaded, overwrite=overwrite, on_text=stages.count)
-        _show_page(run, loaded, f, stages)
-
-
-@app.command(cls=terminal.Command)
 def page(
     folder: _Folder,
     model: _Model = None,
@@ -212,31 +199,26 @@ def page(
     temperature: Annotated[float | None, option("Of the samples.", "as it was, or 0.7")] = None,
     scales: Scales = None,
     divergence: Annotated[bool, option("Show where along its text each vector acts.")] = False,
+    side_effects: _SideEffects = False,
     device: Device = None,
-    overwrite: Annotated[bool, option("Write the completions anew, too.")] = False,
+    overwrite: Annotated[bool, option("Write and measure anew what is there, too.")] = False,
 ) -> None:
     """Make the page anew, about all that a folder holds; completions that lack are written."""
     texts = _texts_asked(max_new_tokens, samples, temperature, scales)
-    with _opened(folder, model, device, control=not overwrite) as (run, loaded, f, stages):
-        options = {**texts, "overwrite": overwrite, "divergence": divergence}
-        _show_page(run, loaded, f, stages, **options)
+    run, again = tm.Run(folder), {"overwrite": overwrite}
+    run.found.story  # noqa: B018  # a folder without vectors is told before it is locked
+    with _session(run, run.folder) as stages:
+        run.check(control=not overwrite, side_effects=side_effects and not overwrite)
+        stages.begin("Loading the model")
+        loaded, f = run.load(model, device)
+        if side_effects:
+            stages.begin("Measuring side effects")
+            run.side_effects(loaded, **again, on_text=stages.count)
+        _show_page(run, loaded, f, stages, **texts, **again, divergence=divergence)
 
 
 app.command(cls=terminal.Command)(cli_adapters.adapters)
 app.command(cls=terminal.Command)(cli_sweep.sweep)
-
-
-@contextmanager
-def _opened(
-    folder: Path, model: str | None, device: str | None, **checked: bool
-) -> Iterator[tuple[Any, ...]]:
-    """A folder that holds vectors already, their model and map, and the stages of the work."""
-    run = tm.Run(folder)
-    run.found.story  # noqa: B018  # a folder without vectors is told before it is locked
-    with _session(run, run.folder) as stages:
-        run.check(**checked)
-        stages.begin("Loading the model")
-        yield run, *run.load(model, device), stages
 
 
 @contextmanager

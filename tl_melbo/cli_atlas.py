@@ -19,19 +19,7 @@ from tl_melbo.text import printable
 
 TABLE, PAGE = "atlas.csv", "atlas.html"
 _LAYERS = "'start:stop:step' or '4,8,16'."
-_FIGURES: dict[Any, tuple[str, str]] = {
-    "singular_value": (
-        "Singular value",
-        "the largest singular value of the Jacobian: the effect, to first order, of a vector of "
-        "norm 1",
-    ),
-    "share": ("Share", "the part of the sum of all squared singular values that is the first's"),
-    "kl": (
-        "KL",
-        "how far the first vector moves the next token's distribution, in nats, for the sign that "
-        "moves it more; completions show on hovering",
-    ),
-}
+_FIGURES: tuple[Any, ...] = ("singular_value", "share", "kl")
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Atlas of layer pairs</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -39,7 +27,11 @@ _PAGE = """<!doctype html>
 padding: 0 1em; }} figure {{ margin: 0; overflow-x: auto; }} dt {{ font-weight: 600; }}</style>
 </head><body><h1>Atlas of layer pairs</h1>
 <p>{model}. Vectors, numbers and completions are in the files beside this page.</p>
-<h2>Baseline</h2><dl>{baseline}</dl>{figures}</body></html>
+<h2>Baseline</h2><dl>{baseline}</dl>
+<h2>Of each pair, its first vector</h2>
+<p>Its singular value is its effect, to first order, at norm 1. Its KL is how far it moves the next
+token's distribution, for the sign that moves it more; completions show on hovering.</p>
+{figures}</body></html>
 """
 
 
@@ -105,31 +97,23 @@ def _draw(found: tm.evaluation.Atlas, path: Path) -> None:
     """One page with a figure for each number; it loads nothing from elsewhere."""
     from tl_melbo.plots import atlas_heatmap  # plotly takes long to import
 
-    table = found.table
-    figures, script = [], True
-    for value, (name, what) in _FIGURES.items():
-        figure = atlas_heatmap(table, value, title="")
-        drawn = figure.to_html(full_html=False, include_plotlyjs=script)
-        label = html.escape(f"Heatmap of source and target layers: {what}", quote=True)
-        figures.append(f'<h2>{name}</h2><figure role="img" aria-label="{label}">{drawn}</figure>')
-        figures.append(f"<p>{what[0].upper()}{what[1:]}.</p>")
-        script = False  # it is there already
+    figures = []
+    for value in _FIGURES:
+        figure = atlas_heatmap(found.table, value, title="")
+        # The script once, with the first of them.
+        drawn = figure.to_html(full_html=False, include_plotlyjs=not figures)
+        label = html.escape(figure.layout.meta["alt"])
+        figures.append(f'<figure role="img" aria-label="{label}">{drawn}</figure>')
     story = next(iter(found.libraries.values())).story
     texts = zip(story["prompts"], story["unsteered"], strict=True)
     baseline = [
         f"<dt>{html.escape(printable(prompt))}</dt><dd>{html.escape(printable(text))}</dd>"
         for prompt, text in texts
     ]
+    told = {"model": html.escape(printable(str(story["model"]))), "baseline": "".join(baseline)}
+    page = _PAGE.format(**told, figures="".join(figures))
     with replacing(path) as temporary:
-        temporary.write_text(
-            _PAGE.format(
-                model=html.escape(printable(str(story["model"]))),
-                baseline="".join(baseline),
-                figures="".join(figures),
-            ),
-            encoding="utf-8",
-            errors="backslashreplace",
-        )
+        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
 def _layers(text: str, option: str) -> slice | list[int]:
@@ -142,9 +126,7 @@ def _layers(text: str, option: str) -> slice | list[int]:
 
 def _resolved(layers: slice | list[int], n_layers: int, option: str) -> list[int]:
     """These layers of a model that has so many."""
-    if isinstance(layers, list):
-        return layers
-    found = [*range(n_layers)[layers]]
+    found = layers if isinstance(layers, list) else [*range(n_layers)[layers]]
     if not found:
         raise ValueError(
             f"--{option}={slice_text(layers)}: the model has {n_layers} layers, 0 to "
