@@ -109,14 +109,11 @@ def cells_of(grid: Grid) -> list[Cell]:
         for told, chosen in _product(each, where):
             cell = _cell(chosen, told)
             if cell.folder in cells:
-                why = (
-                    "their name; give each a name of its own, or leave the names out"
-                    if chosen.get("name") is not None
-                    else "since they are the same search, but for n_vectors or max_new_tokens; "
-                    "leave one out, or give them different names with name=..."
-                )
+                same = "the same search, but for n_vectors or max_new_tokens"
                 raise ValueError(
-                    f"{cells[cell.folder][1]} and {told}: both are kept in {cell.folder!r}, {why}"
+                    f"{cells[cell.folder][1]} and {told}: both are kept in {cell.folder!r}, "
+                    f"{'their name' if chosen['name'] else same}; leave one out, or give each a "
+                    "name of its own, as name=..."
                 )
             cells[cell.folder] = cell, told
     return [cell for cell, _ in cells.values()]

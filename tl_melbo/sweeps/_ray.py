@@ -13,9 +13,8 @@ from uuid import uuid4
 
 from tl_melbo import checks
 from tl_melbo.errors import warn_user
-from tl_melbo.sweeps._cell import Task, Tell, Worker
+from tl_melbo.sweeps._cell import Task, Tell, Worker, take
 from tl_melbo.sweeps._grid import Cell
-from tl_melbo.sweeps._local import take
 from tl_melbo.sweeps._store import Store, failed
 
 # A cell whose worker died so often, without a new vector in between, is given up.
