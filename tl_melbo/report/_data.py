@@ -16,7 +16,7 @@ from tl_melbo.analysis._rates import sampled
 from tl_melbo.analysis._tags import TAGS
 from tl_melbo.probability import wilson_interval
 from tl_melbo.report import _facts
-from tl_melbo.report._text import TextPool, number, pooled, shown
+from tl_melbo.report._render import TextPool, number, pooled, shown
 from tl_melbo.vectors import SteeringVectors
 
 _MOST_POINTS = 40

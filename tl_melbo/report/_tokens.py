@@ -9,7 +9,7 @@ from tl_melbo.analysis._top_tokens import top_tokens_and_kl
 from tl_melbo.concatenation import concatenate
 from tl_melbo.generation import Tell
 from tl_melbo.model.bridge import Model
-from tl_melbo.report._text import number, shown
+from tl_melbo.report._render import number, shown
 from tl_melbo.vectors import SteeringVectors
 
 DIVERGENCE = ("vector", "scale", "prompt", "position", "token", "kl")
