@@ -1,7 +1,5 @@
 """The same from a shell: `tl-melbo discover "Tell me about yourself." --out runs/me`."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,7 +9,7 @@ from typer import Argument, Option
 
 import tl_melbo as tm
 from tl_melbo import checks, cli_adapters, cli_atlas, cli_sweep, options, terminal
-from tl_melbo.run import VECTORS, absolute, family_folder
+from tl_melbo.run import absolute, family_folder
 from tl_melbo.terminal import (
     BundledModel,
     Chat,
@@ -111,7 +109,7 @@ def discover(
     place = {"source_layer": source_layer, "target_layer": target_layer, "chat": chat}
     story = {**asked.story, **place, "prompts": prompts, "dtype": dtype}
     run, name, known = tm.Run(out), absolute(model), 0
-    with _session(run, run.folder) as stages:
+    with run.writing(), terminal.Stages() as stages:
         if not overwrite:
             run.check(side_effects=side_effects)
             known = run.check_same({**story, "model": name})
@@ -170,7 +168,7 @@ def ortho(
     asked = options.asked(tm.melbo_ortho, flags | {"steps": steps}, theta0=theta0)
     place = family_folder(run.folder, vector)
     # What is there is read under the lock, too: another process may have just added to it.
-    with _session(run, place) as stages:
+    with run.writing(), terminal.Stages() as stages:
         run.check(without=vector if overwrite else None)
         if not overwrite:
             known = run.check_same(asked.story, theta0)
@@ -207,7 +205,7 @@ def page(
     texts = _texts_asked(max_new_tokens, samples, temperature, scales)
     run, again = tm.Run(folder), {"overwrite": overwrite}
     run.found.story  # noqa: B018  # a folder without vectors is told before it is locked
-    with _session(run, run.folder) as stages:
+    with run.writing(), terminal.Stages() as stages:
         run.check(control=not overwrite, side_effects=side_effects and not overwrite)
         stages.begin("Loading the model")
         loaded, f = run.load(model, device)
@@ -219,18 +217,6 @@ def page(
 
 app.command(cls=terminal.Command)(cli_adapters.adapters)
 app.command(cls=terminal.Command)(cli_sweep.sweep)
-
-
-@contextmanager
-def _session(run: tm.Run, place: Path) -> Iterator[terminal.Stages]:
-    """The folder for this command alone; after Ctrl-C, say which vectors are saved in `place`."""
-    try:
-        with run.writing(), terminal.Stages() as stages:
-            yield stages
-    except KeyboardInterrupt:
-        path = place / VECTORS
-        n_kept = len(tm.SteeringVectors.load(path)) if path.is_file() else 0
-        raise KeyboardInterrupt(terminal.kept_in(place, n_kept)) from None
 
 
 def _show_page(

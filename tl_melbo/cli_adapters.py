@@ -48,30 +48,21 @@ def adapters(
     checks.at_least(1, n_adapters=n_adapters, max_new_tokens=max_new_tokens)
     held_out = tm.adapters.situations().query("split == 'held_out'").groupby("situation").head(1)
     asked = [checks.as_text(prompt) for prompt in prompts or held_out["prompt"]]
-    run, n_kept = tm.Run(out), 0
-    try:
-        with run.writing(), terminal.Stages() as stages:
-            stages.begin("Loading the model")
-            loaded = tm.load_model(model, device=device, dtype=getattr(torch, dtype))
-            stages.begin("Training adapters")
-
-            def count(there: int, wanted: int) -> None:
-                nonlocal n_kept
-                n_kept = there
-                stages.count(there, wanted)
-
-            found = run.adapters(
-                loaded, n_adapters, prompts or None, on_adapter=count, overwrite=overwrite,
-                rank=rank, shared=shared, alpha=alpha, beta=beta, learning_rate=learning_rate,
-                length=length, batch_size=batch_size, steps=steps, max_new_tokens=max_new_tokens,
-                seed=seed, chat=chat,
-            )  # fmt: skip
-            stages.begin("Writing under each adapter")
-            texts = run.adapter_texts(loaded, found, asked, on_batch=stages.count)
-            stages.end()
-            stages.stop()
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(terminal.kept_in(run.folder, n_kept, "adapter")) from None
+    run = tm.Run(out)
+    with run.writing(), terminal.Stages() as stages:
+        stages.begin("Loading the model")
+        loaded = tm.load_model(model, device=device, dtype=getattr(torch, dtype))
+        stages.begin("Training adapters")
+        found = run.adapters(
+            loaded, n_adapters, prompts or None, on_adapter=stages.count, overwrite=overwrite,
+            rank=rank, shared=shared, alpha=alpha, beta=beta, learning_rate=learning_rate,
+            length=length, batch_size=batch_size, steps=steps, max_new_tokens=max_new_tokens,
+            seed=seed, chat=chat,
+        )  # fmt: skip
+        stages.begin("Writing under each adapter")
+        texts = run.adapter_texts(loaded, found, asked, on_batch=stages.count)
+        stages.end()
+        stages.stop()
     first = texts[(texts["vector"] >= 0) & (texts["prompt"] == asked[0])]
     terminal.print_adapters(found.table().assign(completion=[*first["completion"]]))
     typer.echo(str((run.folder / "adapters.csv").resolve()))

@@ -56,7 +56,6 @@ def atlas(
     latter last. Each source is kept as soon as it is done, and the same command continues.
     """
     from tl_melbo.evaluation._atlas import check_settings  # which takes long to import
-    from tl_melbo.evaluation._atlas_library import FILES
 
     # All that can be checked before the model is loaded, which takes a while.
     checks.as_texts(prompts)
@@ -74,21 +73,17 @@ def atlas(
     def keep(found: tm.evaluation.Atlas) -> None:
         save_table(out / TABLE, found.table)
 
-    try:
-        with locked(out, FileLock(out / LOCK, blocking=False)), terminal.Stages() as stages:
-            stages.begin("Loading the model")
-            loaded = tm.load_model(model, device=device, dtype=getattr(torch, dtype))
-            n_layers = int(loaded.cfg.n_layers)
-            chosen = {name: _resolved(each, n_layers, name) for name, each in layers.items()}
-            stages.begin("Going through the layers")
-            settings |= {**chosen, "on_source": keep, "on_batch": stages.count, "folder": out}
-            found = tm.evaluation.atlas(loaded, prompts, **settings)
-            keep(found)
-            stages.begin("Drawing")
-            _draw(found, out / PAGE)
-    except KeyboardInterrupt:
-        n_kept = len([*out.glob(FILES)])  # those of earlier commands, too
-        raise KeyboardInterrupt(terminal.kept_in(out, n_kept, "source layer")) from None
+    with locked(out, FileLock(out / LOCK, blocking=False)), terminal.Stages() as stages:
+        stages.begin("Loading the model")
+        loaded = tm.load_model(model, device=device, dtype=getattr(torch, dtype))
+        n_layers = int(loaded.cfg.n_layers)
+        chosen = {name: _resolved(each, n_layers, name) for name, each in layers.items()}
+        stages.begin("Going through the layers")
+        settings |= {**chosen, "on_source": keep, "on_batch": stages.count, "folder": out}
+        found = tm.evaluation.atlas(loaded, prompts, **settings)
+        keep(found)
+        stages.begin("Drawing")
+        _draw(found, out / PAGE)
     terminal.print_atlas(found.table)
     echo(str((out / PAGE).resolve()))
 

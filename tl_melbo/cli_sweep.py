@@ -34,14 +34,10 @@ def sweep(
     cells_of(searches)  # a mistake in the file is told without a bar over it
     with terminal.Stages() as stages:
         stages.begin("Searching")
-        try:
-            table = sweeps.sweep(
-                searches, out, engine=engine, address=address, workers=workers, threads=threads,
-                gpus=gpus, device=device, on_progress=stages.count,
-            )  # fmt: skip
-        except KeyboardInterrupt:
-            kept = f"; every vector that was found is kept in {out}; the same command continues"
-            raise KeyboardInterrupt(kept) from None
+        table = sweeps.sweep(
+            searches, out, engine=engine, address=address, workers=workers, threads=threads,
+            gpus=gpus, device=device, on_progress=stages.count,
+        )  # fmt: skip
         stages.end()
     terminal.print_sweep(table)
     page = f"{out.rstrip('/')}/{PAGE}"

@@ -62,8 +62,8 @@ class Command(TyperCommand):
             warnings.showwarning = _show_warning
             try:
                 return super().invoke(ctx)
-            except KeyboardInterrupt as kept:
-                say(f"Interrupted{kept}.")
+            except KeyboardInterrupt:
+                say("Interrupted; what was finished is kept, and the same command continues.")
                 raise typer.Exit(_INTERRUPTED) from None
             except typer.Exit:  # a RuntimeError, too
                 raise
@@ -113,14 +113,6 @@ class Stages(progress.Progress):
 def counted(number: int, what: str = "vector") -> str:
     """A number of things in words."""
     return f"{number} {what}{'' if number == 1 else 's'}"
-
-
-def kept_in(place: Path, number: int, what: str = "vector") -> str:
-    """What an interrupted command says of the things that are saved."""
-    if not number:
-        return "; nothing was finished"
-    verb = "is" if number == 1 else "are"
-    return f"; {counted(number, what)} {verb} kept in {place}; the same command continues"
 
 
 def say(line: str) -> None:
