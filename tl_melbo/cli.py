@@ -10,19 +10,7 @@ from typer import Argument, Option
 import tl_melbo as tm
 from tl_melbo import checks, cli_adapters, cli_atlas, cli_sweep, options, terminal
 from tl_melbo.run import absolute, family_folder
-from tl_melbo.terminal import (
-    BundledModel,
-    Chat,
-    Device,
-    Dtype,
-    MaxNewTokens,
-    Out,
-    Prompts,
-    Samples,
-    Scales,
-    Temperature,
-    option,
-)  # fmt: skip
+from tl_melbo.terminal import option
 
 # Options that several commands have.
 _Folder = Annotated[Path, Argument(help="The folder that `discover` wrote.")]
@@ -46,8 +34,8 @@ def _main(version: Annotated[bool, Option("--version", help="Show it.")] = False
 
 @app.command(cls=terminal.Command)
 def discover(
-    prompts: Prompts,
-    out: Out,
+    prompts: terminal.Prompts,
+    out: terminal.Out,
     method: Annotated[str, option("How to search: melbo, or another of tl_melbo's.")] = "melbo",
     settings: Annotated[
         list[str] | None, Option("--set", metavar="NAME=VALUE", help="Any setting of the method.")
@@ -57,7 +45,7 @@ def discover(
     ] = None,
     n_vectors: Annotated[int | None, option("How many vectors to find.", "32 for melbo")] = None,
     radius: Annotated[str | None, option("Their norm, or 'auto'.", "the method's own")] = None,
-    model: BundledModel = None,
+    model: terminal.BundledModel = None,
     source_layer: Annotated[int, option("Add the vectors after this block.")] = 8,
     target_layer: Annotated[int, option("Measure their effect after this one.")] = 16,
     positions: Annotated[
@@ -75,13 +63,13 @@ def discover(
     ] = None,
     steps: Annotated[int | None, option("Of the optimiser.", "10 ascent, 300 adamw")] = None,
     seed: Annotated[int | None, option("Of the random starts.", "0")] = None,
-    chat: Chat = True,
-    max_new_tokens: MaxNewTokens = 50,
-    samples: Samples = None,
-    temperature: Temperature = None,
-    scales: Scales = None,
-    device: Device = None,
-    dtype: Dtype = "float32",
+    chat: terminal.Chat = True,
+    max_new_tokens: terminal.MaxNewTokens = 50,
+    samples: terminal.Samples = None,
+    temperature: terminal.Temperature = None,
+    scales: terminal.Scales = None,
+    device: terminal.Device = None,
+    dtype: terminal.Dtype = "float32",
     side_effects: _SideEffects = False,
     overwrite: Annotated[bool, option("Replace an earlier run in --out.")] = False,
 ) -> None:
@@ -150,8 +138,8 @@ def ortho(
     ] = "quasi-newton",
     steps: Annotated[int | None, option("Of the optimiser.", "40 quasi-newton, 1000 adam")] = None,
     model: _Model = None,
-    max_new_tokens: MaxNewTokens = 50,
-    device: Device = None,
+    max_new_tokens: terminal.MaxNewTokens = 50,
+    device: terminal.Device = None,
     overwrite: Annotated[bool, option("Begin this vector's family anew.")] = False,
 ) -> None:
     """Find many vectors that do what one does, all orthogonal, and ask whether they are the same.
@@ -195,10 +183,10 @@ def page(
     max_new_tokens: Annotated[int | None, option("Of each completion.", "as it was")] = None,
     samples: Annotated[int | None, option("Sampled completions of each.", "as it was")] = None,
     temperature: Annotated[float | None, option("Of the samples.", "as it was, or 0.7")] = None,
-    scales: Scales = None,
+    scales: terminal.Scales = None,
     divergence: Annotated[bool, option("Show where along its text each vector acts.")] = False,
     side_effects: _SideEffects = False,
-    device: Device = None,
+    device: terminal.Device = None,
     overwrite: Annotated[bool, option("Write and measure anew what is there, too.")] = False,
 ) -> None:
     """Make the page anew, about all that a folder holds; completions that lack are written."""

@@ -12,7 +12,7 @@ from tl_melbo import checks
 from tl_melbo.analysis._rates import STEERINGS
 from tl_melbo.evaluation import Score
 from tl_melbo.plots import _style
-from tl_melbo.plots._style import COLOURS, DOTTED, GREY, HOVER, axis, figure, line
+from tl_melbo.plots._style import COLOURS, DOTTED, GREY, axis, figure, hovering, line
 from tl_melbo.shapes import shape_checked
 from tl_melbo.tables import groups
 
@@ -74,9 +74,8 @@ def _dose(
     ]
     symbols = np.where(rows["coherent"] < _COHERENT, "circle-open", "circle")
     look, dots = {"width": 2, "color": colour}, {"size": 8, "symbol": symbols}
-    told = {"name": name, "customdata": hover, "hovertemplate": HOVER}
-    bars = _bars(rows, "mean", colour)
-    return line(rows["scale"], rows["mean"], look, dots, error_y=bars, **told)
+    told = {"name": name, "error_y": _bars(rows, "mean", colour), **hovering(hover)}
+    return line(rows["scale"], rows["mean"], look, dots, **told)
 
 
 def _bars(rows: pd.DataFrame, middle: str, colour: str) -> dict[str, object]:
@@ -114,7 +113,7 @@ def behaviour_rates(frame: pd.DataFrame, title: str = "Rates with 95% intervals"
             f"{row['rate']:.0%} ({row['low']:.0%} to {row['high']:.0%})"
             for name, row in own
         ]
-        told = {"name": shown, "customdata": hover, "hovertemplate": HOVER}
+        told = {"name": shown, **hovering(hover)}
         look = {"marker": {"color": colour}, "error_y": _bars(some, "rate", "#24292f")}
         traces.append(go.Bar(x=[name for name, _ in own], y=some["rate"], **told, **look))
     told = "; ".join(
@@ -179,10 +178,9 @@ def _shares(rows: pd.DataFrame, name: str, colour: str) -> Iterator[go.Scatter]:
         f"{row['tie']} ties, {row['inconsistent']} inconsistent, {row['invalid']} invalid"
         for row in rows.to_dict("records")
     ]
-    told = {"customdata": hover, "hovertemplate": HOVER}
-    look, bars = {"width": 2, "color": colour}, _bars(rows, "share", colour)
-    won = {"name": f"{name}: won, of those decided", "error_y": bars}
-    yield line(scales, rows["share"], look, {"size": 8}, **won, **told)
+    won = {"name": f"{name}: won, of those decided", "error_y": _bars(rows, "share", colour)}
+    look = {"width": 2, "color": colour}
+    yield line(scales, rows["share"], look, {"size": 8}, **won, **hovering(hover))
     undecided = 1 - (rows["ours"] + rows["theirs"]) / rows["n"]
     look = {"width": 1.4, "color": colour, "dash": "dash"}
     yield line(scales, undecided, look, {"size": 5}, name=f"{name}: not decided", **told)

@@ -17,19 +17,7 @@ from torch import Tensor
 from tl_melbo import checks, story
 from tl_melbo.analysis._similarity import cosine_similarity
 from tl_melbo.plots import _style
-from tl_melbo.plots._style import (
-    BLUE,
-    COLOURS,
-    GREY,
-    HOVER,
-    OTHERS,
-    axis,
-    colour_bar,
-    escaped,
-    figure,
-    line,
-    points,
-)
+from tl_melbo.plots._style import OTHERS, axis, escaped, figure, hovering, line, points
 from tl_melbo.shapes import Float, shape_checked
 from tl_melbo.text import printable
 from tl_melbo.vectors import SteeringVectors
@@ -47,7 +35,7 @@ _FAMILY_BASELINES = {
 # Seen on white and on black.
 _PALE_GREY = "#8c959f"
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x")
-_LOOKS = [(colour, symbol) for symbol in _SYMBOLS for colour in (*COLOURS, _style.PALE_BLUE)]
+_LOOKS = [(colour, symbol) for symbol in _SYMBOLS for colour in (*_style.COLOURS, _style.PALE_BLUE)]
 _LONGEST_NAME = 40
 # Grey, whatever there is beside them.
 _ASIDE = {"≈ baseline": "circle", "filtered out": "x"}
@@ -82,7 +70,7 @@ def cosine_heatmap(
     names = None if labels is None else [*map(str, labels)]
     if names is not None and z.shape != (len(names), len(names)):
         raise ValueError(f"labels: {len(names)} labels for a matrix of shape {z.shape}")
-    bar = colour_bar("cosine", tickvals=[-1, -0.5, 0, 0.5, 1])
+    bar = _style.colour_bar("cosine", tickvals=[-1, -0.5, 0, 0.5, 1])
     hover = "vector %{y} and vector %{x}<br>cosine %{z:.3f}<extra></extra>"
     look = {"zmin": -1, "zmid": 0, "zmax": 1, "colorscale": _style.DIVERGING, "colorbar": bar}
     heatmap = go.Heatmap(z=z, x=names, y=names, hovertemplate=hover, **look)
@@ -122,7 +110,7 @@ def objective_history(
     ]
     if len(found) > 1:  # nothing to see but a colour bar from the first vector to the last
         ends = [str(labels[0]), str(labels[-1])]
-        bar = colour_bar("vector", tickvals=[0, 1], ticktext=ends)
+        bar = _style.colour_bar("vector", tickvals=[0, 1], ticktext=ends)
         key: dict[str, Any] = {"color": [0], "cmin": 0, "cmax": 1, "colorscale": shades}
         key |= {"showscale": True, "colorbar": bar}
         traces.append(points([None], [None], key, hoverinfo="skip", showlegend=False))
@@ -286,8 +274,8 @@ def _curve(
     average = moving_average(values, window)
     mean = {"name": f"mean of the last {window}", "hoverinfo": "skip", "showlegend": window > 1}
     traces = [
-        points(labels, values, look, name="each vector", customdata=told, hovertemplate=HOVER),
-        line(labels, average, {"width": 2.2, "color": BLUE}, **mean),
+        points(labels, values, look, name="each vector", **hovering(told)),
+        line(labels, average, {"width": 2.2, "color": _style.BLUE}, **mean),
     ]
     for (name, level), colour in zip(levels.items(), cycle(OTHERS), strict=False):
         if level is not None:
@@ -374,9 +362,9 @@ def effect_map(
         told = [f"vector {escaped(text)}<br>{shown}" for text in texts]
         if len(labels) <= _MOST_NAMED:
             signed = [f"−{text[:-1]}" if text.endswith("-") else text for text in texts]
-            shape = {"textposition": "top center", "textfont": {"size": 9, "color": GREY}}
+            shape = {"textposition": "top center", "textfont": {"size": 9, "color": _style.GREY}}
             dots.update(mode="markers+text", text=[*map(escaped, signed)], **shape)
-        traces.append(dots.update(customdata=told, meta=texts, hovertemplate=HOVER))
+        traces.append(dots.update(meta=texts, **hovering(told)))
     titles = ["first component", "second component"]
     if shares is not None:
         titles = [f"{name} ({share:.0%})" for name, share in zip(titles, shares, strict=True)]

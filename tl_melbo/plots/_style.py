@@ -26,8 +26,6 @@ COLOURS = (BLUE, *OTHERS[:-1])
 DOTTED = {"width": 1, "dash": "dot"}
 # A logarithmic axis has no zero: what is smaller than this, in nats, is drawn there.
 SMALLEST_KL = 1e-6
-# For traces whose `customdata` are whole labels.
-HOVER = "%{customdata}<extra></extra>"
 
 _LAYOUT = {
     "template": "plotly_white",
@@ -79,6 +77,11 @@ def _lines(title: str, width: int) -> list[str]:
     return textwrap.wrap(title, width // _LETTER, break_long_words=False, break_on_hyphens=False)
 
 
+def hovering(labels: Any) -> dict[str, Any]:
+    """For a trace: what hovering over each of its places shows."""
+    return {"customdata": labels, "hovertemplate": "%{customdata}<extra></extra>"}
+
+
 def points(x: Any, y: Any, marker: dict[str, Any], **more: Any) -> go.Scatter:
     """A dot at each place; `marker` is how it looks."""
     return go.Scatter(x=x, y=y, mode="markers", marker=marker, **more)
@@ -97,8 +100,9 @@ def heatmap(
 ) -> go.Heatmap:
     """Cells coloured from `low` to `high`, what hovering over each shows, and a bar with a name."""
     look = {"colorscale": colours, "colorbar": colour_bar(name, side="bottom")}
-    told = {"customdata": hover, "hovertemplate": HOVER, "hoverongaps": False}
-    return go.Heatmap(z=z, zmin=low, zmax=high, **look, **told, **more)
+    return go.Heatmap(
+        z=z, zmin=low, zmax=high, hoverongaps=False, **look, **hovering(hover), **more
+    )
 
 
 def layers_heatmap(

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 
 from tl_melbo import checks
 from tl_melbo.plots import _style
-from tl_melbo.plots._style import COLOURS, GREY, HOVER, axis, figure, line, span
+from tl_melbo.plots._style import COLOURS, GREY, axis, figure, hovering, line, span
 from tl_melbo.shapes import shape_checked
 from tl_melbo.tables import groups
 
@@ -76,7 +76,7 @@ def sweep_radius(
         x = [float(radius) for (radius,) in by_radius]
         y = [float(np.median(each[value])) for each in by_radius.values()]
         hover = [f"{_style.wrapped(name)}<br>{_told(each, value)}" for each in by_radius.values()]
-        shown = {"name": _style.wrapped(name, 60), "customdata": hover, "hovertemplate": HOVER}
+        shown = {"name": _style.wrapped(name, 60), **hovering(hover)}
         look, dots = {"width": 1.8, "color": colour}, {"size": 8, "symbol": symbol}
         traces.append(line(x, y, look, dots, **shown))
         told.append(f"{name}: {y[0]:.3g} at {x[0]:g} to {y[-1]:.3g} at {x[-1]:g}")
