@@ -71,10 +71,7 @@ def composition_curves(
         known = np.isfinite(composed["kl_to_reference"].to_numpy()).any()
         measure = "kl_to_reference" if known else "kl_to_unsteered"
     if np.isnan(composed[measure].to_numpy()).all():
-        raise ValueError(
-            f"measure={measure!r}: not known without a reference; compose with reference=, or "
-            "choose 'kl_to_unsteered'"
-        )
+        raise ValueError(f"measure={measure!r}: not known without a reference; compose with one")
     groups = dict(iter(composed.groupby(["combination", "scaling", "subset"])))
     traces = [
         _composition_trace(groups[combination, scaling, subset], measure, name, subset, colour)

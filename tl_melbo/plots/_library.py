@@ -63,10 +63,7 @@ def cosine_heatmap(
         similarity = cosine_similarity(similarity)
     z = similarity.detach().cpu().float().numpy()
     if not (np.abs(z) <= 1 + 1e-6).all():
-        raise ValueError(
-            "similarity: holds values outside -1 to 1, or not finite; pass what "
-            "analysis.cosine_similarity returns"
-        )
+        raise ValueError("similarity: holds values outside -1 to 1 or not finite; pass cosines")
     names = None if labels is None else [*map(str, labels)]
     if names is not None and z.shape != (len(names), len(names)):
         raise ValueError(f"labels: {len(names)} labels for a matrix of shape {z.shape}")
@@ -94,8 +91,7 @@ def objective_history(
     """
     if found.history is None or not found.history.numel():
         raise ValueError(
-            "found: has no history of its search. A method without steps, such as jacobian, writes "
-            "none, and scaling a library drops it; pass what melbo or dct returned, or slices of it"
+            "found: has no history of steps; pass what melbo or dct returned, not scaled"
         )
     measure = story.measure_of(found.story) or story.measure("objective", "objective")
     history = found.history.double().numpy()
@@ -182,10 +178,7 @@ def kl_curve(
         levels[name] = _checked_kl(level.flatten(), f"baselines[{name!r}]")
     for name, level in levels.items():
         if len(level) not in (1, len(values)):
-            raise ValueError(
-                f"baselines[{name!r}]: {len(level)} values, expected one, or one for each of the "
-                f"{len(values)} vectors"
-            )
+            raise ValueError(f"baselines[{name!r}]: {len(level)} values, not 1 or {len(values)}")
     least = _style.SMALLEST_KL if log_y else 0.0
     drawn = _curve(labels, values, "KL", "KL (nats)", window, levels, title, more, least)
     return drawn.update_yaxes(type="log", exponentformat="power") if log_y else drawn
@@ -312,10 +305,7 @@ def _baseline(
 def _checked_kl(kl: Tensor, argument: str) -> np.ndarray:
     values = kl.detach().cpu().double().numpy()
     if not len(values) or not (np.isfinite(values) & (values >= 0)).all():
-        raise ValueError(
-            f"{argument}: no values, or negative or not finite ones; pass what "
-            "analysis.kl_divergence returns, without the vectors whose KL is infinite"
-        )
+        raise ValueError(f"{argument}: no values, or negative or not finite ones; leave these out")
     return values
 
 
