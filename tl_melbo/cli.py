@@ -246,7 +246,6 @@ def _texts_asked(
 
 
 def _numbered(run: tm.Run, vector: int) -> tm.SteeringVectors:
-    """The vector of the run's library with that number."""
     library = run.found
     numbers = library.columns["index"].tolist()
     if vector not in numbers:

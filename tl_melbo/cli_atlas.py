@@ -120,7 +120,6 @@ def _layers(text: str, option: str) -> slice | list[int]:
 
 
 def _resolved(layers: slice | list[int], n_layers: int, option: str) -> list[int]:
-    """These layers of a model that has so many."""
     found = layers if isinstance(layers, list) else [*range(n_layers)[layers]]
     if not found:
         raise ValueError(

@@ -65,7 +65,6 @@ def top_tokens(
 
 
 def _diverging(z: np.ndarray, hover: Any, name: str, **more: Any) -> go.Heatmap:
-    """Cells whose colours are white at zero."""
     largest = float(np.nanmax(np.abs(z)))
     return _style.heatmap(z, hover, name, -largest, largest, _style.DIVERGING, **more)
 

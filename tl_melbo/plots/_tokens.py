@@ -74,7 +74,7 @@ def token_divergence(divergence: pd.DataFrame, vector: int = 0) -> ColouredToken
     hover = [
         f"KL {row['kl']:.3g} nats\n"
         f"log-prob {row['log_prob']:.2f}, unsteered {row['unsteered_log_prob']:.2f}\n"
-        f"steered: {_likeliest(row['top'])}\nunsteered: {_likeliest(row['unsteered_top'])}"
+        f"steered: {likeliest(row['top'])}\nunsteered: {likeliest(row['unsteered_top'])}"
         for row in own.to_dict("records")
     ]
     largest = max(own["kl"]) or 1.0
@@ -83,7 +83,7 @@ def token_divergence(divergence: pd.DataFrame, vector: int = 0) -> ColouredToken
     return ColouredTokens(shown + _bar(0.0, "KL 0: as unsteered", f"{largest:.2g} nats"))
 
 
-def _likeliest(told: object) -> str:
+def likeliest(told: object) -> str:
     """The likeliest tokens; from a file they come as a text."""
     if isinstance(told, Sequence) and not isinstance(told, str):
         return ", ".join(f"{token!r} {probability:.0%}" for token, probability in told)

@@ -149,7 +149,6 @@ def _tells(
 
 
 def _tables(families: Sequence[Family], adapters: Any, factors: Any) -> dict[str, Any]:
-    """The tables that stand by themselves; adapters and factors come with their texts."""
     tables = _parts.adapter_tables(*adapters)
     tables |= _parts.adapter_tables(*factors, called="factor")
     for part in families:

@@ -9,11 +9,12 @@ from tl_melbo.analysis._top_tokens import top_tokens_and_kl
 from tl_melbo.concatenation import concatenate
 from tl_melbo.generation import Tell
 from tl_melbo.model.bridge import Model
+from tl_melbo.plots._tokens import likeliest
 from tl_melbo.report._render import number, shown
 from tl_melbo.vectors import SteeringVectors
 
-DIVERGENCE = ("vector", "scale", "prompt", "position", "token", "kl")
-_MOST_TOKENS, _MOST_TOP = 8, 3
+DIVERGENCE = ("vector", "scale", "prompt", "position", "token", "kl", "top", "unsteered_top")
+_MOST_TOKENS = 8
 # The rows of the page, by prompt, vector and sign.
 Keys = Mapping[tuple[str, int, int], str]
 # By prompt and sign, one a vector.
@@ -66,18 +67,9 @@ def _divergence(frame: pd.DataFrame | None, keys: Keys) -> dict[str, list[dict[s
     for row in frame.sort_values("position", kind="stable").to_dict("records"):
         key = keys.get((row["prompt"], int(row["vector"]), 1 if row["scale"] > 0 else -1))
         if key is not None:
-            parts = [_likeliest(name, row.get(column)) for name, column in _LIKELIEST]
-            words = "; ".join([f"KL {row['kl']:.2g} nats", *filter(None, parts)])
+            tops = likeliest(row["top"]), likeliest(row["unsteered_top"])
+            words = f"KL {row['kl']:.2g} nats; steered: {tops[0]}; unsteered: {tops[1]}"
             told.setdefault(key, []).append(
                 {"token": shown(row["token"]), "value": number(float(row["kl"])), "told": words}
             )
     return told
-
-
-_LIKELIEST = (("steered", "top"), ("unsteered", "unsteered_top"))
-
-
-def _likeliest(name: str, pairs: Any) -> str:
-    if not isinstance(pairs, list | tuple) or not pairs:
-        return ""
-    return f"{name}: " + ", ".join(f"“{shown(token)}” {p:.0%}" for token, p in pairs[:_MOST_TOP])

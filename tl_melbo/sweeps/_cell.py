@@ -162,7 +162,6 @@ def _number(value: Tensor) -> float | None:
 
 @contextmanager
 def _threads(count: int | None) -> Iterator[None]:
-    """So many threads of torch; None leaves them."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
