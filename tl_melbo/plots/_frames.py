@@ -226,7 +226,7 @@ def atlas_heatmap(
     rows = _style.of_vector(table, vector, "table")
     cells = pd.DataFrame([_atlas_cell(pair) for _, pair in rows.groupby([*columns[:2]])])
     name = _ATLAS_TITLES[value]
-    return _style.layers_heatmap(cells, value, name, f"{name} of vector {vector}", title, 720)
+    return _style.layers_heatmap(cells, value, name, f"{name} of vector {vector}", title)
 
 
 def _atlas_cell(pair: Any) -> dict[str, Any]:

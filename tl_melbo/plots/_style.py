@@ -106,7 +106,7 @@ def heatmap(
 
 
 def layers_heatmap(
-    cells: pd.DataFrame, value: str, name: str, what: str, title: str, height: int, low: float = 0
+    cells: pd.DataFrame, value: str, name: str, what: str, title: str, low: float = 0
 ) -> go.Figure:
     """A number of pairs of layers: the source across, the target up.
 
@@ -128,7 +128,7 @@ def layers_heatmap(
     )
     across = axis("source layer", showgrid=False, type="category")
     up = axis("target layer", showgrid=False, type="category")
-    return figure(drawn, title, alt, across, up, 720, height)
+    return figure(drawn, title, alt, across, up, 720, 680)
 
 
 def axis(title: str | None, **more: Any) -> dict[str, Any]:

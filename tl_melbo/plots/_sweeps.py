@@ -47,7 +47,7 @@ def sweep_layers(
     ]
     cells = pd.DataFrame(pairs, columns=[*place, value, "hover"]).sort_values(place)
     name, low = _title(rows, value), min(0.0, float(np.nanmin(cells[value])))
-    return _style.layers_heatmap(cells, value, name, name, title, 620, low)
+    return _style.layers_heatmap(cells, value, name, name, title, low)
 
 
 @shape_checked
