@@ -71,9 +71,8 @@ def _diverging(z: np.ndarray, hover: Any, name: str, **more: Any) -> go.Heatmap:
 
 def _shown(token: str) -> str:
     """A token short enough for a cell; a space at its beginning is part of it."""
-    token = f"·{token[1:]}" if token.startswith(" ") else token
-    short = token if len(token) <= _LONGEST_TOKEN else f"{token[: _LONGEST_TOKEN - 1]}…"
-    return _style.escaped(short)
+    shown = f"·{token[1:]}" if token.startswith(" ") else token
+    return _style.wrapped(shown, _LONGEST_TOKEN)
 
 
 @shape_checked

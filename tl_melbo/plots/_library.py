@@ -19,7 +19,6 @@ from tl_melbo.analysis._similarity import cosine_similarity
 from tl_melbo.plots import _style
 from tl_melbo.plots._style import OTHERS, axis, escaped, figure, hovering, line, points
 from tl_melbo.shapes import Float, shape_checked
-from tl_melbo.text import printable
 from tl_melbo.vectors import SteeringVectors
 
 # More traces than this make a browser slow, and nobody tells more colours apart.
@@ -34,8 +33,6 @@ _FAMILY_BASELINES = {
 }
 # Seen on white and on black.
 _PALE_GREY = "#8c959f"
-_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x")
-_LOOKS = [(colour, symbol) for symbol in _SYMBOLS for colour in (*_style.COLOURS, _style.PALE_BLUE)]
 _LONGEST_NAME = 40
 # Grey, whatever there is beside them.
 _ASIDE = {"≈ baseline": "circle", "filtered out": "x"}
@@ -336,7 +333,7 @@ def effect_map(
                 f"{argument}: {len(things)} for {len(places)} places; pass one for each"
             )
     seen = [name for name in dict.fromkeys(named) if name and name not in _ASIDE]
-    looks: dict[str | None, tuple[str, str]] = dict(zip(seen, cycle(_LOOKS), strict=False))
+    looks: dict[str | None, tuple[str, str]] = dict(zip(seen, cycle(_style.LOOKS), strict=False))
     xy, traces = places.detach().cpu().double().tolist(), []
     for name in dict.fromkeys(named):
         colour, symbol = looks.get(name, (_PALE_GREY, _ASIDE.get(str(name), "circle")))
@@ -345,8 +342,8 @@ def effect_map(
         at.sort(key=lambda place: str(labels[place]).endswith("-"))
         texts = [str(labels[place]) for place in at]
         hollow = [f"{symbol}-open" if text.endswith("-") else symbol for text in texts]
-        whole = printable(str(name or "not grouped"))
-        shown = escaped(whole if len(whole) <= _LONGEST_NAME else f"{whole[: _LONGEST_NAME - 1]}…")
+        whole = str(name or "not grouped")
+        shown = _style.wrapped(whole, _LONGEST_NAME)
         look = {"size": 10, "color": colour, "symbol": hollow, "opacity": 0.85}
         dots = points([xy[i][0] for i in at], [xy[i][1] for i in at], look, name=shown)
         told = [f"vector {escaped(text)}<br>{shown}" for text in texts]

@@ -23,6 +23,12 @@ BLUE, PALE_BLUE = "#0072b2", "#56b4e9"
 OTHERS = ("#d55e00", "#009e73", "#cc79a7", "#e69f00", "#57606a")
 GREY = OTHERS[-1]
 COLOURS = (BLUE, *OTHERS[:-1])
+# For more things than there are colours.
+LOOKS = [
+    (colour, symbol)
+    for symbol in ("circle", "square", "diamond", "triangle-up", "x")
+    for colour in (*COLOURS, PALE_BLUE)
+]
 DOTTED = {"width": 1, "dash": "dot"}
 # A logarithmic axis has no zero: what is smaller than this, in nats, is drawn there.
 SMALLEST_KL = 1e-6

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 
 from tl_melbo import checks
 from tl_melbo.plots import _style
-from tl_melbo.plots._style import COLOURS, GREY, axis, figure, hovering, line, span
+from tl_melbo.plots._style import LOOKS, axis, figure, hovering, line, span
 from tl_melbo.shapes import shape_checked
 from tl_melbo.tables import groups
 
@@ -23,9 +23,6 @@ _TITLES = {
     "measure_median": "median {}",
     "measure_max": "largest {}",
 }
-_SYMBOLS = ("circle", "diamond", "square", "triangle-up", "x")
-# Curves beyond these cannot be told apart.
-_LOOKS = [(colour, symbol) for symbol in _SYMBOLS for colour in (*COLOURS, GREY)]
 
 
 @shape_checked
@@ -66,10 +63,10 @@ def sweep_radius(
     rows = pd.DataFrame(rows[rows["radius"].notna()])
     checks.columns(rows, ("radius",), "table", "its searches have no radius that is known")
     by = ["model", "method", "source_layer", "target_layer"]
-    if len(groups(rows, by)) > len(_LOOKS):
+    if len(groups(rows, by)) > len(LOOKS):  # too many to be told apart
         by = by[:2]
     told, traces = [], []
-    curves = zip(groups(rows, by).items(), cycle(_LOOKS), strict=False)
+    curves = zip(groups(rows, by).items(), cycle(LOOKS), strict=False)
     for (key, some), (colour, symbol) in curves:
         name = _curve_name(dict(zip(by, key, strict=True)), rows)
         by_radius = groups(some.sort_values("radius"), ["radius"])

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 import torch
@@ -24,14 +24,6 @@ from tl_melbo.sweeps._store import Store, failed
 Tell = Callable[[Cell, float], None]
 # Seconds: a worker that was killed, or whose driver was, keeps its folder a moment longer.
 _PATIENCE = 60.0
-
-
-class Task(NamedTuple):
-    """What all cells have in common: the place that they are kept in, device and threads."""
-
-    out: str
-    device: str | None = None
-    threads: int | None = None
 
 
 def is_done(cell: Cell, record: Mapping[str, Any] | None) -> bool:
@@ -58,8 +50,8 @@ def is_lost(store: Store, folder: str, record: Mapping[str, Any]) -> bool:
 class Worker:
     """Searches cells one after another, and keeps the model of the last one."""
 
-    def __init__(self, task: Task) -> None:
-        self.task, self.store = task, Store(task.out)
+    def __init__(self, out: str, device: str | None = None, threads: int | None = None) -> None:
+        self.store, self.device, self.threads = Store(out), device, threads
         self._loaded: tuple[Any, Any] = None, None
 
     def search(self, cell: Cell, tell: Tell) -> dict[str, Any]:
@@ -82,7 +74,7 @@ class Worker:
         self, cell: Cell, place: Path, send: Callable[[], None], tell: Tell
     ) -> dict[str, Any]:
         run, facts = tm.Run(place), cell.facts
-        with run.writing(_PATIENCE), _threads(self.task.threads):
+        with run.writing(_PATIENCE), _threads(self.threads):
             model = self._model(cell)
             at = {name: facts[name] for name in ("source_layer", "target_layer", "chat")}
             f = tm.ActivationMap.from_prompts(model, facts["prompt"], **at)
@@ -112,8 +104,7 @@ class Worker:
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
             kind = getattr(torch, cell.facts["dtype"])
-            device = self.task.device
-            where = {"device_map": "auto"} if device == "auto" else {"device": device}
+            where = {"device": self.device} if self.device != "auto" else {"device_map": "auto"}
             model = tm.load_model(cell.facts["model"], dtype=kind, **where)
             self._loaded = cell.model, model
         return model
@@ -171,11 +162,10 @@ def _threads(count: int | None) -> Iterator[None]:
 
 
 def run_local(
-    cells: Sequence[Cell], task: Task, tell: Tell
+    cells: Sequence[Cell], worker: Worker, tell: Tell
 ) -> Generator[tuple[Cell, dict[str, Any]]]:
     """The record of each cell as it ends, model by model."""
-    worker, queue = Worker(task), list(cells)
-    loaded = None
+    queue, loaded = list(cells), None
     while queue:
         cell = take(queue, loaded, [])
         loaded = cell.model

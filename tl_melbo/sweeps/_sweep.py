@@ -12,7 +12,7 @@ from tl_melbo import checks
 from tl_melbo.errors import told, warn_user
 from tl_melbo.run._files import VECTORS
 from tl_melbo.shapes import shape_checked
-from tl_melbo.sweeps._cell import Task, is_done, is_lost, run_local
+from tl_melbo.sweeps._cell import Worker, is_done, is_lost, run_local
 from tl_melbo.sweeps._grid import Cell, cells_of, read_grid
 from tl_melbo.sweeps._store import ASIDE, Store
 from tl_melbo.tables import Table
@@ -54,10 +54,9 @@ def sweep(
 
     Args:
         grid: options with a value, or a list of them; or a list of such grids; or the path of a
-            YAML file. The options are those of `tl-melbo discover`: model, dtype, prompt, chat,
-            source_layer, target_layer, method and its settings, other, max_new_tokens (for
-            completions); and name, of the folder. Of layers in lists, pairs whose target does not
-            come after the source are left out.
+            YAML file. The options are those of `tl-melbo discover` and of the method; `name` is
+            the folder's. Of layers in lists, pairs whose target does not come after the source
+            are left out.
         out: a folder, or an fsspec URL such as "s3://bucket/sweep".
         engine: "local", in this process; "ray", on a cluster.
         address: the cluster's, "host:port" or "auto"; None takes RAY_ADDRESS, or starts Ray here.
@@ -89,7 +88,6 @@ def sweep(
     _check_engine(engine, address, workers, threads, gpus)
     checks.installed("pyarrow", "a sweep's table", "sweep")
     store = Store(out)
-    task = Task(store.out, device, threads)
     with store.writing():
         records = _known(store, cells)
         todo = [cell for cell in cells if not is_done(cell, records.get(cell.folder))]
@@ -97,9 +95,10 @@ def sweep(
             if engine == "ray" and todo:
                 from tl_melbo.sweeps._ray import run_ray
 
-                ended = run_ray(todo, task, tell, address=address, workers=workers, gpus=gpus)
+                place: dict[str, Any] = {"address": address, "workers": workers, "gpus": gpus}
+                ended = run_ray(todo, store.out, tell, device=device, threads=threads, **place)
             else:
-                ended = run_local(todo, task, tell)
+                ended = run_local(todo, Worker(store.out, device, threads), tell)
             with closing(ended):
                 for cell, record in ended:
                     records[cell.folder] = store.keep(cell.folder, record)
