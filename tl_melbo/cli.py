@@ -8,8 +8,10 @@ import typer
 from typer import Argument, Option
 
 import tl_melbo as tm
-from tl_melbo import checks, cli_adapters, cli_atlas, cli_sweep, options, terminal
+from tl_melbo import checks, cli_atlas, options, sweeps, terminal
 from tl_melbo.run import absolute, family_folder
+from tl_melbo.sweeps._grid import cells_of, read_grid
+from tl_melbo.sweeps._sweep import PAGE
 from tl_melbo.terminal import option
 
 # Options that several commands have.
@@ -203,8 +205,99 @@ def page(
         _show_page(run, loaded, f, stages, **texts, **again, divergence=divergence)
 
 
-app.command(cls=terminal.Command)(cli_adapters.adapters)
-app.command(cls=terminal.Command)(cli_sweep.sweep)
+@app.command(cls=terminal.Command)
+def adapters(
+    out: terminal.Out,
+    prompts: Annotated[
+        list[str] | None, Argument(help="What is continued; none with --situations.")
+    ] = None,
+    situations: Annotated[
+        bool, Option("--situations", help="Take the prompts that come with the package.")
+    ] = False,
+    n_adapters: Annotated[int, option("How many to train.")] = 8,
+    rank: Annotated[int, option("Of each adapter.")] = 2,
+    shared: Annotated[
+        bool, Option("--shared/--per-block", help="One pair of matrices for all blocks.")
+    ] = True,
+    alpha: Annotated[float, option("Weight of the divergence.")] = 1.1,
+    beta: Annotated[float, option("Weight of the negative log-likelihood.")] = 0.3,
+    learning_rate: Annotated[float, option("Of AdamW.")] = 0.1,
+    length: Annotated[float, option("Of what is added after each block.")] = 2.0,
+    batch_size: Annotated[int, option("Prompts a step.")] = 12,
+    steps: Annotated[int | None, option("Of the optimiser.", "once through the prompts")] = None,
+    max_new_tokens: Annotated[int, option("Tokens sampled after each prompt.")] = 128,
+    seed: Annotated[int, option("Of starts, order and samples.")] = 0,
+    chat: terminal.Chat = False,
+    model: terminal.BundledModel = None,
+    device: terminal.Device = None,
+    dtype: terminal.Dtype = "float32",
+    overwrite: Annotated[bool, option("Replace earlier adapters in --out.")] = False,
+) -> None:
+    """Train adapters under which the model writes something else, without saying what.
+
+    Writes adapters.safetensors, and adapters.csv with texts under each; prints the path of the
+    texts last. Every adapter is kept as soon as it is trained, and the same command goes on.
+    """
+    if situations == bool(prompts):
+        raise ValueError("prompts: pass some, or --situations, and not both")
+    checks.at_least(1, n_adapters=n_adapters, max_new_tokens=max_new_tokens)
+    held_out = tm.adapters.situations().query("split == 'held_out'").groupby("situation").head(1)
+    asked = [checks.as_text(prompt) for prompt in prompts or held_out["prompt"]]
+    run = tm.Run(out)
+    with run.writing(), terminal.Stages() as stages:
+        stages.begin("Loading the model")
+        loaded = tm.load_model(model, device=device, dtype=getattr(torch, dtype))
+        stages.begin("Training adapters")
+        found = run.adapters(
+            loaded, n_adapters, prompts or None, on_adapter=stages.count, overwrite=overwrite,
+            rank=rank, shared=shared, alpha=alpha, beta=beta, learning_rate=learning_rate,
+            length=length, batch_size=batch_size, steps=steps, max_new_tokens=max_new_tokens,
+            seed=seed, chat=chat,
+        )  # fmt: skip
+        stages.begin("Writing under each adapter")
+        texts = run.adapter_texts(loaded, found, asked, on_batch=stages.count)
+        stages.end()
+        stages.stop()
+    first = texts[(texts["vector"] >= 0) & (texts["prompt"] == asked[0])]
+    terminal.print_adapters(found.table().assign(completion=[*first["completion"]]))
+    typer.echo(str((run.folder / "adapters.csv").resolve()))
+
+
+@app.command(cls=terminal.Command)
+def sweep(
+    grid: Annotated[Path, Argument(help="YAML: options with their values, or a list of such.")],
+    out: Annotated[str, option("Folder for the results, or an fsspec URL.")],
+    engine: Annotated[Literal["local", "ray"], option("Here, or on a Ray cluster.")] = "local",
+    address: Annotated[
+        str | None,
+        option("Of the cluster: host:port, or auto.", "RAY_ADDRESS, or none"),
+    ] = None,
+    workers: Annotated[int | None, option("How many, with Ray.", "as many as fit")] = None,
+    threads: Annotated[int | None, option("Of each worker.", "torch's own; 1 with Ray")] = None,
+    gpus: Annotated[float | None, option("Of each worker, with Ray: 0.25.", "1 if any")] = None,
+    device: terminal.Device = None,
+) -> None:
+    """Search with every combination of a grid's options, in a run folder each.
+
+    Writes the folders, sweep.parquet and sweep.html; prints the path of the latter last. Every
+    vector is kept as soon as it is found, and the same command goes on. If a search failed, the
+    exit code is 1: its row says why, and the same command tries it again.
+    """
+    searches = read_grid(grid.expanduser())
+    cells_of(searches)  # a mistake in the file is told without a bar over it
+    with terminal.Stages() as stages:
+        stages.begin("Searching")
+        table = sweeps.sweep(
+            searches, out, engine=engine, address=address, workers=workers, threads=threads,
+            gpus=gpus, device=device, on_progress=stages.count,
+        )  # fmt: skip
+        stages.end()
+    terminal.print_sweep(table)
+    page = f"{out.rstrip('/')}/{PAGE}"
+    typer.echo(page if "://" in out else str(Path(page).expanduser().resolve()))
+    if n_failed := [*table["status"]].count("failed"):
+        terminal.say(f"{terminal.counted(n_failed, 'search')} of {len(table)} failed.")
+        raise typer.Exit(1)
 
 
 def _show_page(
