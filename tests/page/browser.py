@@ -89,7 +89,7 @@ def write(model: torch.nn.Module, folder: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch_everywhere(patch, "default_embedder", lambda: "words")
         patch.setattr("tl_melbo.report._page.behaviours", gibberish_too)
-        patch.setattr("tl_melbo.report._tokens.top_tokens_and_kl", top_tokens)
+        patch.setattr("tl_melbo.report._data.top_tokens_and_kl", top_tokens)
         return _write(model, folder)
 
 

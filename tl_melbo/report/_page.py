@@ -19,7 +19,7 @@ from tl_melbo.gated import GatedFactors
 from tl_melbo.generation import OnBatch, Tell, in_parts
 from tl_melbo.model.bridge import Model
 from tl_melbo.model.tokens import as_seen
-from tl_melbo.report import _data, _facts, _parts, _tokens
+from tl_melbo.report import _data, _facts, _parts
 from tl_melbo.report._data import Measured
 from tl_melbo.report._notes import Notes, notes_given
 from tl_melbo.report._render import render
@@ -110,7 +110,7 @@ def write(
         baselines = None
         if activation_map is not None:
             baselines = random_baseline(model, activation_map, found, texts, **options)
-        top_tokens, kl = _tokens.measured_after(model, found, texts, steered, **options)
+        top_tokens, kl = _data.measured_after(model, found, texts, steered, **options)
         groups = _grouped(model, completions, random_texts, found, chat, batch_size, read)
         measured = Measured(kl, baselines, side_effects)
         data = _data.rows_data(found, texts, completions, groups, measured)
@@ -120,7 +120,7 @@ def write(
             "folder": run_folder,
             "cosines": _data.cosines_data(cosines),
             "effects": _data.cosines_data(None if effects is None else effects.cosines),
-            **_tokens.told(data["rows"], texts, top_tokens, token_divergence),
+            **_data.tokens_data(data["rows"], texts, top_tokens, token_divergence),
             "notes": kept,
             "tables": _tables(families, (adapters, adapter_texts), (factors, factor_texts)),
         }
@@ -228,7 +228,7 @@ _FRAMES: Mapping[str, tuple[Sequence[str], str]] = {
     "random_texts": (COMPLETION_COLUMNS, "what Run.random_texts returns"),
     "adapter_texts": (("vector", "prompt", "completion"), "what Run.adapter_texts returns"),
     "factor_texts": (("vector", "prompt", "completion"), "what Run.factor_texts returns"),
-    "token_divergence": (_tokens.DIVERGENCE, "what analysis.token_divergence returns"),
+    "token_divergence": (_data.DIVERGENCE, "what analysis.token_divergence returns"),
     "side_effects": (COLUMNS, "what analysis.side_effects returns"),
 }
 
