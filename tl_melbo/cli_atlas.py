@@ -19,7 +19,6 @@ from tl_melbo.text import printable
 
 TABLE, PAGE = "atlas.csv", "atlas.html"
 _LAYERS = "'start:stop:step' or '4,8,16'."
-_FIGURES: tuple[Any, ...] = ("singular_value", "share", "kl")
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Atlas of layer pairs</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -93,8 +92,8 @@ def _draw(found: tm.evaluation.Atlas, path: Path) -> None:
     from tl_melbo.plots import atlas_heatmap  # plotly takes long to import
 
     figures = []
-    for value in _FIGURES:
-        figure = atlas_heatmap(found.table, value, title="")
+    for value in ("singular_value", "share", "kl"):
+        figure: Any = atlas_heatmap(found.table, value, title="")
         # The script once, with the first of them.
         drawn = figure.to_html(full_html=False, include_plotlyjs=not figures)
         label = html.escape(figure.layout.meta["alt"])
@@ -120,7 +119,9 @@ def _layers(text: str, option: str) -> slice | list[int]:
 
 
 def _resolved(layers: slice | list[int], n_layers: int, option: str) -> list[int]:
-    found = layers if isinstance(layers, list) else [*range(n_layers)[layers]]
+    if isinstance(layers, list):
+        return layers
+    found = [*range(n_layers)[layers]]
     if not found:
         raise ValueError(
             f"--{option}={slice_text(layers)}: the model has {n_layers} layers, 0 to "

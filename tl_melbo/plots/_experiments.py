@@ -183,7 +183,7 @@ def _shares(rows: pd.DataFrame, name: str, colour: str) -> Iterator[go.Scatter]:
     yield line(scales, rows["share"], look, {"size": 8}, **won, **hovering(hover))
     undecided = 1 - (rows["ours"] + rows["theirs"]) / rows["n"]
     look = {"width": 1.4, "color": colour, "dash": "dash"}
-    yield line(scales, undecided, look, {"size": 5}, name=f"{name}: not decided", **told)
+    yield line(scales, undecided, look, {"size": 5}, name=f"{name}: not decided", **hovering(hover))
 
 
 @shape_checked
