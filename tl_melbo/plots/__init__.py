@@ -9,6 +9,8 @@ from tl_melbo.plots._experiments import (
     description_heatmap,
     dose_response,
     pairwise,
+    sweep_layers,
+    sweep_radius,
 )
 from tl_melbo.plots._frames import (
     atlas_heatmap,
@@ -28,7 +30,6 @@ from tl_melbo.plots._library import (
     norm_curve,
     objective_history,
 )
-from tl_melbo.plots._sweeps import sweep_layers, sweep_radius
 from tl_melbo.plots._tokens import token_divergence, token_presence
 
 __all__ = [
