@@ -16,12 +16,12 @@ from tl_melbo.plots._style import COLOURS, DOTTED, GREY, axis, figure, hovering,
 from tl_melbo.shapes import shape_checked
 from tl_melbo.tables import groups
 
+SweepValue = Literal["kl_median", "kl_max", "measure_median", "measure_max"]
+
 _RATE = ("rate", "low", "high")
 # More bars than this are not told in words.
 _MOST_TOLD = 24
 _ADVICE = "pass the frame as the experiment returned it"
-SweepValue = Literal["kl_median", "kl_max", "measure_median", "measure_max"]
-
 _PLACE = ("source_layer", "target_layer", "radius", "model", "method", "measure", "completion")
 _TITLES = {
     "kl_median": "median KL (nats)",
