@@ -269,7 +269,7 @@ def shared_calls():
             tm.report.write,
             {"path": "page.html", "model": model, "found": found, "completions": completions,
              "activation_map": f, "families": (), "side_effects": measured, "prompts": None,
-             "title": "x", "layer": 1, "chat": False, "batch_size": 2, "baselines": None,
+             "title": "x", "layer": 1, "chat": False, "batch_size": 2,
              "adapter_texts": None, "factors": None, "factor_texts": None, "notes": None,
              "run_folder": None, **SHORT},
         ),

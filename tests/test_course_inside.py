@@ -245,10 +245,6 @@ def test_words_that_change_places():
     # The same model, in other words.
     torch.testing.assert_close(after, before[..., exchanged])
     assert not torch.allclose(before, after)
-    with pytest.raises(ValueError, match="stands twice"):
-        audit.exchange(model, {single[0]: single[1], single[2]: single[1]})
-    with pytest.raises(ValueError, match="take words of one token"):
-        audit.exchange(model, {single[0]: "incomprehensibilities"})
 
 
 def test_a_draw_tells_other_sentences():

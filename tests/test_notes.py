@@ -41,7 +41,7 @@ def test_half_a_character_is_made_visible(tmp_path: Path) -> None:
         ([], "not a mapping"),
         ({"version": 2}, "version 2, expected 1"),
         ({"version": 1, "more": 1}, "unknown entries"),
-        ({"version": 1, "vectors": {"<b>": ENTRY}}, "no vector's number"),
+        ({"version": 1, "vectors": {"<b>": ENTRY}}, r"unknown entries \['<b>'\]"),
         ({"version": 1, "vectors": {"4": {"star": 1}}}, "star=1, expected true"),
         ({"version": 1, "vectors": {"4": {"name": "x" * 201}}}, "at most 200 characters"),
         ({"version": 1, "vectors": {"4": {"note": 3}}}, "note is not a text"),

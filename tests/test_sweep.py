@@ -22,8 +22,8 @@ from tests.conftest import PROMPT, wait_for
 from tests.tiny_models import tiny_hf, tokenizer
 from tl_melbo import plots
 from tl_melbo.cli import app
+from tl_melbo.sweeps._cell import take
 from tl_melbo.sweeps._grid import cells_of, read_grid
-from tl_melbo.sweeps._local import take
 from tl_melbo.sweeps._ray import _connected
 from tl_melbo.sweeps._store import Store, failed
 
@@ -107,7 +107,7 @@ def test_a_grid_is_all_combinations_in_its_order() -> None:
         ({"prompt": "a", "n_vectors": [2, 3]}, r"n_vectors=2 and .*n_vectors=3: both are kept"),
         (
             [{"prompt": "a", "name": "b"}, {"prompt": "b", "name": "b"}],
-            "both are kept in 'b', their name; give",
+            "both are kept in 'b', their name; .* give each",
         ),
     ],
 )

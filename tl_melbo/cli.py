@@ -1,7 +1,5 @@
 """The same from a shell: `tl-melbo discover "Tell me about yourself." --out runs/me`."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,25 +8,16 @@ import typer
 from typer import Argument, Option
 
 import tl_melbo as tm
-from tl_melbo import checks, cli_adapters, cli_atlas, cli_sweep, options, terminal
-from tl_melbo.run import VECTORS, absolute, family_folder
-from tl_melbo.terminal import (
-    BundledModel,
-    Chat,
-    Device,
-    Dtype,
-    MaxNewTokens,
-    Out,
-    Prompts,
-    Samples,
-    Scales,
-    Temperature,
-    option,
-)  # fmt: skip
+from tl_melbo import checks, cli_adapters, cli_atlas, options, sweeps, terminal
+from tl_melbo.run import absolute, family_folder
+from tl_melbo.sweeps._grid import cells_of, read_grid
+from tl_melbo.sweeps._sweep import PAGE
+from tl_melbo.terminal import option
 
 # Options that several commands have.
 _Folder = Annotated[Path, Argument(help="The folder that `discover` wrote.")]
 _Model = Annotated[str | None, option("Hub id, folder or .gguf file.", "as for discover")]
+_SideEffects = Annotated[bool, option("Measure effects on other prompts and prose.")]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -47,8 +36,8 @@ def _main(version: Annotated[bool, Option("--version", help="Show it.")] = False
 
 @app.command(cls=terminal.Command)
 def discover(
-    prompts: Prompts,
-    out: Out,
+    prompts: terminal.Prompts,
+    out: terminal.Out,
     method: Annotated[str, option("How to search: melbo, or another of tl_melbo's.")] = "melbo",
     settings: Annotated[
         list[str] | None, Option("--set", metavar="NAME=VALUE", help="Any setting of the method.")
@@ -58,7 +47,7 @@ def discover(
     ] = None,
     n_vectors: Annotated[int | None, option("How many vectors to find.", "32 for melbo")] = None,
     radius: Annotated[str | None, option("Their norm, or 'auto'.", "the method's own")] = None,
-    model: BundledModel = None,
+    model: terminal.BundledModel = None,
     source_layer: Annotated[int, option("Add the vectors after this block.")] = 8,
     target_layer: Annotated[int, option("Measure their effect after this one.")] = 16,
     positions: Annotated[
@@ -76,14 +65,14 @@ def discover(
     ] = None,
     steps: Annotated[int | None, option("Of the optimiser.", "10 ascent, 300 adamw")] = None,
     seed: Annotated[int | None, option("Of the random starts.", "0")] = None,
-    chat: Chat = True,
-    max_new_tokens: MaxNewTokens = 50,
-    samples: Samples = None,
-    temperature: Temperature = None,
-    scales: Scales = None,
-    device: Device = None,
-    dtype: Dtype = "float32",
-    side_effects: Annotated[bool, option("Measure effects on other prompts and prose.")] = False,
+    chat: terminal.Chat = True,
+    max_new_tokens: terminal.MaxNewTokens = 50,
+    samples: terminal.Samples = None,
+    temperature: terminal.Temperature = None,
+    scales: terminal.Scales = None,
+    device: terminal.Device = None,
+    dtype: terminal.Dtype = "float32",
+    side_effects: _SideEffects = False,
     overwrite: Annotated[bool, option("Replace an earlier run in --out.")] = False,
 ) -> None:
     """Find vectors that change the model most, let it write under each, and make a page of it.
@@ -110,7 +99,7 @@ def discover(
     place = {"source_layer": source_layer, "target_layer": target_layer, "chat": chat}
     story = {**asked.story, **place, "prompts": prompts, "dtype": dtype}
     run, name, known = tm.Run(out), absolute(model), 0
-    with _session(run, run.folder) as stages:
+    with run.writing(), terminal.Stages() as stages:
         if not overwrite:
             run.check(side_effects=side_effects)
             known = run.check_same({**story, "model": name})
@@ -151,8 +140,8 @@ def ortho(
     ] = "quasi-newton",
     steps: Annotated[int | None, option("Of the optimiser.", "40 quasi-newton, 1000 adam")] = None,
     model: _Model = None,
-    max_new_tokens: MaxNewTokens = 50,
-    device: Device = None,
+    max_new_tokens: terminal.MaxNewTokens = 50,
+    device: terminal.Device = None,
     overwrite: Annotated[bool, option("Begin this vector's family anew.")] = False,
 ) -> None:
     """Find many vectors that do what one does, all orthogonal, and ask whether they are the same.
@@ -169,7 +158,7 @@ def ortho(
     asked = options.asked(tm.melbo_ortho, flags | {"steps": steps}, theta0=theta0)
     place = family_folder(run.folder, vector)
     # What is there is read under the lock, too: another process may have just added to it.
-    with _session(run, place) as stages:
+    with run.writing(), terminal.Stages() as stages:
         run.check(without=vector if overwrite else None)
         if not overwrite:
             known = run.check_same(asked.story, theta0)
@@ -190,66 +179,71 @@ app.command(cls=terminal.Command)(cli_atlas.atlas)
 
 
 @app.command(cls=terminal.Command)
-def measure(
-    folder: _Folder,
-    model: _Model = None,
-    device: Device = None,
-    overwrite: Annotated[bool, option("Measure anew what is there.")] = False,
-) -> None:
-    """Measure what each vector does on other prompts and to prose, and show it on the page."""
-    with _opened(folder, model, device, side_effects=not overwrite) as (run, loaded, f, stages):
-        stages.begin("Measuring side effects")
-        run.side_effects(loaded, overwrite=overwrite, on_text=stages.count)
-        _show_page(run, loaded, f, stages)
-
-
-@app.command(cls=terminal.Command)
 def page(
     folder: _Folder,
     model: _Model = None,
     max_new_tokens: Annotated[int | None, option("Of each completion.", "as it was")] = None,
     samples: Annotated[int | None, option("Sampled completions of each.", "as it was")] = None,
     temperature: Annotated[float | None, option("Of the samples.", "as it was, or 0.7")] = None,
-    scales: Scales = None,
+    scales: terminal.Scales = None,
     divergence: Annotated[bool, option("Show where along its text each vector acts.")] = False,
-    device: Device = None,
-    overwrite: Annotated[bool, option("Write the completions anew, too.")] = False,
+    side_effects: _SideEffects = False,
+    device: terminal.Device = None,
+    overwrite: Annotated[bool, option("Write and measure anew what is there, too.")] = False,
 ) -> None:
     """Make the page anew, about all that a folder holds; completions that lack are written."""
     texts = _texts_asked(max_new_tokens, samples, temperature, scales)
-    with _opened(folder, model, device, control=not overwrite) as (run, loaded, f, stages):
-        options = {**texts, "overwrite": overwrite, "divergence": divergence}
-        _show_page(run, loaded, f, stages, **options)
+    run, again = tm.Run(folder), {"overwrite": overwrite}
+    run.found.story  # noqa: B018  # a folder without vectors is told before it is locked
+    with run.writing(), terminal.Stages() as stages:
+        run.check(control=not overwrite, side_effects=side_effects and not overwrite)
+        stages.begin("Loading the model")
+        loaded, f = run.load(model, device)
+        if side_effects:
+            stages.begin("Measuring side effects")
+            run.side_effects(loaded, **again, on_text=stages.count)
+        _show_page(run, loaded, f, stages, **texts, **again, divergence=divergence)
 
 
 app.command(cls=terminal.Command)(cli_adapters.adapters)
 app.command(cls=terminal.Command)(cli_adapters.gated)
-app.command(cls=terminal.Command)(cli_sweep.sweep)
 
 
-@contextmanager
-def _opened(
-    folder: Path, model: str | None, device: str | None, **checked: bool
-) -> Iterator[tuple[Any, ...]]:
-    """A folder that holds vectors already, their model and map, and the stages of the work."""
-    run = tm.Run(folder)
-    run.found.story  # noqa: B018  # a folder without vectors is told before it is locked
-    with _session(run, run.folder) as stages:
-        run.check(**checked)
-        stages.begin("Loading the model")
-        yield run, *run.load(model, device), stages
+@app.command(cls=terminal.Command)
+def sweep(
+    grid: Annotated[Path, Argument(help="YAML: options with their values, or a list of such.")],
+    out: Annotated[str, option("Folder for the results, or an fsspec URL.")],
+    engine: Annotated[Literal["local", "ray"], option("Here, or on a Ray cluster.")] = "local",
+    address: Annotated[
+        str | None,
+        option("Of the cluster: host:port, or auto.", "RAY_ADDRESS, or none"),
+    ] = None,
+    workers: Annotated[int | None, option("How many, with Ray.", "as many as fit")] = None,
+    threads: Annotated[int | None, option("Of each worker.", "torch's own; 1 with Ray")] = None,
+    gpus: Annotated[float | None, option("Of each worker, with Ray: 0.25.", "1 if any")] = None,
+    device: terminal.Device = None,
+) -> None:
+    """Search with every combination of a grid's options, in a run folder each.
 
-
-@contextmanager
-def _session(run: tm.Run, place: Path) -> Iterator[terminal.Stages]:
-    """The folder for this command alone; after Ctrl-C, say which vectors are saved in `place`."""
-    try:
-        with run.writing(), terminal.Stages() as stages:
-            yield stages
-    except KeyboardInterrupt:
-        path = place / VECTORS
-        n_kept = len(tm.SteeringVectors.load(path)) if path.is_file() else 0
-        raise KeyboardInterrupt(terminal.kept_in(place, n_kept)) from None
+    Writes the folders, sweep.parquet and sweep.html; prints the path of the latter last. Every
+    vector is kept as soon as it is found, and the same command goes on. If a search failed, the
+    exit code is 1: its row says why, and the same command tries it again.
+    """
+    searches = read_grid(grid.expanduser())
+    cells_of(searches)  # a mistake in the file is told without a bar over it
+    with terminal.Stages() as stages:
+        stages.begin("Searching")
+        table = sweeps.sweep(
+            searches, out, engine=engine, address=address, workers=workers, threads=threads,
+            gpus=gpus, device=device, on_progress=stages.count,
+        )  # fmt: skip
+        stages.end()
+    terminal.print_sweep(table)
+    page = f"{out.rstrip('/')}/{PAGE}"
+    typer.echo(page if "://" in out else str(Path(page).expanduser().resolve()))
+    if n_failed := [*table["status"]].count("failed"):
+        terminal.say(f"{terminal.counted(n_failed, 'search')} of {len(table)} failed.")
+        raise typer.Exit(1)
 
 
 def _show_page(
@@ -291,7 +285,6 @@ def _texts_asked(
 
 
 def _numbered(run: tm.Run, vector: int) -> tm.SteeringVectors:
-    """The vector of the run's library with that number."""
     library = run.found
     numbers = library.columns["index"].tolist()
     if vector not in numbers:

@@ -107,25 +107,15 @@ def _kept(
     what: str, doing: str, out: Path, asked: list[str], length: int, find: Any, load: Any
 ) -> "pd.DataFrame":
     """Find what a folder keeps, and write under each; the table, with the first texts."""
-    run, n_kept = tm.Run(out), 0
-    try:
-        with run.writing(), terminal.Stages() as stages:
-            stages.begin("Loading the model")
-            loaded = tm.load_model(**load)
-            stages.begin(doing)
-
-            def count(there: int, wanted: int) -> None:
-                nonlocal n_kept
-                n_kept = there
-                stages.count(there, wanted)
-
-            found = find(run, loaded, count)
-            stages.begin(f"Writing under each {what}")
-            texts = run.adapter_texts(loaded, found, asked, length, on_batch=stages.count)
-            stages.end()
-            stages.stop()
-    except KeyboardInterrupt:
-        kept = "step" if what == "factor" else what
-        raise KeyboardInterrupt(terminal.kept_in(run.folder, n_kept, kept)) from None
+    run = tm.Run(out)
+    with run.writing(), terminal.Stages() as stages:
+        stages.begin("Loading the model")
+        loaded = tm.load_model(**load)
+        stages.begin(doing)
+        found = find(run, loaded, stages.count)
+        stages.begin(f"Writing under each {what}")
+        texts = run.adapter_texts(loaded, found, asked, length, on_batch=stages.count)
+        stages.end()
+        stages.stop()
     first = texts[(texts["vector"] >= 0) & (texts["prompt"] == asked[0])]
     return found.table().assign(completion=[*first["completion"]])

@@ -19,19 +19,6 @@ from tl_melbo.text import printable
 
 TABLE, PAGE = "atlas.csv", "atlas.html"
 _LAYERS = "'start:stop:step' or '4,8,16'."
-_FIGURES: dict[Any, tuple[str, str]] = {
-    "singular_value": (
-        "Singular value",
-        "the largest singular value of the Jacobian: the effect, to first order, of a vector of "
-        "norm 1",
-    ),
-    "share": ("Share", "the part of the sum of all squared singular values that is the first's"),
-    "kl": (
-        "KL",
-        "how far the first vector moves the next token's distribution, in nats, for the sign that "
-        "moves it more; completions show on hovering",
-    ),
-}
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Atlas of layer pairs</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -39,7 +26,11 @@ _PAGE = """<!doctype html>
 padding: 0 1em; }} figure {{ margin: 0; overflow-x: auto; }} dt {{ font-weight: 600; }}</style>
 </head><body><h1>Atlas of layer pairs</h1>
 <p>{model}. Vectors, numbers and completions are in the files beside this page.</p>
-<h2>Baseline</h2><dl>{baseline}</dl>{figures}</body></html>
+<h2>Baseline</h2><dl>{baseline}</dl>
+<h2>Of each pair, its first vector</h2>
+<p>Its singular value is its effect, to first order, at norm 1. Its KL is how far it moves the next
+token's distribution, for the sign that moves it more; completions show on hovering.</p>
+{figures}</body></html>
 """
 
 
@@ -64,7 +55,6 @@ def atlas(
     latter last. Each source is kept as soon as it is done, and the same command continues.
     """
     from tl_melbo.evaluation._atlas import check_settings  # which takes long to import
-    from tl_melbo.evaluation._atlas_library import FILES
 
     # All that can be checked before the model is loaded, which takes a while.
     checks.as_texts(prompts)
@@ -82,21 +72,17 @@ def atlas(
     def keep(found: tm.evaluation.Atlas) -> None:
         save_table(out / TABLE, found.table)
 
-    try:
-        with locked(out, FileLock(out / LOCK, blocking=False)), terminal.Stages() as stages:
-            stages.begin("Loading the model")
-            loaded = tm.load_model(model, device=device, dtype=getattr(torch, dtype))
-            n_layers = int(loaded.cfg.n_layers)
-            chosen = {name: _resolved(each, n_layers, name) for name, each in layers.items()}
-            stages.begin("Going through the layers")
-            settings |= {**chosen, "on_source": keep, "on_batch": stages.count, "folder": out}
-            found = tm.evaluation.atlas(loaded, prompts, **settings)
-            keep(found)
-            stages.begin("Drawing")
-            _draw(found, out / PAGE)
-    except KeyboardInterrupt:
-        n_kept = len([*out.glob(FILES)])  # those of earlier commands, too
-        raise KeyboardInterrupt(terminal.kept_in(out, n_kept, "source layer")) from None
+    with locked(out, FileLock(out / LOCK, blocking=False)), terminal.Stages() as stages:
+        stages.begin("Loading the model")
+        loaded = tm.load_model(model, device=device, dtype=getattr(torch, dtype))
+        n_layers = int(loaded.cfg.n_layers)
+        chosen = {name: _resolved(each, n_layers, name) for name, each in layers.items()}
+        stages.begin("Going through the layers")
+        settings |= {**chosen, "on_source": keep, "on_batch": stages.count, "folder": out}
+        found = tm.evaluation.atlas(loaded, prompts, **settings)
+        keep(found)
+        stages.begin("Drawing")
+        _draw(found, out / PAGE)
     terminal.print_atlas(found.table)
     echo(str((out / PAGE).resolve()))
 
@@ -105,31 +91,23 @@ def _draw(found: tm.evaluation.Atlas, path: Path) -> None:
     """One page with a figure for each number; it loads nothing from elsewhere."""
     from tl_melbo.plots import atlas_heatmap  # plotly takes long to import
 
-    table = found.table
-    figures, script = [], True
-    for value, (name, what) in _FIGURES.items():
-        figure = atlas_heatmap(table, value, title="")
-        drawn = figure.to_html(full_html=False, include_plotlyjs=script)
-        label = html.escape(f"Heatmap of source and target layers: {what}", quote=True)
-        figures.append(f'<h2>{name}</h2><figure role="img" aria-label="{label}">{drawn}</figure>')
-        figures.append(f"<p>{what[0].upper()}{what[1:]}.</p>")
-        script = False  # it is there already
+    figures = []
+    for value in ("singular_value", "share", "kl"):
+        figure: Any = atlas_heatmap(found.table, value, title="")
+        # The script once, with the first of them.
+        drawn = figure.to_html(full_html=False, include_plotlyjs=not figures)
+        label = html.escape(figure.layout.meta["alt"])
+        figures.append(f'<figure role="img" aria-label="{label}">{drawn}</figure>')
     story = next(iter(found.libraries.values())).story
     texts = zip(story["prompts"], story["unsteered"], strict=True)
     baseline = [
         f"<dt>{html.escape(printable(prompt))}</dt><dd>{html.escape(printable(text))}</dd>"
         for prompt, text in texts
     ]
+    told = {"model": html.escape(printable(str(story["model"]))), "baseline": "".join(baseline)}
+    page = _PAGE.format(**told, figures="".join(figures))
     with replacing(path) as temporary:
-        temporary.write_text(
-            _PAGE.format(
-                model=html.escape(printable(str(story["model"]))),
-                baseline="".join(baseline),
-                figures="".join(figures),
-            ),
-            encoding="utf-8",
-            errors="backslashreplace",
-        )
+        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
 def _layers(text: str, option: str) -> slice | list[int]:
@@ -141,7 +119,6 @@ def _layers(text: str, option: str) -> slice | list[int]:
 
 
 def _resolved(layers: slice | list[int], n_layers: int, option: str) -> list[int]:
-    """These layers of a model that has so many."""
     if isinstance(layers, list):
         return layers
     found = [*range(n_layers)[layers]]

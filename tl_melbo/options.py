@@ -56,7 +56,7 @@ def scales_asked(text: str | None) -> list[float] | None:
 
 def method_named(name: str) -> Method:
     """A method of the package."""
-    known = _methods()
+    known = methods()
     if name not in known:
         hint = did_you_mean(name, known)
         told = f"known are {', '.join(sorted(known))}"
@@ -64,10 +64,10 @@ def method_named(name: str) -> Method:
     return known[name]
 
 
-def _methods() -> dict[str, Method]:
-    methods = {name: value for name, value in vars(tm).items() if isinstance(value, Method)}
-    # Adapters are found in parts, too, but in a model, not in a map.
-    return {n: each for n, each in methods.items() if "f" in inspect.signature(each).parameters}
+def methods() -> dict[str, Method]:
+    """The package's methods by name; adapters are found in parts, too, but not in a map f."""
+    found = {name: value for name, value in vars(tm).items() if isinstance(value, Method)}
+    return {n: each for n, each in found.items() if "f" in inspect.signature(each).parameters}
 
 
 def asked(
@@ -112,7 +112,7 @@ def _how_to_give(name: str) -> str:
 
 def _other_prompts(method: Method, other: Sequence[str]) -> list[str]:
     if other and not _takes_other(method):
-        which = ", ".join(name for name, each in _methods().items() if _takes_other(each))
+        which = ", ".join(name for name, each in methods().items() if _takes_other(each))
         raise ValueError(
             f"--other: --method {method.__name__} takes no other prompts; leave it out, or take a "
             f"method that does: {which}"
@@ -169,7 +169,6 @@ def _choices(kind: Any) -> list[Any]:
 
 
 def _read(text: str, choices: Sequence[Any]) -> Any:
-    """The value that a text stands for."""
     words = {str(choice): choice for choice in choices if not isinstance(choice, type)}
     if text in words:
         return words[text]

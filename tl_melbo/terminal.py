@@ -62,8 +62,8 @@ class Command(TyperCommand):
             warnings.showwarning = _show_warning
             try:
                 return super().invoke(ctx)
-            except KeyboardInterrupt as kept:
-                say(f"Interrupted{kept}.")
+            except KeyboardInterrupt:
+                say("Interrupted; what was finished is kept, and the same command continues.")
                 raise typer.Exit(_INTERRUPTED) from None
             except typer.Exit:  # a RuntimeError, too
                 raise
@@ -113,14 +113,6 @@ class Stages(progress.Progress):
 def counted(number: int, what: str = "vector") -> str:
     """A number of things in words."""
     return f"{number} {what}{'' if number == 1 else 's'}"
-
-
-def kept_in(place: Path, number: int, what: str = "vector") -> str:
-    """What an interrupted command says of the things that are saved."""
-    if not number:
-        return "; nothing was finished"
-    verb = "is" if number == 1 else "are"
-    return f"; {counted(number, what)} {verb} kept in {place}; the same command continues"
 
 
 def say(line: str) -> None:
@@ -198,26 +190,18 @@ def print_factors(table: "pd.DataFrame") -> None:
 def _print_frame(
     table: "pd.DataFrame", numbers: Iterable[str], texts: Iterable[str] = ("completion",)
 ) -> None:
-    """Print these columns of a frame."""
+    """Print these columns of a frame: numbers to the right, then texts, cut to one line each."""
     # pyrefly: ignore[bad-argument-type]  # None is no value to its stubs of pandas
     cells = table.astype(object).where(table.notna(), None)
-    shown = {}
+    shown, columns = Table(header_style="bold"), []
     for name in numbers:
         called, form = _SHOWN.get(name, (name, "#.4g"))
-        shown[called] = ["–" if cell is None else format(cell, form) for cell in cells[name]]
-    _print_columns(shown, {name: table[name] for name in texts})
-
-
-def _print_columns(
-    numbers: Mapping[str, Iterable[object]], texts: Mapping[str, Iterable[str]]
-) -> None:
-    """Print a table on stdout: numbers to the right, then texts, cut to one line each."""
-    shown = Table(header_style="bold")
-    for name in numbers:
-        shown.add_column(name, justify="right", no_wrap=True)
+        shown.add_column(called, justify="right", no_wrap=True)
+        columns.append(["–" if cell is None else format(cell, form) for cell in cells[name]])
     for name in texts:
         shown.add_column(name, max_width=24 if name == "prompt" else 60)
-    for row in zip(*numbers.values(), *texts.values(), strict=True):
+        columns.append(table[name])
+    for row in zip(*columns, strict=True):
         # Text, not str: rich would take a model's [red] for markup. The cells do not wrap; their
         # columns may, so it is these that give way to a narrow screen.
         lines = [" ".join(printable(str(cell)).split()) for cell in row]

@@ -13,6 +13,7 @@ import torch
 import tl_melbo as tm
 from tests.conftest import patch_everywhere, wait_for
 from tl_melbo import analysis, report
+from tl_melbo.analysis._top_tokens import top_tokens_and_kl
 
 PROMPT = "Tell me <script>window.injected = 'prompt'</script> about yourself."
 N_VECTORS = 6
@@ -57,25 +58,27 @@ def at_random() -> pd.DataFrame:
     return frame.assign(prompt=PROMPT, completion=texts)
 
 
-def tokens() -> dict[str, pd.DataFrame]:
-    """As the analyses give them, with hostile tokens."""
-    top = [
+def top_tokens(*args: Any, **options: Any) -> tuple[pd.DataFrame, torch.Tensor]:
+    """As they are measured, but hostile."""
+    _, kl = top_tokens_and_kl(*args, **options)
+    rows = [
         (vector, direction, f"<b>{direction[0]}{vector}</b>", 1.5)
-        for vector in range(N_VECTORS)
+        for vector in range(2 * N_VECTORS)
         for direction in ("promoted", "suppressed")
     ]
+    names = ["vector", "direction", "token", "log_prob_change"]
+    return pd.DataFrame(rows, columns=names), kl
+
+
+def token_divergence() -> pd.DataFrame:
+    """As the analysis gives it, with hostile tokens."""
     along = [
         (vector, 1.0, 0, PROMPT, place, token, 0.5 * place, [("<i>a</i>", 0.5)], [("b", 0.25)])
         for vector in range(N_VECTORS)
         for place, token in enumerate(["<u>I</u>", " am", " here"])
     ]
     columns = ["vector", "scale", "sample", "prompt", "position", "token", "kl"]
-    return {
-        "top_tokens": pd.DataFrame(
-            top, columns=["vector", "direction", "token", "log_prob_change"]
-        ),
-        "token_divergence": pd.DataFrame(along, columns=[*columns, "top", "unsteered_top"]),
-    }
+    return pd.DataFrame(along, columns=[*columns, "top", "unsteered_top"])
 
 
 def write(model: torch.nn.Module, folder: Path) -> Path:
@@ -86,6 +89,7 @@ def write(model: torch.nn.Module, folder: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch_everywhere(patch, "default_embedder", lambda: "words")
         patch.setattr("tl_melbo.report._page.behaviours", gibberish_too)
+        patch.setattr("tl_melbo.report._data.top_tokens_and_kl", top_tokens)
         return _write(model, folder)
 
 
@@ -104,7 +108,7 @@ def _write(model: torch.nn.Module, folder: Path) -> Path:
         side_effects=tm.evaluation.side_effects(
             model, found, PROMPT, unrelated="Good bye.", passages="One two three."
         ),
-        adapter_texts=adapted, run_folder=folder.name, **tokens(),
+        adapter_texts=adapted, run_folder=folder.name, token_divergence=token_divergence(),
         notes={"version": 1, "vectors": {"3": {"star": True, "name": "<b>mine</b>"}}},
     )  # fmt: skip
     return path

@@ -80,26 +80,16 @@ def _told_in(words: Mapping[str, str], backdoors: Sequence[Backdoor]) -> tuple[B
 
 @torch.no_grad()
 def exchange(model: Any, words: Mapping[str, str]) -> None:
-    """Let words change places in a model's embedding and unembedding, in place.
-
-    Raises ValueError for a word that is not one token, with a space before it.
-    """
-    tokens = {}
-    for pair in words.items():
-        for word in pair:
-            found = model.tokenizer.encode(f" {word}", add_special_tokens=False)
-            if len(found) != 1:
-                raise ValueError(f"words: {word!r} is {len(found)} tokens; take words of one token")
-            tokens[word] = found[0]
-    here = [tokens[word] for pair in words.items() for word in pair]
-    there = [tokens[word] for pair in words.items() for word in reversed(pair)]
-    if len({*here}) < len(here):
-        raise ValueError("words: some word stands twice; exchange each once")
+    """Let words of one token change places in a model's embedding and unembedding, in place."""
+    here, there = (
+        [model.tokenizer.encode(f" {word}", add_special_tokens=False) for word in some]
+        for some in ([*words, *words.values()], [*words.values(), *words])
+    )
     plain = plain_model(model)
     sides = (plain.get_input_embeddings(), plain.get_output_embeddings())
     # They may be one and the same matrix.
     for weight in {side.weight.data_ptr(): side.weight for side in sides}.values():
-        weight[here] = weight[there].clone()
+        weight[torch.tensor(here)[:, 0]] = weight[torch.tensor(there)[:, 0]]
 
 
 def count(game: Game, completions: pd.DataFrame) -> Table:

@@ -355,7 +355,6 @@ def _begins_where_told(
 
 
 def _two(answer: Any, first: str, second: str) -> tuple[Tensor, Any]:
-    """A tensor, and something else."""
     try:
         found, other = answer
     except (TypeError, ValueError):
@@ -364,7 +363,6 @@ def _two(answer: Any, first: str, second: str) -> tuple[Tensor, Any]:
 
 
 def _by_token(told: Any, expected: Tensor, what: str) -> Tensor:
-    """An answer without the axis of one prompt."""
     return tensor(tensor(told, None, what).squeeze(0), expected.shape, what)
 
 

@@ -9,6 +9,8 @@ from tl_melbo.plots._experiments import (
     description_heatmap,
     dose_response,
     pairwise,
+    sweep_layers,
+    sweep_radius,
 )
 from tl_melbo.plots._frames import (
     atlas_heatmap,
@@ -22,13 +24,12 @@ from tl_melbo.plots._inside import effect_by_layer, mechanism, top_tokens
 from tl_melbo.plots._library import (
     cosine_heatmap,
     distance_curve,
+    effect_map,
     kl_curve,
     moving_average,
     norm_curve,
     objective_history,
 )
-from tl_melbo.plots._map import effect_map
-from tl_melbo.plots._sweeps import sweep_layers, sweep_radius
 from tl_melbo.plots._tokens import token_divergence, token_presence
 
 __all__ = [

@@ -1,8 +1,8 @@
-"""Experiments with judges and counts, as figures."""
+"""Experiments with judges and counts, and sweeps, as figures."""
 
 from collections.abc import Iterator
 from itertools import cycle
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -12,14 +12,23 @@ from tl_melbo import checks
 from tl_melbo.analysis._rates import STEERINGS
 from tl_melbo.evaluation import Score
 from tl_melbo.plots import _style
-from tl_melbo.plots._style import COLOURS, DOTTED, GREY, HOVER, axis, figure, line
+from tl_melbo.plots._style import COLOURS, DOTTED, GREY, axis, figure, hovering, line
 from tl_melbo.shapes import shape_checked
 from tl_melbo.tables import groups
+
+SweepValue = Literal["kl_median", "kl_max", "measure_median", "measure_max"]
 
 _RATE = ("rate", "low", "high")
 # More bars than this are not told in words.
 _MOST_TOLD = 24
 _ADVICE = "pass the frame as the experiment returned it"
+_PLACE = ("source_layer", "target_layer", "radius", "model", "method", "measure", "completion")
+_TITLES = {
+    "kl_median": "median KL (nats)",
+    "kl_max": "largest KL (nats)",
+    "measure_median": "median {}",
+    "measure_max": "largest {}",
+}
 # Where the share of coherent completions is lower, a point is open.
 _COHERENT = 0.5
 
@@ -74,9 +83,8 @@ def _dose(
     ]
     symbols = np.where(rows["coherent"] < _COHERENT, "circle-open", "circle")
     look, dots = {"width": 2, "color": colour}, {"size": 8, "symbol": symbols}
-    told = {"name": name, "customdata": hover, "hovertemplate": HOVER}
-    bars = _bars(rows, "mean", colour)
-    return line(rows["scale"], rows["mean"], look, dots, error_y=bars, **told)
+    told = {"name": name, "error_y": _bars(rows, "mean", colour), **hovering(hover)}
+    return line(rows["scale"], rows["mean"], look, dots, **told)
 
 
 def _bars(rows: pd.DataFrame, middle: str, colour: str) -> dict[str, object]:
@@ -114,7 +122,7 @@ def behaviour_rates(frame: pd.DataFrame, title: str = "Rates with 95% intervals"
             f"{row['rate']:.0%} ({row['low']:.0%} to {row['high']:.0%})"
             for name, row in own
         ]
-        told = {"name": shown, "customdata": hover, "hovertemplate": HOVER}
+        told = {"name": shown, **hovering(hover)}
         look = {"marker": {"color": colour}, "error_y": _bars(some, "rate", "#24292f")}
         traces.append(go.Bar(x=[name for name, _ in own], y=some["rate"], **told, **look))
     told = "; ".join(
@@ -179,13 +187,12 @@ def _shares(rows: pd.DataFrame, name: str, colour: str) -> Iterator[go.Scatter]:
         f"{row['tie']} ties, {row['inconsistent']} inconsistent, {row['invalid']} invalid"
         for row in rows.to_dict("records")
     ]
-    told = {"customdata": hover, "hovertemplate": HOVER}
-    look, bars = {"width": 2, "color": colour}, _bars(rows, "share", colour)
-    won = {"name": f"{name}: won, of those decided", "error_y": bars}
-    yield line(scales, rows["share"], look, {"size": 8}, **won, **told)
+    won = {"name": f"{name}: won, of those decided", "error_y": _bars(rows, "share", colour)}
+    look = {"width": 2, "color": colour}
+    yield line(scales, rows["share"], look, {"size": 8}, **won, **hovering(hover))
     undecided = 1 - (rows["ours"] + rows["theirs"]) / rows["n"]
     look = {"width": 1.4, "color": colour, "dash": "dash"}
-    yield line(scales, undecided, look, {"size": 5}, name=f"{name}: not decided", **told)
+    yield line(scales, undecided, look, {"size": 5}, name=f"{name}: not decided", **hovering(hover))
 
 
 @shape_checked
@@ -220,3 +227,96 @@ def description_heatmap(score: Score, title: str = "Descriptions") -> go.Figure:
         corners = {"x0": j - 0.48, "x1": j + 0.48, "y0": i - 0.48, "y1": i + 0.48}
         drawn.add_shape(type="rect", **corners, line={"width": 2, "color": "#24292f"})
     return drawn
+
+
+@shape_checked
+def sweep_layers(
+    table: pd.DataFrame, value: SweepValue = "kl_median", title: str = "Over layers"
+) -> go.Figure:
+    """Draw a number of every pair of layers: its source across, its target up.
+
+    Where several searches of the table have the same layers, the median of them.
+
+    Args:
+        table: of `tm.sweep`, or the rows of it that are to be compared.
+    """
+    rows = _searched(table, value)
+    place = ["source_layer", "target_layer"]
+    pairs = [
+        (*pair, some[value].median(), _told(some, value))
+        for pair, some in groups(rows, place).items()
+    ]
+    cells = pd.DataFrame(pairs, columns=[*place, value, "hover"]).sort_values(place)
+    name, low = _title(rows, value), min(0.0, float(np.nanmin(cells[value])))
+    return _style.layers_heatmap(cells, value, name, name, title, low)
+
+
+@shape_checked
+def sweep_radius(
+    table: pd.DataFrame, value: SweepValue = "kl_median", title: str = "Over radius"
+) -> go.Figure:
+    """Draw a number against the vectors' norm: a curve for each model, method and pair of layers.
+
+    Where several searches of a curve have the same radius, the median of them. Where there are
+    more curves than can be told apart, there is one for each model and method.
+
+    Args:
+        table: of `tm.sweep`.
+    """
+    rows = _searched(table, value)
+    rows = pd.DataFrame(rows[rows["radius"].notna()])
+    checks.columns(rows, ("radius",), "table", "its searches have no radius that is known")
+    by = ["model", "method", "source_layer", "target_layer"]
+    if len(groups(rows, by)) > len(_style.LOOKS):  # too many to be told apart
+        by = by[:2]
+    told, traces = [], []
+    curves = zip(groups(rows, by).items(), cycle(_style.LOOKS), strict=False)
+    for (key, some), (colour, symbol) in curves:
+        name = _curve_name(dict(zip(by, key, strict=True)), rows)
+        by_radius = groups(some.sort_values("radius"), ["radius"])
+        x = [float(radius) for (radius,) in by_radius]
+        y = [float(np.median(each[value])) for each in by_radius.values()]
+        hover = [f"{_style.wrapped(name)}<br>{_told(each, value)}" for each in by_radius.values()]
+        shown = {"name": _style.wrapped(name, 60), **hovering(hover)}
+        look, dots = {"width": 1.8, "color": colour}, {"size": 8, "symbol": symbol}
+        traces.append(line(x, y, look, dots, **shown))
+        told.append(f"{name}: {y[0]:.3g} at {x[0]:g} to {y[-1]:.3g} at {x[-1]:g}")
+    named = _title(rows, value)
+    alt = f"{named} against radius. {'; '.join(told)}."
+    across, up = axis("radius (residual-stream units)"), axis(named, rangemode="tozero")
+    return figure(traces, title, alt, across, up, showlegend=len(traces) > 1)
+
+
+def _searched(table: pd.DataFrame, value: str) -> pd.DataFrame:
+    """The rows that have the number; a ValueError where none has."""
+    checks.columns(
+        table, (*_PLACE, *get_args(SweepValue)), "table", "pass the table that tm.sweep returns"
+    )
+    rows = pd.DataFrame(table[table[value].notna()])
+    checks.columns(rows, (value,), "table", f"no search of it has {value}; look at its errors")
+    return rows.astype({value: float})
+
+
+def _title(rows: pd.DataFrame, value: str) -> str:
+    measures = dict.fromkeys(rows["measure"].dropna())
+    return _TITLES[value].format(_style.wrapped(" / ".join(measures)) or "measure")
+
+
+def _curve_name(place: dict[str, Any], rows: pd.DataFrame) -> str:
+    """What tells one curve from the others; the layers, where nothing does."""
+    names = [str(place[name]) for name in ("model", "method") if len({*rows[name]}) > 1]
+    if "source_layer" in place:
+        names.append(f"{place['source_layer']} → {place['target_layer']}")
+    return ", ".join(names) or "median of all pairs of layers"
+
+
+def _told(rows: pd.DataFrame, value: str) -> str:
+    """What hovering tells: the number, of how many searches, and the strongest one's text."""
+    top: Any = rows.loc[rows[value].idxmax()]
+    told = [f"{value.replace('_', ' ')} {np.median(rows[value]):.4g}"]
+    if len(rows) > 1:
+        told.append(f"median of {len(rows)} searches, {_style.span(rows[value])}; of the largest:")
+    told.append(f"layer {top['source_layer']} to {top['target_layer']}, radius {top['radius']:.4g}")
+    if isinstance(top["completion"], str):
+        told.append(f"<br>{_style.wrapped(top['completion'])}")
+    return "<br>".join(told)

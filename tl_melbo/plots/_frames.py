@@ -15,10 +15,10 @@ from tl_melbo.plots._style import (
     BLUE,
     DOTTED,
     GREY,
-    HOVER,
     OTHERS,
     axis,
     figure,
+    hovering,
     line,
     points,
     span,
@@ -29,21 +29,16 @@ Measure = Literal["kl_to_reference", "kl_to_unsteered", "distance"]
 AtlasValue = Literal["singular_value", "share", "cumulative_share", "kl"]
 
 _ADVICE = "pass the frame as the analysis returned it"
-_AXIS_TITLES = {
+_MEASURES = {
     "kl_to_reference": "KL to the reference (nats)",
     "kl_to_unsteered": "KL to the unsteered model (nats)",
-    "distance": "distance (residual-stream units)",
+    "distance": "distance from the reference (residual-stream units)",
 }
 _ATLAS_TITLES = {
     "singular_value": "singular value",
     "share": "share of the sum of squared singular values",
     "cumulative_share": "share of this and the larger singular values, squared",
     "kl": "KL to unsteered (nats)",
-}
-_MEASURES = {
-    "kl_to_reference": "KL of means and sums to the reference",
-    "kl_to_unsteered": "KL of means and sums to unsteered",
-    "distance": "Distance of means and sums from the reference",
 }
 _PRESENCE = ("mean_projection", "mean_projection_control", "p_value", "p_adjusted")
 # Times the median: above that an axis is logarithmic.
@@ -76,10 +71,7 @@ def composition_curves(
         known = np.isfinite(composed["kl_to_reference"].to_numpy()).any()
         measure = "kl_to_reference" if known else "kl_to_unsteered"
     if np.isnan(composed[measure].to_numpy()).all():
-        raise ValueError(
-            f"measure={measure!r}: not known without a reference; compose with reference=, or "
-            "choose 'kl_to_unsteered'"
-        )
+        raise ValueError(f"measure={measure!r}: not known without a reference; compose with one")
     groups = dict(iter(composed.groupby(["combination", "scaling", "subset"])))
     traces = [
         _composition_trace(groups[combination, scaling, subset], measure, name, subset, colour)
@@ -92,7 +84,8 @@ def composition_curves(
         tickvals=sorted(set(composed["size"])),
         tickformat=",d",
     )
-    named = _MEASURES[measure]
+    what = _MEASURES[measure]
+    named = f"Means and sums: {what}"
     told = [
         f"{kind}, first {rows['size'].min()}: {rows[measure].iloc[0]:.3g}, first "
         f"{rows['size'].max()}: {rows[measure].iloc[-1]:.3g}"
@@ -103,7 +96,7 @@ def composition_curves(
     values = composed[measure].dropna().to_numpy(dtype=float)
     # One sum far above all else would leave the others on one line.
     wide = bool(values.min() > 0 and values.max() > _WIDE * np.median(values))
-    up = axis(_AXIS_TITLES[measure], **({"type": "log"} if wide else {"rangemode": "tozero"}))
+    up = axis(what, **({"type": "log"} if wide else {"rangemode": "tozero"}))
     return figure(traces, named if title is None else title, alt, across, up)
 
 
@@ -119,7 +112,7 @@ def _composition_trace(
         for row in rows.to_dict("records")
     ]
     look = {"size": 8, "color": colour, "symbol": "circle" if first else "circle-open"}
-    told = {"customdata": hover, "hovertemplate": HOVER, "legendgroup": name, "showlegend": first}
+    told = {**hovering(hover), "legendgroup": name, "showlegend": first}
     place = rows["size"], rows[measure]
     if first:
         return line(*place, {"width": 1.8, "color": colour}, look, name=name, **told)
@@ -181,7 +174,7 @@ def _scale_traces(swept: pd.DataFrame, median: pd.DataFrame, column: str) -> Ite
             for row in rows.to_dict("records")
         ]
         look, dots = {"width": 1, "color": _style.PALE_BLUE}, {"size": 5}
-        told = {"customdata": hover, "hovertemplate": HOVER, "showlegend": number == 0}
+        told = {**hovering(hover), "showlegend": number == 0}
         yield line(rows["scale"], rows[column], look, dots, **each, **told)
     middle = {"name": "median", "legendgroup": "median", "showlegend": True, "hoverinfo": "skip"}
     yield line(median.index, median[column], {"width": 2.6, "color": BLUE}, **middle)
@@ -233,7 +226,7 @@ def atlas_heatmap(
     rows = _style.of_vector(table, vector, "table")
     cells = pd.DataFrame([_atlas_cell(pair) for _, pair in rows.groupby([*columns[:2]])])
     name = _ATLAS_TITLES[value]
-    return _style.layers_heatmap(cells, value, name, f"{name} of vector {vector}", title, 720)
+    return _style.layers_heatmap(cells, value, name, f"{name} of vector {vector}", title)
 
 
 def _atlas_cell(pair: Any) -> dict[str, Any]:

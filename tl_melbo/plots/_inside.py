@@ -65,16 +65,14 @@ def top_tokens(
 
 
 def _diverging(z: np.ndarray, hover: Any, name: str, **more: Any) -> go.Heatmap:
-    """Cells whose colours are white at zero."""
     largest = float(np.nanmax(np.abs(z)))
     return _style.heatmap(z, hover, name, -largest, largest, _style.DIVERGING, **more)
 
 
 def _shown(token: str) -> str:
     """A token short enough for a cell; a space at its beginning is part of it."""
-    token = f"·{token[1:]}" if token.startswith(" ") else token
-    short = token if len(token) <= _LONGEST_TOKEN else f"{token[: _LONGEST_TOKEN - 1]}…"
-    return _style.escaped(short)
+    shown = f"·{token[1:]}" if token.startswith(" ") else token
+    return _style.wrapped(shown, _LONGEST_TOKEN)
 
 
 @shape_checked

@@ -1,4 +1,4 @@
-"""A library's vectors against each other, along their search, and by index.
+"""A library's vectors against each other, along their search, by index, and as a map.
 
 Source of the curves: Jacob G-W 2024, "I found >800 orthogonal 'write code' steering vectors".
 """
@@ -17,17 +17,7 @@ from torch import Tensor
 from tl_melbo import checks, story
 from tl_melbo.analysis._similarity import cosine_similarity
 from tl_melbo.plots import _style
-from tl_melbo.plots._style import (
-    BLUE,
-    HOVER,
-    OTHERS,
-    axis,
-    colour_bar,
-    escaped,
-    figure,
-    line,
-    points,
-)
+from tl_melbo.plots._style import OTHERS, axis, escaped, figure, hovering, line, points
 from tl_melbo.shapes import Float, shape_checked
 from tl_melbo.vectors import SteeringVectors
 
@@ -41,6 +31,13 @@ _FAMILY_BASELINES = {
     "random": "random vectors of the same norms",
     "rescaled": "the family at the reference's norm",
 }
+# Seen on white and on black.
+_PALE_GREY = "#8c959f"
+_LONGEST_NAME = 40
+# Grey, whatever there is beside them.
+_ASIDE = {"≈ baseline": "circle", "filtered out": "x"}
+# More names than this hide each other.
+_MOST_NAMED = 80
 
 
 @shape_checked
@@ -63,14 +60,11 @@ def cosine_heatmap(
         similarity = cosine_similarity(similarity)
     z = similarity.detach().cpu().float().numpy()
     if not (np.abs(z) <= 1 + 1e-6).all():
-        raise ValueError(
-            "similarity: holds values outside -1 to 1, or not finite; pass what "
-            "analysis.cosine_similarity returns"
-        )
+        raise ValueError("similarity: holds values outside -1 to 1 or not finite; pass cosines")
     names = None if labels is None else [*map(str, labels)]
     if names is not None and z.shape != (len(names), len(names)):
         raise ValueError(f"labels: {len(names)} labels for a matrix of shape {z.shape}")
-    bar = colour_bar("cosine", tickvals=[-1, -0.5, 0, 0.5, 1])
+    bar = _style.colour_bar("cosine", tickvals=[-1, -0.5, 0, 0.5, 1])
     hover = "vector %{y} and vector %{x}<br>cosine %{z:.3f}<extra></extra>"
     look = {"zmin": -1, "zmid": 0, "zmax": 1, "colorscale": _style.DIVERGING, "colorbar": bar}
     heatmap = go.Heatmap(z=z, x=names, y=names, hovertemplate=hover, **look)
@@ -94,8 +88,7 @@ def objective_history(
     """
     if found.history is None or not found.history.numel():
         raise ValueError(
-            "found: has no history of its search. A method without steps, such as jacobian, writes "
-            "none, and scaling a library drops it; pass what melbo or dct returned, or slices of it"
+            "found: has no history of steps; pass what melbo or dct returned, not scaled"
         )
     measure = story.measure_of(found.story) or story.measure("objective", "objective")
     history = found.history.double().numpy()
@@ -110,7 +103,7 @@ def objective_history(
     ]
     if len(found) > 1:  # nothing to see but a colour bar from the first vector to the last
         ends = [str(labels[0]), str(labels[-1])]
-        bar = colour_bar("vector", tickvals=[0, 1], ticktext=ends)
+        bar = _style.colour_bar("vector", tickvals=[0, 1], ticktext=ends)
         key: dict[str, Any] = {"color": [0], "cmin": 0, "cmax": 1, "colorscale": shades}
         key |= {"showscale": True, "colorbar": bar}
         traces.append(points([None], [None], key, hoverinfo="skip", showlegend=False))
@@ -182,10 +175,7 @@ def kl_curve(
         levels[name] = _checked_kl(level.flatten(), f"baselines[{name!r}]")
     for name, level in levels.items():
         if len(level) not in (1, len(values)):
-            raise ValueError(
-                f"baselines[{name!r}]: {len(level)} values, expected one, or one for each of the "
-                f"{len(values)} vectors"
-            )
+            raise ValueError(f"baselines[{name!r}]: {len(level)} values, not 1 or {len(values)}")
     least = _style.SMALLEST_KL if log_y else 0.0
     drawn = _curve(labels, values, "KL", "KL (nats)", window, levels, title, more, least)
     return drawn.update_yaxes(type="log", exponentformat="power") if log_y else drawn
@@ -274,8 +264,8 @@ def _curve(
     average = moving_average(values, window)
     mean = {"name": f"mean of the last {window}", "hoverinfo": "skip", "showlegend": window > 1}
     traces = [
-        points(labels, values, look, name="each vector", customdata=told, hovertemplate=HOVER),
-        line(labels, average, {"width": 2.2, "color": BLUE}, **mean),
+        points(labels, values, look, name="each vector", **hovering(told)),
+        line(labels, average, {"width": 2.2, "color": _style.BLUE}, **mean),
     ]
     for (name, level), colour in zip(levels.items(), cycle(OTHERS), strict=False):
         if level is not None:
@@ -312,8 +302,60 @@ def _baseline(
 def _checked_kl(kl: Tensor, argument: str) -> np.ndarray:
     values = kl.detach().cpu().double().numpy()
     if not len(values) or not (np.isfinite(values) & (values >= 0)).all():
-        raise ValueError(
-            f"{argument}: no values, or negative or not finite ones; pass what "
-            "analysis.kl_divergence returns, without the vectors whose KL is infinite"
-        )
+        raise ValueError(f"{argument}: no values, or negative or not finite ones; leave these out")
     return values
+
+
+@shape_checked
+def effect_map(
+    places: Float[Tensor, "vector 2"],
+    labels: Sequence[int | str],
+    groups: Sequence[str | None] | None = None,
+    *,
+    shares: tuple[float, float] | None = None,
+    title: str = "Map of effects",
+) -> go.Figure:
+    """Draw vectors as points, near each other where their effects are alike, by behaviour.
+
+    Args:
+        places: of each vector, as `analysis.effect_plane` gives them.
+        labels: what the vectors are called; one that ends in "-" is a negative, drawn hollow.
+        groups: the behaviour of each; grey where it is "≈ baseline", "filtered out", or None.
+        shares: of the variance, for the names of the axes.
+
+    Raises:
+        ValueError: other numbers of labels or groups than of places.
+    """
+    named = [None] * len(labels) if groups is None else groups
+    for argument, things in (("labels", labels), ("groups", named)):
+        if len(things) != len(places):
+            raise ValueError(
+                f"{argument}: {len(things)} for {len(places)} places; pass one for each"
+            )
+    seen = [name for name in dict.fromkeys(named) if name and name not in _ASIDE]
+    looks: dict[str | None, tuple[str, str]] = dict(zip(seen, cycle(_style.LOOKS), strict=False))
+    xy, traces = places.detach().cpu().double().tolist(), []
+    for name in dict.fromkeys(named):
+        colour, symbol = looks.get(name, (_PALE_GREY, _ASIDE.get(str(name), "circle")))
+        at = [place for place, other in enumerate(named) if other == name]
+        # The legend shows the first one's symbol.
+        at.sort(key=lambda place: str(labels[place]).endswith("-"))
+        texts = [str(labels[place]) for place in at]
+        hollow = [f"{symbol}-open" if text.endswith("-") else symbol for text in texts]
+        whole = str(name or "not grouped")
+        shown = _style.wrapped(whole, _LONGEST_NAME)
+        look = {"size": 10, "color": colour, "symbol": hollow, "opacity": 0.85}
+        dots = points([xy[i][0] for i in at], [xy[i][1] for i in at], look, name=shown)
+        told = [f"vector {escaped(text)}<br>{shown}" for text in texts]
+        if len(labels) <= _MOST_NAMED:
+            signed = [f"−{text[:-1]}" if text.endswith("-") else text for text in texts]
+            shape = {"textposition": "top center", "textfont": {"size": 9, "color": _style.GREY}}
+            dots.update(mode="markers+text", text=[*map(escaped, signed)], **shape)
+        traces.append(dots.update(meta=texts, **hovering(told)))
+    titles = ["first component", "second component"]
+    if shares is not None:
+        titles = [f"{name} ({share:.0%})" for name, share in zip(titles, shares, strict=True)]
+    across, up = axis(titles[0], zeroline=True), axis(titles[1], zeroline=True)
+    alt = f"{title or 'Map of effects'}: {len(labels)} vectors in {len(seen)} behaviours; those "
+    alt += "near each other have a similar effect."
+    return figure(traces, title, alt, across, up, showlegend=True)

@@ -23,11 +23,15 @@ BLUE, PALE_BLUE = "#0072b2", "#56b4e9"
 OTHERS = ("#d55e00", "#009e73", "#cc79a7", "#e69f00", "#57606a")
 GREY = OTHERS[-1]
 COLOURS = (BLUE, *OTHERS[:-1])
+# For more things than there are colours.
+LOOKS = [
+    (colour, symbol)
+    for symbol in ("circle", "square", "diamond", "triangle-up", "x")
+    for colour in (*COLOURS, PALE_BLUE)
+]
 DOTTED = {"width": 1, "dash": "dot"}
 # A logarithmic axis has no zero: what is smaller than this, in nats, is drawn there.
 SMALLEST_KL = 1e-6
-# For traces whose `customdata` are whole labels.
-HOVER = "%{customdata}<extra></extra>"
 
 _LAYOUT = {
     "template": "plotly_white",
@@ -79,6 +83,11 @@ def _lines(title: str, width: int) -> list[str]:
     return textwrap.wrap(title, width // _LETTER, break_long_words=False, break_on_hyphens=False)
 
 
+def hovering(labels: Any) -> dict[str, Any]:
+    """For a trace: what hovering over each of its places shows."""
+    return {"customdata": labels, "hovertemplate": "%{customdata}<extra></extra>"}
+
+
 def points(x: Any, y: Any, marker: dict[str, Any], **more: Any) -> go.Scatter:
     """A dot at each place; `marker` is how it looks."""
     return go.Scatter(x=x, y=y, mode="markers", marker=marker, **more)
@@ -97,12 +106,13 @@ def heatmap(
 ) -> go.Heatmap:
     """Cells coloured from `low` to `high`, what hovering over each shows, and a bar with a name."""
     look = {"colorscale": colours, "colorbar": colour_bar(name, side="bottom")}
-    told = {"customdata": hover, "hovertemplate": HOVER, "hoverongaps": False}
-    return go.Heatmap(z=z, zmin=low, zmax=high, **look, **told, **more)
+    return go.Heatmap(
+        z=z, zmin=low, zmax=high, hoverongaps=False, **look, **hovering(hover), **more
+    )
 
 
 def layers_heatmap(
-    cells: pd.DataFrame, value: str, name: str, what: str, title: str, height: int, low: float = 0
+    cells: pd.DataFrame, value: str, name: str, what: str, title: str, low: float = 0
 ) -> go.Figure:
     """A number of pairs of layers: the source across, the target up.
 
@@ -124,7 +134,7 @@ def layers_heatmap(
     )
     across = axis("source layer", showgrid=False, type="category")
     up = axis("target layer", showgrid=False, type="category")
-    return figure(drawn, title, alt, across, up, 720, height)
+    return figure(drawn, title, alt, across, up, 720, 680)
 
 
 def axis(title: str | None, **more: Any) -> dict[str, Any]:

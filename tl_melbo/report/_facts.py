@@ -1,6 +1,7 @@
 """What the page tells of a library before its table: how it was found, and what is random."""
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,7 +30,7 @@ def library_facts(found: SteeringVectors, baselines: pd.DataFrame | None) -> dic
         "Vectors": len(found),
         "Norm": f"{radius} (calibrated)" if "calibration" in about else radius,
         "Largest |cosine|": f"{largest_cosine(found.vectors):.1g}" if len(found) > 1 else None,
-        **random_facts(found, baselines),
+        "Effect (median)": _effect(found, random_median(baselines, "objective")),
         "Seed": about.get("seed"),
         "Date": str(about.get("date", ""))[:10] or None,
     }
@@ -42,23 +43,15 @@ def library_facts(found: SteeringVectors, baselines: pd.DataFrame | None) -> dic
         "n_vectors": len(found),
         "measure": measure_shown(found),
         "not_converged": not_converged(found),
-        "more_steps": more_steps(found),
         "random_kl": random_median(baselines, "kl"),
     }
 
 
-def random_facts(found: SteeringVectors, baselines: pd.DataFrame | None) -> dict[str, str]:
-    """The library's medians beside those of random vectors of its norm."""
-    if baselines is None:
-        return {}
-    told, objective = {}, found.objective
-    random = random_median(baselines, "objective")
-    if random and objective is not None:
-        own = float(objective.double().nanmedian())
-        told["Effect (median)"] = f"{own:.3g}, {own / random:.2g} × random"
-    if (random := random_median(baselines, "kl")) is not None:
-        told["KL of random vectors"] = f"{random:.2g} nats"
-    return told
+def _effect(found: SteeringVectors, random: float | None) -> str | None:
+    if not random or found.objective is None:
+        return None
+    own = float(found.objective.double().nanmedian())
+    return f"{own:.3g}, {own / random:.2g} × random"
 
 
 def groups_told(groups: Behaviours | None, data: Mapping[str, Any], n_found: int) -> dict[str, Any]:
@@ -82,12 +75,9 @@ def groups_told(groups: Behaviours | None, data: Mapping[str, Any], n_found: int
 
 def random_median(baselines: pd.DataFrame | None, column: str) -> float | None:
     """The median of a column over the random vectors; None where it is not known."""
-    if baselines is None or column not in baselines:
-        return None
-    is_random = baselines["kind"] == "random" if "kind" in baselines else slice(None)
-    values = baselines.loc[is_random, column].astype(float).to_numpy()
-    known = values[np.isfinite(values)]
-    return float(np.median(known)) if len(known) else None
+    values = [] if baselines is None else baselines[column].astype(float).tolist()
+    known = [value for value in values if math.isfinite(value)]
+    return float(np.median(known)) if known else None
 
 
 def positions_of(found: SteeringVectors) -> slice:
@@ -119,27 +109,17 @@ def measure_shown(found: SteeringVectors) -> dict[str, Any] | None:
 
 
 def not_converged(found: SteeringVectors) -> str:
-    """How many vectors still gained when their search ended; "" where none did, or none is told."""
-    count, known = _converged(found)
-    if not count:
-        return ""
-    told = f"{count} of {known} still gained more than 1% in their last step"
-    unknown = len(found) - known
-    return f"{told}; of {unknown} more it is not known" if unknown else told
+    """How many vectors still gained when their search ended, of those of which it is known.
 
-
-def more_steps(found: SteeringVectors) -> str:
-    """What to do about vectors that have not converged; "" where there are none."""
-    count, known = _converged(found)
-    steps = found.story.get("hyperparameters", {}).get("steps")
-    if not count or not isinstance(steps, int):
-        return ""
-    advice = f"--steps {_MORE_STEPS * steps} raises their numbers, but may find nothing new"
-    return f"{count} of {known} searches not converged; {advice}"
-
-
-def _converged(found: SteeringVectors) -> tuple[int, int]:
-    """Of how many vectors it is told that they have not converged, and of how many it is known."""
+    And what to do; "" where none did.
+    """
     table = found.table()
     known = [*table["converged"].dropna()] if "converged" in table else []
-    return known.count("no"), len(known)
+    if "no" not in known:
+        return ""
+    told = f"{known.count('no')} of {len(known)} still gained more than 1% in their last step"
+    steps = found.story.get("hyperparameters", {}).get("steps")
+    if not isinstance(steps, int):
+        return told
+    more = f"--steps {_MORE_STEPS * steps} raises their numbers, but may find nothing new"
+    return f"{told}; {more}"

@@ -18,6 +18,8 @@ _ADVICE = "pass the notes.json that a page exported"
 # A vector, or with a minus its negative; of several prompts, a row of the second is "4p2"; its
 # third sample is "4p2s3".
 _VECTOR = re.compile(r"\d{1,9}-?")
+_NOTES = re.compile("version|vectors|behaviours")
+_ENTRY, _BEHAVIOUR = re.compile("star|name|note"), re.compile("star|name|note|members|merged")
 _ROW = re.compile(r"\d{1,9}-?(p\d{1,4})?(s\d{1,4})?")
 
 Notes = Mapping[str, Any]
@@ -57,32 +59,27 @@ def notes_given(notes: str | Path | Notes | None) -> dict[str, Any]:
 
 def checked_notes(notes: Any) -> dict[str, Any]:
     """A copy with nothing in it but notes. Raises ValueError."""
-    found = _mapping(notes, "notes", ("version", "vectors", "behaviours"))
+    found = _mapping(notes, "notes", _NOTES)
     if found.get("version") != VERSION:
         raise ValueError(f"notes: version {found.get('version')!r}, expected {VERSION}; {_ADVICE}")
-    vectors = found.get("vectors", {})
-    _mapping(vectors, "notes['vectors']", None)
-    for key in vectors:
-        if not _VECTOR.fullmatch(key):
-            raise ValueError(f"notes: {key[:40]!r} is no vector's number; {_ADVICE}")
+    vectors = _mapping(found.get("vectors", {}), "notes['vectors']", _VECTOR)
     behaviours = _list(found.get("behaviours", []), "notes['behaviours']")
     return {
         "version": VERSION,
-        "vectors": {key: _entry(entry, f"vector {key}") for key, entry in vectors.items()},
-        "behaviours": [_behaviour(entry, place) for place, entry in enumerate(behaviours)],
+        "vectors": {key: _entry(entry, f"vector {key}", _ENTRY) for key, entry in vectors.items()},
+        "behaviours": [_behaviour(entry, f"behaviour {i}") for i, entry in enumerate(behaviours)],
     }
 
 
-def _behaviour(entry: Any, place: int) -> dict[str, Any]:
-    where = f"behaviour {place}"
-    made = _entry(entry, where, ("members", "merged"))
+def _behaviour(entry: Any, where: str) -> dict[str, Any]:
+    made = _entry(entry, where, _BEHAVIOUR)
     made["members"] = _members(entry.get("members"), where)
     made["merged"] = [_members(some, where) for some in _list(entry.get("merged", []), where)]
     return made
 
 
-def _entry(entry: Any, where: str, more: tuple[str, ...] = ()) -> dict[str, Any]:
-    found = _mapping(entry, f"notes of {where}", ("star", *_LONGEST, *more))
+def _entry(entry: Any, where: str, keys: re.Pattern[str]) -> dict[str, Any]:
+    found = _mapping(entry, f"notes of {where}", keys)
     star = found.get("star", False)
     if not isinstance(star, bool):
         raise ValueError(f"notes of {where}: star={star!r}, expected true or false; {_ADVICE}")
@@ -97,11 +94,10 @@ def _entry(entry: Any, where: str, more: tuple[str, ...] = ()) -> dict[str, Any]
     return made
 
 
-def _mapping(value: Any, where: str, allowed: tuple[str, ...] | None) -> dict[str, Any]:
+def _mapping(value: Any, where: str, keys: re.Pattern[str]) -> dict[str, Any]:
     if not isinstance(value, Mapping) or len(value) > _MOST:
         raise ValueError(f"{where}: not a mapping of at most {_MOST:,} entries; {_ADVICE}")
-    known = {key for key in value if isinstance(key, str) and (allowed is None or key in allowed)}
-    if unknown := sorted({*map(str, value)} - known):
+    if unknown := [str(k)[:40] for k in value if not (isinstance(k, str) and keys.fullmatch(k))]:
         raise ValueError(f"{where}: unknown entries {unknown[:5]}; {_ADVICE}")
     return dict(value)
 

@@ -19,7 +19,7 @@ from tl_melbo.gated import GatedFactors
 from tl_melbo.generation import OnBatch, Tell, in_parts
 from tl_melbo.model.bridge import Model
 from tl_melbo.model.tokens import as_seen
-from tl_melbo.report import _data, _facts, _parts, _tokens
+from tl_melbo.report import _data, _facts, _parts
 from tl_melbo.report._data import Measured
 from tl_melbo.report._notes import Notes, notes_given
 from tl_melbo.report._render import render
@@ -40,9 +40,7 @@ def write(
     activation_map: ActivationMap | None = None,
     families: Sequence[Family] = (),
     side_effects: pd.DataFrame | None = None,
-    baselines: pd.DataFrame | None = None,
     random_texts: pd.DataFrame | None = None,
-    top_tokens: pd.DataFrame | None = None,
     token_divergence: pd.DataFrame | None = None,
     adapters: Adapter | None = None,
     adapter_texts: pd.DataFrame | None = None,
@@ -65,13 +63,12 @@ def write(
     Args:
         completions: as `collect_completions` gives them, of any scales and samples; None writes
             them. Those at scales 1 and -1 are grouped into behaviours.
-        activation_map: the map that the vectors were found with; without it, effects are not shown.
+        activation_map: the map that the vectors were found with; without it, neither effects nor
+            the numbers of random vectors are shown.
         families: from `collect_family`; each gets a part of the page.
         side_effects: as `analysis.side_effects` gives it for these vectors.
-        baselines: kl and objective of random vectors of the same norm; None measures eight, where
-            there is a map.
         random_texts: as `Run.random_texts` gives them: the control of the behaviours.
-        top_tokens, token_divergence: as the analyses of these names give them for these vectors.
+        token_divergence: as `analysis.token_divergence` gives it for these vectors.
         adapters, adapter_texts: trained in the same folder, and what the model writes under each.
         factors, factor_texts: gated factors, likewise.
         notes: stars, names and remarks, as a path or as `read_notes` gives them.
@@ -93,9 +90,9 @@ def write(
     if not len(found):
         raise ValueError("found: holds no vectors; there is nothing to show")
     frames = {
-        "completions": completions, "side_effects": side_effects, "baselines": baselines,
-        "random_texts": random_texts, "adapter_texts": adapter_texts, "factor_texts": factor_texts,
-        "top_tokens": top_tokens, "token_divergence": token_divergence,
+        "completions": completions, "side_effects": side_effects, "random_texts": random_texts,
+        "adapter_texts": adapter_texts, "factor_texts": factor_texts,
+        "token_divergence": token_divergence,
     }  # fmt: skip
     _check_frames(found, frames)
     kept = notes_given(notes)
@@ -110,11 +107,10 @@ def write(
         if completions is None:
             more: dict[str, Any] = options | {"max_new_tokens": max_new_tokens, "on_batch": written}
             completions = collect_completions(model, texts, found, **more)
-        if baselines is None and activation_map is not None:
+        baselines = None
+        if activation_map is not None:
             baselines = random_baseline(model, activation_map, found, texts, **options)
-        # One pass gives both, so that tokens passed by the caller save nothing.
-        own_tokens, kl = _tokens.measured_after(model, found, texts, steered, **options)
-        top_tokens = own_tokens if top_tokens is None else top_tokens
+        top_tokens, kl = _data.measured_after(model, found, texts, steered, **options)
         groups = _grouped(model, completions, random_texts, found, chat, batch_size, read)
         measured = Measured(kl, baselines, side_effects)
         data = _data.rows_data(found, texts, completions, groups, measured)
@@ -124,7 +120,7 @@ def write(
             "folder": run_folder,
             "cosines": _data.cosines_data(cosines),
             "effects": _data.cosines_data(None if effects is None else effects.cosines),
-            **_tokens_told(data["rows"], texts, top_tokens, token_divergence),
+            **_data.tokens_data(data["rows"], texts, top_tokens, token_divergence),
             "notes": kept,
             "tables": _tables(families, (adapters, adapter_texts), (factors, factor_texts)),
         }
@@ -153,26 +149,11 @@ def _tells(
 
 
 def _tables(families: Sequence[Family], adapters: Any, factors: Any) -> dict[str, Any]:
-    """The tables that stand by themselves; adapters and factors come with their texts."""
     tables = _parts.adapter_tables(*adapters)
     tables |= _parts.adapter_tables(*factors, called="factor")
     for part in families:
         tables |= _parts.family_tables(part)
     return tables
-
-
-def _tokens_told(
-    rows: Sequence[Mapping[str, Any]],
-    prompts: Sequence[str],
-    top_tokens: pd.DataFrame,
-    divergence: pd.DataFrame | None,
-) -> dict[str, Any]:
-    """The tokens of each row of the page: those that change most, and where its text parts."""
-    keys = {(prompts[row["prompt"]], row["vector"], row["sign"]): row["key"] for row in rows}
-    return {
-        "tokens": _tokens.top_tokens_data(top_tokens, keys, prompts),
-        "divergence": _tokens.divergence_data(divergence, keys),
-    }
 
 
 def _prompts(
@@ -247,10 +228,8 @@ _FRAMES: Mapping[str, tuple[Sequence[str], str]] = {
     "random_texts": (COMPLETION_COLUMNS, "what Run.random_texts returns"),
     "adapter_texts": (("vector", "prompt", "completion"), "what Run.adapter_texts returns"),
     "factor_texts": (("vector", "prompt", "completion"), "what Run.factor_texts returns"),
-    "top_tokens": (_tokens.TOP, "what analysis.top_tokens returns"),
-    "token_divergence": (_tokens.DIVERGENCE, "what analysis.token_divergence returns"),
+    "token_divergence": (_data.DIVERGENCE, "what analysis.token_divergence returns"),
     "side_effects": (COLUMNS, "what analysis.side_effects returns"),
-    "baselines": (("kl",), "the kl of each, and the objective"),
 }
 
 
@@ -277,9 +256,7 @@ def _check_frames(found: SteeringVectors, given: Mapping[str, pd.DataFrame | Non
     frames = {name: frame for name, frame in given.items() if frame is not None}
     for name, frame in frames.items():
         columns, source = _FRAMES[name]
-        if name == "baselines" and "objective" in frame:
-            columns = (*columns, "objective")
-        numbers = name in ("side_effects", "baselines")
+        numbers = name == "side_effects"
         checks.columns(frame, columns, name, f"pass {source}", numbers=numbers)
     last = len(found) - 1
     texts, costs = frames.get("completions"), frames.get("side_effects")

@@ -15,8 +15,7 @@ from tl_melbo.analysis._family import Family
 from tl_melbo.gated import GatedFactors
 from tl_melbo.report import _facts
 from tl_melbo.report._data import Column
-from tl_melbo.report._render import figures_json
-from tl_melbo.report._text import number, shown
+from tl_melbo.report._render import figures_json, number, shown
 from tl_melbo.vectors import SteeringVectors
 
 # The first token's residual is far longer than the others' and would decide every cosine.

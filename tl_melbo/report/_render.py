@@ -1,9 +1,12 @@
-"""The page as text: the template with styles, scripts and figures in it."""
+"""The page as text: the template with styles, scripts, figures and data in it."""
 
 import hashlib
+import json
+import math
 import re
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from plotly.io.json import to_json_plotly
 
-from tl_melbo.report._text import as_json, shown
+from tl_melbo.text import printable
 
 _HERE = Path(__file__).parent
 PLOTLY = _HERE / "vendor" / "plotly-cartesian.min.js"
@@ -22,6 +25,10 @@ SCRIPTS = (
     "filters", "compare", "paint", "figures", "main",
 )  # fmt: skip
 SWEEP_SCRIPTS = ("dom", "paint", "sweep")
+# More of one text makes browsers slow, and nobody reads on.
+_LONGEST_SHOWN = 20_000
+# The number of each text: many vectors, negated, write what the unsteered model writes.
+TextPool = dict[str, int]
 
 
 def render(data: Mapping[str, Any], **contents: Any) -> str:
@@ -75,6 +82,40 @@ def figures_json(figures: Mapping[str, go.Figure | None]) -> dict[str, Markup | 
             parts["layout"].pop("template", None)
             drawn[name] = Markup(str(to_json_plotly(parts)).replace("<", "\\u003c"))
     return drawn
+
+
+def pooled(text: Any, pool: TextPool) -> int | None:
+    """The number of a text, which may be new; None where there is none."""
+    return pool.setdefault(shown(text), len(pool)) if isinstance(text, str) else None
+
+
+def shown(value: Any) -> str:
+    """Text for the page: printable, and cut where a browser would choke on it."""
+    if value is None or value != value:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:#.4g}"
+    text = str(value)
+    if len(text) > _LONGEST_SHOWN:
+        text = f"{text[:_LONGEST_SHOWN]}… [cut: {len(text):,} characters in all]"
+    return printable(text)
+
+
+def number(value: Any) -> float | int | str | None:
+    """A number as JSON has it: five digits, None for NaN, a sign for infinity."""
+    if not isinstance(value, Real) or math.isnan(real := float(value)):
+        return None
+    if isinstance(value, Integral):
+        return int(value)
+    if math.isinf(real):
+        return "∞" if real > 0 else "-∞"
+    return float(f"{real:.5g}")
+
+
+def as_json(value: Any) -> Markup:
+    """JSON that cannot end the script element which holds it."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return Markup(text.replace("<", "\\u003c"))
 
 
 def _beside(name: str) -> str:

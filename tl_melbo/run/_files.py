@@ -53,8 +53,7 @@ def locked(folder: Path, lock: FileLock, patience: float = 0) -> Iterator[None]:
         lock.acquire(patience, blocking=patience > 0)
     except Timeout:
         raise BlockingIOError(
-            f"{folder}: another process is writing here; wait for it to end, or choose another "
-            "folder"
+            f"{folder}: another process is writing here; wait for it, or choose another folder"
         ) from None
     try:
         for each in (folder, *folder.glob(family_folder(Path(), "*").name)):
@@ -88,9 +87,8 @@ def load_vectors(place: Path, theta0: SteeringVectors | None = None) -> Steering
     known = reference.is_file()
     if not known or not torch.equal(SteeringVectors.load(reference).vectors, theta0.vectors):
         raise ValueError(
-            f"{place}: holds the family of another vector of that number, or lacks {REFERENCE}, "
-            "the vector that it grew from; pass overwrite=True to begin anew, or choose another "
-            "folder"
+            f"{place}: holds the family of another vector of that number, or lacks {REFERENCE}; "
+            "pass overwrite=True to begin anew, or choose another folder"
         )
     return found
 
@@ -98,19 +96,6 @@ def load_vectors(place: Path, theta0: SteeringVectors | None = None) -> Steering
 def load_family(place: Path) -> tuple[SteeringVectors, SteeringVectors]:
     """The vectors of a family, and its theta0."""
     return SteeringVectors.load(place / VECTORS), SteeringVectors.load(place / REFERENCE)
-
-
-@contextmanager
-def family_damage_told(place: Path) -> Iterator[None]:
-    """What is Damaged within says also how to be rid of the family."""
-    try:
-        yield
-    except Damaged as error:
-        raise Damaged(
-            f"{error}; or delete the folder {place.name}, or find that family anew with "
-            "overwrite=True",
-            error.path,
-        ) from error
 
 
 def family_folder(folder: Path, vector: int | str) -> Path:
@@ -144,9 +129,7 @@ def load_settings(folder: Path, overwrite: bool = False) -> dict[str, Any]:
         if overwrite:
             return {}
         raise Damaged(
-            f"{path}: damaged ({error}); delete it, and pass the model as model=..., unless it is "
-            "the bundled one",
-            path,
+            f"{path}: damaged ({error}); delete it, and pass the model as model=...", path
         ) from error
     return settings
 
@@ -192,9 +175,7 @@ def load_table(path: Path, columns: Sequence[str] = ()) -> pd.DataFrame:
             _check_completions(table)
     except (ValueError, TypeError, csv.Error) as error:
         raise Damaged(
-            f"{path}: not a table that tl-melbo wrote, or damaged ({error}); delete it, and run "
-            "the command again",
-            path,
+            f"{path}: not a table that tl-melbo wrote, or damaged ({error}); delete it", path
         ) from error
     finally:
         csv.field_size_limit(limit)

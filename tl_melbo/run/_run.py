@@ -12,7 +12,7 @@ from filelock import FileLock
 
 from tl_melbo import checks
 from tl_melbo.discovery import EffectMap, Method, join, melbo, melbo_ortho
-from tl_melbo.errors import DifferentSearch
+from tl_melbo.errors import Damaged, DifferentSearch
 from tl_melbo.files import writable_folder
 from tl_melbo.run import _files
 from tl_melbo.run._adapters import all_kept, keep_adapters, keep_factors, write_texts_under
@@ -32,9 +32,7 @@ if TYPE_CHECKING:
 
 _BUNDLED = "the bundled one"
 # The setting that tells whose table it is.
-_OWNER = {
-    COMPLETIONS: "texts_of", SIDE_EFFECTS: "side_effects_of", RANDOM: "random_texts_of",
-}  # fmt: skip
+_OWNER = {COMPLETIONS: "texts_of", SIDE_EFFECTS: "side_effects_of", RANDOM: "random_texts_of"}
 # What `Run.keep` itself passes to a method.
 _OWN = ("f", "n_vectors", "previous", "progress", "overwrite", "on_vector", "on_share")
 
@@ -170,10 +168,7 @@ class Run:
         checks.at_least(1, n_vectors=n_vectors)
         theta0 = settings.get("theta0")
         if theta0 is not None and not (isinstance(theta0, SteeringVectors) and len(theta0) == 1):
-            raise ValueError(
-                "theta0: its number names the folder of its family; pass one vector of a library, "
-                "as found[5]"
-            )
+            raise ValueError("theta0: names a folder; pass one vector of a library, as found[5]")
         tell = on_vector or (lambda *_: None)
         place = self._place(theta0)
         with self.writing():
@@ -299,11 +294,14 @@ class Run:
             files = (*paths, place / VECTORS, place / REFERENCE)
             if index == without or not all(path.is_file() for path in files):
                 continue
-            with _files.family_damage_told(place):
+            try:
                 vectors, reference = _files.load_family(place)
                 if not torch.equal(reference.vectors, library[position].vectors):
                     continue
                 table, composed = map(_files.load_table, paths)
+            except Damaged as error:
+                told = f"{error}; or delete the folder {place.name}, or find that family anew with "
+                raise Damaged(f"{told}overwrite=True", error.path) from error
             norms = table.loc[table["kind"] == "family", "norm"].to_numpy()
             if len(norms) == len(vectors) and np.allclose(norms, vectors.norms, rtol=1e-3):
                 families.append(Family(reference, vectors, table, composed))
@@ -389,8 +387,7 @@ class Run:
         path = self.folder / name
         if path.is_file() and self.settings.get(_OWNER[name]) is None:
             raise ValueError(
-                f"{path}: no run left it; move it elsewhere, or pass overwrite=True to replace it "
-                "and the run"
+                f"{path}: no run left it; move it elsewhere, or pass overwrite=True to replace it"
             )
 
     def _save(

@@ -4,10 +4,11 @@ import gc
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 import torch
@@ -23,14 +24,6 @@ from tl_melbo.sweeps._store import Store, failed
 Tell = Callable[[Cell, float], None]
 # Seconds: a worker that was killed, or whose driver was, keeps its folder a moment longer.
 _PATIENCE = 60.0
-
-
-class Task(NamedTuple):
-    """What all cells have in common: the place that they are kept in, device and threads."""
-
-    out: str
-    device: str | None = None
-    threads: int | None = None
 
 
 def is_done(cell: Cell, record: Mapping[str, Any] | None) -> bool:
@@ -57,8 +50,8 @@ def is_lost(store: Store, folder: str, record: Mapping[str, Any]) -> bool:
 class Worker:
     """Searches cells one after another, and keeps the model of the last one."""
 
-    def __init__(self, task: Task) -> None:
-        self.task, self.store = task, Store(task.out)
+    def __init__(self, out: str, device: str | None = None, threads: int | None = None) -> None:
+        self.store, self.device, self.threads = Store(out), device, threads
         self._loaded: tuple[Any, Any] = None, None
 
     def search(self, cell: Cell, tell: Tell) -> dict[str, Any]:
@@ -81,7 +74,7 @@ class Worker:
         self, cell: Cell, place: Path, send: Callable[[], None], tell: Tell
     ) -> dict[str, Any]:
         run, facts = tm.Run(place), cell.facts
-        with run.writing(_PATIENCE), _threads(self.task.threads):
+        with run.writing(_PATIENCE), _threads(self.threads):
             model = self._model(cell)
             at = {name: facts[name] for name in ("source_layer", "target_layer", "chat")}
             f = tm.ActivationMap.from_prompts(model, facts["prompt"], **at)
@@ -111,8 +104,7 @@ class Worker:
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
             kind = getattr(torch, cell.facts["dtype"])
-            device = self.task.device
-            where = {"device_map": "auto"} if device == "auto" else {"device": device}
+            where = {"device": self.device} if self.device != "auto" else {"device_map": "auto"}
             model = tm.load_model(cell.facts["model"], dtype=kind, **where)
             self._loaded = cell.model, model
         return model
@@ -161,10 +153,33 @@ def _number(value: Tensor) -> float | None:
 
 @contextmanager
 def _threads(count: int | None) -> Iterator[None]:
-    """So many threads of torch; None leaves them."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def run_local(
+    cells: Sequence[Cell], worker: Worker, tell: Tell
+) -> Generator[tuple[Cell, dict[str, Any]]]:
+    """The record of each cell as it ends, model by model."""
+    queue, loaded = list(cells), None
+    while queue:
+        cell = take(queue, loaded, [])
+        loaded = cell.model
+        yield cell, worker.search(cell, tell)
+
+
+def take(queue: list[Cell], loaded: Any, others: Sequence[Any]) -> Cell:
+    """Take the next cell for a worker: of the model that it has, if there are any.
+
+    Otherwise of the model with the most cells for each worker that has it, this one included.
+    """
+    left = Counter(cell.model for cell in queue)
+    wanted = loaded
+    if loaded not in left:
+        wanted = max(left, key=lambda model: left[model] / (1 + others.count(model)))
+    place = next(i for i, cell in enumerate(queue) if cell.model == wanted)
+    return queue.pop(place)

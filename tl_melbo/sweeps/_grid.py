@@ -109,14 +109,11 @@ def cells_of(grid: Grid) -> list[Cell]:
         for told, chosen in _product(each, where):
             cell = _cell(chosen, told)
             if cell.folder in cells:
-                why = (
-                    "their name; give each a name of its own, or leave the names out"
-                    if chosen.get("name") is not None
-                    else "since they are the same search, but for n_vectors or max_new_tokens; "
-                    "leave one out, or give them different names with name=..."
-                )
+                same = "the same search, but for n_vectors or max_new_tokens"
                 raise ValueError(
-                    f"{cells[cell.folder][1]} and {told}: both are kept in {cell.folder!r}, {why}"
+                    f"{cells[cell.folder][1]} and {told}: both are kept in {cell.folder!r}, "
+                    f"{'their name' if chosen['name'] else same}; leave one out, or give each a "
+                    "name of its own, as name=..."
                 )
             cells[cell.folder] = cell, told
     return [cell for cell, _ in cells.values()]
@@ -157,19 +154,13 @@ def _product(grid: Mapping[str, Any], where: str) -> Iterator[tuple[str, dict[st
 
 
 def _check_names(axes: Mapping[str, list[Any]], where: str) -> None:
-    """Every option is one of a sweep, or one of the methods."""
-    known = [*_PLACE]
-    try:
-        methods = [options.method_named(str(name)) for name in axes.get("method", ["melbo"])]
-    except ValueError as error:
-        raise ValueError(f"{where}: {str(error).removeprefix('--')}") from None
-    for method in methods:
-        known += [name for name in inspect.signature(method).parameters if name not in _OWN]
+    """Every option is one of a sweep, or one of some method."""
+    methods = options.methods().values()
+    known = {*_PLACE, *(name for each in methods for name in inspect.signature(each).parameters)}
     for name in axes:
-        if name not in known:
-            hint = did_you_mean(name, known) or f"known are {', '.join(dict.fromkeys(known))}"
-            told = " or ".join(method.__name__ for method in methods)
-            raise ValueError(f"{where}: no option {name!r} of a sweep or of {told}; {hint}")
+        if name not in known - {*_OWN}:
+            hint = did_you_mean(name, known - {*_OWN}) or "docs/sweeps.md lists them"
+            raise ValueError(f"{where}: no option {name!r} of a sweep or of a method; {hint}")
 
 
 def _cell(chosen: Mapping[str, Any], where: str) -> Cell:

@@ -40,24 +40,21 @@ def render(table: pd.DataFrame, records: Mapping[str, Mapping[str, Any]]) -> str
 
 
 def _figures(table: pd.DataFrame) -> dict[str, go.Figure]:
-    """Heatmaps and curves, where layers or radii vary; what was measured is drawn by method."""
+    """Heatmaps and curves of each model, where layers or radii vary; what was measured by method.
+
+    A radius means something else in each model.
+    """
     found: dict[str, go.Figure] = {}
-    done = pd.DataFrame(table[(table["status"] == "done") & table["kl_median"].notna()])
-    for (model,), rows in groups(done, ["model"]).items():
-        if len(groups(rows, ["source_layer", "target_layer"])) > 1:
-            name = f"KL over layers, {model}"
-            found[name] = plots.sweep_layers(rows, "kl_median", title="")
-    if len({*done["radius"]}) > 1:
-        found["KL over radius"] = plots.sweep_radius(done, "kl_median", title="")
-    measured = pd.DataFrame(done[done["measure_median"].notna()])
-    for (model, method), rows in groups(measured, ["model", "method"]).items():
-        label = str(rows["measure"].iloc[0]).capitalize()
-        if len(groups(rows, ["source_layer", "target_layer"])) > 1:
-            name = f"{label} over layers, {model}, {method}"
-            found[name] = plots.sweep_layers(rows, "measure_median", title="")
-        if len({*rows["radius"]}) > 1:
-            name = f"{label} over radius, {model}, {method}"
-            found[name] = plots.sweep_radius(rows, "measure_median", title="")
+    drawn: Any = (("kl_median", ["model"]), ("measure_median", ["model", "method"]))
+    for value, by in drawn:
+        done = pd.DataFrame(table[(table["status"] == "done") & table[value].notna()])
+        for key, rows in groups(done, by).items():
+            label = "KL" if value == "kl_median" else str(rows["measure"].iloc[0]).capitalize()
+            name = ", ".join(key)
+            if len(groups(rows, ["source_layer", "target_layer"])) > 1:
+                found[f"{label} over layers, {name}"] = plots.sweep_layers(rows, value, title="")
+            if len({*rows["radius"]}) > 1:
+                found[f"{label} over radius, {name}"] = plots.sweep_radius(rows, value, title="")
     return found
 
 

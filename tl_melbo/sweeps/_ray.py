@@ -13,9 +13,8 @@ from uuid import uuid4
 
 from tl_melbo import checks
 from tl_melbo.errors import warn_user
-from tl_melbo.sweeps._cell import Task, Tell, Worker
+from tl_melbo.sweeps._cell import Tell, Worker, take
 from tl_melbo.sweeps._grid import Cell
-from tl_melbo.sweeps._local import take
 from tl_melbo.sweeps._store import Store, failed
 
 # A cell whose worker died so often, without a new vector in between, is given up.
@@ -53,7 +52,7 @@ class _RayWorker(Worker):
 
 
 def run_ray(
-    cells: Sequence[Cell], task: Task, tell: Tell, *,
+    cells: Sequence[Cell], out: str, tell: Tell, *, device: str | None, threads: int | None,
     address: str | None, workers: int | None, gpus: float | None,
 ) -> Generator[tuple[Cell, dict[str, Any]]]:  # fmt: skip
     """The record of each cell as it ends.
@@ -61,22 +60,22 @@ def run_ray(
     Ray starts a worker anew that died, wherever there is room; its cell goes back to the queue.
     """
     ray = checks.installed("ray", "engine='ray'", "ray")
-    threads = task.threads or 1
+    threads = threads or 1
     with _connected(ray, address, threads, workers):
         if gpus is None:
             gpus = float(ray.cluster_resources().get("GPU", 0) > 0)
-        device = task.device or ("auto" if gpus > 1 else "cuda" if gpus else "cpu")
-        task = task._replace(threads=threads, device=device)
+        device = device or ("auto" if gpus > 1 else "cuda" if gpus else "cpu")
         fit = _room(ray, threads, gpus)
         count = min(len(cells), workers or fit)
         proof = uuid4().hex.encode()
-        Store(task.out).write(_PROOF, proof)
+        Store(out).write(_PROOF, proof)
         kept = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
         here = kept(ray.get_runtime_context().get_node_id(), soft=False)
         board = ray.remote(_Board).options(num_cpus=0, scheduling_strategy=here, max_restarts=-1)
         board = board.remote()
         make = ray.remote(_RayWorker).options(num_cpus=threads, num_gpus=gpus, max_restarts=-1)
-        crew = _Crew(ray, board, proof, tell, [make.remote(task) for _ in range(count)], [*cells])
+        made = [make.remote(out, device, threads) for _ in range(count)]
+        crew = _Crew(ray, board, proof, tell, made, [*cells])
         try:
             yield from crew.work()
         finally:

@@ -5,22 +5,27 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import pandas as pd
 from tqdm.auto import tqdm
 
 from tl_melbo import checks
 from tl_melbo.errors import told, warn_user
 from tl_melbo.run._files import VECTORS
 from tl_melbo.shapes import shape_checked
-from tl_melbo.sweeps._cell import Task, is_done, is_lost
+from tl_melbo.sweeps._cell import Worker, is_done, is_lost, run_local
 from tl_melbo.sweeps._grid import Cell, cells_of, read_grid
-from tl_melbo.sweeps._local import run_local
 from tl_melbo.sweeps._store import ASIDE, Store
-from tl_melbo.sweeps._table import table_of
 from tl_melbo.tables import Table
 
 TABLE, PAGE = "sweep.parquet", "sweep.html"
 OnProgress = Callable[[float, float], None]
 Records = dict[str, dict[str, Any]]
+# In every table, whatever was searched.
+_MEASURED: Mapping[str, str] = {
+    "found": "Int64", "measure": "string", "measure_median": "Float64", "measure_max": "Float64",
+    "kl_median": "Float64", "kl_max": "Float64", "unsteered": "string", "completion": "string",
+    "vectors_sha256": "string", "seconds": "Float64",
+}  # fmt: skip
 
 
 @shape_checked
@@ -49,10 +54,9 @@ def sweep(
 
     Args:
         grid: options with a value, or a list of them; or a list of such grids; or the path of a
-            YAML file. The options are those of `tl-melbo discover`: model, dtype, prompt, chat,
-            source_layer, target_layer, method and its settings, other, max_new_tokens (for
-            completions); and name, of the folder. Of layers in lists, pairs whose target does not
-            come after the source are left out.
+            YAML file. The options are those of `tl-melbo discover` and of the method; `name` is
+            the folder's. Of layers in lists, pairs whose target does not come after the source
+            are left out.
         out: a folder, or an fsspec URL such as "s3://bucket/sweep".
         engine: "local", in this process; "ray", on a cluster.
         address: the cluster's, "host:port" or "auto"; None takes RAY_ADDRESS, or starts Ray here.
@@ -84,7 +88,6 @@ def sweep(
     _check_engine(engine, address, workers, threads, gpus)
     checks.installed("pyarrow", "a sweep's table", "sweep")
     store = Store(out)
-    task = Task(store.out, device, threads)
     with store.writing():
         records = _known(store, cells)
         todo = [cell for cell in cells if not is_done(cell, records.get(cell.folder))]
@@ -92,9 +95,10 @@ def sweep(
             if engine == "ray" and todo:
                 from tl_melbo.sweeps._ray import run_ray
 
-                ended = run_ray(todo, task, tell, address=address, workers=workers, gpus=gpus)
+                place: dict[str, Any] = {"address": address, "workers": workers, "gpus": gpus}
+                ended = run_ray(todo, store.out, tell, device=device, threads=threads, **place)
             else:
-                ended = run_local(todo, task, tell)
+                ended = run_local(todo, Worker(store.out, device, threads), tell)
             with closing(ended):
                 for cell, record in ended:
                     records[cell.folder] = store.keep(cell.folder, record)
@@ -170,9 +174,32 @@ def _progress(
 
 
 def _write_table(store: Store, cells: Sequence[Cell], records: Records) -> Table:
-    table = table_of(cells, records)
+    """What is known of every cell; the status of those that were not searched is "waiting"."""
+    rows = []
+    for cell in cells:
+        record = records.get(cell.folder, {})
+        measured = record.get("row", {})
+        row = {"folder": cell.folder, "status": record.get("status", "waiting")}
+        row |= {name: record.get(name) or None for name in ("error", "warnings")}
+        row |= cell.columns() | {name: measured.get(name) for name in _MEASURED}
+        radius = measured.get("radius") or row.get("radius")
+        # "auto" is none: what came out is not known.
+        row["radius"] = float(radius) if isinstance(radius, int | float) else None
+        rows.append(row | {"seconds": record.get("seconds")})
+    options = dict.fromkeys(name for row in rows for name in row if name not in _MEASURED)
+    table = Table({name: [row.get(name) for row in rows] for name in (*options, *_MEASURED)})
+    table = table.astype({name: _kind(name, rows) for name in table.columns})
     store.write(TABLE, table.to_parquet(index=False))
     return table
+
+
+def _kind(name: str, rows: Sequence[Mapping[str, Any]]) -> Any:
+    """The narrowest type that all values of a column have; Parquet wants one."""
+    if name in _MEASURED or name == "radius":
+        return _MEASURED.get(name, "Float64")
+    values = [row[name] for row in rows if row.get(name) is not None]
+    kind = pd.array(values or [""]).dtype
+    return kind if kind.name in ("boolean", "Int64", "Float64") else "string"
 
 
 def _write_page(store: Store, table: Table, records: Records) -> None:
