@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+from circuitsvis.tokens import colored_tokens
+from circuitsvis.utils.render import RenderedHTML
 from plotly.colors import sample_colorscale
 
 from tl_melbo import checks
@@ -17,23 +19,27 @@ from tl_melbo.text import printable
 
 # A token coloured by more than this share of the largest value has white letters.
 _DARK = 0.6
+# The ends of the heatmaps' colours, a little paler, for circuitsvis.
+_AGAINST, _ALONG = "#2166ac", "#b2182b"
+_CALL = "CircuitsVis.render("
 _TEXT = "font-family:system-ui,sans-serif;font-size:14px;line-height:1.9;margin:4px 0"
 _DIVERGENCE = ("position", "token", "kl", "log_prob", "unsteered_log_prob", "top", "unsteered_top")
 
 
-class ColouredTokens(str):
-    """HTML that a notebook shows."""
+class _Offline(RenderedHTML):
+    """Coloured tokens that do not look for a network each time they are shown."""
 
-    __slots__ = ()
+    def __init__(self, source: str) -> None:
+        super().__init__(source, source)
 
     def _repr_html_(self) -> str:
-        return str(self)
+        return self.local_src
 
 
 @shape_checked
 def token_presence(
     model: Model, vector: Vectors, text: str, layer: int | None = None
-) -> ColouredTokens:
+) -> RenderedHTML:
     """Show a text's tokens coloured by their projection on a vector, in the unsteered model.
 
     In standard deviations from the mean over ordinary prose (`evaluation.PASSAGES`). Red tokens
@@ -49,13 +55,23 @@ def token_presence(
     tokens, values = token_projections(model, vector, text, layer)
     hover = [f"{value:+.2f} sd" for value in values]
     largest = max(map(abs, values)) or 1.0
+    limits = -largest, largest
+    source = colored_tokens(tokens, values, *limits, _AGAINST, _ALONG).local_src
+    name = "static-" + source.partition('id="')[2].partition('"')[0]
+    before, _, after = source.rpartition(_CALL)
+    data, end, rest = after.rpartition("</script>")
+    # No "<" in its data: a token "</script>" would end the script.
+    data = data.replace("<", "\\u003c")
+    # Plain coloured text stands above; the script, where it runs, takes it away.
+    remove = f'document.getElementById("{name}")?.remove();\n    '
     shown = _coloured([printable(token) for token in tokens], values, hover, largest)
     bar = _bar(-1.0, f"{-largest:.1f} sd: against the vector", f"{largest:+.1f} sd: along")
-    return ColouredTokens(shown + bar)
+    script = f"{before}{remove}{_CALL}{data}{end}{rest}"
+    return _Offline(f'<div id="{name}">{shown}</div>\n{script}{bar}')
 
 
 @shape_checked
-def token_divergence(divergence: pd.DataFrame, vector: int = 0) -> ColouredTokens:
+def token_divergence(divergence: pd.DataFrame, vector: int = 0) -> RenderedHTML:
     """Show a completion's tokens coloured by KL(steered || unsteered): where the two part.
 
     Hovering over a token shows its log-probability under both, and the likeliest tokens of both.
@@ -79,8 +95,9 @@ def token_divergence(divergence: pd.DataFrame, vector: int = 0) -> ColouredToken
     ]
     largest = max(own["kl"]) or 1.0
     tokens = [str(token).replace("⏎", "⏎\n") for token in own["token"]]
+    # Without circuitsvis, whose tokens can show no more than their number.
     shown = _coloured(tokens, own["kl"].tolist(), hover, largest)
-    return ColouredTokens(shown + _bar(0.0, "KL 0: as unsteered", f"{largest:.2g} nats"))
+    return _Offline(shown + _bar(0.0, "KL 0: as unsteered", f"{largest:.2g} nats"))
 
 
 def likeliest(told: object) -> str:
