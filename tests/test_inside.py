@@ -151,7 +151,7 @@ def test_formats_of_prompts_that_disagree_are_refused(tiny_llama, found):
     theirs = effect_by_layer(tiny_llama, PROMPT, dict(reversed(some.items())), layer=1)
     sums = [frame.groupby("vectors")["effect"].sum().to_dict() for frame in (ours, theirs)]
     assert sums[0] == pytest.approx(sums[1], rel=1e-5)
-    with pytest.raises(ValueError, match="some of the vectors were found with chat prompts"):
+    with pytest.raises(ValueError, match="chat: the vectors were found with both; pass chat=True"):
         effect_by_layer(tiny_llama, PROMPT, {"a": chat, "b": raw})
 
 

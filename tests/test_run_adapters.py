@@ -169,7 +169,7 @@ def test_the_command_finds_factors_and_goes_on(model_folder, cached_models, tmp_
         patch.setattr(tm.GatedFactors, "save", stop)
         result = runner.invoke(cli.app, command)
     assert result.exit_code == 130
-    assert "1 step is kept in" in result.stderr
+    assert "what was finished is kept" in result.stderr
     result = runner.invoke(cli.app, [*command, "--max-new-tokens", "3"])
     assert result.exit_code == 0, result.output
     assert result.stdout.strip().splitlines()[-1] == str((out / "factors.csv").resolve())

@@ -75,7 +75,9 @@ def groups_told(groups: Behaviours | None, data: Mapping[str, Any], n_found: int
 
 def random_median(baselines: pd.DataFrame | None, column: str) -> float | None:
     """The median of a column over the random vectors; None where it is not known."""
-    values = [] if baselines is None else baselines[column].astype(float).tolist()
+    if baselines is None or column not in baselines:
+        return None
+    values = baselines[column].astype(float).tolist()
     known = [value for value in values if math.isfinite(value)]
     return float(np.median(known)) if known else None
 
