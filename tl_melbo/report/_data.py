@@ -260,7 +260,7 @@ def _add_rates(
         if card and row and told["n"] and told["n_samples"] > 1:
             card["rates"].append({"key": row["key"], **_counts(told["n"], told["n_samples"])})
     for card in cards:  # of vectors that show it greedily, and in no sample
-        for key in {*card["rows"]} - {each["key"] for each in card["rates"]}:
+        for key in sorted({*card["rows"]} - {each["key"] for each in card["rates"]}):
             if (n_samples := sizes.get(key, 0)) > 1:
                 card["rates"].append({"key": key, **_counts(0, n_samples)})
 
