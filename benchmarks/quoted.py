@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from benchmarks import scale
+from benchmarks import climbing, scale
+from benchmarks.tables import measured
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -54,12 +55,6 @@ def parting() -> str:
 
 def comparison() -> str:
     """Other tools, with the seconds of `python -m benchmarks.compare`."""
-    text = (HERE / "RESULTS.md").read_text(encoding="utf-8")
-
-    def measured(row: str) -> float:
-        (found,) = re.findall(rf"^\| {re.escape(row)} \| \**([\d.]+)", text, re.MULTILINE)
-        return float(found)
-
     library = measured("a library of 32 orthogonal vectors, 10 gradients each, seconds") / 32
     ours = measured("all positions: ours, seconds a vector")
     published = measured("original code, seconds a vector (from 1 and 9 steps)")
@@ -90,6 +85,7 @@ QUOTED: dict[tuple[str, str], Callable[[], str]] = {
     ("README.md", "output"): output,
     ("README.md", "comparison"): comparison,
     ("docs/theory.md", "parting"): parting,
+    ("docs/how-to-choose.md", "climbing"): climbing.table,
     ("docs/scale.md", "check"): scale.check,
     ("docs/scale.md", "scale"): scale.table,
 }
