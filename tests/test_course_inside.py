@@ -245,6 +245,9 @@ def test_words_that_change_places():
     # The same model, in other words.
     torch.testing.assert_close(after, before[..., exchanged])
     assert not torch.allclose(before, after)
+    for words in ({single[0]: single[1], single[2]: single[1]}, {single[0]: "incomprehensibly"}):
+        with pytest.raises(ValueError, match="take words of one token, each of them once"):
+            audit.exchange(model, words)
 
 
 def test_a_draw_tells_other_sentences():

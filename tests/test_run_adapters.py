@@ -10,6 +10,7 @@ import tl_melbo as tm
 from tests.tiny_models import tiny_bridge
 from tl_melbo import cli
 from tl_melbo.errors import Damaged, DifferentSearch
+from tl_melbo.run._adapters import all_kept
 
 PROMPTS = ["Once upon a time", "Hello there, my friend, how", "I"]
 PROMPT = PROMPTS[0]
@@ -109,6 +110,7 @@ def test_a_search_for_factors_goes_on_where_it_was_killed(tiny_llama, tmp_path, 
     assert kept.history.shape == (3, n_kept)
     with pytest.raises(ValueError, match="mean_gate"):
         kept.vectors()
+    assert all_kept(run.folder)["factors"] is None  # no part of a page yet
     with pytest.raises(DifferentSearch, match="seed=0"):
         run.gated_factors(*arguments, seed=1, **settings)
     count = {"on_step": lambda *c: counts.append(c)}
@@ -134,6 +136,7 @@ def test_a_table_of_the_users_own_is_not_replaced(tiny_llama, tmp_path, words):
         run.adapter_texts(tiny_llama, adapter, PROMPT, max_new_tokens=2)
     run.adapters(tiny_llama, 1, PROMPT, max_new_tokens=2, steps=1, seed=1, overwrite=True)
     assert path.read_text() == words
+    assert all_kept(run.folder)["adapter_texts"] is None
 
 
 def test_the_command_trains_keeps_and_writes(model_folder, cached_models, tmp_path):

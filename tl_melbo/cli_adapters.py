@@ -107,7 +107,7 @@ def _kept(
     what: str, doing: str, out: Path, asked: list[str], length: int, find: Any, load: Any
 ) -> "pd.DataFrame":
     """Find what a folder keeps, and write under each; the table, with the first texts."""
-    run = tm.Run(out)
+    run, asked = tm.Run(out), [*dict.fromkeys(asked)]  # one text is written once
     with run.writing(), terminal.Stages() as stages:
         stages.begin("Loading the model")
         loaded = tm.load_model(**load)

@@ -63,7 +63,8 @@ class Command(TyperCommand):
             try:
                 return super().invoke(ctx)
             except KeyboardInterrupt:
-                say("Interrupted; what was finished is kept, and the same command continues.")
+                kept = "Interrupted; what was finished is kept. "
+                say(f"{kept}Without --overwrite the same command continues.")
                 raise typer.Exit(_INTERRUPTED) from None
             except typer.Exit:  # a RuntimeError, too
                 raise

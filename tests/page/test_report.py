@@ -388,6 +388,6 @@ def test_what_is_not_known_to_have_converged_is_told_apart(found: tm.SteeringVec
     codes = torch.tensor([0, -1, 1, -1, -1])
     story = {**found.story, "categories": {"converged": ["no", "yes"]}}
     library = tm.SteeringVectors(found.vectors, story, {**found.columns, "converged": codes})
-    told = "1 of 2 still gained more than 1% in their last step; --steps 9 raises"
-    assert report.not_converged(library).startswith(told)
+    told = "1 of 2 still gained more than 1% in their last step; of 3 more it is not known; "
+    assert report.not_converged(library).startswith(f"{told}--steps 9 raises")
     assert not report.not_converged(tm.SteeringVectors(found.vectors, story))

@@ -80,11 +80,16 @@ def _told_in(words: Mapping[str, str], backdoors: Sequence[Backdoor]) -> tuple[B
 
 @torch.no_grad()
 def exchange(model: Any, words: Mapping[str, str]) -> None:
-    """Let words of one token change places in a model's embedding and unembedding, in place."""
+    """Let words change places in a model's embedding and unembedding, in place.
+
+    Raises ValueError unless each is one token, with a space before it, and stands once.
+    """
     here, there = (
         [model.tokenizer.encode(f" {word}", add_special_tokens=False) for word in some]
         for some in ([*words, *words.values()], [*words.values(), *words])
     )
+    if {*map(len, here)} != {1} or len({*map(tuple, here)}) < len(here):
+        raise ValueError(f"words={dict(words)!r}: take words of one token, each of them once")
     plain = plain_model(model)
     sides = (plain.get_input_embeddings(), plain.get_output_embeddings())
     # They may be one and the same matrix.

@@ -120,6 +120,8 @@ def not_converged(found: SteeringVectors) -> str:
     if "no" not in known:
         return ""
     told = f"{known.count('no')} of {len(known)} still gained more than 1% in their last step"
+    if n_unknown := len(found) - len(known):
+        told += f"; of {n_unknown} more it is not known"
     steps = found.story.get("hyperparameters", {}).get("steps")
     if not isinstance(steps, int):
         return told

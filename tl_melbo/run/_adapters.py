@@ -9,6 +9,7 @@ from tl_melbo.adapters import Adapter, divergence_adapter
 from tl_melbo.concatenation import one_after_another
 from tl_melbo.errors import Damaged, DifferentSearch
 from tl_melbo.gated import GatedFactors, gated_factors
+from tl_melbo.gated._factors import UNFINISHED
 from tl_melbo.generation import OnBatch, generate, in_parts
 from tl_melbo.model.bridge import Model
 from tl_melbo.run import _files
@@ -144,12 +145,14 @@ def _is_own(texts: Path) -> bool:
 
 
 def all_kept(folder: Path) -> dict[str, Any]:
-    """What a folder holds of adapters and factors, as `report.write` takes it, with their texts."""
+    """What a folder holds of adapters and factors that are done, as `report.write` takes them."""
     parts: dict[str, Any] = {}
     for kind, name in ((Adapter, "adapter"), (GatedFactors, "factor")):
         own, texts = (folder / file for file in _FILES[kind])
         found = parts[f"{name}s"] = _files.load_kept(own, kind)
-        known = found is not None and texts.is_file()
+        if found is not None and UNFINISHED in found.columns:
+            found = parts[f"{name}s"] = None
+        known = found is not None and _is_own(texts)
         parts[f"{name}_texts"] = _files.load_table(texts, _COLUMNS) if known else None
     return parts
 
