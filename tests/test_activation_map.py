@@ -1,6 +1,7 @@
 """f against the whole model: hooks on every block, and nothing of ours in between."""
 
 import dataclasses
+import weakref
 
 import pytest
 import torch
@@ -553,6 +554,33 @@ def test_the_same_graph_can_be_used_twice_and_sees_changed_input(tiny_llama):
         steered.add_(1.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+@pytest.mark.everywhere
+def test_more_vectors_than_memory_are_recomputed(tiny_llama, monkeypatch):
+    f = tm.ActivationMap.from_prompts(tiny_llama, PROMPT, 1, 4, batch_size=2)
+    theta = torch.randn(5, f.d_model, generator=torch.Generator().manual_seed(8)).requires_grad_()
+    run, calls, kept = FastBlocks.forward, [], []
+
+    def counting(self, x, rotation, positions, keep):
+        calls.append(keep is not None)
+        y = run(self, x, rotation, positions, keep)
+        kept.extend(weakref.ref(part.gate_up) for part in keep or ())
+        return y
+
+    monkeypatch.setattr(FastBlocks, "forward", counting)
+    gradients = []
+    for fits, forwards, held in ((100, [True] * 3, 9), (3, [False] * 3, 0)):
+        monkeypatch.setattr(tm.ActivationMap, "_vectors_in_memory", lambda *_, fits=fits: fits)
+        calls.clear()
+        kept.clear()
+        loss = f.delta(theta).square().sum()
+        assert calls == forwards
+        assert sum(part() is not None for part in kept) == held
+        gradients.append(torch.autograd.grad(loss, theta)[0])
+        assert len(calls) == 3 if held else 6
+        assert not any(part() is not None for part in kept), "a graph outlives its gradient"
+    assert relative_error(*gradients) < 1e-6
 
 
 def test_two_maps_of_one_model_leave_it_and_each_other_alone():

@@ -162,15 +162,20 @@ class ActivationMap:
         way = self._way(shortcut.is_transformed(theta))
         if not len(theta):
             return torch.zeros(0, *self.x.shape, dtype=self._wide(theta), device=self.x.device)
-        size = self.vectors_at_once()
-        effects, _ = map_batches(lambda some: self._effect(some, picked, way), theta, size)
+        with_gradient = torch.is_grad_enabled() and theta.requires_grad
+        room, size = self._vectors_in_memory(), self.vectors_at_once()
+        # Where the graphs do not all fit, each is made in its backward pass.
+        recompute = with_gradient and len(theta) > max(room, size)
+        effects, _ = map_batches(
+            lambda some: self._effect(some, picked, way, recompute), theta, size
+        )
         return effects[0] if len(effects) == 1 else torch.cat(effects)
 
-    def _effect(self, theta: Tensor, picked: Picked, way: shortcut.Way) -> Tensor:
+    def _effect(self, theta: Tensor, picked: Picked, way: shortcut.Way, recompute: bool) -> Tensor:
         """The effects of one batch."""
         wide = self._wide(theta)
         steered = self.x + theta.to(self.x.device, self.x.dtype)[:, None, None, :]
-        y = push(steered, self._groups, picked, way.run)
+        y = push(steered, self._groups, picked, way.run, recompute)
         effect = y.to(wide) - way.y.to(wide)
         unchanged = self._unchanged(steered)
         if unchanged.any():

@@ -45,17 +45,19 @@ class Picked(NamedTuple):
 
 
 # How prompts of one group go through the blocks: their rows, [row, pos, d_model]; the group; the
-# positions of the result that are wanted, or None.
-Run = Callable[[Tensor, Group, Tensor | None], Tensor]
+# positions of the result that are wanted, or None; whether the graph is made in the backward pass.
+Run = Callable[[Tensor, Group, Tensor | None, bool], Tensor]
 
 
-def push(x: Tensor, groups: Sequence[Group], picked: Picked, run: Run) -> Tensor:
+def push(
+    x: Tensor, groups: Sequence[Group], picked: Picked, run: Run, recompute: bool = False
+) -> Tensor:
     """Push [vector, prompt, pos, d_model] through; zeros at positions that are not picked."""
     y = None
     for group in groups if len(x) else ():
         wanted, into = picked.places[group.length]
         rows = x if group.prompts is None else x[:, group.prompts, -group.length :]
-        found = run(rows.flatten(0, 1), group, wanted).unflatten(0, rows.shape[:2])
+        found = run(rows.flatten(0, 1), group, wanted, recompute).unflatten(0, rows.shape[:2])
         found = found.to(x.device)  # the last block may be on another one
         if group.prompts is None and wanted is None:
             return found

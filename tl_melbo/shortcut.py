@@ -67,9 +67,12 @@ _Made = tuple[Path, Callable[[Group, Tensor | None], _Short], Tangents]
 def hooked_run(blocks: Sequence[nn.Module]) -> Run:
     """By the model's own modules, on which hooks fire."""
 
-    def run(rows: Tensor, group: Group, positions: Tensor | None) -> Tensor:
-        with frozen(*blocks):
-            return run_layers(blocks, group.calls, rows, positions)
+    def run(rows: Tensor, group: Group, positions: Tensor | None, recompute: bool) -> Tensor:
+        def once(rows: Tensor) -> Tensor:
+            with frozen(*blocks):
+                return run_layers(blocks, group.calls, rows, positions)
+
+        return Shortened.apply(rows, _graph(once), once, True) if recompute else once(rows)
 
     return run
 
@@ -192,7 +195,7 @@ def _plain_layers(blocks: Sequence[nn.Module]) -> list[nn.Module]:
 def _plain_run(blocks: Sequence[nn.Module]) -> Run:
     """By Hugging Face's own layers, with attention in steps."""
     layers = _plain_layers(blocks)
-    return lambda rows, group, positions: run_layers(layers, group.calls, rows, positions)
+    return lambda rows, group, positions, _: run_layers(layers, group.calls, rows, positions)
 
 
 def _graph(function: Callable[[Tensor], Tensor]) -> _Short:
@@ -214,11 +217,11 @@ def _graph(function: Callable[[Tensor], Tensor]) -> _Short:
 
 
 def _shortened(short: Callable[[Group, Tensor | None], _Short], plain: Run) -> Run:
-    def run(rows: Tensor, group: Group, positions: Tensor | None) -> Tensor:
+    def run(rows: Tensor, group: Group, positions: Tensor | None, recompute: bool) -> Tensor:
         way = short(group, positions)
         if not (rows.requires_grad and torch.is_grad_enabled()):
             return way.forward(rows, False)[0]
-        return Shortened.apply(rows, way, lambda x: plain(x, group, positions))
+        return Shortened.apply(rows, way, lambda x: plain(x, group, positions, False), recompute)
 
     return run
 
@@ -227,23 +230,25 @@ class Shortened(torch.autograd.Function):
     """A function by its shortcut; by the long way where a gradient is to be differentiated."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, short: _Short, long: Callable[[Tensor], Tensor]) -> Tensor:
-        """By the shortcut."""
+    def forward(
+        ctx: Any, x: Tensor, short: _Short, long: Callable[[Tensor], Tensor], recompute: bool
+    ) -> Tensor:
+        """By the shortcut; nothing is kept if it is to be recomputed."""
         ctx.save_for_backward(x)  # so that autograd sees it when x is changed in between
         ctx.short, ctx.long = short, long
-        y, ctx.kept = short.forward(x.detach(), ctx.needs_input_grad[0])
+        y, ctx.kept = short.forward(x.detach(), not recompute and ctx.needs_input_grad[0])
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
         """By the shortcut, or by the long way where this gradient is to be differentiated."""
         (x,), (gradient,) = ctx.saved_tensors, grad_outputs
         if torch.is_grad_enabled():
             (d_x,) = torch.autograd.grad(ctx.long(x), x, gradient, create_graph=True)
-            return d_x, None, None
+            return d_x, None, None, None
         kept = ctx.short.forward(x.detach(), True)[1] if ctx.kept is None else ctx.kept
         ctx.kept = None  # a second gradient of the same result makes its own
-        return ctx.short.backward(gradient, kept), None, None
+        return ctx.short.backward(gradient, kept), None, None, None
 
 
 State = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], bool]

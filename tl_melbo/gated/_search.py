@@ -89,7 +89,7 @@ class GatedMap:
         f, rows = self.f, self.additions(theta)
         picked = f._picked(checked_slice(positions))
 
-        def run(stream: Tensor, group: Group, wanted: Tensor | None) -> Tensor:
+        def run(stream: Tensor, group: Group, wanted: Tensor | None, _: bool) -> Tensor:
             # One row for each factor and prompt, the prompts of a factor together.
             each = torch.arange(len(rows)).repeat_interleave(len(stream) // len(rows))
             with frozen(*f._blocks()), hooked(f.model, rows[each.to(theta.device)]):
