@@ -30,6 +30,7 @@
 
 # %% tags=["parameters"]
 MODEL = None  # None is the bundled SmolLM2-135M-Instruct; or a hub id, a folder, a .gguf file
+FOLDER = "runs/first_vectors"  # of the search: each model and prompt takes one of its own
 PROMPT = "Tell me about yourself."
 CHAT = True  # False for a base model, which has no chat template
 SOURCE_LAYER, TARGET_LAYER = 8, 16  # None, None: a quarter and half of another model's depth
@@ -147,7 +148,7 @@ check.divergences(divergences, log_p, log_q)
 # No labels, no examples, only the prompt. Each vector is orthogonal to all before it.
 
 # %%
-run = tm.Run("runs/first_vectors")  # keeps each vector as it comes: interrupt it, and run it again
+run = tm.Run(FOLDER)  # keeps each vector as it comes: interrupt it, and run it again
 found = run.melbo(f, N_VECTORS, radius=RADIUS, progress=True)
 found.table()
 

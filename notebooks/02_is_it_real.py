@@ -33,6 +33,7 @@
 
 # %% tags=["parameters"]
 MODEL = None  # None is the bundled SmolLM2-135M-Instruct; or a hub id, a folder, a .gguf file
+FOLDER = "runs/is_it_real"  # of the search: each model and prompt takes one of its own
 PROMPT = "Tell me about yourself."
 CHAT = True  # False for a base model, which has no chat template
 SOURCE_LAYER, TARGET_LAYER = 8, 16  # None, None: a quarter and half of another model's depth
@@ -64,7 +65,7 @@ if SOURCE_LAYER is None:
 f = tm.ActivationMap.from_prompts(model, PROMPT, SOURCE_LAYER, TARGET_LAYER, chat=CHAT)
 RADIUS = RADIUS or tm.calibrate_radius(f)
 LAST = slice(-3, None)
-found = tm.Run("runs/is_it_real").melbo(f, N_VECTORS, radius=RADIUS, progress=True)
+found = tm.Run(FOLDER).melbo(f, N_VECTORS, radius=RADIUS, progress=True)
 greedy = tm.generate(model, PROMPT, found, max_new_tokens=MAX_NEW_TOKENS)
 greedy[["vector", "completion"]]
 

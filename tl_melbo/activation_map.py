@@ -318,19 +318,21 @@ class ActivationMap:
 
     def vectors_at_once(self, with_gradient: bool = True) -> int:
         """How many vectors `delta` runs at once: `batch_size`, or what is fast and fits."""
-        if self.batch_size is not None:
-            return self.batch_size
-        cfg, n_tokens = self.model.cfg, self.mask.numel()
+        on_cpu = self.x.device.type == "cpu"  # whose caches more rows fall out of
+        most = _CPU_ROWS // self.mask.numel() if on_cpu else _GPU_VECTORS
+        return self.batch_size or max(1, min(most, self._vectors_in_memory(with_gradient)))
+
+    def _vectors_in_memory(self, with_gradient: bool = True) -> int:
+        """How many vectors fit in half of the free memory."""
+        cfg = self.model.cfg
         d_mlp = int(getattr(cfg, "d_mlp", None) or 4 * self.d_model)
         n_heads = int(getattr(cfg, "n_heads", None) or 1)
         # 16 residual-sized and 5 MLP-sized tensors, and four attention patterns; without a gradient
         # one block's worth lives.
         floats = 16 * self.d_model + 5 * d_mlp + 4 * n_heads * self.x.shape[1]
         blocks = self.target_layer - self.source_layer if with_gradient else 1
-        per_vector = floats * n_tokens * blocks * self.x.element_size()
-        on_cpu = self.x.device.type == "cpu"  # whose caches more rows fall out of
-        most = _CPU_ROWS // n_tokens if on_cpu else _GPU_VECTORS
-        return max(1, min(most, int(free_memory(self.x.device) / 2 / per_vector)))
+        per_vector = floats * self.mask.numel() * blocks * self.x.element_size()
+        return int(free_memory(self.x.device) / 2 / per_vector)
 
     def story(self) -> dict[str, Any]:
         """Where the map comes from, as JSON-ready facts."""

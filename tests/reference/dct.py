@@ -91,7 +91,7 @@ def soft(effect, vectors, radius, steps):
     """The push in the last third, and one more step without it, from the best of that third."""
     found, strengths, highest = [], [1.0] * len(vectors), -math.inf
     for step in range(steps):
-        early = step < 2 * steps / 3
+        early = step < min(2 * steps / 3, steps - 1)
         spread = orthonormal(vectors, strengths, step, steps)
         vectors = spread if early else pushed_apart(vectors, strengths)
         fitted, vectors, strengths = exponential_step(effect, vectors, radius)

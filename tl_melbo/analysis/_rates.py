@@ -54,6 +54,7 @@ def rates(
     Raises:
         ValueError: no completions, or columns that are not there.
     """
+    checks.installed("scipy.stats", "rates")  # before `of`, which may be a judge, is asked
     among = [completions] if random is None else [completions, random]
     frame = _counted(completions, of, by, "completions", among).assign(steering="vector")
     if random is not None:

@@ -134,6 +134,8 @@ class Fit:
         of soft factors is a later one.
         """
         n_early = math.ceil(together * steps)
+        if soft:  # the push has one step at least
+            n_early = min(n_early, steps - 1)
         for step in range(0 if stage is None else stage.history.shape[1], steps):
             vectors, strengths = start, torch.ones(len(start), dtype=torch.float64)
             if stage is not None:

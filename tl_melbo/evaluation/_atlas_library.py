@@ -36,6 +36,9 @@ class Atlas:
         targets = [{*each.columns["target_layer"].tolist()} for each in self.libraries.values()]
         return f"Atlas({sum(map(len, targets))} pairs of layers, {len(targets)} sources)"
 
+    def _repr_html_(self) -> str:
+        return self.table._repr_html_()
+
     @property
     def table(self) -> Table:
         """A row for each pair, vector, sign and prompt: see `atlas`."""

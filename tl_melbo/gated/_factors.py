@@ -136,6 +136,8 @@ class GatedFactors(BlockLibrary):
         Raises:
             ValueError: the mean gates are not known, since `gated_factors` did not find these.
         """
+        if UNFINISHED in self.columns:
+            raise ValueError("the search has not ended; the same run.gated_factors(...) goes on")
         gates = self.columns.get("mean_gate")
         if gates is None or gates.shape != self.A.shape[:2]:
             raise ValueError(
@@ -166,4 +168,4 @@ class GatedFactors(BlockLibrary):
     def __repr__(self) -> str:
         low, high = min(self.layers), max(self.layers)
         told = f"{len(self)} x {len(self.layers)} blocks, {low} to {high}, R = {self.radius:g}"
-        return self._described(told)
+        return self._described(told, *(["unfinished"] if UNFINISHED in self.columns else []))

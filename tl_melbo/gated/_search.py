@@ -149,7 +149,9 @@ class FactorSearch(Parts[GatedFactors]):
 
     def collect(self) -> GatedFactors:
         """What is found."""
-        return deque(self, maxlen=1).pop()
+        if not (last := deque(self, maxlen=1)):
+            raise ValueError("this search has given all its steps; call gated_factors anew")
+        return last.pop()
 
     def _run(self) -> Iterator[GatedFactors]:
         gated, begun, stage = self.gated, self.begun, cast(Any, None)

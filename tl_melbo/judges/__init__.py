@@ -6,7 +6,7 @@ A function of yours is a judge. `local` makes one of a model, `openai_compatible
 
 from tl_melbo.judges._asking import ask
 from tl_melbo.judges._local import local
-from tl_melbo.judges._server import ServerJudge, openai_compatible
+from tl_melbo.judges._server import openai_compatible
 from tl_melbo.judges._sheet import Sheet, sheet
 
-__all__ = ["ServerJudge", "Sheet", "ask", "local", "openai_compatible", "sheet"]
+__all__ = ["Sheet", "ask", "local", "openai_compatible", "sheet"]
