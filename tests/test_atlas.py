@@ -436,5 +436,5 @@ def test_a_command_that_is_stopped_says_what_is_kept(model_folder, tmp_path, mon
     monkeypatch.setattr(module, "save_table", stop)
     result = command(model_folder, tmp_path / "out", "--sources=1", "--targets=2")
     assert result.exit_code == 130
-    assert "what was finished is kept." in " ".join(result.stderr.split())
+    assert "what was finished is kept; the same command" in " ".join(result.stderr.split())
     assert (tmp_path / "out" / "source-01.safetensors").is_file()

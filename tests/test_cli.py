@@ -197,7 +197,8 @@ def test_ctrl_c_stops_and_says_what_is_kept(model_folder: Path, tmp_path: Path) 
     assert "Traceback" not in stderr
     kept = len(tm.SteeringVectors.load(out / "vectors.safetensors"))
     assert 1 <= kept < 30
-    assert "Interrupted; what was finished is kept, and the same command" in one_line(stderr)
+    plural = "vector is" if kept == 1 else "vectors are"
+    assert f"Interrupted; {kept} {plural} kept in" in one_line(stderr)
 
 
 def test_an_earlier_run_is_not_overwritten_unasked(model_folder: Path, tmp_path: Path) -> None:
@@ -262,7 +263,7 @@ def test_an_interrupted_search_goes_on(
         interrupt_after_two_vectors(patch)
         result = discover(model_folder, out)
     assert result.exit_code == 130
-    assert "the same command continues" in one_line(result.stderr)
+    assert "2 vectors are kept in" in one_line(result.stderr)
     result = discover(model_folder, out, "--seed=1")
     assert result.exit_code == 1
     assert "seed=0 (here 1)" in one_line(result.stderr)

@@ -220,7 +220,7 @@ def test_damaged_files_are_named(run: Path) -> None:
     (run / "ortho-1" / "theta0.safetensors").unlink()
     result = ortho(run)
     assert result.exit_code == 1
-    assert "the vector that it grew from; pass --overwrite" in one_line(result.stderr)
+    assert "lacks theta0.safetensors; pass --overwrite" in one_line(result.stderr)
 
 
 def test_texts_come_back_from_a_table_as_they_were(tmp_path: Path) -> None:

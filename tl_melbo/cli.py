@@ -1,5 +1,7 @@
 """The same from a shell: `tl-melbo discover "Tell me about yourself." --out runs/me`."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -9,7 +11,7 @@ from typer import Argument, Option
 
 import tl_melbo as tm
 from tl_melbo import checks, cli_adapters, cli_atlas, options, sweeps, terminal
-from tl_melbo.run import absolute, family_folder
+from tl_melbo.run import VECTORS, absolute, family_folder
 from tl_melbo.sweeps._grid import cells_of, read_grid
 from tl_melbo.sweeps._sweep import PAGE
 from tl_melbo.terminal import option
@@ -99,7 +101,7 @@ def discover(
     place = {"source_layer": source_layer, "target_layer": target_layer, "chat": chat}
     story = {**asked.story, **place, "prompts": prompts, "dtype": dtype}
     run, name, known = tm.Run(out), absolute(model), 0
-    with run.writing(), terminal.Stages() as stages:
+    with _session(run, run.folder) as stages:
         if not overwrite:
             run.check(side_effects=side_effects)
             known = run.check_same({**story, "model": name})
@@ -158,7 +160,7 @@ def ortho(
     asked = options.asked(tm.melbo_ortho, flags | {"steps": steps}, theta0=theta0)
     place = family_folder(run.folder, vector)
     # What is there is read under the lock, too: another process may have just added to it.
-    with run.writing(), terminal.Stages() as stages:
+    with _session(run, place) as stages:
         run.check(without=vector if overwrite else None)
         if not overwrite:
             known = run.check_same(asked.story, theta0)
@@ -195,7 +197,7 @@ def page(
     texts = _texts_asked(max_new_tokens, samples, temperature, scales)
     run, again = tm.Run(folder), {"overwrite": overwrite}
     run.found.story  # noqa: B018  # a folder without vectors is told before it is locked
-    with run.writing(), terminal.Stages() as stages:
+    with _session(run, run.folder) as stages:
         run.check(control=not overwrite, side_effects=side_effects and not overwrite)
         stages.begin("Loading the model")
         loaded, f = run.load(model, device)
@@ -244,6 +246,19 @@ def sweep(
     if n_failed := [*table["status"]].count("failed"):
         terminal.say(f"{terminal.counted(n_failed, 'search')} of {len(table)} failed.")
         raise typer.Exit(1)
+
+
+@contextmanager
+def _session(run: tm.Run, place: Path) -> Iterator[terminal.Stages]:
+    """The folder for this command alone; after Ctrl-C, say how many vectors `place` holds."""
+    try:
+        with run.writing(), terminal.Stages() as stages:
+            yield stages
+    except KeyboardInterrupt:
+        path = place / VECTORS
+        there = terminal.counted(len(tm.SteeringVectors.load(path)) if path.is_file() else 0)
+        verb = "is" if there == "1 vector" else "are"
+        raise KeyboardInterrupt(f"{there} {verb} kept in {place}; the same command") from None
 
 
 def _show_page(

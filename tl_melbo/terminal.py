@@ -62,9 +62,9 @@ class Command(TyperCommand):
             warnings.showwarning = _show_warning
             try:
                 return super().invoke(ctx)
-            except KeyboardInterrupt:
-                kept = "Interrupted; what was finished is kept. "
-                say(f"{kept}Without --overwrite the same command continues.")
+            except KeyboardInterrupt as stop:
+                kept = str(stop) or "what was finished is kept; the same command"
+                say(f"Interrupted; {kept} continues, without --overwrite.")
                 raise typer.Exit(_INTERRUPTED) from None
             except typer.Exit:  # a RuntimeError, too
                 raise
