@@ -256,9 +256,9 @@ def _session(run: tm.Run, place: Path) -> Iterator[terminal.Stages]:
             yield stages
     except KeyboardInterrupt:
         path = place / VECTORS
-        there = terminal.counted(len(tm.SteeringVectors.load(path)) if path.is_file() else 0)
-        verb = "is" if there == "1 vector" else "are"
-        raise KeyboardInterrupt(f"{there} {verb} kept in {place}; the same command") from None
+        n_kept = len(tm.SteeringVectors.load(path)) if path.is_file() else 0
+        kept = f"{terminal.counted(n_kept)} {'is' if n_kept == 1 else 'are'} kept in {place}"
+        raise KeyboardInterrupt(f"{kept}; the same command") from None
 
 
 def _show_page(

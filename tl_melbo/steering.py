@@ -1,6 +1,6 @@
 """Put vectors into a model: a hook, and checks of vectors before they go in."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
@@ -234,11 +234,14 @@ def steering_layer(model: Model, vectors: Vectors | None, layer: int | None) -> 
 def as_chat(vectors: Steerable | None, chat: bool | None) -> bool:
     """Whether prompts are chat: as said, or else as the vectors were found, if all alike."""
     story = getattr(vectors, "story", {})
-    if chat is not None or not story:
-        return bool(chat)
-    if "chat" in story:
-        return bool(story["chat"])
-    ways = {part.get("chat") for part in story.get("parts", [])} - {None}
+    return agreed_chat([story] if "chat" in story else story.get("parts", []), chat)
+
+
+def agreed_chat(stories: Iterable[Mapping[str, Any]], chat: bool | None) -> bool:
+    """The same of several stories; those that do not tell agree with any."""
+    if chat is not None:
+        return chat
+    ways = {story.get("chat") for story in stories} - {None}
     if len(ways) > 1:
         raise ValueError("chat: the vectors were found with both; pass chat=True or chat=False")
     return ways == {True}

@@ -1,8 +1,6 @@
 """How large is an effect after each layer?"""
 
 from collections.abc import Mapping
-from types import SimpleNamespace
-from typing import Any
 
 import pandas as pd
 import torch
@@ -15,7 +13,7 @@ from tl_melbo.model.bridge import Model, check_model, model_name
 from tl_melbo.model.tokens import to_tokens
 from tl_melbo.reading import map_residuals
 from tl_melbo.shapes import checked_slice, shape_checked
-from tl_melbo.steering import Vectors, as_chat, as_library, as_theta, steering_layer
+from tl_melbo.steering import Vectors, agreed_chat, as_library, as_theta, steering_layer
 from tl_melbo.tables import Table
 
 
@@ -53,9 +51,8 @@ def effect_by_layer(
     named = dict(vectors) if isinstance(vectors, Mapping) else {"vectors": vectors}
     if not named:
         raise ValueError('vectors: none given; pass a library, or {"MELBO": found}')
-    parts = [getattr(some, "story", {}) for some in named.values()]
-    together: Any = SimpleNamespace(story={"parts": parts})
-    tokens = to_tokens(model, prompt, as_chat(together, chat))
+    stories = [getattr(some, "story", {}) for some in named.values()]
+    tokens = to_tokens(model, prompt, agreed_chat(stories, chat))
     own = [*range(tokens.shape[1])[checked_slice(positions)]]
     if not own:
         raise ValueError(f"positions={positions}: none of the prompt's {tokens.shape[1]} tokens")

@@ -131,17 +131,18 @@ def _n_steps(found: GatedFactors | None) -> int:
 def _replace(path: Path, found: Library, is_other: bool = True) -> None:
     """Save what is found; with what it replaces go the texts under that."""
     texts = path.with_suffix(".csv")
-    if is_other and path.is_file() and _is_own(texts):
+    if is_other and path.is_file() and _own_table(texts) is not None:
         texts.unlink()
     found.save(path)
 
 
-def _is_own(texts: Path) -> bool:
-    """Whether a table of texts is there that a run wrote: it has the unsteered model's."""
+def _own_table(texts: Path) -> "pd.DataFrame | None":
+    """The table of texts that a run wrote, if there is one: it has the unsteered model's."""
     try:
-        return texts.is_file() and -1 in {*_files.load_table(texts, _COLUMNS)["vector"]}
+        table = _files.load_table(texts, _COLUMNS) if texts.is_file() else None
     except Damaged:
-        return False
+        return None
+    return table if table is not None and -1 in {*table["vector"]} else None
 
 
 def all_kept(folder: Path) -> dict[str, Any]:
@@ -152,8 +153,7 @@ def all_kept(folder: Path) -> dict[str, Any]:
         found = parts[f"{name}s"] = _files.load_kept(own, kind)
         if found is not None and UNFINISHED in found.columns:
             found = parts[f"{name}s"] = None
-        known = found is not None and _is_own(texts)
-        parts[f"{name}_texts"] = _files.load_table(texts, _COLUMNS) if known else None
+        parts[f"{name}_texts"] = None if found is None else _own_table(texts)
     return parts
 
 
@@ -194,7 +194,7 @@ def write_texts_under(
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": 1.0}
     options["chat"] = bool(steering.story.get("chat"))
     texts, path = checks.as_texts(prompts), self.folder / _FILES[type(steering)][1]
-    if path.is_file() and not _is_own(path):
+    if path.is_file() and _own_table(path) is None:
         raise ValueError(f"{path}: no run left it; move it elsewhere")
     tells = in_parts(on_batch, [len(texts), len(texts) * len(steering)])
     frames = [
