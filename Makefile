@@ -56,7 +56,7 @@ INSTALLED_TL3 := .venv-tl3/.installed
 INSTALLED_ENGINES := .venv-engines/.installed
 
 .PHONY: help install demo picture results benchmark notebooks docs golden browser format clean
-.PHONY: test lint engines test-quick test-avx2 test-tl3 test-slow test-everywhere
+.PHONY: test lint engines test-quick test-avx2 test-tl3 test-slow test-gpu test-everywhere
 
 help: ## List the targets
 	@echo 'make TARGET [PYTHON=python3.12]'
@@ -120,6 +120,9 @@ test-slow: browser $(INSTALLED) $(INSTALLED_TL3) ## The long tests: the bundled 
 	HYPOTHESIS_PROFILE=nightly $(PY) -m pytest $(TWO_WORKERS) -m slow $(PYTEST_ARGS) $(NONE_IS_FINE)
 	$(PY) -m pytest benchmarks --benchmark-disable -q
 	$(PY_TL3) -m pytest $(TWO_WORKERS) -m boundary $(BOUNDARY) $(PYTEST_ARGS) $(NONE_IS_FINE)
+
+test-gpu: $(INSTALLED) ## On a machine with a GPU: does it give what the CPU gives?
+	$(PY) -m pytest -q tests/test_cuda.py $(PYTEST_ARGS)
 
 # 3.5 GB and ten minutes the first time; no part of `make test`.
 engines: $(INSTALLED_ENGINES) ## vLLM against the model, and sweeps on two Ray nodes, in an environment of their own
