@@ -96,14 +96,14 @@ def tags(
         unsteered: what the model writes without a vector, to tell where it refuses.
 
     Returns:
-        A row for each text. stance: "refuses", "echoes the prompt", "leaks the system prompt";
-        "complies" where it has words and does none of these and most of `unsteered` refuses,
-        whether it is on topic or not, which no rule can tell; or "". form, the first that holds:
-        "no words" (hardly a letter; a word may be made up), "code", "repeats" (nearly half was said
-        before, or it ends in a loop), "other language" (than the prompt's), "list" (marked items,
-        or a few words a line), "dialogue" (more than one turn), "prose". speaker: "assistant"
-        (speaks as an AI), "person" (in the first person, but not as an AI), "third person" (of
-        somebody), "none".
+        A row for each text. stance, of what stands before another's turn: "refuses", "echoes the
+        prompt", "leaks the system prompt"; "complies" where it has words and does none of these and
+        most of `unsteered` refuses, whether it is on topic or not, which no rule can tell; or "".
+        form, the first that holds: "no words" (hardly a letter; a word may be made up), "code",
+        "repeats" (nearly half was said before, or it ends in a loop), "other language" (than the
+        prompt's), "list" (marked items, or a few words a line), "dialogue" (more than one turn),
+        "prose". speaker: "assistant" (speaks as an AI), "person" (in the first person, but not as
+        an AI), "third person" (of somebody), "none".
     """
     asked, told = plain(prompt), plain(system or "")
     refusals = [_refuses(_first_turn(text), asked) for text in map(plain, _listed(unsteered or ()))]
