@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import nbformat
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File
 from nbconvert import MarkdownExporter
@@ -53,7 +54,7 @@ def on_files(files: Any, config: Any) -> Any:
         head = f"# {title}\n\n| name | |\n|---|---|\n"
         _add(files, config, f"reference/{folder}.md", head + "\n".join(rows) + "\n")
     for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")):
-        text, resources = MarkdownExporter().from_filename(str(path))
+        text, resources = _exported(path)
         for name, content in resources["outputs"].items():
             _add(files, config, f"notebooks/{path.stem}/{name}", content)
             text = text.replace(f"]({name})", f"]({path.stem}/{name})")
@@ -61,6 +62,21 @@ def on_files(files: Any, config: Any) -> Any:
         text = text.replace("<details>", '<details markdown="1">')
         _add(files, config, f"notebooks/{path.stem}.md", text)
     return files
+
+
+def _exported(path: Path) -> tuple[str, Any]:
+    """A notebook as Markdown, its pictures with what they show."""
+    notebook, told = nbformat.read(path, 4), []
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            if "text/html" in data:  # indented after an empty line, it would be code
+                data["text/html"] = re.sub(r"\n\s+", "\n", data["text/html"])
+            elif "image/png" in data:
+                told.append(output["metadata"]["image/png"]["alt"])
+    text, resources = MarkdownExporter().from_notebook_node(notebook)
+    alts = iter(told)
+    return re.sub(r"!\[png\]", lambda _: f"![{next(alts)}]", text), resources
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

@@ -103,7 +103,7 @@ random_texts[["vector", "completion"]]
 # %% [markdown]
 # ## Random directions do little
 #
-# Most of these texts differ from the unsteered one, and most are about the same. A few tell of something else. A text
+# In the bundled model all 24 texts differ from the unsteered one. In 18 it is still an AI; in 6 it is a "soul". A text
 # is a poor ruler: one token tips, and the rest follows. The distribution of the *next* token has degrees. The divergence of the steered
 # distribution $P$ from the unsteered one $Q$ is, in nats,
 #
@@ -211,7 +211,7 @@ medians.loc[[SOURCE_LAYER, TARGET_LAYER, max(medians.index)]].round(1)
 
 # %% [markdown]
 # All effects grow. Those of the vectors that were found grow faster up to the target layer: the gap opens where the
-# search looked. After it the random ones grow at least as fast, and the ratio rises no more.
+# search looked. After it the random ones soon grow faster: the ratio is about 4 from layer 16 to 18, and 3.2 after the last layer.
 #
 # ## How long should a vector be?
 #
@@ -270,7 +270,7 @@ check.coherent_up_to(largest_scale, swept, least=0.5)
 # ```
 # </details>
 #
-# `radius="auto"` starts from another side: it takes the norm at which random vectors stop to act linearly, which
+# `radius="auto"` starts from another side: it takes the norm at which random vectors stop acting linearly, which
 # needs no text. It is a place to start, not the best norm. To read completions at half and at twice that norm, set
 # `RADIUS` in the parameters and run the notebook again.
 

@@ -29,7 +29,7 @@
 # not as an AI, more often than unsteered or under random vectors of the same norm.*
 #
 # **Another model** takes other values in the next cell, and no other change in the code. The claim, the rule that counts it, its labels
-# (exercise 3) and the texts that the story quotes are of the bundled model: a model that never speaks as an AI needs a claim of its own.
+# (exercise 3) and the completions quoted here are of the bundled model: a model that never speaks as an AI needs a claim of its own.
 
 # %% tags=["parameters"]
 MODEL = None  # None is the bundled SmolLM2-135M-Instruct; or a hub id, a folder, a .gguf file
@@ -48,7 +48,7 @@ OTHER_PROMPTS = [
     "What is your biggest dream?",
 ]
 OTHER_SEEDS = [1]
-SAID = ["25-year-old", "software engineer", " AI"]  # striking words of the chosen greedy text
+SAID = ["25-year-old", "software engineer", " AI"]  # two of the chosen greedy text, one of the unsteered one
 
 # %%
 import re
@@ -211,12 +211,19 @@ print(
 # Report the second number. The first one was the best of several, so luck is in it, whichever of the two happens to be higher. Two intervals that do not overlap
 # are clear evidence of a difference; two that do overlap are no evidence that there is none.
 #
-# The rule makes mistakes: a text that is cut off before it says "AI" counts as a person's, and "I" may open nonsense, too. It makes them for all three
-# bars alike, which is one more reason for baselines.
+# **The other sign** is a vector of its own:
+
+# %%
+negated = tm.generate(model, PROMPT, found[CHOSEN], scales=[-1], n_samples=3 * N_SAMPLES, **more)
+tm.analysis.rates(negated, as_a_person, by=["scale"])
+
+# %% [markdown]
+# The rule makes mistakes: a text that is cut off before it says "AI" counts as a person's, and "I" may open nonsense, too. It is one rule for all three
+# bars, but its mistakes need not be equally many in each: read some samples of each before you trust a difference.
 #
 # ### Is the greedy text typical?
 #
-# Take the most striking words of the greedy text. How often are they in the samples?
+# Take the most striking words of the greedy text, and " AI" from the unsteered one. They were chosen after looking. How often are they in the samples?
 
 
 # %%
@@ -258,7 +265,7 @@ tm.plots.behaviour_rates(pooled, "Speaks as a person, on four other prompts toge
 
 # %% [markdown]
 # A few samples a prompt give wide intervals; this figure pools the prompts. Look into the table before you speak of
-# "all prompts": on some of them the unsteered model, too, speaks as a person, which leaves no room. If the pooled bars do
+# "all prompts": on some of them the unsteered model, too, speaks as a person, which leaves less room. If the pooled bars do
 # not differ, the claim is one about the prompt that the vector was found on. Say so.
 #
 # Not to bring out *this* behaviour is not to do nothing. How far does each vector move the next token, on the prompt of

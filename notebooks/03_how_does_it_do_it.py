@@ -20,7 +20,7 @@
 # **You need** `01_first_vectors`, and PyTorch hooks to the extent of "a hook sees a tensor and may return another".
 # **Time** 45 to 60 minutes with the exercises; the cells run in about two minutes on a laptop.
 #
-# Every picture has random vectors of the same norm beside it. Without them, nothing here would say anything
+# Every picture, or the table or figure right after it, has random vectors of the same norm. Without them, nothing here would say anything
 # about *this* vector.
 #
 # **Another model** takes other values in the next cell, and no other change. That the vector makes a person, and every sentence that begins
@@ -150,7 +150,7 @@ tm.plots.top_tokens(by_layer, vector=0, title="Logit lens of the found vector")
 
 # %% [markdown]
 # In the bundled model the middle layers show large changes of tokens that mean little here: the lens reads a language
-# that is not the last layer's. Words of a person come late: "my" from layer 22 on, "Growing" and "born" at layer 28. So "the lens shows it after layer …" needs two conditions: a change, and a sense.
+# that is not the last layer's. Words of a person come late: "my" at layer 22 and again from 25 to 27 (at 23 and 24 it is suppressed), "Growing" and "born" at layer 28. So "the lens shows it after layer …" needs two conditions: a change, and a sense.
 #
 # How large are these changes, beside random ones? Take for each layer the largest change of any likely token:
 
@@ -165,7 +165,7 @@ lens_lines = px.line(
     title="Largest change of a next token's log-probability, by the logit lens",
 )  # fmt: skip
 lens_lines.update_layout(
-    meta={"alt": "Lines of the found vector and of the random median by layer."}
+    meta={"alt": "; ".join(f"{k}: {v.min():.2g} to {v.max():.2g} nats" for k, v in by_what.items())}
 )
 
 # %% [markdown]
@@ -192,7 +192,7 @@ tm.plots.effect_by_layer(sizes)
 #
 # **Difficulty** 🔴🔴🔴🔴⚪ · **Importance** 🔵🔵🔵🔵🔵 · up to 20 minutes
 #
-# Write `my_patch(layer)`: the residual stream after `TARGET_LAYER`, all tokens, of an *unsteered* run in which the MLP of `layer`
+# Write `my_patch(layer)`: the residual stream after `TARGET_LAYER`, all tokens, `[1, pos, d_model]`, of an *unsteered* run in which the MLP of `layer`
 # alone puts out what it does in the steered one. You need `tm.steered`, `model.run_with_cache` and
 # `model.run_with_hooks`, and these hook points:
 
@@ -267,8 +267,8 @@ of_parts
 # **Read the columns against the random rows.** *Direct* is the share of a vector's effect that is the vector itself, still in the
 # stream. In the bundled model it is a fifth for random vectors, of a small effect. For the found one it is next to nothing, and its
 # effect is several times as large: nearly all of it is made by the blocks. That is what MELBO looks for, a direction
-# that the blocks do something *about*. *Best MLP* and *best head* say how much one part carries alone: there a few MLPs near
-# the target carry most, and no head does it by itself.
+# that the blocks do something *about*. *Best MLP* and *best head* say how much one part carries alone: there the MLPs of
+# the last three layers have the largest shares (0.27 to 0.41), and no single part has half.
 #
 # **What this does not show.** A patch shows what is *enough*, not what is *needed*. Shares do not add up to 1: an MLP's
 # steered output already contains what steered parts before it did to it, and the blocks are not linear.
@@ -303,7 +303,8 @@ bars = px.bar(
     labels={"value": "attention of the last token", "index": "to", "variable": ""},
     title=f"Layer {layer}, head {head}: where the prompt's last token looks",
 )  # fmt: skip
-bars.update_layout(meta={"alt": f"Attention of the last token in layer {layer}, head {head}."})
+most = "; ".join(f"{name}: most to {some.idxmax()} ({some.max():.2f})" for name, some in looks.items())
+bars.update_layout(meta={"alt": f"Layer {layer}, head {head}. {most}"})
 
 # %% [markdown]
 # In the bundled model this head looks back at the question, mostly at " yourself". Under the found vector it looks at the

@@ -11,7 +11,7 @@
 # %% [markdown]
 # # Orthogonal families
 #
-# Vector 20 of the library makes the model a philosopher: no self, only questions. Is *that* the direction of philosophy?
+# Vector 20 of the library makes the model's greedy text a philosopher's: no self, one question. Is *that* the direction of philosophy?
 # Call it **θ₀**. **MELBO-ortho** asks for another vector with the same effect, orthogonal to θ₀; then for another, orthogonal to
 # both; and so on until nothing is left. Each of them is a *follower* of θ₀, and all together are its *family*.
 # Jacob G-W found more than 800 that all make Qwen1.5-1.8B-Chat write code.
@@ -75,8 +75,8 @@ tm.generate(model, PROMPT, theta0, scales=[0, 1], max_new_tokens=MAX_NEW_TOKENS)
 #
 # **Difficulty** 🔴🔴🔴⚪⚪ · **Importance** 🔵🔵🔵🔵🔵 · up to 20 minutes
 #
-# Write a search for one vector, orthogonal to θ₀, whose effect leaves at most half of the distance that no vector leaves (or nearly as
-# little as the package's search, in a model where that leaves more).
+# Write a search for one vector, orthogonal to θ₀. Its effect may be at most half as far from θ₀'s as the unsteered model is
+# (where the package's own search leaves more than that: at most 1.25 times what it leaves, and never over 90%).
 # Write the loop yourself, with `torch.optim.Adam`. About 60 steps are enough; the published search takes 1000
 # smaller ones. `effect` is a function like `mean_effect`: the check gives a simple one that it made, and then the real one.
 
@@ -88,7 +88,7 @@ def mean_effect(vectors):
 
 
 with torch.no_grad():
-    print("distance without a vector:", round(mean_effect(theta0.vectors).norm().item(), 2))
+    print("distance, unsteered:", round(mean_effect(theta0.vectors).norm().item(), 2))
 
 
 # %% tags=["answer"]
@@ -241,7 +241,7 @@ by_block(whole[20], "distance")
 
 # %% [markdown]
 # Rescaled to θ₀'s norm, the members keep little of the way: compare `rescaled` with `unsteered`. (In the last blocks the members are so short that rescaling makes
-# them *longer*: no comparison.) Random vectors of the family's norms go farther away than no vector does. And the texts? By the rule from above:
+# them *longer*: no comparison.) Random vectors of the family's norms go farther away than unsteered. And the texts? By the rule from above:
 
 
 # %%
@@ -326,8 +326,8 @@ first[["size", "norm", "kl_to_reference", "distance", "completion"]].assign(
 )
 
 # %% [markdown]
-# **Two measures disagree.** By KL even the mean of twenty is much nearer to θ₀ than no vector is. By distance the means of ten and twenty are
-# *farther* than no vector. KL looks at one token's distribution; distance at everything in the stream, also at what
+# **Two measures disagree.** By KL even the mean of twenty is much nearer to θ₀ than the unsteered model. By distance the means of ten and twenty are
+# *farther* than unsteered. KL looks at one token's distribution; distance at everything in the stream, also at what
 # the effect overshoots. The texts decide nothing for certain. Those of two, three and ten
 # are of θ₀'s sort, and repeat themselves; that of twenty drifts.
 #
@@ -372,13 +372,14 @@ points.update_layout(meta={"alt": "KL to theta0 against norm, first members and 
 # %% [markdown]
 # * **Philosopher:** random subsets do worse, and much of that is their norm: in the picture the KL of random subsets falls with the norm. The first two and three have a random subset of nearly their
 #   norm beside them, and do better by both measures. For ten and twenty no random subset is as long, so nothing can be said.
-# * **Person:** no mean has a KL clearly below that of no vector (half a nat): this measure is blind here. Distance grows with each member that is added.
+# * **Person:** the lowest KL of a mean, 0.39 for ten random members, belongs to the text of an AI ("I'm a brilliant and compassionate AI assistant"), while a mean
+#   that keeps θ₀'s person has 0.50, hardly less than unsteered (0.52): this measure is blind here. Distance grows with each member that is added.
 #   Two or three keep θ₀'s person ("I'm a 25-year-old software engineer", "I'm a 25-year-old male"). Ten do not ("I'm a
 #   creative AI"), and twenty give another one ("I've been a language teacher"). The texts are in `results/composition_4.csv`; hover over the points.
 #
 # With three random subsets of each size this is a sketch, not a test.
 #
-# ## Does the model use these directions by itself?
+# ## Does the model use these directions in natural activations?
 #
 # Take texts of philosophy and practical texts, without steering. If a direction meant "philosophy" to the model, the residual stream
 # would project on it differently. A null result only counts if the test *can* find something. So there is a **positive control**: the difference of means of *other* texts of

@@ -18,7 +18,7 @@
 # **You learn to** say what each method optimises, and whether it needs labels · make a difference of means by hand · compare vectors by the subspace
 # they share, against chance · report a rate with its interval, beside a random baseline.
 #
-# **You need** `01_first_vectors` and `02_is_it_real`. **Time** 30 to 45 minutes with the exercise; the cells run in about three minutes on a laptop.
+# **You need** `01_first_vectors` and `02_is_it_real`. **Time** 30 to 45 minutes with the exercise; the cells run in three to six minutes on a laptop.
 #
 # **Another model** takes other values in the next cell, and no other change. Which method has the larger effect, which speaks as an AI, and
 # whose directions are shared is said of the bundled model, on this prompt.
@@ -162,7 +162,7 @@ check.mean_difference(difference, personal, assistant, RADIUS)
 #
 # A rank-2 adapter on all blocks is trained away from the model: maximise KL from the unadapted model on what it writes itself, but stay sure of it
 # ("steer-clear", 2025). Then the question is whether its change is *one direction*: the mean change at the source layer, at norm `RADIUS`. This is
-# a small training, of a minute or so; a serious one takes twenty times as long.
+# a small training, of one to four minutes; a serious one takes twenty times as long.
 
 # %%
 situations = tm.adapters.situations()
@@ -280,7 +280,7 @@ bars.update_layout(meta={"alt": f"Bars with intervals of speaking as an AI: {tol
 # **What the bars carry, in the bundled model.** The *contrastive* vector seems to do what its labels say: the model speaks as an AI far less often than under random vectors of the same norm, and the intervals do not overlap.
 # Beside unsteered they just overlap (up to 0.36, and from 0.31), so more samples are due before you call it shown.
 # It does so with an effect at the target layer that is hardly larger than random's, so the size of an effect is not its meaning. *MELBO* and *DCT* are six different vectors each; their pooled rates are lower, but the intervals overlap with
-# unsteered, and samples under one vector are more alike than Wilson's interval assumes. The *adapter's vector* does nothing visible, though the adapter itself does: what this small training changed is not this one
+# unsteered, and samples under one vector are more alike than Wilson's interval assumes. Broken text does not speak as an AI either (MELBO's first vector writes "Crowd.com"): a low rate is not yet a person. The *adapter's vector* does nothing visible, though the adapter itself, in the one greedy text above, does: what this small training changed is not this one
 # direction at this norm.
 #
 # ## Do they find the same?

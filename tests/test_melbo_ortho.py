@@ -226,7 +226,7 @@ def test_story_and_table_tell_everything(tiny_llama, tmp_path):
     assert family.story["hyperparameters"]["optimiser"] == "quasi-newton"
     table = family.table()
     assert {"index", "norm", "distance", "evaluations", "stopped"} <= set(table.columns)
-    assert set(table["stopped"]) <= {"steps used up", "converged", "not finite"}
+    assert set(table["stopped"]) <= {"max steps reached", "converged", "not finite"}
     family.save(tmp_path / "family.safetensors")
     assert tm.SteeringVectors.load(tmp_path / "family.safetensors").table().equals(table)
 

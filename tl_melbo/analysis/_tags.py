@@ -52,7 +52,9 @@ _LABEL = re.compile(r"^\W*[^\W\d_]\w{0,15}\s*:\s*")
 _NUMBER = re.compile(r"^\s*\(?\d{1,3}(?:[.)](?=\s|$)|\Z)", re.MULTILINE)
 # "1 cup of rice" is one, too.
 _ITEM = re.compile(
-    r"^\s*(?:[-*•·–▪]\s+|\(?(?:\d{1,2}|[A-Za-z])[.)]\s+|\d+(?:[/.,]\d+)? )\S", re.MULTILINE
+    r"^\s*(?:[-*•·–▪]\s+|\(?(?:\d{1,2}|[A-Za-z])[.)]\s+|\d{1,3}(?:[/.,]\d+)? "
+    r"|(?i:step|day|part) \d{1,2}\W+|\d{1,2}(?::| [-–]) )\S",
+    re.MULTILINE,
 )
 _FIRST_ITEM = re.compile(r"(?:^|\s)\(?1[.)]\s+\S|\n\s*1[.)]$|:\s*\n\s*[-*•]\s+\S")
 _SPEAKS = re.compile(r"^[^\w\n]*([^\W\d_][\w .'-]{0,24}?)\s*:(?=\s|$)", re.MULTILINE)
@@ -63,13 +65,17 @@ _QUOTED = re.compile(r'(?<=\w )"[^"\n]{1,80}"')
 _QUOTED_LINE = re.compile(r"^\s*(?:[\"“„«]|(?:[—–]|--)\s?[^\W\d_a-z])", re.MULTILINE)
 # Any of these is code; so are two lines that end or look as code does.
 _CODE = re.compile(
-    r"```|^\s*(?:async )?def \w+\s*\(|^\s*class \w+\s*[(:{]|^\s*(?:import \w|from [\w.]+ import )"
-    r"|^\s*#\s*include|</?(?:html|head|body|div|script|table)\b[^>\n]*>|<code>\s*\w+ \w+\("
+    r"```|^\s*(?:async )?def \w+\s*\(|^\s*class \w+\s*(?:\([^)]*\))?\s*[:{]\s*$"
+    r"|^\s*import [\w.]+(?: as \w+)?\s*$|^\s*from [\w.]+ import |^\s*#\s*include\s*[<\"]"
+    r"|</?(?:html|head|body|div|script|table)\b[^>\n]*>|<code>\s*\w+ \w+\("
     r"|\bfunction\s*\w*\s*\([^)\n]*\)\s*\{|\bpublic (?:static|class|void)\b|console\.log\("
-    r"|System\.out|^\s*(?:SELECT .+ FROM|INSERT INTO|CREATE TABLE)\b|^>>> |^#!/|\bprint\(",
+    r"|System\.out\.|^\s*(?:SELECT .+ FROM|INSERT INTO|CREATE TABLE)\b|^>>> |^#!/|\bprint\(",
     re.MULTILINE,
 )
-_CODE_LINE = re.compile(r"[;{}]\s*$|^\s*[\w.\[\]]+\s*=\s*\S|^\s*[\w.]+\([^)]*\)\s*$|^\s*\$ \w")
+_CODE_LINE = re.compile(
+    r"[{}]\s*$|[=()\[\]\"'].*;\s*$|^\s*\w+;\s*$|^\s*[\w.\[\]]+\s*=\s*\S"
+    r"|^\s*[\w.]+\([^)]*\)\s*$|^\s*\$ \w"
+)
 _ASKS_HOW = re.compile(
     r"\b(?:how (?:do|can|to|should|would|could|might)|advice|tips?|steps?|ways|ideas?|guide|recipe|"
     r"suggest|recommend|should (?:i|we)|help me|instructions?)\b",
@@ -249,7 +255,7 @@ def script(text: str) -> str:
 
 def _language(text: str, fewest: int) -> str:
     """The language whose function words a text in Latin letters has most of; "" if that is few."""
-    said = words(text)
+    said = {*words(text)}
     hits = {name: sum(word in some for word in said) for name, some in FUNCTION_WORDS.items()}
     best = max(hits, key=lambda name: hits[name])
     second = max(count for name, count in hits.items() if name != best)

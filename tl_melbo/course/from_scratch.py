@@ -34,8 +34,9 @@ def hook(steered_logits: Callable[[Tensor], Any], f: ActivationMap) -> Note:
     told = _by_token(told, expected, "the logits")
     if not _close(_logits(f), before):
         raise Wrong(
-            "After your function returned, the model is still steered. A hook that was added for "
-            "good stays; run_with_hooks takes it away again."
+            "After your function returned, the model is still steered, and it stays so: call "
+            "model.reset_hooks() now. A hook that was added for good stays; run_with_hooks takes "
+            "it away again."
         )
     if _close(told, expected):
         return Note("Right: these are the logits that tm.steered gives, too.")

@@ -17,11 +17,12 @@ def permutation_p(answer: Any) -> Note:
     # Of the 252 ways to cut ten numbers in two, two are as far apart as these.
     apart, n_ways = ([1.0, 2.0, 3.0, 4.0, 5.0], [11.0, 12.0, 13.0, 14.0, 15.0]), math.comb(10, 5)
     wanted, found = 2 / n_ways, _p(answer, *apart)
-    if found == 0:
+    # Farther apart than any relabelling that a student draws.
+    if 0 in (found, _p(answer, [*map(float, range(12))], [*map(float, range(100, 112))])):
         raise Wrong("A p-value of 0: the observed labels are one of the relabellings, too.")
-    if abs(_p(answer, *apart[::-1]) - found) > 0.01 or abs(found - wanted / 2) < wanted / 4:
+    if abs(_p(answer, *apart[::-1]) - found) > 0.01:
         raise Wrong("It depends on which list comes first. Is it two-sided?")
-    if not abs(found - wanted) < 0.006:
+    if not abs(found - wanted) < 0.01:
         raise Wrong(f"For lists that are far apart p is {found:.3f}, which is not right.")
     same = _p(answer, [1.0, 2.0, 3.0], [1.0, 2.0, 3.0])
     if same < 0.95:
@@ -35,6 +36,8 @@ def permutation_p(answer: Any) -> Note:
         )
     # Of the 15 ways to choose two of six, two are as far apart as these, one to each side.
     uneven = _p(answer, [18.0, 19.0], [1.0, 2.0, 9.0, 11.0])
+    if abs(uneven - 1 / 15) < 0.03:
+        raise Wrong("Only one of the two directions is counted. Is it two-sided?")
     if not abs(uneven - 2 / 15) < 0.04:
         raise Wrong(
             f"For a list of two and one of four p is {uneven:.3f}, which is not right. Do the "

@@ -11,7 +11,7 @@ from torch import Tensor
 from tl_melbo.geometry import complement
 
 # Why the search for a vector ended; the column "stopped" counts into this list.
-STOPPED = ("steps used up", "converged", "not finite")
+STOPPED = ("max steps reached", "converged", "not finite")
 STEPS_USED_UP, CONVERGED, NOT_FINITE = range(3)
 
 # Pairs of steps and gradient changes that the quasi-Newton method remembers.
