@@ -526,3 +526,10 @@ def test_an_incoherent_unsteered_sample_is_in_no_group(tiny_llama):
 def test_fewer_groups_than_stances_are_refused(tiny_llama):
     with pytest.raises(ValueError, match=r"n_behaviours=1: .* 2 combinations of stance and form"):
         grouped(tiny_llama, [COOKING[0], "I'm sorry, but I can't do that."], n_behaviours=1)
+
+
+def test_the_same_text_is_the_same_behaviour_without_a_word_of_its_own(tiny_llama):
+    asked = "Which is larger, Paris or London?"
+    found = grouped(tiny_llama, ["Paris.", "Paris.", "🙂🙂"], "Paris.", asked, embedder="words")
+    assert found.texts["behaviour"].tolist()[:3] == [0, 0, 0]
+    assert found.n_distinct == 1

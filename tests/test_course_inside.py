@@ -137,7 +137,7 @@ def test_a_follower(f, theta):
     # The package's own follower is one of its map's.
     own = tm.melbo_ortho(f, theta, 1).vectors[0]
     refuses("effect` gives", families.follower, lambda effect, start: own, f, theta)
-    with pytest.raises(TypeError, match="EffectMap"):
+    with pytest.raises(TypeError, match="an activation map"):
         families.follower(lambda effect, start: tm.melbo_ortho(effect, theta, 1), f, theta)
 
 

@@ -218,7 +218,7 @@ def test_top_direction(tiny_map):
     # The package's own answer is for its map, and its functions search no plain function.
     own = linear.vectors[0] / linear.norms[0], linear.columns["singular_value"][0]
     told("J is known", from_scratch.top_direction, lambda g: own, tiny_map, linear)
-    with pytest.raises(Exception, match="EffectMap"):
+    with pytest.raises(Exception, match="an activation map"):
         from_scratch.top_direction(lambda g: tm.jacobian(g, 1), tiny_map, linear)
 
 

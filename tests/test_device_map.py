@@ -5,6 +5,7 @@ import torch
 
 import tl_melbo as tm
 from tests.tiny_models import N_LAYERS, tiny_hf, tokenizer
+from tl_melbo.model import load
 
 PROMPT = "Tell me about yourself."
 BLOCKS = {"llama": "model.layers.{}", "gpt2": "transformer.h.{}"}
@@ -106,3 +107,11 @@ def test_auto_is_as_without(model_folder):
     plain = tm.load_model(model_folder, device=str(next(auto.parameters()).device))
     p, q = (tm.next_token_log_probs(m, PROMPT) for m in (plain, auto))
     torch.testing.assert_close(q, p, rtol=1e-5, atol=1e-5)
+
+
+def test_a_map_of_a_gpu_and_the_memory_beside_it_is_left_to_the_hooks():
+    """TransformerLens refuses such a map; the model keeps it."""
+    hf_model = tiny_hf("llama")
+    hf_model.hf_device_map = {"model.embed_tokens": 0, "model.layers.0": "cpu"}
+    load.boot("tiny", hf_model, tokenizer())
+    assert hf_model.hf_device_map == {"model.embed_tokens": 0, "model.layers.0": "cpu"}

@@ -511,3 +511,16 @@ def test_divergences_that_are_not_finite_cost_their_vector(breaking, tmp_path):
     assert page["kl"].isna().tolist() == [False] * 4 + [True]
     with pytest.raises(FloatingPointError, match="not finite under any"):
         tm.analysis.kl_divergence(breaking, PROMPT, found[4])
+
+
+def test_vectors_of_another_model_are_told_from_a_model_of_another_name():
+    models = [tiny_bridge("llama", seed=seed) for seed in (0, 0, 1)]
+    f = tm.ActivationMap.from_prompts(models[0], "Hi!", 1, 3)
+    found = tm.random_vectors(f, 1, 1.0)
+    for model in models[1:]:
+        model.cfg.model_name = "other"
+    assert len(tm.generate(models[1], "Hi!", found, max_new_tokens=1)) == 1
+    with pytest.warns(
+        UserWarning, match="vectors: found in tiny-llama, not in other; .* fits only"
+    ):
+        tm.generate(models[2], "Hi!", found, max_new_tokens=1)

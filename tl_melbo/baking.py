@@ -174,7 +174,7 @@ def _write_gguf(source: Path, path: Path, model: Model, added: Mapping[int, Tens
     tensors = {tensor.name: (tensor.data, tensor.tensor_type) for tensor in reader.tensors}
     for layer, theta in added.items():
         name = _GGUF_BIAS.format(layer)
-        data = theta.float().numpy()
+        data = theta.float().cpu().numpy()
         if name in tensors:
             data = data + tensors[name][0]
         tensors[name] = (data, gguf.GGMLQuantizationType.F32)

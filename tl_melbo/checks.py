@@ -22,7 +22,8 @@ def as_text(text: str, argument: str = "prompt") -> str:
     """The text, which must have a visible character and be whole."""
     if not text.strip():
         raise ValueError(
-            f"{argument}={text!r}: a text needs at least one visible character; leave it out"
+            f"{argument}={text!r}: a text needs at least one visible character; write one, or "
+            "leave the text out"
         )
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise ValueError(

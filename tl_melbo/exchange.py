@@ -117,8 +117,18 @@ def upload(
         if page is not None:
             shutil.copyfile(Path(page).expanduser(), Path(folder) / _HUB_PAGE)
         (Path(folder) / "README.md").write_text(card, encoding="utf-8", newline="\n")
-        address = api.create_repo(repo_id, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Steering vectors")
+        try:
+            address = api.create_repo(repo_id, private=private, exist_ok=True)
+            api.upload_folder(
+                repo_id=repo_id, folder_path=folder, commit_message="Steering vectors"
+            )
+        except (OSError, ValueError):  # the hub's own, and bad names
+            raise
+        except Exception as error:  # of the HTTP library that huggingface_hub has
+            raise OSError(
+                f"repo_id={repo_id!r}: the hub cannot be reached ({error}); look at the network, "
+                "or keep a file with SteeringVectors.save"
+            ) from error
     return str(address)
 
 

@@ -70,8 +70,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory is full, on a CPU or a GPU."""
     from accelerate.utils.memory import should_reduce_batch_size
 
-    return isinstance(error, MemoryError) or (
-        isinstance(error, Exception) and should_reduce_batch_size(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, Exception)
+        and (should_reduce_batch_size(error) or "CUDA error: out of memory" in str(error))
     )
 
 

@@ -177,7 +177,8 @@ def map_residuals(
     def of_batch(some: Additions) -> Tensor:
         with at_rest(model), hooked(model, some):
             streams = residual_streams(model, tokens.expand(len(some), -1), layers, positions)
-            return measure(torch.stack(streams, 1))
+            # Blocks may be on several devices.
+            return measure(torch.stack([each.to(streams[0].device) for each in streams], 1))
 
     return _by_batches(model, rows, of_batch, batch_size)
 

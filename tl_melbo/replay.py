@@ -72,7 +72,7 @@ def run_layers(
     """Push rows through layers, each with the arguments of its call; some positions of the end."""
     for after in each_layer(layers, calls, rows):
         rows = after
-    return rows if positions is None else rows[:, positions]
+    return rows if positions is None else rows[:, positions.to(rows.device)]
 
 
 def each_layer(

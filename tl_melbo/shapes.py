@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin
 
+import numpy as np
 import torch
 from beartype import BeartypeConf, beartype
 from beartype.door import is_bearable
@@ -112,20 +113,25 @@ def _explained(message: str, given: Mapping[str, Any], kinds: Mapping[str, Any])
         return "the result has the wrong type or shape"
     argument = culprit[1]
     value, allowed = given[argument], _named(kinds[argument])
-    if "Map" in allowed and hasattr(value, "cfg"):
+    if allowed.endswith("Map"):
+        what = "a model" if hasattr(value, "cfg") else _described(value)
         return (
-            f"argument {argument!r} is a model, expected an activation map; make one: "
+            f"argument {argument!r} is {what}, expected an activation map; make one: "
             "tm.ActivationMap.from_prompts(model, prompt)"
         )
     told = f"argument {argument!r} is {_described(value)}, expected {allowed:.300}"
     members = (kinds[argument], *get_args(kinds[argument]))
     words = [word for each in members if get_origin(each) is Literal for word in get_args(each)]
     hint = did_you_mean(value, words) if isinstance(value, str) else ""
+    if isinstance(value, np.ndarray):
+        hint = f"pass torch.from_numpy({argument})"
     return f"{told}; {hint}" if hint else told
 
 
 def _named(kind: Any) -> str:
     """A type without the modules that it comes from, and a literal as its words."""
+    if kind is torch.dtype:
+        return "a torch dtype, such as torch.float32"
     named = re.sub(r"\b(?:\w+\.)+(?=\w)", "", inspect.formatannotation(kind))
     return re.sub(r"\bLiteral\[(.*?)\]", r"\1", named)
 

@@ -88,10 +88,12 @@ def tangents_of(layers: Sequence[nn.Module]) -> Tangents:
             # Not a generator: the layers are as they were when this returns.
             with frozen(*layers), forward_ad.dual_level():
                 rows = inputs[first].expand_as(tangent).contiguous()
-                rows = forward_ad.make_dual(rows, tangent.contiguous())
+                rows = forward_ad.make_dual(rows, tangent.to(rows.device).contiguous())
                 duals = each_layer(layers[first:], group.calls[first:], rows)
                 found = [_tangent(dual) for dual in duals]
-            return found if positions is None else [each[:, positions] for each in found]
+            if positions is None:
+                return found
+            return [each[:, positions.to(each.device)] for each in found]
 
         return push
 

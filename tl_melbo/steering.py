@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tl_melbo import checks
 from tl_melbo.activation_map import ActivationMap
 from tl_melbo.additions import Additions, Steering, VectorAdditions
+from tl_melbo.errors import warn_user
 from tl_melbo.model.bridge import (
     Model,
     check_layer,
@@ -17,6 +18,7 @@ from tl_melbo.model.bridge import (
     check_projection,
     hook_points,
     model_name,
+    weights_digest,
 )
 from tl_melbo.shapes import Float, Theta, checked_slice, shape_checked
 from tl_melbo.vectors import SteeringVectors
@@ -190,7 +192,20 @@ def as_theta(model: Model, vectors: Vectors) -> Theta:
     theta = checks.as_matrix(vectors)
     of = f"the residual stream of {model_name(model)}"
     checks.width(theta, int(model.cfg.d_model), "vectors", of)
+    if isinstance(vectors, SteeringVectors):
+        _warn_of_another(model, vectors.story)
     return theta
+
+
+def _warn_of_another(model: Model, story: Mapping[str, Any]) -> None:
+    """A model may have another name, or be kept in another type, and be the same."""
+    found_in, weights = story.get("model"), story.get("weights")
+    if found_in == model_name(model) or weights in (None, weights_digest(model)):
+        return
+    warn_user(
+        f"vectors: found in {found_in}, not in {model_name(model)}; a vector fits only the model "
+        "that it was found in"
+    )
 
 
 def as_library(vectors: Vectors) -> SteeringVectors:

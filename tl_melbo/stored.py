@@ -129,7 +129,7 @@ class Library:
         if isinstance(index, slice):
             return torch.tensor(list(range(n_rows))[index], dtype=torch.long)
         try:
-            chosen = torch.as_tensor(index)
+            chosen = torch.as_tensor(index).cpu()
         except (TypeError, ValueError, RuntimeError):
             chosen = torch.tensor(torch.nan)
         if chosen.dtype == torch.bool and chosen.shape == (n_rows,):

@@ -76,6 +76,7 @@ class Command(TyperCommand):
     def _in_options(self, message: str) -> str:
         """The message with `name=value` written as the command's option: `--name=value`."""
         options = {option.name: option.opts[0] for option in self.params}
+        options.setdefault("name", options.get("model", ""))  # of load_model
 
         def renamed(found: re.Match[str]) -> str:
             option, value = options.get(found[1], ""), found[2]
@@ -83,6 +84,10 @@ class Command(TyperCommand):
                 return found[0]
             return option if value == "True" else f"{option}={value}"
 
+        def window(found: re.Match[str]) -> str:
+            return ":".join(part.replace("None", "") for part in found.groups())
+
+        message = re.sub(r"slice\((-?\d+|None), (-?\d+|None)(?:, None)?\)", window, message)
         return re.sub(r"(?<![-\w])(?<!--set )([a-z]\w*)=(?:torch\.)?([\w.+-]*)", renamed, message)
 
 

@@ -212,7 +212,7 @@ def test_a_behaviour_of_samples_alone_has_a_card_and_is_counted() -> None:
     # The row's own completion is coherent: what was filtered out is a sample.
     assert (told["n_distinct"], told["n_incoherent"]) == (2, 0)
     # The unsteered model's one sample shows the second.
-    assert [bool(card["unsteered"]) for card in data["behaviours"]] == [False, True]
+    assert [card["unsteered"]["n"] for card in data["behaviours"]] == [0, 1]
     assert data["behaviours"][1]["unsteered"]["n_samples"] == told["n_known"] == 1
 
 

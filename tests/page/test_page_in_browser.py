@@ -252,3 +252,11 @@ def test_rows_are_built_when_somebody_scrolls_there(laptop: Any, page: Path) -> 
     assert 0 <= laptop.execute_script("return arguments[0].getBoundingClientRect().top", row) < 844
     laptop.execute_script("dispatchEvent(new Event('beforeprint'))")
     assert laptop.execute_script(built) == 240
+
+
+@pytest.mark.parametrize("column", ["constructor", "-__proto__", "no such column"])
+def test_an_address_that_sorts_by_no_column_leaves_the_table(
+    laptop: Any, page: Path, column: str
+) -> None:
+    go(laptop, page, f"#sort={column}")
+    assert laptop.find_elements("css selector", "#vectors tr.row")

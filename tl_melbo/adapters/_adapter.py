@@ -281,4 +281,4 @@ def _effects(model: Model, added: Additions, tokens: Tokens, estimator: str) -> 
             adapted = residual_streams(model, tokens, added.layers)
         pairs = zip(adapted, without, strict=True)
         effects = [one.double() - other.double() for one, other in pairs]
-    return torch.cat(effects).double().cpu()
+    return torch.cat([each.double().cpu() for each in effects])

@@ -148,6 +148,8 @@ def behaviours(
         n_behaviours: groups for each prompt, the baseline's included; None goes by `distance`.
         distance: one minus the mean cosine, beyond which two groups stay apart; None takes 0.83 for
             sentences, 0.85 for words.
+        embedder: see `embeddings`; None takes "sentences" where it is installed, or else "words". A
+            function of your own is given whole texts, with the prompt's words in them.
         judge: says the stance of each text and the name of each group, in place of the rules,
             wherever its answer can be used.
         on_batch: called with the different texts read, and those in all, after each batch.
@@ -239,14 +241,20 @@ def _cosines(prompt: str, texts: Sequence[str], embedder: Embedder) -> Tensor:
     """How alike texts are in what they do not have from the prompt."""
     if callable(embedder):
         return _products(embeddings(texts, embedder))
-    by_words = _products(embeddings([without(text, prompt) for text in texts], "words"))
     if embedder == "words":
-        return by_words
-    # What is said counts, and how: meaning alone throws all that an assistant says together.
+        return _by_words(prompt, texts)
     *rows, asked = embeddings([*texts, prompt], embedder).double()
     points = torch.stack(rows)
     points = points - (points @ asked)[:, None] * asked
-    return (_products(torch.nn.functional.normalize(points, dim=-1)) + by_words) / 2
+    by_meaning = _products(torch.nn.functional.normalize(points, dim=-1))
+    # What is said counts, and how: meaning alone throws all that an assistant says together.
+    return (by_meaning + _by_words(prompt, texts)) / 2
+
+
+def _by_words(prompt: str, texts: Sequence[str]) -> Tensor:
+    cosines = _products(embeddings([without(text, prompt) for text in texts], "words"))
+    # A text without words of its own has no direction.
+    return torch.where(_differ(texts) == 0, 1.0, cosines)
 
 
 def _products(points: Tensor) -> Tensor:

@@ -54,8 +54,8 @@ def mixture(
 
     Source: Lawson & Hanson 1974, "Solving least squares problems" (non-negative least squares).
     """
-    target = checks.one_vector(vector, "vector").double()
-    rows = checks.directions(checks.as_matrix(library, "library"), "library").double()
+    target = checks.one_vector(vector, "vector").double().cpu()
+    rows = checks.directions(checks.as_matrix(library, "library"), "library").double().cpu()
     checks.width(rows, target.shape[1], "library", "vector")
     checks.at_least(1, n_random=n_random)
     checks.seed(seed)

@@ -72,7 +72,7 @@ def _through_norm(model: Model, direction: Tensor) -> Tensor:
 
     def linear(x: Tensor) -> Tensor:
         ahead, behind = model.ln_final(torch.stack([x, -x])[:, None].to(dtype))[:, 0].float()
-        return (ahead - behind) / 2
+        return (ahead - behind).to(direction.device) / 2
 
     signs = torch.ones_like(direction)
     signs[1::2] = -1.0

@@ -101,6 +101,7 @@ class Search(Parts[SteeringVectors]):
             most = d_model - taken
             why = f"; at most d_model={d_model} vectors can be orthogonal"
             why += f", and {taken} are taken" if taken else ""
+            why += "; ask for fewer"
         if n_vectors is not None and not least <= n_vectors <= most:
             raise ValueError(f"n_vectors={n_vectors}: must be from {least} to {most:,}{why}")
         if previous is not None and len(previous):

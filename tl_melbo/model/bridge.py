@@ -50,7 +50,7 @@ def check_layer(model: Model, layer: int, argument: str = "layer") -> None:
     if not 0 <= layer < n_layers:
         raise ValueError(
             f"{argument}={layer}: {model_name(model)} has {n_layers} layers, so allowed are "
-            f"0 to {n_layers - 1}"
+            f"0 to {n_layers - 1}; pass one of these, or the model that the vectors were found in"
         )
 
 

@@ -137,9 +137,11 @@ def _checked_device(device: str | torch.device | None) -> torch.device:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=chosen).tolist()  # "meta" holds nothing
     except (RuntimeError, AssertionError) as error:
+        n_gpus = torch.cuda.device_count()
+        others = f", or one of the {n_gpus} CUDA devices that torch sees" if n_gpus else ""
+        reason = str(error).splitlines()[0]
         raise ValueError(
-            f"device={str(device)!r}: not available here ({str(error).splitlines()[0]}); use "
-            f"'cpu', or one of the {torch.cuda.device_count()} CUDA devices that torch sees"
+            f"device={str(device)!r}: not available here ({reason}); use 'cpu'{others}"
         ) from error
     return chosen
 
@@ -253,7 +255,8 @@ def _from_hugging_face(
                 "{'model.embed_tokens': 'cpu', 'model.layers.0': 'disk', ...}"
             ) from error
         raise ValueError(
-            f"name={name!r}: cannot be loaded as a causal language model ({reason}). Pass a hub id "
+            f"name={name!r}: cannot be loaded as a causal language model ({reason}"
+            f"{'' if Path(source).exists() else '; nor is a file or folder here'}). Pass a hub id "
             "(of a gated model after 'hf auth login'), a folder with safetensors, or a .gguf file"
         ) from error
     if spread:  # a weight that comes and goes keeps no flag that is changed in between
@@ -290,6 +293,11 @@ def boot(label: str, hf_model: Any, tokenizer: Any) -> Model:
     from transformer_lens.model_bridge import TransformerBridge
 
     settings = {"device": str(execution_device(hf_model)), "dtype": hf_model.dtype}
+    places = getattr(hf_model, "hf_device_map", {})
+    # TransformerLens refuses these, which accelerate's hooks serve as they serve others.
+    is_mixed = bool({"cpu", "disk"} & {*places.values()} and {*places.values()} - {"cpu", "disk"})
+    if is_mixed:
+        del hf_model.hf_device_map
     try:
         model = TransformerBridge.boot_transformers(
             label, hf_model=hf_model, tokenizer=tokenizer, **settings
@@ -299,6 +307,9 @@ def boot(label: str, hf_model: Any, tokenizer: Any) -> Model:
             f"name={label!r}: TransformerLens has no adapter for "
             f"{type(hf_model).__name__} ({error}); choose one of its supported architectures"
         ) from error
+    finally:
+        if is_mixed:
+            hf_model.hf_device_map = places
     model.cfg.device = settings["device"]  # not "meta", for an embedding that is on disk
     model.checkpoint_tokenizer = tokenizer
     return model

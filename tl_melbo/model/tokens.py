@@ -104,7 +104,7 @@ def check_room(model: Model, prompts: Sequence[Tokens], max_new_tokens: int) -> 
     if limit and longest + max_new_tokens > limit:
         raise ValueError(
             f"max_new_tokens={max_new_tokens}: after a prompt of {longest} tokens, "
-            f"{model_name(model)} has room for {limit - longest} of its {limit}"
+            f"{model_name(model)} has room for {limit - longest} of its {limit}; ask for fewer"
         )
 
 

@@ -195,7 +195,8 @@ def _grouped(
             row["behaviour"] = key
             row["filtered"] = shown(told["filtered_out"]) if told["filtered_out"] else ""
             row["tags"] = _tags(told)
-            row["baseline"] = bool(told["baseline"])
+            # Alike an unsteered sample alone, it may be a behaviour of its own.
+            row["baseline"] = bool(told["baseline"]) and int(told["behaviour"]) <= 0
     cards = [_card(each, rows, prompts, pool) for each in groups.groups.to_dict("records")]
     for card in cards:
         card["samples"] = [] if card["rows"] else samples.get(card["key"], [])
@@ -284,7 +285,7 @@ def _add_controls(
         hits = Counter(map(_card_key, some["behaviour"], places))
         for card in cards:
             n, of = hits[card["key"]], places.count(card["prompt"])
-            if n or (of and name == "random"):
+            if of:
                 card[name] = _counts(n, of)
 
 

@@ -62,7 +62,10 @@ def groups_told(groups: Behaviours | None, data: Mapping[str, Any], n_found: int
     random = pd.DataFrame(groups.texts[vectors >= n_found])
     return {
         "n_distinct": sum(not card["baseline"] for card in data["behaviours"]),
-        "n_known": sum(bool(c["unsteered"]) and not c["baseline"] for c in data["behaviours"]),
+        "n_known": sum(
+            bool(c["unsteered"] and c["unsteered"]["n"]) and not c["baseline"]
+            for c in data["behaviours"]
+        ),
         "n_incoherent": sum(bool(row["filtered"]) for row in data["rows"]),
         "grouped_by_words": groups.embedder == "words",
         "is_refused": "complies" in {*groups.texts["stance"]},

@@ -17,10 +17,10 @@ _LONGEST = {"name": 200, "note": 10_000}
 _ADVICE = "pass the notes.json that a page exported"
 # A vector, or with a minus its negative; of several prompts, a row of the second is "4p2"; its
 # third sample is "4p2s3".
-_VECTOR = re.compile(r"\d{1,9}-?")
+_VECTOR = re.compile(r"[0-9]{1,9}-?")
 _NOTES = re.compile("version|vectors|behaviours")
 _ENTRY, _BEHAVIOUR = re.compile("star|name|note"), re.compile("star|name|note|members|merged")
-_ROW = re.compile(r"\d{1,9}-?(p\d{1,4})?(s\d{1,4})?")
+_ROW = re.compile(r"[0-9]{1,9}-?(p[0-9]{1,4})?(s[0-9]{1,4})?")
 
 Notes = Mapping[str, Any]
 
@@ -45,8 +45,9 @@ def read_notes(path: str | Path) -> dict[str, Any]:
             raise ValueError(f"{size:,} bytes, at most {_LARGEST_FILE:,}")
         return checked_notes(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, RecursionError) as error:
+        reason = str(error).removesuffix(f"; {_ADVICE}")
         raise Damaged(
-            f"{path}: not a page's notes, or damaged ({error}); {_ADVICE}", path
+            f"{path}: not a page's notes, or damaged ({reason}); {_ADVICE}", path
         ) from error
 
 

@@ -36,12 +36,12 @@ function ratesOf(card) {
   const told = [];
   if (best) told.push("vector ", vectorLink(best.key), `, ${counted(best)}; `);
   if (random) told.push(`random vectors, ${counted(random)}; `);
-  if (unsteered && card.baseline) told.push(`unsteered, ${counted(unsteered)}; `);
+  if (unsteered && !(unsteered.n && !card.baseline)) told.push(`unsteered, ${counted(unsteered)}; `);
   if (told.length) told.push(told.pop().slice(0, -2));
   const known = `Samples of the unsteered model show it, too: ${unsteered && counted(unsteered)}.`;
   const what = best ? "Samples" : "Completions";
   return [
-    unsteered && !card.baseline ? el("p", { class: "rate known", text: known }) : null,
+    unsteered?.n && !card.baseline ? el("p", { class: "rate known", text: known }) : null,
     told.length
       ? el("p", { class: "rate soft" }, `${what} that show it (95% interval): `, ...told)
       : null,

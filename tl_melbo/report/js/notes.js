@@ -29,6 +29,7 @@ function store() {
 }
 
 const own = { vectors: new Map(), cards: new Map(), lost: [] };
+const lostBefore = new Set();
 
 function likeness(one, other) {
   const shared = one.filter((key) => other.includes(key)).length;
@@ -76,8 +77,9 @@ function takeBehaviour(entry) {
   const key = nearestCard(members);
   if (key === null) {
     const lost = { ...cleaned(entry), members, merged };
-    if (!own.lost.some((other) => JSON.stringify(other) === JSON.stringify(lost)))
-      own.lost.push(lost);
+    const told = JSON.stringify(lost);
+    if (!lostBefore.has(told)) own.lost.push(lost);
+    lostBefore.add(told);
     return;
   }
   const known = merged.map(nearestCard);

@@ -32,6 +32,7 @@ export async function paint(holder, own = {}) {
   drawn.add(holder);
   const { data, layout } = JSON.parse($("script", holder).textContent);
   for (const trace of data) Object.assign(trace, own);
+  if (layout.meta?.alt) holder.setAttribute("aria-label", layout.meta.alt);
   // A finger that drags wants to scroll the page, not to zoom.
   if (touch) layout.dragmode = false;
   await Plotly.newPlot(holder, ...painted(data, layout), {

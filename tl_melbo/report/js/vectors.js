@@ -59,7 +59,7 @@ function valueOf(row, name) {
   if (name === "prompt") return row.prompt;
   if (name === "behaviour") return behaviourWords(row);
   if (name === "completion") return textAt(row, scaleOf(row));
-  return row.values[name];
+  return Object.hasOwn(row.values, name) ? row.values[name] : null;
 }
 
 // Of every row but those of other kinds of aside: whether the reader's choice takes it.
