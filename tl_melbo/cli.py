@@ -11,6 +11,7 @@ from typer import Argument, Option
 
 import tl_melbo as tm
 from tl_melbo import checks, cli_adapters, cli_atlas, options, sweeps, terminal
+from tl_melbo.model.tokens import check_room, to_tokens
 from tl_melbo.run import VECTORS, absolute, family_folder
 from tl_melbo.sweeps._grid import cells_of, read_grid
 from tl_melbo.sweeps._sweep import PAGE
@@ -109,6 +110,7 @@ def discover(
         stages.begin("Loading the model")
         loaded = tm.load_model(model, device=device, dtype=getattr(torch, dtype))
         f = tm.ActivationMap.from_prompts(loaded, prompts, **place)
+        check_room(loaded, [to_tokens(loaded, each, chat) for each in prompts], max_new_tokens)
         chosen = {**asked.settings, "overwrite": overwrite}
         if asked.other:
             chosen["other"] = tm.ActivationMap.from_prompts(loaded, asked.other, **place)
