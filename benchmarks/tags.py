@@ -3,8 +3,8 @@
     python -m benchmarks.tags draw FILE [--seed 0] [--models bundled planted MODEL] [--prompts ...]
     python -m benchmarks.tags agree benchmarks/tags.csv
 
-`tags_2.csv` to `tags_8.csv` are such files, of other prompts; the sixth is to be grouped as a whole,
-and the last two were labelled by the definitions in docs/reading-the-page.md.
+`tags_2.csv` to `tags_8.csv` are such files, of other prompts; the sixth is to be grouped as a
+whole, and the last two were labelled by the definitions in docs/reading-the-page.md.
 
 `draw` writes 40 completions of each model (the bundled one, the one with planted behaviours, any
 other: a hub id, a folder or a .gguf file), of both signs, greedy and sampled, in random order, and

@@ -42,7 +42,8 @@ def token_divergence(
 
     Args:
         completions: of `vectors`, as `generate` gives them. Rows of the unsteered model and empty
-            completions are left out.
+            completions are left out. The text is read anew: where it ended is no place of it, and
+            a character that was cut at its end is other tokens than were written.
         n_top: how many of the likeliest tokens to tell.
         chat: None takes what `generate` noted in the frame, or else as the vectors were found.
         on_batch: called with the completions read, and those in all, after each batch.
