@@ -65,8 +65,8 @@ def generate(
             completion of each, greedy or sampled as `temperature` says.
         temperature: 0 takes the likeliest token (greedy), above 0 samples. None takes 0, or 0.7
             with `n_samples`.
-        seed: for sampling. Each row draws from a generator of its own: the batch size changes
-            nothing but rounding.
+        seed: for sampling. Each row draws from a generator of its own, by its vector, scale, sample
+            and its prompt's place in the list: the batch size changes nothing but rounding.
         chat: None takes the format that the vectors were found with.
         engine: what writes instead of the model, such as `tm.engines.vllm(folder)`. Its samples
             are drawn from other numbers than ours.
