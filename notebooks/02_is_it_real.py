@@ -218,6 +218,8 @@ negated = tm.generate(model, PROMPT, found[CHOSEN], scales=[-1], n_samples=3 * N
 tm.analysis.rates(negated, as_a_person, by=["scale"])
 
 # %% [markdown]
+# In the bundled model −v never speaks as a person, 0 of 24: the two signs do different things. Had both spoken so, the claim would be one about any push along this line.
+#
 # The rule makes mistakes: a text that is cut off before it says "AI" counts as a person's, and "I" may open nonsense, too. It is one rule for all three
 # bars, but its mistakes need not be equally many in each: read some samples of each before you trust a difference.
 #

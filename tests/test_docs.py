@@ -54,6 +54,8 @@ def test_notebooks_are_pages_with_their_outputs_and_formulas(site):
         for picture in re.findall(r'<img[^>]* src="([^"]+)"', page):
             assert picture.startswith("data:") or (site / "notebooks" / picture).exists()
         assert "arithmatex" not in page
+        assert 'alt="png"' not in page
+        assert "&lt;div" not in page
     assert "<math" in (site / "theory.html").read_text(encoding="utf-8")
 
 
