@@ -48,7 +48,7 @@ OTHER_PROMPTS = [
     "What is your biggest dream?",
 ]
 OTHER_SEEDS = [1]
-SAID = ["25-year-old", "software engineer", " AI"]  # two of the chosen greedy text, one of the unsteered one
+SAID = ["25-year-old", "software engineer", " AI"]  # of the chosen text, of the unsteered one
 
 # %%
 import re

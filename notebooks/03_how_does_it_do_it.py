@@ -303,7 +303,9 @@ bars = px.bar(
     labels={"value": "attention of the last token", "index": "to", "variable": ""},
     title=f"Layer {layer}, head {head}: where the prompt's last token looks",
 )  # fmt: skip
-most = "; ".join(f"{name}: most to {some.idxmax()} ({some.max():.2f})" for name, some in looks.items())
+most = "; ".join(
+    f"{name}: most to {some.idxmax()} ({some.max():.2f})" for name, some in looks.items()
+)
 bars.update_layout(meta={"alt": f"Layer {layer}, head {head}. {most}"})
 
 # %% [markdown]
