@@ -1,9 +1,9 @@
-"""What one GPU takes for a gradient, a search and texts, beside what benchmarks.scale calculates.
+"""What one GPU takes for a gradient, a search and texts. No GPU has run it yet.
 
     python -m benchmarks.gpu [--blocks-of-70b 24]     # on a GPU of 80 GB or more
 
 The models have the shapes of real ones and random weights: no time hangs on what a weight is. Each
-number is one line of benchmarks/gpu.csv; docs/scale.md quotes it.
+number is one line of benchmarks/gpu.csv, to lay beside what benchmarks.scale calculates.
 """
 
 import argparse

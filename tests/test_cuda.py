@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import tl_melbo as tm
+from tests.test_device_map import BLOCKS, REST
 from tests.tiny_models import N_LAYERS, tiny_hf, tokenizer
 from tl_melbo.cli import app
 
@@ -223,13 +224,8 @@ def test_half_precision(folders, dtype):
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_blocks_on_two_devices(folders, architecture):
-    blocks = {"llama": "model.layers.{}", "gpt2": "transformer.h.{}"}[architecture]
-    rest = {
-        "llama": ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"),
-        "gpt2": ("transformer.wte", "transformer.wpe", "transformer.ln_f", "lm_head"),
-    }[architecture]
-    places = {blocks.format(i): (0 if i % 2 else "cpu") for i in range(N_LAYERS)}
-    places |= dict.fromkeys(rest, 0)
+    places = {BLOCKS[architecture].format(i): (0 if i % 2 else "cpu") for i in range(N_LAYERS)}
+    places |= dict.fromkeys(REST[architecture], 0)
     whole = tm.load_model(folders / architecture, "cpu")
     spread = tm.load_model(folders / architecture, device_map=places)
     maps = [tm.ActivationMap.from_prompts(m, PROMPTS, **AT) for m in (whole, spread)]

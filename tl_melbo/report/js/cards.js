@@ -36,12 +36,13 @@ function ratesOf(card) {
   const told = [];
   if (best) told.push("vector ", vectorLink(best.key), `, ${counted(best)}; `);
   if (random) told.push(`random vectors, ${counted(random)}; `);
-  if (unsteered && !(unsteered.n && !card.baseline)) told.push(`unsteered, ${counted(unsteered)}; `);
+  const isKnown = unsteered?.n > 0 && !card.baseline;
+  if (unsteered && !isKnown) told.push(`unsteered, ${counted(unsteered)}; `);
   if (told.length) told.push(told.pop().slice(0, -2));
   const known = `Samples of the unsteered model show it, too: ${unsteered && counted(unsteered)}.`;
   const what = best ? "Samples" : "Completions";
   return [
-    unsteered?.n && !card.baseline ? el("p", { class: "rate known", text: known }) : null,
+    isKnown ? el("p", { class: "rate known", text: known }) : null,
     told.length
       ? el("p", { class: "rate soft" }, `${what} that show it (95% interval): `, ...told)
       : null,
