@@ -1,11 +1,11 @@
 """How many gradients should a vector get? Judged by what is found, not by how high it climbs.
 
-    python -m benchmarks.convergence [--other MODEL] [--seeds 3] [--table]
+    python -m benchmarks.convergence [--other MODEL] [--seeds 3] [--only NAME] [--table | --recount]
 
 Every search is one line of benchmarks/convergence.csv, written as the search ends, so the same
 command goes on where it was. A (seed, prompt, model) cell is whole before the next one begins. Each
 number of gradients is a search of its own: an orthogonal search depends on its earlier vectors.
-Delete the file after a change of what counts as coherent or distinct.
+The texts stand beside it, and `--recount` counts them anew, by today's grouping.
 """
 
 import argparse
@@ -28,8 +28,10 @@ from benchmarks.cases import (
     PROMPTS,
     Case,
     bundled,
+    counted_anew,
     in_cell,
     interval,
+    keep_texts,
     of_texts,
     other,
     planted,
@@ -53,16 +55,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--other", help="a third model: a hub id, a folder, or a .gguf file")
     parser.add_argument("--seeds", default=3, type=int, metavar="N", help="seeds 0 to N - 1 (3)")
+    parser.add_argument("--only", metavar="NAME", help="search this model's cells alone")
     parser.add_argument("--table", action="store_true", help="only print what is there")
+    parser.add_argument("--recount", action="store_true", help="count the kept texts anew")
     chosen = parser.parse_args()
     cases = {"bundled": bundled, "planted": planted}
     if chosen.other:
         cases[Path(chosen.other).stem] = functools.partial(other, chosen.other)
-    if not chosen.table:
-        load = functools.cache(lambda name: cases[name]())
+    cases = {name: functools.cache(load) for name, load in cases.items()}
+    if chosen.recount:
+        counted_anew(KEPT, "rule", cases).to_csv(KEPT, index=False)
+    elif not chosen.table:
+        searched_now = [name for name in cases if chosen.only in (None, name)]
         for rules in (RULES, LATER):
-            for seed, prompt, name in itertools.product(range(chosen.seeds), PROMPTS, cases):
-                fill_cell(name, lambda name=name: load(name), prompt, seed, rules)
+            for seed, prompt, name in itertools.product(range(chosen.seeds), PROMPTS, searched_now):
+                fill_cell(name, cases[name], prompt, seed, rules)
     rows = complete(pd.read_csv(KEPT))
     for name, some in rows.groupby("model", sort=False):
         print(f"\n{name}\n\n{markdown(table(some))}")
@@ -90,6 +97,7 @@ def fill_cell(
         seconds = time.monotonic() - began
         texts = tm.generate(case.model, prompt, found, **options)
         facts = {"model": name, "prompt": prompt, "seed": seed, "rule": rule}
+        keep_texts(KEPT, facts, pd.concat([unsteered, texts]))
         facts |= {"vectors": case.n_vectors, "radius": radius, "seconds": round(seconds, 1)}
         row = facts | of_search(f, case, found) | of_texts(case, unsteered, texts)
         pd.DataFrame([row]).to_csv(KEPT, mode="a", header=not KEPT.is_file(), index=False)

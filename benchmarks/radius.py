@@ -92,6 +92,8 @@ def library(f: tm.ActivationMap, radius: float, n_vectors: int) -> dict[str, Any
                 tm.generate(model, prompt, found, max_new_tokens=40),
             ]
         )
+        # Kept, so that they can be counted anew when the grouping changes.
+        texts.to_csv(path.with_suffix(".csv"), index=False)
         groups = tm.analysis.behaviours(model, texts)
         steered = groups.texts[groups.texts["vector"] >= 0]
         kl = tm.analysis.kl_divergence(model, prompt, found)

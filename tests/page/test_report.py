@@ -1,5 +1,6 @@
 """The page as a file: whole, self-contained, and safe whatever the model wrote."""
 
+import functools
 import json
 import math
 import re
@@ -59,6 +60,25 @@ def test_completions_are_those_of_generate(
     assert both["completion_x"].tolist() == both["completion_y"].tolist()
     unsteered = tm.generate(tiny_llama, PROMPTS, chat=True, max_new_tokens=3)
     assert frame[frame["vector"] == -1]["completion"].tolist() == unsteered["completion"].tolist()
+
+
+def test_a_judge_names_the_behaviours(
+    tiny_llama: torch.nn.Module, found: tm.SteeringVectors, completions: pd.DataFrame,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    every = functools.partial(tm.analysis.behaviours, largest_perplexity=math.inf)
+    monkeypatch.setattr("tl_melbo.report._page.behaviours", every)
+    cooking = completions["completion"].where(completions["vector"] < 0, "Boil the pasta now.")
+    report.write(
+        tmp_path / "page.html", tiny_llama, found,
+        completions=completions.assign(completion=cooking),
+        judge=lambda question: "cooks" if "six words" in question else "none of these",
+    )  # fmt: skip
+    assert "cooks" in (tmp_path / "page.html").read_text()
+    monkeypatch.setattr("tl_melbo.report._page.collect_completions", pytest.fail)
+    with pytest.raises(TypeError, match="judge: got a model, expected a function"):
+        report.write(tmp_path / "none.html", tiny_llama, found, judge=tiny_llama)
+    assert not (tmp_path / "none.html").exists()
 
 
 def test_everything_is_computed_that_is_not_given(

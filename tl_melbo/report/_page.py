@@ -17,6 +17,7 @@ from tl_melbo.analysis._side_effects import COLUMNS
 from tl_melbo.files import replacing
 from tl_melbo.gated import GatedFactors
 from tl_melbo.generation import OnBatch, Tell, in_parts
+from tl_melbo.judges._asking import Judge, check_judge
 from tl_melbo.model.bridge import Model
 from tl_melbo.model.tokens import as_seen
 from tl_melbo.report import _data, _facts, _parts
@@ -54,6 +55,7 @@ def write(
     layer: int | None = None,
     chat: bool | None = None,
     batch_size: int = 32,
+    judge: Judge | None = None,
     on_batch: OnBatch | None = None,
 ) -> pd.DataFrame:
     """Write one HTML file about a library: its settings, completions, numbers and figures.
@@ -75,6 +77,7 @@ def write(
         prompts: what to complete; None takes those of `completions`, or those of the metadata.
         title: the page's heading; None takes the prompt.
         run_folder: the folder of a run, for the commands that the page offers.
+        judge: says stances and names of behaviours, as `behaviours` takes it.
         on_batch: called with about how many texts and vectors are done, and with all.
 
     Returns:
@@ -96,6 +99,8 @@ def write(
     }  # fmt: skip
     _check_frames(found, frames)
     kept = notes_given(notes)
+    if judge is not None:
+        check_judge(judge)
     texts = _prompts(found, completions, prompts)
     _check_control(random_texts, completions, texts)
     # Before the completions are written: it refuses vectors of no norm.
@@ -111,7 +116,8 @@ def write(
         if activation_map is not None:
             baselines = random_baseline(model, activation_map, found, texts, **options)
         top_tokens, kl = _data.measured_after(model, found, texts, steered, **options)
-        groups = _grouped(model, completions, random_texts, found, chat, batch_size, read)
+        of_groups: dict[str, Any] = {"judge": judge, "on_batch": read}
+        groups = _grouped(model, completions, random_texts, found, chat, batch_size, **of_groups)
         measured = Measured(kl, baselines, side_effects)
         data = _data.rows_data(found, texts, completions, groups, measured)
         effects = _parts.effects_of(found, activation_map)
@@ -174,7 +180,7 @@ def _grouped(
     found: SteeringVectors,
     chat: bool | None,
     batch_size: int,
-    on_batch: Tell,
+    **options: Any,
 ) -> Behaviours | None:
     """Behaviours of vectors and negatives; None where nothing was written at scales 1 and -1.
 
@@ -188,7 +194,7 @@ def _grouped(
     if all(some["control"]):
         return None
     # Its logits are of whole texts: 8 at once take as much memory as many rows of others.
-    options = {"batch_size": min(batch_size, 8), "on_batch": on_batch}
+    options |= {"batch_size": min(batch_size, 8)}
     return behaviours(model, some, chat=as_chat(found, chat), **options)
 
 

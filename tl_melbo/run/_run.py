@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from tl_melbo.activation_map import ActivationMap
     from tl_melbo.analysis._family import Family
+    from tl_melbo.judges._asking import Judge
     from tl_melbo.model.bridge import Model
 
 _BUNDLED = "the bundled one"
@@ -314,6 +315,7 @@ class Run:
         *,
         notes: "str | Path | Mapping[str, Any] | None" = None,
         token_divergence: bool = False,
+        judge: "Judge | None" = None,
         on_batch: OnCount | None = None,
         **options: Any,
     ) -> "pd.DataFrame":
@@ -322,8 +324,8 @@ class Run:
         Completions that lack are written first, then those of `random_texts`; the options are those
         of `texts`. `notes` are as `report.write` takes them; None takes `notes.json` of the folder,
         if it is there. With `token_divergence` the page shows where along its text each vector
-        parts from the model. `on_batch` is as `report.write` takes it; completions that are written
-        first are counted by themselves.
+        parts from the model. `judge` and `on_batch` are as `report.write` takes them; completions
+        that are written first are counted by themselves.
         """
         from tl_melbo import analysis, report
 
@@ -338,6 +340,7 @@ class Run:
                 "random_texts": self.random_texts(model, f, **control),
                 **all_kept(self.folder),
                 "notes": notes,
+                "judge": judge,
                 "on_batch": on_batch,
                 # A page may be passed on: it tells no absolute path.
                 "run_folder": self.folder.name if self.folder.is_absolute() else str(self.folder),
