@@ -3,14 +3,14 @@
     python -m benchmarks.tags draw FILE [--seed 0] [--models bundled planted MODEL] [--prompts ...]
     python -m benchmarks.tags agree benchmarks/tags.csv
 
-`tags_2.csv` to `tags_8.csv` are such files, of other prompts; the sixth is to be grouped as a
-whole, and the last two were labelled by the definitions in docs/reading-the-page.md.
+`tags_2.csv` to `tags_9.csv` are such files, of other prompts; the sixth and the ninth are to be
+grouped as a whole, and the last three were labelled by the definitions in docs/reading-the-page.md.
 
 `draw` writes 40 completions of each model (the bundled one, the one with planted behaviours, any
 other: a hub id, a folder or a .gguf file), of both signs, greedy and sampled, in random order, and
 all greedy ones of one search besides. It writes no tags: fill in stance and form after reading, and
 `group` (any word; "incoherent" does not count) for the texts of that search. `agree` runs the
-rules. Without a column `unsteered`, a label "complies" counts as "".
+rules; a second reader's labels stand in `stance_2`, `form_2` and `group_2`. Without a column `unsteered`, a label "complies" counts as "".
 """
 
 import argparse
@@ -48,7 +48,8 @@ def main() -> None:
     chosen = parser.parse_args()
     if chosen.what == "agree":
         rows = pd.read_csv(chosen.file, keep_default_na=False)
-        print(*agreement(rows), *groups(rows), sep="\n")
+        for read in readers(rows):
+            print(*agreement(read), *groups(read), "", sep="\n")
         return
     if chosen.file.is_file() and not {*KEPT} <= {*pd.read_csv(chosen.file, nrows=0).columns}:
         parser.error(f"{chosen.file}: has other columns; name a new file")
@@ -86,6 +87,15 @@ def drawn(case: cases.Case, prompts: Sequence[str], seed: int, with_groups: bool
     return rows.assign(system=system or "", chat=case.chat)
 
 
+def readers(rows: pd.DataFrame) -> Iterator[pd.DataFrame]:
+    """The file as each of its readers labelled it; a second one's columns end in _2."""
+    yield rows
+    second = [name for name in rows if str(name).endswith("_2")]
+    if second:
+        firsts = {name: str(name).removesuffix("_2") for name in second}
+        yield rows.drop(columns=[*firsts.values()]).rename(columns=firsts)
+
+
 def agreement(rows: pd.DataFrame) -> Iterator[str]:
     """For each model, how many texts have the reader's stance and form; then the others."""
     read = pd.DataFrame(rows[rows["form"] != ""])
@@ -114,6 +124,8 @@ def groups(rows: pd.DataFrame) -> Iterator[str]:
     """The adjusted Rand index of the behaviours with the groups that the reader sees."""
     from sklearn.metrics import adjusted_rand_score
 
+    if "group" not in rows:
+        return
     read = rows[~rows["group"].isin(["", "incoherent"])]
     model = tm.load_model()  # only tells perplexities, and every text is let through
     for (name, prompt), some in read.groupby(["model", "prompt"]):
