@@ -17,6 +17,7 @@ LABELLED = json.loads((Path(__file__).parent / "data/labelled_completions.json")
 OF_GEMMA = json.loads(
     (Path(__file__).parent / "data/labelled_completions_gemma.json").read_text(encoding="utf-8")
 )
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 # Measured: 0.76; 0.69 by sentences, 0.64 by words, on the part that was looked at.
 LOWEST_AGREEMENT, LOWEST_OF_GEMMA = 0.7, 0.6
@@ -74,6 +75,21 @@ def test_groups_agree_with_labels_on_another_model_and_both_signs(tiny_llama, em
     assert known >= LOWEST_OF_GEMMA
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tags_6.csv", "tags_9.csv"])
+def test_groups_agree_with_readers_who_know_what_one_behaviour_is(tiny_llama, name):
+    rows = pd.read_csv(BENCHMARKS / name, keep_default_na=False)
+    settings = {"largest_perplexity": float("inf"), "largest_repetition": 1.0}
+    for group in ("group", "group_2"):
+        found = []
+        for _, some in rows[rows[group] != "incoherent"].groupby("prompt"):
+            texts, chat = pd.DataFrame(some), bool(some["chat"].iloc[0])
+            behaviours = tm.analysis.behaviours(tiny_llama, texts, chat=chat, **settings)
+            found.append(adjusted_rand_score(texts[group], behaviours.texts["behaviour"]))
+        assert len(found) == 4
+        assert sum(found) / 4 >= 0.69  # measured: 0.71, 0.70; 0.82, 0.83
+
+
 def test_tags_agree_with_those_given_by_hand():
     for labelled, system in ((LABELLED, SYSTEM), (OF_GEMMA, None)):
         rows = [row for row in labelled["completions"] if "held_out" not in row]
@@ -97,6 +113,20 @@ def test_texts_that_say_the_same_are_one_behaviour(tiny_llama, embedder):
     assert found.n_distinct == 2
     assert found.per_100_vectors == 50
     assert found.embedder == embedder
+
+
+def test_of_several_unsteered_samples_most_are_the_baseline(tiny_llama):
+    code = "```python\nprint('Ahoy')\n```"
+    samples = [COOKING[0], code, COOKING[1]]
+    texts = pd.DataFrame(
+        [(-1, 0.0, n, text) for n, text in enumerate(samples, 1)]
+        + [(0, 1.0, 1, code), (1, 1.0, 1, SAILING[0])],
+        columns=["vector", "scale", "sample", "completion"],
+    ).assign(prompt="What now?")
+    every = {"largest_perplexity": float("inf"), "largest_repetition": 1.0}
+    found = tm.analysis.behaviours(tiny_llama, texts, chat=False, **every)
+    assert found.texts["behaviour"].tolist() == [0, 1, 0, 1, 2]
+    assert found.groups["form"].tolist() == ["prose", "code", "prose"]
 
 
 def test_what_the_unsteered_model_does_is_not_counted(tiny_llama):
@@ -420,8 +450,15 @@ def test_names_from_a_judge_hold_no_word_of_the_prompt(tiny_llama):
     def names_it(question):
         return "the pasta one" if "six words" in question else "complies"
 
-    found = grouped(tiny_llama, COOKING, None, "Any pasta?", judge=names_it)
+    found = grouped(tiny_llama, COOKING[1:], None, "Any pasta?", judge=names_it)
     assert found.groups["name"].tolist() == ["complies: “Boil the … in salted water,…”"]
+
+
+def test_two_texts_are_named_after_the_first(tiny_llama):
+    for texts in (COOKING, COOKING[::-1]):
+        for embedder in ("sentences", "words"):
+            found = grouped(tiny_llama, texts, "Nothing.", embedder=embedder)
+            assert found.groups.set_index("behaviour").loc[1, "example"] == texts[0]
 
 
 def test_shares_are_of_vectors_not_of_texts(tiny_llama):

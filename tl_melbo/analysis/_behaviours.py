@@ -192,8 +192,9 @@ def behaviours(
         first = 1 + max([_UNSTEERED, *(group[0] for group in groups)])
         cosines = _cosines(str(prompt), rows["said"].tolist(), chosen)
         clusters = _clusters(str(prompt), rows, cosines, n_behaviours, distance)
-        # The unsteered completion's cluster is 0; of the others, the largest comes first.
-        own = {*itertools.compress(clusters, rows["is_first"])}
+        # The unsteered completion's cluster, or that of most samples, is 0; then the largest comes.
+        own = Counter(itertools.compress(clusters, rows["is_first"])).most_common(1)
+        own = [cluster for cluster, _ in own]
         others = [each for each, _ in Counter(clusters).most_common() if each not in own]
         number_of = dict.fromkeys(own, _UNSTEERED) | dict(zip(others, itertools.count(first)))
         numbers = [number_of[cluster] for cluster in clusters]
@@ -317,7 +318,9 @@ def _groups(
             members = pd.DataFrame(members[~members["control"]])
         texts, places = members["said"].tolist(), members["place"].tolist()
         shown = pd.DataFrame(members if number == _UNSTEERED else _named_after(members))
-        medoid = shown.iloc[int(cosines[shown["place"].tolist()][:, places].sum(1).argmax())]
+        nearness = cosines[shown["place"].tolist()][:, places].sum(1)
+        # Of two texts each is as near to the other: the first, not whichever rounding lifts.
+        medoid = shown.iloc[int(nearness.round(decimals=9).argmax())]
         most = [str(members[tag].mode()[0]) for tag in TAGS]
         name = BASELINE if number == _UNSTEERED else rule_name(most, medoid["said"], prompt)
         names.append(name)
