@@ -181,8 +181,9 @@ def behaviours(
     texts[[*measured.columns]] = measured
     texts["coherent"] = texts["filtered_out"] == ""
     system = default_system_prompt(model) if chat else None
-    found = tagged(pairs, unsteered_of(texts, said.tolist()), system)
-    texts[[*TAGS]] = found if judge is None else _refined(found, pairs, judge)
+    texts[[*TAGS]] = tagged(pairs, unsteered_of(texts, said.tolist()), system)
+    if judge is not None:
+        texts["stance"] = judged_stances(judge, pairs, texts["stance"])
     texts["baseline"] = _is_baseline(texts)
     texts["behaviour"] = _INCOHERENT
     groups: list[tuple[Any, ...]] = []
@@ -225,13 +226,6 @@ def _is_baseline(texts: pd.DataFrame) -> list[bool]:
     written = list(zip(texts["prompt"], texts["completion"], strict=True))
     unsteered = {*itertools.compress(written, is_unsteered(texts))}
     return [each in unsteered for each in written]
-
-
-def _refined(found: pd.DataFrame, pairs: Sequence[tuple[str, str]], judge: Judge) -> pd.DataFrame:
-    """The tags with the judge's stance of each text, where it can tell."""
-    told = judged_stances(judge, pairs)
-    stances = [told.get(pair, own) for pair, own in zip(pairs, found["stance"], strict=True)]
-    return found.assign(stance=stances)
 
 
 def _is_control(texts: pd.DataFrame) -> pd.Series:
@@ -331,13 +325,8 @@ def _groups(
         )
         example = printable(str(medoid["completion"]))
         groups.append([number, "", prompt, len(texts), vectors, negatives, example, *most[:2]])
-    is_own = [name != BASELINE for name in names]
-    if judge is not None and any(is_own):
-        some = judged_names(
-            judge, [*itertools.compress(told, is_own)], [*itertools.compress(names, is_own)]
-        )
-        given = iter(some)
-        names = [next(given) if own else name for own, name in zip(is_own, names, strict=True)]
+    if judge is not None:
+        names = judged_names(judge, told, names)
     for group, name in zip(groups, unique(names), strict=True):
         group[1] = name
     return [tuple(group) for group in groups]

@@ -70,8 +70,10 @@ def unique(names: Iterable[str]) -> list[str]:
     return list(taken)
 
 
-def judged_stances(judge: Judge, pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], str]:
-    """The stance of each text after its prompt, of those that the judge can tell."""
+def judged_stances(
+    judge: Judge, pairs: Sequence[tuple[str, str]], stances: Iterable[str]
+) -> list[str]:
+    """The stance of each text after its prompt; the one it has where the judge cannot tell."""
     asked = list(dict.fromkeys(pairs))
     choices = ", ".join([*filter(None, STANCES), _NONE])
     questions = [
@@ -83,18 +85,20 @@ def judged_stances(judge: Judge, pairs: Sequence[tuple[str, str]]) -> dict[tuple
     def read(answer: str) -> str | None:
         return named.get(re.sub(r"\W+", " ", answer).strip().lower())
 
-    found = _asked(judge, questions, read, "one of: " + choices)
-    return {pair: stance for pair, stance in zip(asked, found, strict=True) if stance is not None}
+    told = dict(zip(asked, _asked(judge, questions, read, "one of: " + choices), strict=True))
+    own = zip(pairs, stances, strict=True)
+    return [stance if told[pair] is None else told[pair] for pair, stance in own]
 
 
 def judged_names(
     judge: Judge, groups: Sequence[tuple[str, Sequence[str]]], names: Sequence[str]
 ) -> list[str]:
     """A name from the judge for each prompt and its texts; the one it has where that is no use."""
-    if not groups:
-        return []
+    asked = [place for place, name in enumerate(names) if name != BASELINE]
+    if not asked:
+        return [*names]
     questions = []
-    for prompt, texts in groups:
+    for prompt, texts in (groups[place] for place in asked):
         shown = "\n\n".join(text[:_SHOWN_CHARACTERS] for text in texts[:_SHOWN_TEXTS])
         questions.append(_NAME.format(texts=shown, prompt=prompt))
 
@@ -104,10 +108,11 @@ def judged_names(
         return name if good and name != BASELINE else None
 
     found = _asked(judge, questions, read, "a name of at most six words")
-    return [
-        name if given is None or without(given, prompt) != given else given
-        for (prompt, _), given, name in zip(groups, found, names, strict=True)
-    ]
+    told = [*names]
+    for place, name in zip(asked, found, strict=True):
+        if name is not None and without(name, groups[place][0]) == name:
+            told[place] = name
+    return told
 
 
 def _asked(
