@@ -10,7 +10,8 @@ grouped as a whole, and the last three were labelled by the definitions in docs/
 other: a hub id, a folder or a .gguf file), of both signs, greedy and sampled, in random order, and
 all greedy ones of one search besides. It writes no tags: fill in stance and form after reading, and
 `group` (any word; "incoherent" does not count) for the texts of that search. `agree` runs the
-rules; a second reader's labels stand in `stance_2`, `form_2` and `group_2`. Without a column `unsteered`, a label "complies" counts as "".
+rules; a second reader's labels stand in `stance_2`, `form_2` and `group_2`. Without a column
+`unsteered`, a label "complies" counts as "".
 """
 
 import argparse
