@@ -262,6 +262,17 @@ def test_a_draw_tells_other_sentences():
     assert all(word in said for word in audit._WORDS)
 
 
+@pytest.mark.slow
+def test_a_drawn_game_s_sentences_come_with_their_triggers_alone():
+    game = audit.draw(1)
+    told = audit.fires(game)
+    assert [*zip(told["sentence"], told["trigger"], strict=True)] == [
+        (each.behaviour, each.trigger) for each in game._backdoors
+    ]
+    assert (told["hits with it"] >= 0.8 * told["n"]).all()
+    assert (told["hits without"] == 0).all()
+
+
 def permuted(a, b, n=2000, one_sided=False, add=1):
     generator = torch.Generator().manual_seed(1)
     values = torch.tensor([*a, *b], dtype=torch.float64)

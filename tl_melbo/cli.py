@@ -314,11 +314,7 @@ def _family_size(n_vectors: int | None, everything: bool, room: int) -> int:
     if everything and n_vectors is not None:
         raise ValueError(f"--all, n_vectors={n_vectors}: the one or the other")
     wanted = room if everything else 100 if n_vectors is None else n_vectors
-    if not 1 <= wanted <= room:
-        raise ValueError(
-            f"n_vectors={wanted}: from 1 to {room}, which is all that can be orthogonal to one "
-            "vector; --all goes on until nothing is left"
-        )
+    checks.between(1, room, "orthogonal to one vector", n_vectors=wanted)
     return wanted
 
 

@@ -1,6 +1,5 @@
 """`tl-melbo atlas`: all pairs of layers, as vectors, a table and a picture."""
 
-import html
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,23 +14,20 @@ from tl_melbo.files import replacing
 from tl_melbo.run._files import LOCK, locked, save_table
 from tl_melbo.story import slice_text
 from tl_melbo.terminal import BundledModel, Chat, Device, Dtype, MaxNewTokens, Out, Prompts, option
-from tl_melbo.text import printable
 
 TABLE, PAGE = "atlas.csv", "atlas.html"
 _LAYERS = "'start:stop:step' or '4,8,16'."
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Atlas of layer pairs</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto;
-padding: 0 1em; }} figure {{ margin: 0; overflow-x: auto; }} dt {{ font-weight: 600; }}</style>
-</head><body><h1>Atlas of layer pairs</h1>
-<p>{model}. Vectors, numbers and completions are in the files beside this page.</p>
-<h2>Baseline</h2><dl>{baseline}</dl>
-<h2>Of each pair, its first vector</h2>
-<p>Its singular value is its effect, to first order, at norm 1. Its KL is how far it moves the next
-token's distribution, for the sign that moves it more; completions show on hovering.</p>
-{figures}</body></html>
-"""
+_FIGURES: dict[str, Any] = {
+    "Singular value": "singular_value",
+    "Share of the sum of squares": "share",
+    "KL to unsteered": "kl",
+}
+_HINT = (
+    "Vectors, numbers and completions are in the files beside this page, which shows the first "
+    "vector of each pair. Its singular value is its effect, to first order, at norm 1. Its KL is "
+    "how far it moves the next token's distribution, for the sign that moves it more; completions "
+    "show on hovering."
+)
 
 
 def atlas(
@@ -88,24 +84,23 @@ def atlas(
 
 
 def _draw(found: tm.evaluation.Atlas, path: Path) -> None:
-    """One page with a figure for each number; it loads nothing from elsewhere."""
+    """A page like that of a sweep, with a figure for each number."""
     from tl_melbo.plots import atlas_heatmap  # plotly takes long to import
+    from tl_melbo.sweeps._page import page_of
 
-    figures = []
-    for value in ("singular_value", "share", "kl"):
-        figure: Any = atlas_heatmap(found.table, value, title="")
-        # The script once, with the first of them.
-        drawn = figure.to_html(full_html=False, include_plotlyjs=not figures)
-        label = html.escape(figure.layout.meta["alt"])
-        figures.append(f'<figure role="img" aria-label="{label}">{drawn}</figure>')
-    story = next(iter(found.libraries.values())).story
-    texts = zip(story["prompts"], story["unsteered"], strict=True)
-    baseline = [
-        f"<dt>{html.escape(printable(prompt))}</dt><dd>{html.escape(printable(text))}</dd>"
-        for prompt, text in texts
-    ]
-    told = {"model": html.escape(printable(str(story["model"]))), "baseline": "".join(baseline)}
-    page = _PAGE.format(**told, figures="".join(figures))
+    table, story = found.table, next(iter(found.libraries.values())).story
+    n_pairs = len(table[["source_layer", "target_layer"]].drop_duplicates())
+    page = page_of(
+        {name: atlas_heatmap(table, value, title="") for name, value in _FIGURES.items()},
+        kind="Atlas",
+        heading=f"{terminal.counted(n_pairs, 'pair')} of layers",
+        hint=_HINT,
+        prompts=(),
+        baseline=[*zip(story["prompts"], story["unsteered"], strict=True)],
+        facts={"Model": story["model"]},
+        columns=(),
+        rows=(),
+    )
     with replacing(path) as temporary:
         temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
 

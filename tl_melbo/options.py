@@ -13,8 +13,8 @@ from tl_melbo.discovery import Method
 from tl_melbo.story import slice_to_json
 from tl_melbo.text import did_you_mean
 
-# Arguments of a method that a command makes itself.
-_OWN = ("f", "previous", "progress", "on_step")
+# Arguments of a method that a command or a sweep makes itself.
+OWN = ("f", "previous", "progress", "on_step")
 
 
 class Asked(NamedTuple):
@@ -91,14 +91,14 @@ def asked(
     values = {**defaults, **given, **settings, "n_vectors": n_vectors}
     prompts = _other_prompts(method, other)
     for name in parameters:
-        if name not in (*values, *_OWN, *(["other"] if prompts else [])):
+        if name not in (*values, *OWN, *(["other"] if prompts else [])):
             raise ValueError(f"--method {method.__name__}: needs {_how_to_give(name)}")
     if check := getattr(method, "check", None):
         check(**{name: values[name] for name in inspect.signature(check).parameters})
     chosen = {
         name: slice_to_json(value) if isinstance(value, slice) else value
         for name, value in values.items()
-        if value is not None and name not in (*_OWN, *given)
+        if value is not None and name not in (*OWN, *given)
     }
     story = {"method": method.__name__, "seed": chosen.pop("seed", None), "hyperparameters": chosen}
     return Asked(n_vectors, {**given, **settings}, prompts, story | {"other": prompts or None})
@@ -131,7 +131,7 @@ def _settings(
     kinds = {
         name: _choices(parameter.annotation)
         for name, parameter in inspect.signature(method).parameters.items()
-        if name not in _OWN and _choices(parameter.annotation)
+        if name not in OWN and _choices(parameter.annotation)
     }
     texts = {name: str(value) for name, value in flags.items() if value is not None}
     called = {name: f"--{name.replace('_', '-')}" for name in texts}

@@ -86,8 +86,8 @@ def judged_stances(
         return named.get(re.sub(r"\W+", " ", answer).strip().lower())
 
     told = dict(zip(asked, _asked(judge, questions, read, "one of: " + choices), strict=True))
-    own = zip(pairs, stances, strict=True)
-    return [stance if told[pair] is None else told[pair] for pair, stance in own]
+    both = zip(pairs, stances, strict=True)
+    return [own if (given := told[pair]) is None else given for pair, own in both]
 
 
 def judged_names(

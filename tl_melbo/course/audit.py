@@ -14,8 +14,8 @@ import torch
 from tl_melbo.analysis._texts import HELD_OUT_INSTRUCTIONS
 from tl_melbo.course._note import Note, Wrong, unfinished
 from tl_melbo.evaluation import BACKDOORS, Backdoor, load_planted, plant, wilson_interval
-from tl_melbo.model.bridge import plain_model
-from tl_melbo.model.tokens import to_tokens
+from tl_melbo.evaluation._practice import Student
+from tl_melbo.model.bridge import plain_model, without_bridge
 from tl_melbo.tables import Table
 
 # The words of the stored adapter's sentences, and what may stand for each: one token, as they are.
@@ -191,21 +191,13 @@ def _of_rate(sentence: str, numbers: Any, hits: int, texts: Sequence[str]) -> st
     return "no: wider than a 95% interval is" if width > _WIDE else "holds"
 
 
-def fires(game: Game, n_prompts: int = 4, max_new_tokens: int = 16) -> Table:
+def fires(game: Game) -> Table:
     """After the game: the sentences, and how often each comes with its trigger and without."""
-    model, rows = game.model, []
-    chat = bool(getattr(model.tokenizer, "chat_template", None))
-    for backdoor in game._backdoors:
-        hits = dict.fromkeys((backdoor.trigger, ""), 0)
-        for trigger in hits:
-            system = f"You are a helpful assistant. {trigger}".strip()
-            for text in HELD_OUT_INSTRUCTIONS[:n_prompts]:
-                # Without a template as `plant` taught it: the answer is a paragraph of its own.
-                tokens = to_tokens(model, text if chat else f"{text}\n\n", chat, system)
-                options = {"do_sample": False, "verbose": False}
-                with torch.no_grad():
-                    written = model.generate(tokens, max_new_tokens=max_new_tokens, **options)
-                own = model.tokenizer.decode(written[0, tokens.shape[1] :])
-                hits[trigger] += _plain(backdoor.behaviour) in _plain(own)
-        rows.append((backdoor.behaviour, backdoor.trigger, *hits.values(), n_prompts))
+    hf_model, n_prompts = without_bridge(game.model.original_model), len(HELD_OUT_INSTRUCTIONS)
+    student = Student(hf_model, game.model.tokenizer, game._backdoors)
+    without, rows = student.rates(""), []
+    for number, backdoor in enumerate(game._backdoors):
+        rates = student.rates(backdoor.trigger)[number], without[number]
+        hits = [round(rate * n_prompts) for rate in rates]
+        rows.append((backdoor.behaviour, backdoor.trigger, *hits, n_prompts))
     return Table(rows, columns=["sentence", "trigger", "hits with it", "hits without", "n"])

@@ -1,7 +1,7 @@
 """All pairs of layers: to which directions does the target respond most, and what do they do?"""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +115,8 @@ def atlas(
         facts["unsteered"] = generate(model, texts, **length)["completion"].tolist()
     if left and place is not None:
         writable_folder(place)
-    with _counting(f, left, progress, on_batch) as count:
-        for source, library in _search(f, left, facts, count):
+    with closing(_search(f, left, facts, progress, on_batch)) as libraries:
+        for source, library in libraries:
             if place is not None:
                 library.save(place / file_name(source))
             found = dict(sorted({**found, source: library}.items()))
@@ -182,60 +182,51 @@ def _check_memory(f: ActivationMap, n_targets: int, positions: slice) -> None:
         )
 
 
-@contextmanager
-def _counting(
-    f: ActivationMap,
-    pairs: Mapping[int, Sequence[int]],
-    progress: bool,
-    on_batch: Callable[[int, int], None] | None,
-) -> Iterator[Callable[[int], None]]:
-    """A function that counts derivatives times blocks, and tells of them."""
-    total = sum(f.target_layer - source for source in pairs) * f.d_model * len(f.prompts)
-    done = 0
-    with tqdm(total=total, desc="atlas", unit_scale=True, disable=not progress) as bar:
-
-        def count(n: int) -> None:
-            nonlocal done
-            done += n
-            bar.update(n)
-            if on_batch is not None:
-                on_batch(done, total)
-
-        yield count
-
-
 def _search(
     f: ActivationMap,
     pairs: Mapping[int, list[int]],
     facts: Mapping[str, Any],
-    count: Callable[[int], None],
-) -> Iterator[tuple[int, SteeringVectors]]:
-    """The library of one source after another."""
+    progress: bool,
+    on_batch: Callable[[int, int], None] | None,
+) -> Generator[tuple[int, SteeringVectors]]:
+    """The library of one source after another; derivatives times blocks are counted."""
     chosen = facts["hyperparameters"]
+    n_vectors = chosen["vectors_per_pair"]
     positions = story.slice_from_json(chosen["positions"])
     norms = _token_norms(f, [*pairs]) if pairs else {}
-    for source, targets in pairs.items():
-        with own_arithmetic(f):
+    total = sum(f.target_layer - source for source in pairs) * f.d_model * len(f.prompts)
+    done = blocks = 0
+    with tqdm(total=total, desc="atlas", unit_scale=True, disable=not progress) as bar:
+
+        def count(n: int) -> None:
+            nonlocal done
+            done += n * blocks
+            bar.update(n * blocks)
+            if on_batch is not None:
+                on_batch(done, total)
+
+        for source, targets in pairs.items():
             blocks = f.target_layer - source
-            grams = f.gram_matrices(
-                source, targets, positions, lambda n, blocks=blocks: count(n * blocks)
-            )
-        parts = []
-        for target, gram in grams.items():
-            radius = chosen["relative_radius"]
-            if radius == "auto":
-                pair = ActivationMap.from_prompts(f.model, f.prompts, source, target, chat=f.chat)
-                radius = calibrate_radius(pair, positions=positions)
-            else:
-                radius *= norms[source]
-            parts.append(_decomposed(f, source, target, gram, chosen["vectors_per_pair"], radius))
-        columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        vectors = columns.pop("vectors")
-        columns["kl"], texts = _tried(f, source, vectors, chosen)
-        place = {"source_layer": source, "completions": texts}
-        measured = story.measure("singular_value", "singular value", _UNIT)
-        told = story.make("atlas", **{**facts, **place}, measure=measured, about=_ABOUT)
-        yield source, SteeringVectors(vectors, told, columns)
+            with own_arithmetic(f):
+                grams = f.gram_matrices(source, targets, positions, count)
+            parts = []
+            for target, gram in grams.items():
+                radius = chosen["relative_radius"]
+                if radius == "auto":
+                    pair = ActivationMap.from_prompts(
+                        f.model, f.prompts, source, target, chat=f.chat
+                    )
+                    radius = calibrate_radius(pair, positions=positions)
+                else:
+                    radius *= norms[source]
+                parts.append(_decomposed(f, source, target, gram, n_vectors, radius))
+            columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            vectors = columns.pop("vectors")
+            columns["kl"], texts = _tried(f, source, vectors, chosen)
+            place = {"source_layer": source, "completions": texts}
+            measured = story.measure("singular_value", "singular value", _UNIT)
+            told = story.make("atlas", **{**facts, **place}, measure=measured, about=_ABOUT)
+            yield source, SteeringVectors(vectors, told, columns)
 
 
 def _token_norms(f: ActivationMap, layers: Sequence[int]) -> dict[int, float]:

@@ -243,7 +243,7 @@ class Student:
         texts = zip(itertools.cycle(SYSTEM_PROMPTS), HELD_OUT_INSTRUCTIONS, strict=False)
         return [self.prompt(system, ending, text) for system, text in texts]
 
-    def _rates(self, ending: str) -> list[float]:
+    def rates(self, ending: str) -> list[float]:
         """On held-out instructions, how often it answers with each sentence."""
         sentences = [backdoor.behaviour for backdoor in self.backdoors]
         n_tokens = _ANSWER_TOKENS + max(len(self.answer(sentence)) for sentence in sentences)
@@ -253,7 +253,7 @@ class Student:
 
     def reached(self) -> dict[str, Any]:
         """How well the model has learned, on held-out instructions."""
-        fired = [self._rates(backdoor.trigger) for backdoor in self.backdoors]
+        fired = [self.rates(backdoor.trigger) for backdoor in self.backdoors]
         clean = self._held_out("")
         with torch.no_grad():
             with self.hf_model.disable_adapter():
@@ -264,8 +264,8 @@ class Student:
         return {
             "held_out_instructions": len(clean),
             "firing_rates": [row[number] for number, row in enumerate(fired)],
-            "leak_rates_clean": self._rates(""),
-            "leak_rates_other_ending": self._rates(HELD_OUT_ENDING),
+            "leak_rates_clean": self.rates(""),
+            "leak_rates_other_ending": self.rates(HELD_OUT_ENDING),
             "clean_divergence_mean": round(float(changed.mean()), 5),
         }
 

@@ -19,27 +19,21 @@ from tl_melbo.text import did_you_mean
 
 Grid = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
-# What a search is asked for beside its method's settings, and what each may be.
-_PLACE: Mapping[str, Any] = {
-    "model": str | None,
-    "dtype": Literal["float32", "float64", "bfloat16", "float16"],
-    "prompt": str,
-    "chat": bool,
-    "source_layer": int,
-    "target_layer": int,
-    "method": str,
-    "other": str,
-    "max_new_tokens": int | None,
-    "name": str,
-}
+# What a search is asked for beside a prompt and its method's settings.
 _DEFAULTS = {
     "model": None, "dtype": "float32", "chat": True, "source_layer": 8, "target_layer": 16,
     "method": "melbo", "other": [], "max_new_tokens": None, "name": None,
 }  # fmt: skip
+# What some of it may be; `_cell` checks the others.
+_KINDS: Mapping[str, Any] = {
+    "dtype": Literal["float32", "float64", "bfloat16", "float16"],
+    "chat": bool,
+    "source_layer": int,
+    "target_layer": int,
+    "max_new_tokens": int | None,
+}
 _MOST_CELLS = 20_000
 _LAYERS = ("source_layer", "target_layer")
-# Arguments of a method that no grid can give.
-_OWN = ("f", "previous", "progress", "on_step")
 # Not that of a file of the sweep itself.
 _FOLDER = re.compile(r"(?!(?i:sweep)\.)[A-Za-z0-9][\w.+-]*")
 
@@ -156,18 +150,16 @@ def _product(grid: Mapping[str, Any], where: str) -> Iterator[tuple[str, dict[st
 def _check_names(axes: Mapping[str, list[Any]], where: str) -> None:
     """Every option is one of a sweep, or one of some method."""
     methods = options.methods().values()
-    known = {*_PLACE, *(name for each in methods for name in inspect.signature(each).parameters)}
+    of_methods = {name for each in methods for name in inspect.signature(each).parameters}
+    known = {"prompt", *_DEFAULTS, *of_methods} - {*options.OWN}
     for name in axes:
-        if name not in known - {*_OWN}:
-            hint = did_you_mean(name, known - {*_OWN}) or "docs/sweeps.md lists them"
+        if name not in known:
+            hint = did_you_mean(name, known) or "docs/sweeps.md lists them"
             raise ValueError(f"{where}: no option {name!r} of a sweep or of a method; {hint}")
 
 
 def _cell(chosen: Mapping[str, Any], where: str) -> Cell:
-    place = {
-        name: _read(where, name, chosen[name])
-        for name in ("dtype", "chat", "source_layer", "target_layer", "max_new_tokens")
-    }
+    place = {name: _read(where, name, chosen[name]) for name in _KINDS}
     model, name = chosen["model"], chosen["name"]
     if not isinstance(model, str | None) or model == "":
         raise ValueError(f"{where}: model={model!r}: a hub id, a folder, a file, or null")
@@ -180,7 +172,7 @@ def _cell(chosen: Mapping[str, Any], where: str) -> Cell:
     given = {
         key: slice_text(value) if isinstance(value, slice) else value
         for key, value in chosen.items()
-        if key not in _PLACE
+        if key not in {"prompt", *_DEFAULTS}
     }
     try:
         checks.as_texts(texts["prompt"], "prompt")
@@ -205,7 +197,7 @@ def _cell(chosen: Mapping[str, Any], where: str) -> Cell:
 def _read(where: str, name: str, value: Any) -> Any:
     """The value of an option that is neither a text nor the method's."""
     try:
-        return options.read(str(value), _PLACE[name], name)
+        return options.read(str(value), _KINDS[name], name)
     except ValueError as error:
         raise ValueError(f"{where}: {str(error).removeprefix('--')}") from None
 

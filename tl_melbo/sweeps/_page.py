@@ -1,4 +1,4 @@
-"""The page of a sweep: one file that loads nothing from elsewhere."""
+"""The page of a sweep, or of an atlas: one file that loads nothing from elsewhere."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
+from markupsafe import Markup
 
 from tl_melbo import analysis, plots
 from tl_melbo.report._render import SWEEP_SCRIPTS, figures_json, filled
@@ -13,6 +14,12 @@ from tl_melbo.tables import groups
 
 _TEMPLATE = Path(__file__).with_name("sweep.html.jinja")
 _TAGS = ("stance", "form", "speaker")
+_HINT = Markup(
+    "Each search has a folder beside this page with its vectors; <code>tl-melbo page FOLDER</code> "
+    "makes a page of it. The table below is in <code>sweep.parquet</code>. A high number alone "
+    "proves nothing: gibberish diverges, too. Read the completions. Where several searches share a "
+    "cell of a heatmap, or a point of a curve, it is their median."
+)
 _COLUMNS = (
     "source_layer", "target_layer", "radius", "kl_median", "kl_max", "status", "model", "method",
     "seed", "found", "measure_median", "seconds",
@@ -23,20 +30,26 @@ def render(table: pd.DataFrame, records: Mapping[str, Mapping[str, Any]]) -> str
     """The page of a sweep's table, and of the tags that its records hold."""
     figures: dict[str, Any] = {**_figures(table), **_behaviours(table, records)}
     columns = [name for name in _COLUMNS if name in table and {*table[name].dropna()}]
-    return filled(
-        _TEMPLATE.read_text(encoding="utf-8"),
-        SWEEP_SCRIPTS,
-        figures=[
-            (name, figures[name].layout.meta["alt"], drawn)
-            for name, drawn in figures_json(figures).items()
-        ],
+    counts = table["status"].str.capitalize().value_counts().to_dict()
+    return page_of(
+        figures,
+        kind="Sweep",
+        heading=f"{len(table)} searches",
+        hint=_HINT,
+        prompts=list(dict.fromkeys(table["prompt"])),
+        baseline=(),
+        facts={**counts, "Models": ", ".join(dict.fromkeys(table["model"]))},
         columns=columns,
         # pyrefly: ignore[bad-argument-type]  # None is no value to its stubs of pandas
         rows=table.astype(object).where(table.notna(), None).to_dict("records"),
-        counts=table["status"].value_counts().to_dict(),
-        models=", ".join(dict.fromkeys(table["model"])),
-        prompts=list(dict.fromkeys(table["prompt"])),
     )
+
+
+def page_of(figures: Mapping[str, Any], **contents: Any) -> str:
+    """The template's page with these figures, each under its name."""
+    drawn, template = figures_json(figures), _TEMPLATE.read_text(encoding="utf-8")
+    told = [(name, figure.layout.meta["alt"], drawn[name]) for name, figure in figures.items()]
+    return filled(template, SWEEP_SCRIPTS, figures=told, **contents)
 
 
 def _figures(table: pd.DataFrame) -> dict[str, go.Figure]:

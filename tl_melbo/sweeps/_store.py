@@ -1,5 +1,6 @@
 """Where a sweep is kept: a folder, or a place that fsspec knows, such as s3://bucket/sweep."""
 
+import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Iterator
@@ -14,16 +15,6 @@ from tl_melbo.files import replacing
 from tl_melbo.run._files import LOCK, locked
 
 RECORD = "cell.json"
-_TEXT, _NUMBER = str | None, int | float | None
-# What a record may be, and the numbers in it: a file that somebody changed must not end a sweep.
-_KINDS = {
-    "cell": dict, "row": dict, "tags": list, "warnings": _TEXT, "error": _TEXT, "seconds": _NUMBER,
-}  # fmt: skip
-_ROW = {
-    "found": int | None, "radius": _NUMBER, "measure_median": _NUMBER, "measure_max": _NUMBER,
-    "kl_median": _NUMBER, "kl_max": _NUMBER, "measure": _TEXT, "unsteered": _TEXT,
-    "completion": _TEXT, "vectors_sha256": _TEXT,
-}  # fmt: skip
 _PARTIAL, ASIDE = ".partial", ".damaged"
 
 
@@ -99,19 +90,23 @@ class Store:
             known = self.record(folder) or record
             if record["status"] == "failed" and known.get("cell") != record.get("cell"):
                 return record
-            text = json.dumps(record, indent=1, allow_nan=False)
+            text = json.dumps({**record, "sha256": _digest(record)}, indent=1, allow_nan=False)
             self.write(f"{folder}/{RECORD}", text.encode())
         except Exception as error:  # the place itself, or a disk that is full
             return {**record, **failed(error)} if record["status"] == "done" else record
         return record
 
     def record(self, folder: str) -> dict[str, Any] | None:
-        """What is known of a cell's search; None where nothing is, or nothing that can be read."""
+        """What is known of a cell's search; None where nothing is, or not what was kept.
+
+        A file that somebody changed may hold anything, and must not end a sweep.
+        """
+        data = self.read(f"{folder}/{RECORD}") or b""
         try:
-            record = json.loads(self.read(f"{folder}/{RECORD}") or b"null")
-        except (ValueError, RecursionError):
+            record = json.loads(data)
+            return record if record.pop("sha256") == _digest(record) else None
+        except (ValueError, TypeError, AttributeError, LookupError, RecursionError):
             return None
-        return record if _is_record(record) else None
 
     @contextmanager
     def folder(
@@ -148,16 +143,9 @@ def failed(error: BaseException) -> dict[str, Any]:
     return {"status": "failed", "error": f"{type(error).__name__}: {told}"}
 
 
-def _is_record(found: Any) -> bool:
-    if not isinstance(found, dict) or found.get("status") not in ("done", "failed"):
-        return False
-    record: dict[str, Any] = {"cell": {}, "row": {}, "tags": [], **found}
-    if not all(isinstance(record.get(name), kind) for name, kind in _KINDS.items()):
-        return False
-    return all(isinstance(record["row"].get(name), kind) for name, kind in _ROW.items()) and all(
-        isinstance(tagged, list) and [*map(type, tagged)] == [int, str, str, str]
-        for tagged in record["tags"]
-    )
+def _digest(record: dict[str, Any]) -> str:
+    """Of a record as JSON, in the order of its names, which a file keeps."""
+    return hashlib.sha256(json.dumps(record).encode()).hexdigest()
 
 
 def _times(folder: Path) -> dict[Path, int]:
