@@ -519,7 +519,8 @@ def test_a_layer_sweep_tells_of_every_pair(tiny_llama):
         tm.evaluation.layer_sweep(tiny_llama, "One", [], **settings)
     for wrong, error, message in (
         ({"backdoors": BACKDOORS, "max_new_tokens": 1}, ValueError, "could never be written"),
-        ({"stepz": 3}, TypeError, r"layer_sweep.*did you mean 'steps'"),
+        ({"stepz": 3}, TypeError, "did you mean 'steps'"),
+        ({"previous": None}, TypeError, "argument 'previous'"),
         ({"seed": -1}, ValueError, "seed=-1"),
         ({"on_pair": 5}, TypeError, "'on_pair' is 5"),
     ):

@@ -104,7 +104,7 @@ class ActivationMap:
         """A map on the hooked path, of arguments that were checked; source -1 is the embedding."""
         texts, layers = tuple(checks.as_texts(prompts)), (source_layer, target_layer)
         x, y, mask, groups = capture_prompts(model, texts, chat, *layers)
-        watched = shortcut.Watched.of(model.blocks[source_layer + 1 : target_layer + 1])
+        watched = shortcut.Watched(model.blocks[source_layer + 1 : target_layer + 1])
         state = watched.state()
         f = cls(model, texts, chat, *layers, x, y, mask, batch_size, groups, watched, state)
         f._check_replay()

@@ -1,11 +1,9 @@
 """Vectors baked into a model, as biases: files that any program reads as an ordinary model."""
 
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -58,10 +56,17 @@ def bake(
     if source is not None:
         raise ValueError(f"source={str(source)!r}: only a .gguf file is written from another one")
     baked = _baked(model, added)
-    with _whole_folder(path) as folder, quiet_transformers():
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise FileExistsError(f"{path}: not empty; name a new folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the path, which it takes when all is written, and one deeper: others may not read what
+    # tempfile makes.
+    with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as hidden, quiet_transformers():
+        folder = Path(hidden, path.name)
         baked.save_pretrained(folder)
         # TransformerLens's own may put a token before each text that the checkpoint's does not.
         getattr(model, "checkpoint_tokenizer", model.tokenizer).save_pretrained(folder)
+        folder.replace(path)
     return path
 
 
@@ -118,21 +123,6 @@ def _why_not(kind: str, config: Mapping[str, Any]) -> str:
         return f"{kind} normalises what its MLP writes before adding it, so no bias is the vector"
     known = ", ".join((*_AS_LLAMA, *_BIASED))
     return f"{kind} has no bias on its MLP output projection that is known here (known: {known})"
-
-
-@contextmanager
-def _whole_folder(path: Path) -> Iterator[Path]:
-    """A folder beside `path` that takes its place if the block succeeds."""
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
-        raise FileExistsError(f"{path}: not empty; name a new folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = path.with_name(f".{path.name}.{uuid4().hex}.partial")
-    folder.mkdir()
-    try:
-        yield folder
-        folder.replace(path)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _source(model: Model) -> Path:

@@ -1,16 +1,14 @@
 """Checks of what users pass, each written once, called at public boundaries."""
 
 import importlib
-import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from tl_melbo.errors import told
 from tl_melbo.shapes import Theta
-from tl_melbo.text import did_you_mean
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -147,17 +145,6 @@ def positive(**numbers: float) -> None:
     for name, number in numbers.items():
         if not 0 < number < math.inf:
             raise ValueError(f"{name}={number}: a positive finite number")
-
-
-def argument_names(
-    name: str, settings: Mapping[str, Any], function: Callable[..., Any], given: Sequence[str] = ()
-) -> None:
-    """`name()` may only be called with arguments of a function that are not `given`: TypeError."""
-    allowed = [each for each in inspect.signature(function).parameters if each not in given]
-    for setting in settings:
-        if setting not in allowed:
-            hint = did_you_mean(setting, allowed) or f"allowed are {', '.join(allowed)}"
-            raise TypeError(f"{name}(): got an unexpected argument {setting!r}; {hint}")
 
 
 def installed(module: str, purpose: str, extra: str = "evaluation") -> Any:

@@ -2,8 +2,6 @@
 
 import json
 import re
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,11 +21,11 @@ if TYPE_CHECKING:
     from tl_melbo.vectors import SteeringVectors
 
 HUB_FILE = "vectors.safetensors"
-_HUB_PAGE = "report.html"
+HUB_PAGE = "report.html"
 _CONTROL_VECTOR = "controlvector"
 _TAGS = ("steering-vectors", "transformer-lens", "tl_melbo")
 _MOST_CARD_ROWS = 40
-_COMPLETION = ["vector", "scale", "prompt", "completion"]
+COMPLETION = ["vector", "scale", "prompt", "completion"]
 
 
 def write_control_vector(
@@ -91,70 +89,6 @@ def direction(library: "SteeringVectors", layer: int | None, function: str) -> d
     return {layer: library.vectors[0]}
 
 
-def upload(
-    library: "SteeringVectors",
-    repo_id: str,
-    private: bool,
-    completions: pd.DataFrame | None,
-    page: str | Path | None,
-    token: str | None,
-) -> str:
-    """Put a library, with a card, into a repository of the Hugging Face hub; gives its address."""
-    from huggingface_hub import HfApi
-
-    if not len(library):
-        raise ValueError("the library holds no vectors; there is nothing to push")
-    if completions is not None:
-        checks.columns(completions, _COMPLETION, "completions", "pass what tm.generate returns")
-    if page is not None and not Path(page).expanduser().is_file():
-        raise FileNotFoundError(
-            f"page={str(page)!r}: no such file; tl_melbo.report.write makes one"
-        )
-    card = model_card(repo_id, library.story, library.table(), completions, page is not None)
-    api = HfApi(token=token)
-    with tempfile.TemporaryDirectory() as folder:
-        library.save(Path(folder) / HUB_FILE)
-        if page is not None:
-            shutil.copyfile(Path(page).expanduser(), Path(folder) / _HUB_PAGE)
-        (Path(folder) / "README.md").write_text(card, encoding="utf-8", newline="\n")
-        try:
-            address = api.create_repo(repo_id, private=private, exist_ok=True)
-            api.upload_folder(
-                repo_id=repo_id, folder_path=folder, commit_message="Steering vectors"
-            )
-        except (OSError, ValueError):  # the hub's own, and bad names
-            raise
-        except Exception as error:  # of the HTTP library that huggingface_hub has
-            raise OSError(
-                f"repo_id={repo_id!r}: the hub cannot be reached ({error}); look at the network, "
-                "or keep a file with SteeringVectors.save"
-            ) from error
-    return str(address)
-
-
-def download(repo_id: str, revision: str | None, token: str | None) -> Path:
-    """Fetch the vectors of a repository of the Hugging Face hub, or find them in its cache."""
-    import huggingface_hub
-    from huggingface_hub import errors
-
-    place = f"repo_id={repo_id!r}" + ("" if revision is None else f" at revision {revision!r}")
-    try:
-        fetched = huggingface_hub.hf_hub_download(repo_id, HUB_FILE, revision=revision, token=token)
-    except errors.LocalEntryNotFoundError as error:
-        raise OSError(
-            f"{place}: the hub cannot be reached, and {HUB_FILE} is not in its cache; look at the "
-            "network, or load a file with SteeringVectors.load"
-        ) from error
-    except (
-        errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError,
-    ) as error:  # fmt: skip
-        raise FileNotFoundError(
-            f"{place}: the hub has no {HUB_FILE} there, or it is private; check the name, or log "
-            "in with `hf auth login`"
-        ) from error
-    return Path(fetched)
-
-
 def model_card(
     repo_id: str,
     story: Mapping[str, Any],
@@ -195,7 +129,7 @@ def model_card(
     ]
     if has_page:
         told = "shows what the model writes under each: download it, and open it in a browser."
-        lines.insert(3, f"[The page]({_HUB_PAGE}) {told}")
+        lines.insert(3, f"[The page]({HUB_PAGE}) {told}")
     if len(table) > _MOST_CARD_ROWS:
         lines.append(f"The first {_MOST_CARD_ROWS} of {len(table)}; the file holds all of them.")
     if completions is not None:
@@ -205,7 +139,7 @@ def model_card(
         places: list[Any] = [numbers.get(row) for row in shown["vector"]]
         numbered = shown.assign(vector=places)
         lines += ["## What the model writes", "Vector −1 is the model without one."]
-        lines.append(_markdown_table(_COMPLETION, numbered[_COMPLETION].itertuples(index=False)))
+        lines.append(_markdown_table(COMPLETION, numbered[COMPLETION].itertuples(index=False)))
     return "\n\n".join(lines) + "\n"
 
 

@@ -2,7 +2,6 @@
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Literal, NamedTuple
 
@@ -256,38 +255,31 @@ class Shortened(torch.autograd.Function):
 State = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], bool]
 
 
-@dataclass(frozen=True, eq=False)
 class Watched:
     """What the user may change of the blocks, found once."""
 
-    parameters: tuple[Tensor, ...]
-    hooks: tuple[dict[int, Any], ...]
-    # Dictionaries of modules and parameters, the names in them, and what was there.
-    places: tuple[tuple[dict[str, Any], ...], tuple[str, ...], tuple[Any, ...]]
-    _user_hooks: dict[tuple[int, ...], tuple[int, ...]] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, blocks: Iterable[nn.Module]) -> "Watched":
-        """Find it."""
+    # Not a closure, of which a deep copy of a map would still watch the model it was copied from.
+    def __init__(self, blocks: Iterable[nn.Module]) -> None:
         modules = list({module: None for block in blocks for module in block.modules()})
-        held = [each for module in modules for each in (module._modules, module._parameters)]
-        places = [(each, name, item) for each in held for name, item in each.items()]
-        found = dict.fromkeys(item for _, _, item in places if isinstance(item, Tensor))
-        parts: Any = tuple(zip(*places, strict=True))
-        return cls(tuple(found), hook_tables(modules), parts)
+        parts = [each for module in modules for each in (module._modules, module._parameters)]
+        places = [(each, name, item) for each in parts for name, item in each.items()]
+        self.weights = list(dict.fromkeys(item for *_, item in places if isinstance(item, Tensor)))
+        self.hooks = hook_tables(modules)
+        self.places = list(zip(*places, strict=True))
+        self.of_user: dict[tuple[int, ...], tuple[int, ...]] = {}
 
     def state(self) -> State:
         """The user's hooks, storage and version of each weight, and whether all is in place."""
         # This runs at every gradient, so it has no Python loop.
         hooks = tuple(chain.from_iterable(self.hooks))
-        if hooks not in self._user_hooks:
-            self._user_hooks.clear()
-            self._user_hooks[hooks] = user_hooks(self.hooks)
+        if hooks not in self.of_user:
+            self.of_user.clear()
+            self.of_user[hooks] = user_hooks(self.hooks)
         held, names, items = self.places
         return (
-            self._user_hooks[hooks],
-            tuple(map(Tensor.data_ptr, self.parameters)),
-            tuple(map(operator.attrgetter("_version"), self.parameters)),
+            self.of_user[hooks],
+            tuple(map(Tensor.data_ptr, self.weights)),
+            tuple(map(operator.attrgetter("_version"), self.weights)),
             all(map(operator.is_, map(dict.get, held, names), items)),
         )
 

@@ -3,6 +3,8 @@
 import html
 import importlib
 import json
+import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,7 +185,37 @@ class SteeringVectors(VectorLibrary):
             ValueError: no vectors, a name that the hub does not allow, or another frame.
             OSError: the page is not there; the hub cannot be reached, or forbids it.
         """
-        return exchange.upload(self, repo_id, private, completions, page, token)
+        from huggingface_hub import HfApi
+
+        if not len(self):
+            raise ValueError("the library holds no vectors; there is nothing to push")
+        if completions is not None:
+            advice = "pass what tm.generate returns"
+            checks.columns(completions, exchange.COMPLETION, "completions", advice)
+        if page is not None and not Path(page).expanduser().is_file():
+            raise FileNotFoundError(
+                f"page={str(page)!r}: no such file; tl_melbo.report.write makes one"
+            )
+        card = exchange.model_card(repo_id, self.story, self.table(), completions, page is not None)
+        api = HfApi(token=token)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(Path(folder) / exchange.HUB_FILE)
+            if page is not None:
+                shutil.copyfile(Path(page).expanduser(), Path(folder) / exchange.HUB_PAGE)
+            (Path(folder) / "README.md").write_text(card, encoding="utf-8", newline="\n")
+            try:
+                address = api.create_repo(repo_id, private=private, exist_ok=True)
+                api.upload_folder(
+                    repo_id=repo_id, folder_path=folder, commit_message="Steering vectors"
+                )
+            except (OSError, ValueError):  # the hub's own, and bad names
+                raise
+            except Exception as error:  # of the HTTP library that huggingface_hub has
+                raise OSError(
+                    f"repo_id={repo_id!r}: the hub cannot be reached ({error}); look at the "
+                    "network, or keep a file with SteeringVectors.save"
+                ) from error
+        return str(address)
 
     @classmethod
     @shape_checked
@@ -199,7 +231,26 @@ class SteeringVectors(VectorLibrary):
             OSError: there is no such repository or revision, or the hub cannot be reached.
             ValueError: a name that the hub does not allow, or a file that `load` refuses.
         """
-        return cls.load(exchange.download(repo_id, revision, token))
+        import huggingface_hub
+        from huggingface_hub import errors
+
+        file = exchange.HUB_FILE
+        place = f"repo_id={repo_id!r}" + ("" if revision is None else f" at revision {revision!r}")
+        try:
+            fetched = huggingface_hub.hf_hub_download(repo_id, file, revision=revision, token=token)
+        except errors.LocalEntryNotFoundError as error:
+            raise OSError(
+                f"{place}: the hub cannot be reached, and {file} is not in its cache; look at the "
+                "network, or load a file with SteeringVectors.load"
+            ) from error
+        except (
+            errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError,
+        ) as error:  # fmt: skip
+            raise FileNotFoundError(
+                f"{place}: the hub has no {file} there, or it is private; check the name, or log "
+                "in with `hf auth login`"
+            ) from error
+        return cls.load(fetched)
 
     def __repr__(self) -> str:
         return f"SteeringVectors({self._summary()})"

@@ -181,17 +181,15 @@ def layer_sweep(
     check_model(model)
     texts = checks.as_texts(prompts)
     chosen = _chosen_pairs(model, pairs)
-    own = ("f", "n_vectors", "radius", "previous")
-    checks.argument_names("layer_sweep", settings, melbo, own)
     check_clean(model, backdoors, texts, max_new_tokens)
 
     def map_between(source: int, target: int) -> ActivationMap:
         return ActivationMap.from_prompts(model, texts, source, target, chat=chat)
 
     # MELBO checks its arguments at the call: do this before anything that takes long. A radius in
-    # place of "auto", which would be calibrated at once.
+    # place of "auto", which would be calibrated at once; a pair's vectors cannot continue others.
     fixed = 1.0 if radius == "auto" else radius
-    melbo.parts(map_between(*chosen[0]), n_vectors, fixed, **settings)
+    melbo.parts(map_between(*chosen[0]), n_vectors, fixed, previous=None, **settings)
     options = {"max_new_tokens": max_new_tokens, "chat": chat}
     unsteered = generate(model, texts, **options)
     hits = [f"hits: {backdoor.behaviour}" for backdoor in backdoors]

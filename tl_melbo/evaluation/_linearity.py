@@ -85,7 +85,6 @@ def linearity(
     A score alone says little: `linearity_null` holds several adapters' scores against the scores
     between them. Arguments and errors are those of `linearities`; a ValueError for several rows.
     """
-    checks.argument_names("linearity", settings, linearities, ("adapters",))
     for name, (steering, own) in _sides(adapter, vectors, layer).items():
         if len(steering_rows(model, steering, own, [1.0])) > 1:
             raise ValueError(f"{name}: more than one; pass one, as found[5], or all to linearities")

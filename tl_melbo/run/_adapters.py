@@ -27,8 +27,6 @@ _FILES = {
     GatedFactors: ("factors.safetensors", "factors.csv"),
 }
 _COLUMNS = ("vector", "prompt", "completion")
-# What `Run.adapters` and `Run.gated_factors` pass themselves.
-_OWN = ("model", "prompts", "n_adapters", "n_factors", "first", "progress")
 
 OnAdapter = OnStep = Callable[[int, int], None]
 
@@ -62,14 +60,14 @@ def keep_adapters(
         DifferentSearch: the folder holds adapters that were trained in another way.
         BlockingIOError: another process is writing.
     """
-    checks.argument_names("adapters", settings, divergence_adapter, _OWN)
     checks.at_least(1, n_adapters=n_adapters)
     with self.writing():
         path = self.folder / _FILES[Adapter][0]
         found: Any = None if overwrite else _files.load_kept(path, Adapter)
         known = 0 if found is None else len(found)
-        options = {"first": known, "progress": progress, **settings}
-        training = divergence_adapter.parts(model, prompts, max(1, n_adapters - known), **options)
+        training = divergence_adapter.parts(
+            model, prompts, max(1, n_adapters - known), first=known, progress=progress, **settings
+        )
         _check_same(path, found, training.story)
         tell = on_adapter or (lambda *_: None)
         tell(known, n_adapters)
@@ -109,7 +107,6 @@ def keep_factors(
         DifferentSearch: the folder holds factors that were found in another way.
         BlockingIOError: another process is writing.
     """
-    checks.argument_names("gated_factors", settings, gated_factors, _OWN)
     tell = on_step or (lambda *_: None)
     with self.writing():
         path = self.folder / _FILES[GatedFactors][0]

@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 _BUNDLED = "the bundled one"
 # The setting that tells whose table it is.
 _OWNER = {COMPLETIONS: "texts_of", SIDE_EFFECTS: "side_effects_of", RANDOM: "random_texts_of"}
-# What `Run.keep` itself passes to a method.
-_OWN = ("f", "n_vectors", "previous", "progress", "overwrite", "on_vector", "on_share")
 
 OnVector = Callable[[int, int | None], None]
 OnShare = Callable[[float], None]
@@ -165,7 +163,6 @@ class Run:
             DifferentSearch: the folder holds vectors that were found in another way.
             BlockingIOError: another process is writing.
         """
-        checks.argument_names(method.__name__, settings, method, _OWN)
         checks.at_least(1, n_vectors=n_vectors)
         theta0 = settings.get("theta0")
         if theta0 is not None and not (isinstance(theta0, SteeringVectors) and len(theta0) == 1):
