@@ -73,12 +73,14 @@ def counted_anew(path: Path, column: str, cases: Mapping[str, Callable[[], Case]
     }
     rows = pd.read_csv(path).to_dict("records")
     for row in rows:
+        place = f"{path.name}: {', '.join(str(row[name]) for name in names)}"
+        if row["model"] not in cases:
+            raise SystemExit(f"{place}: pass this model with --other")
         # Where nothing was drawn, the texts of the first seed are those of all.
-        some = next(
-            texts[key]
-            for seed in (row["seed"], 0)
-            if (key := (row["model"], row["prompt"], seed, row[column])) in texts
-        )
+        keys = [(row["model"], row["prompt"], seed, row[column]) for seed in (row["seed"], 0)]
+        some = next((texts[key] for key in keys if key in texts), None)
+        if some is None:
+            raise SystemExit(f"{place}: no texts are kept; delete the line, and search again")
         of_model = cases[row["model"]]()
         row |= of_texts(of_model, some[some["vector"] < 0], some[some["vector"] >= 0])
     return pd.DataFrame(rows)

@@ -63,6 +63,8 @@ def main() -> None:
     if chosen.other:
         cases[Path(chosen.other).stem] = functools.partial(other, chosen.other)
     cases = {name: functools.cache(load) for name, load in cases.items()}
+    if chosen.only not in (None, *cases):
+        parser.error(f"--only {chosen.only}: one of {', '.join(cases)}")
     if chosen.recount:
         counted_anew(KEPT, "rule", cases).to_csv(KEPT, index=False)
     elif not chosen.table:
@@ -96,10 +98,10 @@ def fill_cell(
         found = searched(f, case, rule, radius, seed, PROMPTS.index(prompt))
         seconds = time.monotonic() - began
         texts = tm.generate(case.model, prompt, found, **options)
-        facts = {"model": name, "prompt": prompt, "seed": seed, "rule": rule}
-        keep_texts(KEPT, facts, pd.concat([unsteered, texts]))
-        facts |= {"vectors": case.n_vectors, "radius": radius, "seconds": round(seconds, 1)}
-        row = facts | of_search(f, case, found) | of_texts(case, unsteered, texts)
+        place = {"model": name, "prompt": prompt, "seed": seed, "rule": rule}
+        facts = {"vectors": case.n_vectors, "radius": radius, "seconds": round(seconds, 1)}
+        row = place | facts | of_search(f, case, found) | of_texts(case, unsteered, texts)
+        keep_texts(KEPT, place, pd.concat([unsteered, texts]))
         pd.DataFrame([row]).to_csv(KEPT, mode="a", header=not KEPT.is_file(), index=False)
         print(row, flush=True)
 

@@ -2,17 +2,21 @@
 
     python -m benchmarks.opening [--vectors 200] [--samples 8]
 
-The vectors are random ones of a tiny model. The texts are those that models wrote in another
-benchmark, in both signs, greedy and sampled: the page does not know the difference.
+The vectors are random ones of a tiny model, the texts those that models wrote in
+benchmarks.transcoding, in turn, as if they were of both signs, greedy and sampled. All count as
+coherent: to random weights no text is likely.
 """
 
 import argparse
+import functools
 import itertools
+import math
 import statistics
 import tempfile
 from pathlib import Path
 
 import pandas as pd
+import pytest
 
 import tl_melbo as tm
 from benchmarks.tables import markdown
@@ -47,8 +51,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "report.html"
         written(page, chosen.vectors, chosen.samples)
-        print(f"{page.stat().st_size / 1e6:.1f} MB, {chosen.vectors} vectors, both signs")
-        print(markdown(pd.DataFrame(opened(page), columns=["", "seconds", "slowest"])))
+        rows, n_cards = opened(page)
+        size = f"{page.stat().st_size / 1e6:.1f} MB"
+        print(f"{size}, {chosen.vectors} vectors, both signs, {n_cards} behaviours")
+        print(markdown(pd.DataFrame(rows, columns=["", "seconds", "slowest"])))
 
 
 def written(page: Path, n_vectors: int, n_samples: int) -> None:
@@ -60,10 +66,16 @@ def written(page: Path, n_vectors: int, n_samples: int) -> None:
     places = [*((-1, 0.0, sample) for sample in range(1 + n_samples)), *signs]
     texts = pd.DataFrame(places, columns=["vector", "scale", "sample"])
     texts = texts.assign(prompt=PROMPT, completion=[next(kept) for _ in places])
-    tm.report.write(page, model, found, completions=texts, activation_map=f)
+    every = functools.partial(
+        tm.analysis.behaviours, largest_perplexity=math.inf, largest_repetition=1.0
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tl_melbo.report._page.behaviours", every)
+        tm.report.write(page, model, found, completions=texts, activation_map=f)
 
 
-def opened(page: Path) -> list[tuple[str, str, str]]:
+def opened(page: Path) -> tuple[list[tuple[str, str, str]], int]:
+    """What each takes, in the middle and at most, and how many cards the page has."""
     taken: dict[str, list[float]] = {}
     with browser() as driver:
         driver.set_window_size(1300, 900)
@@ -77,10 +89,12 @@ def opened(page: Path) -> list[tuple[str, str, str]]:
             for name, script in CONTROLS.items():
                 some = taken.setdefault(name, [])
                 some.append(driver.execute_async_script(TIMED.replace("{}", script)))
-    return [
+        n_cards = driver.execute_script("return document.querySelectorAll('#cards > *').length")
+    rows = [
         (name, f"{statistics.median(some) / 1000:.2f}", f"{max(some) / 1000:.2f}")
         for name, some in taken.items()
     ]
+    return rows, n_cards
 
 
 if __name__ == "__main__":

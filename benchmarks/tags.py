@@ -4,7 +4,8 @@
     python -m benchmarks.tags agree benchmarks/tags.csv
 
 `tags_2.csv` to `tags_9.csv` are such files, of other prompts; the sixth and the ninth are to be
-grouped as a whole, and the last three were labelled by the definitions in docs/reading-the-page.md.
+grouped as a whole. The last three were labelled by the definitions in docs/reading-the-page.md, and
+so was the sixth, anew (`group_before`: as it was read before).
 
 `draw` writes 40 completions of each model (the bundled one, the one with planted behaviours, any
 other: a hub id, a folder or a .gguf file), of both signs, greedy and sampled, in random order, and
@@ -91,9 +92,8 @@ def drawn(case: cases.Case, prompts: Sequence[str], seed: int, with_groups: bool
 def readers(rows: pd.DataFrame) -> Iterator[pd.DataFrame]:
     """The file as each of its readers labelled it; a second one's columns end in _2."""
     yield rows
-    second = [name for name in rows if str(name).endswith("_2")]
-    if second:
-        firsts = {name: str(name).removesuffix("_2") for name in second}
+    if "stance_2" in rows:
+        firsts = {f"{name}_2": name for name in (*TOLD, "group")}
         yield rows.drop(columns=[*firsts.values()]).rename(columns=firsts)
 
 

@@ -1,5 +1,6 @@
 """f against the whole model: hooks on every block, and nothing of ours in between."""
 
+import copy
 import dataclasses
 import weakref
 
@@ -345,6 +346,16 @@ def test_the_fastest_path_that_fits_is_taken(every_tiny):
     assert f.path != "hooked"
     with every_tiny.hooks(bwd_hooks=[("blocks.3.hook_resid_post", lambda gradient, hook: None)]):
         assert f.path == "hooked"
+
+
+def test_a_deep_copy_of_a_map_watches_its_own_model(tiny_llama):
+    f = tm.ActivationMap.from_prompts(tiny_llama, PROMPTS, 1, 4)
+    copied = copy.deepcopy(f)
+    before = f._watched.state(), copied._watched.state()
+    with torch.no_grad():
+        copied.model.original_model.model.layers[2].mlp.up_proj.weight.mul_(2.0)
+    assert f._watched.state() == before[0]
+    assert copied._watched.state() != before[1]
 
 
 def doubled_in_place(layer):

@@ -378,7 +378,9 @@ def test_the_command_leaves_vectors_a_table_and_a_picture(model_folder, tmp_path
     assert 'aria-label="KL to unsteered (nats) of vector 0 for 3 pairs of layers: ' in page
     assert f"<figcaption>{PROMPTS[0]}</figcaption>" in page
     assert page.count("<blockquote>") == 2
+    assert page.count('<script type="application/json">') == 3
     # It loads nothing from elsewhere.
+    assert "Content-Security-Policy" in page
     markup = re.sub(r"(?s)(<script.*?>).*?</script>", r"\1", page)
     assert re.findall(r"(?:src|href)=[^ >]*", markup) == ['href="data:,"']
     before = (out / "source-00.safetensors").read_bytes()

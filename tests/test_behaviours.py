@@ -123,10 +123,17 @@ def test_of_several_unsteered_samples_most_are_the_baseline(tiny_llama):
         + [(0, 1.0, 1, code), (1, 1.0, 1, SAILING[0])],
         columns=["vector", "scale", "sample", "completion"],
     ).assign(prompt="What now?")
-    every = {"largest_perplexity": float("inf"), "largest_repetition": 1.0}
-    found = tm.analysis.behaviours(tiny_llama, texts, chat=False, **every)
+    limits = {"largest_perplexity": float("inf"), "largest_repetition": 0.5}
+    found = tm.analysis.behaviours(tiny_llama, texts, chat=False, **limits)
     assert found.texts["behaviour"].tolist() == [0, 1, 0, 1, 2]
     assert found.groups["form"].tolist() == ["prose", "code", "prose"]
+    # What is filtered out is neither the baseline nor a behaviour.
+    loop = pd.DataFrame(texts[:1]).assign(completion="Ahoy there sailor. " * 9)
+    more = tm.analysis.behaviours(
+        tiny_llama, pd.concat([loop, loop, loop, texts]), chat=False, **limits
+    )
+    assert more.texts["behaviour"].tolist() == [-1, -1, -1, 0, 1, 0, 1, 2]
+    assert more.groups["n_texts"].tolist() == [2, 2, 1]
 
 
 def test_what_the_unsteered_model_does_is_not_counted(tiny_llama):
@@ -454,9 +461,13 @@ def test_names_from_a_judge_hold_no_word_of_the_prompt(tiny_llama):
     assert found.groups["name"].tolist() == ["complies: “Boil the … in salted water,…”"]
 
 
+def lengths(texts):
+    return torch.tensor([[1e3 * (text == "Nothing."), len(text), 7.1] for text in texts])
+
+
 def test_two_texts_are_named_after_the_first(tiny_llama):
     for texts in (COOKING, COOKING[::-1]):
-        for embedder in ("sentences", "words"):
+        for embedder in ("sentences", "words", lengths):
             found = grouped(tiny_llama, texts, "Nothing.", embedder=embedder)
             assert found.groups.set_index("behaviour").loc[1, "example"] == texts[0]
 

@@ -167,8 +167,14 @@ def test_all_goes_on_until_nothing_is_left(run: Path) -> None:
     ("arguments", "message"),
     [
         (["--vector=9"], "--vector=9: "),
-        (["--n-vectors=32"], "--n-vectors=32: orthogonal to one vector, from 1 to 31"),
-        (["--n-vectors=0"], "--n-vectors=0: orthogonal to one vector, from 1 to 31"),
+        (
+            ["--n-vectors=32"],
+            "--n-vectors=32: vectors orthogonal to one (--all: as many as there are), from 1 to 31",
+        ),
+        (
+            ["--n-vectors=0"],
+            "--n-vectors=0: vectors orthogonal to one (--all: as many as there are), from 1 to 31",
+        ),
         (["--all"], "--all, --n-vectors=3: the one or the other"),
         (["--norm-penalty=-1"], "--norm-penalty=-1"),
         (["--norm-penalty=nan"], "--norm-penalty=nan"),

@@ -333,7 +333,7 @@ def test_a_record_is_known_as_it_was_kept_and_not_as_it_was_changed(tmp_path: Pa
     # Written anew by an editor, it is the same.
     store.write("a/cell.json", json.dumps(json.loads(text)).encode())
     assert store.record("a") == known
-    changed = [text.replace(*each) for each in (("0.1", '"x"'), ("0,", "[],"), ("done", "other"))]
+    changed = [text.replace(*each) for each in (("0.1", '"x"'), (" 0,", " [],"), ("done", "other"))]
     assert text not in changed
     # And what no sweep has written.
     for each in (*changed, "", "{", "[]", "{}", '"a"', "null", '{"sha256": {}}', "[" * 100_000):

@@ -314,7 +314,9 @@ def _family_size(n_vectors: int | None, everything: bool, room: int) -> int:
     if everything and n_vectors is not None:
         raise ValueError(f"--all, n_vectors={n_vectors}: the one or the other")
     wanted = room if everything else 100 if n_vectors is None else n_vectors
-    checks.between(1, room, "orthogonal to one vector", n_vectors=wanted)
+    checks.between(
+        1, room, "vectors orthogonal to one (--all: as many as there are)", n_vectors=wanted
+    )
     return wanted
 
 

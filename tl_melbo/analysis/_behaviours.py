@@ -66,7 +66,7 @@ class Behaviours:
         texts: the completions, with perplexity, repetition, coherent, filtered_out (why not, or
             ""); stance, form and speaker, see `tags`; baseline, whether the text is an unsteered
             one's verbatim; and behaviour, the number of the group: 0 for that of the greedy
-            unsteered completion, -1 if not coherent.
+            unsteered completion, or, without one, of most unsteered samples; -1 if not coherent.
         groups: behaviour, name, prompt, n_texts, vectors, negatives (the vectors whose negated
             texts are in it), example, stance, form; for each prompt the baseline's first, then the
             largest. Names are unique within a prompt.
@@ -194,11 +194,16 @@ def behaviours(
         cosines = _cosines(str(prompt), rows["said"].tolist(), chosen)
         clusters = _clusters(str(prompt), rows, cosines, n_behaviours, distance)
         # The unsteered completion's cluster, or that of most samples, is 0; then the largest comes.
-        own = Counter(itertools.compress(clusters, rows["is_first"])).most_common(1)
-        own = [cluster for cluster, _ in own]
-        others = [each for each, _ in Counter(clusters).most_common() if each not in own]
+        votes = rows["is_first"] & rows["coherent"]
+        votes = votes if votes.any() else rows["is_first"]
+        own = [each for each, _ in Counter(itertools.compress(clusters, votes)).most_common(1)]
+        whole = itertools.compress(clusters, rows["coherent"])
+        others = [each for each, _ in Counter(whole).most_common() if each not in own]
         number_of = dict.fromkeys(own, _UNSTEERED) | dict(zip(others, itertools.count(first)))
-        numbers = [number_of[cluster] for cluster in clusters]
+        numbers = [
+            number_of[cluster] if is_whole or cluster in own else _INCOHERENT
+            for cluster, is_whole in zip(clusters, rows["coherent"], strict=True)
+        ]
         texts.loc[rows.index, "behaviour"] = numbers
         groups += _groups(str(prompt), rows.assign(behaviour=numbers), cosines, judge)
     return Behaviours(texts, Table(groups, columns=_GROUP_COLUMNS), label)
@@ -241,7 +246,7 @@ def _cosines(prompt: str, texts: Sequence[str], embedder: Embedder) -> Tensor:
     *rows, asked = embeddings([*texts, prompt], embedder).double()
     points = torch.stack(rows)
     points = points - (points @ asked)[:, None] * asked
-    by_meaning = _products(torch.nn.functional.normalize(points, dim=-1))
+    by_meaning = _products(points)
     # What is said counts, and how: meaning alone throws all that an assistant says together.
     return (by_meaning + _by_words(prompt, texts)) / 2
 
@@ -253,7 +258,8 @@ def _by_words(prompt: str, texts: Sequence[str]) -> Tensor:
 
 
 def _products(points: Tensor) -> Tensor:
-    return points.double() @ points.double().T
+    points = torch.nn.functional.normalize(points.double(), dim=-1)
+    return points @ points.T
 
 
 def _clusters(
@@ -307,7 +313,7 @@ def _groups(
     """What is told of the groups of one prompt, as in _GROUP_COLUMNS."""
     names, told, groups = [], [], []
     rows = rows.assign(place=range(len(rows)), control=_is_control(rows))
-    for number, members in rows.groupby("behaviour"):
+    for number, members in rows[rows["behaviour"] != _INCOHERENT].groupby("behaviour"):
         if not all(members["control"]):
             members = pd.DataFrame(members[~members["control"]])
         texts, places = members["said"].tolist(), members["place"].tolist()

@@ -40,7 +40,7 @@ def is_unsteered(completions: pd.DataFrame) -> np.ndarray:
 
 
 def is_first(completions: pd.DataFrame) -> np.ndarray:
-    """The unsteered completions whose behaviour is the baseline: the greedy ones, or else all."""
+    """The unsteered completions that tell what the baseline is: the greedy ones, or else all."""
     unsteered = is_unsteered(completions)
     if "sample" not in completions:
         return unsteered

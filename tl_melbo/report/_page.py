@@ -86,6 +86,7 @@ def write(
         (with side effects), behaviour, completion, negated_completion.
 
     Raises:
+        TypeError: the judge is no function.
         ValueError: no vectors or a zero one, no prompt, completions or side effects of others;
             notes that are none; also as `generate` and `kl_divergence` do.
         FileNotFoundError, PermissionError: the folder does not exist, or cannot be written to.
@@ -116,8 +117,7 @@ def write(
         if activation_map is not None:
             baselines = random_baseline(model, activation_map, found, texts, **options)
         top_tokens, kl = _data.measured_after(model, found, texts, steered, **options)
-        of_groups: dict[str, Any] = {"judge": judge, "on_batch": read}
-        groups = _grouped(model, completions, random_texts, found, chat, batch_size, **of_groups)
+        groups = _grouped(model, completions, random_texts, found, chat, batch_size, judge, read)
         measured = Measured(kl, baselines, side_effects)
         data = _data.rows_data(found, texts, completions, groups, measured)
         effects = _parts.effects_of(found, activation_map)
@@ -180,7 +180,8 @@ def _grouped(
     found: SteeringVectors,
     chat: bool | None,
     batch_size: int,
-    **options: Any,
+    judge: Judge | None,
+    on_batch: Tell,
 ) -> Behaviours | None:
     """Behaviours of vectors and negatives; None where nothing was written at scales 1 and -1.
 
@@ -194,8 +195,8 @@ def _grouped(
     if all(some["control"]):
         return None
     # Its logits are of whole texts: 8 at once take as much memory as many rows of others.
-    options |= {"batch_size": min(batch_size, 8)}
-    return behaviours(model, some, chat=as_chat(found, chat), **options)
+    options: dict[str, Any] = {"batch_size": min(batch_size, 8), "on_batch": on_batch}
+    return behaviours(model, some, chat=as_chat(found, chat), judge=judge, **options)
 
 
 def _table(
