@@ -435,7 +435,7 @@ def test_a_judge_refines_stances_and_names(tiny_llama):
 )
 def test_a_judge_whose_answers_are_of_no_use_changes_nothing(tiny_llama, judge):
     rules = grouped(tiny_llama, [*COOKING, *SAILING], "Once upon a time.")
-    with pytest.warns(UserWarning, match="The tags and names of the rules are kept"):
+    with pytest.warns(UserWarning, match="All (stances|names) of the rules are kept"):
         found = grouped(tiny_llama, [*COOKING, *SAILING], "Once upon a time.", judge=judge)
     pd.testing.assert_frame_equal(found.texts, rules.texts)
     pd.testing.assert_frame_equal(found.groups, rules.groups)

@@ -527,6 +527,8 @@ def test_texts_with_samples_and_scales_are_written_once(tiny_llama, f, tmp_path)
     assert "nats; steered" not in page.read_text()
     run.page(tiny_llama, f, token_divergence=True)
     assert "nats; steered" in page.read_text()
+    # As generate notes it, so that the analyses take the texts for what they are.
+    assert texts.attrs == again.attrs == {"chat": texts.attrs["chat"]}
     with pytest.raises(TypeError, match="judge: got a model"):
         run.page(tiny_llama, f, judge=tiny_llama)
 

@@ -74,7 +74,9 @@ def test_a_judge_names_the_behaviours(
         completions=completions.assign(completion=cooking),
         judge=lambda question: "cooks" if "six words" in question else "none of these",
     )  # fmt: skip
-    assert "cooks" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "cooks" in page
+    assert "A judge told stances and gave names." in page
     monkeypatch.setattr("tl_melbo.report._page.collect_completions", pytest.fail)
     with pytest.raises(TypeError, match="judge: got a model, expected a function"):
         report.write(tmp_path / "none.html", tiny_llama, found, judge=tiny_llama)

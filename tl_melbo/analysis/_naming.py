@@ -85,7 +85,8 @@ def judged_stances(
     def read(answer: str) -> str | None:
         return named.get(re.sub(r"\W+", " ", answer).strip().lower())
 
-    told = dict(zip(asked, _asked(judge, questions, read, "one of: " + choices), strict=True))
+    found = _asked(judge, questions, read, "one of: " + choices, "stances")
+    told = dict(zip(asked, found, strict=True))
     both = zip(pairs, stances, strict=True)
     return [own if (given := told[pair]) is None else given for pair, own in both]
 
@@ -107,7 +108,7 @@ def judged_names(
         good = 0 < len(name) <= _LONGEST_NAME and "\n" not in name and words(name)
         return name if good and name != BASELINE else None
 
-    found = _asked(judge, questions, read, "a name of at most six words")
+    found = _asked(judge, questions, read, "a name of at most six words", "names")
     told = [*names]
     for place, name in zip(asked, found, strict=True):
         if name is not None and without(name, groups[place][0]) == name:
@@ -116,10 +117,14 @@ def judged_names(
 
 
 def _asked(
-    judge: Judge, questions: Sequence[str], read: Callable[[str], Value | None], wanted: str
+    judge: Judge,
+    questions: Sequence[str],
+    read: Callable[[str], Value | None],
+    wanted: str,
+    kept: str,
 ) -> Sequence[Value | None]:
     try:
         return ask_for(judge, questions, read, wanted)
     except Unreadable as error:
-        warn_user(f"{error}. The tags and names of the rules are kept")
+        warn_user(f"{error}. All {kept} of the rules are kept")
         return [None] * len(questions)

@@ -54,7 +54,9 @@ def _effect(found: SteeringVectors, random: float | None) -> str | None:
     return f"{own:.3g}, {own / random:.2g} × random"
 
 
-def groups_told(groups: Behaviours | None, data: Mapping[str, Any], n_found: int) -> dict[str, Any]:
+def groups_told(
+    groups: Behaviours | None, data: Mapping[str, Any], n_found: int, is_judged: bool = False
+) -> dict[str, Any]:
     """What the template says of the behaviours in words; it counts what the page shows."""
     if groups is None:
         return {"n_distinct": None, "n_incoherent": 0, "grouped_by_words": False}
@@ -68,6 +70,7 @@ def groups_told(groups: Behaviours | None, data: Mapping[str, Any], n_found: int
         ),
         "n_incoherent": sum(bool(row["filtered"]) for row in data["rows"]),
         "grouped_by_words": groups.embedder == "words",
+        "is_judged": is_judged,
         "is_refused": "complies" in {*groups.texts["stance"]},
         "n_texts": int(vectors.between(0, n_found - 1).sum()),
         "n_random": random["vector"].nunique(),

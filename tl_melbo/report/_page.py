@@ -136,7 +136,7 @@ def write(
             prompts=texts,
             seen=[as_seen(model, text, as_chat(found, chat)) for text in texts],
             **_facts.library_facts(found, baselines),
-            **_facts.groups_told(groups, data, len(found)),
+            **_facts.groups_told(groups, data, len(found), judge is not None),
             figures=_parts.library_figures(found, data, effects, side_effects),
             families=[_parts.family_part(part, activation_map) for part in families],
         )

@@ -66,6 +66,14 @@ def write_texts(
                 model, found.story["prompts"], found, on_batch=on_batch, **given
             )
             self._save(COMPLETIONS, texts, found, **chosen)
+    return noted(texts, found)
+
+
+def noted(texts: "pd.DataFrame", found: "SteeringVectors") -> "pd.DataFrame":
+    """With what no file holds of a frame, and `generate` notes: whether prompts were chats."""
+    from tl_melbo.steering import as_chat
+
+    texts.attrs["chat"] = as_chat(found, None)
     return texts
 
 
@@ -88,7 +96,7 @@ def write_random_texts(
         found, known = self.found, self.settings
         texts = None if overwrite else load_control(self, found)
         if texts is not None:
-            return texts
+            return noted(texts, found)
         if not overwrite:
             self._check_own(RANDOM)
         written = {name: known[name] for name in _WRITTEN if known.get(name) is not None}

@@ -30,9 +30,9 @@ function controlOf(card, name) {
 function ratesOf(card) {
   const rates = merged(card).flatMap((each) => each.rates);
   const [random, unsteered] = [controlOf(card, "random"), controlOf(card, "unsteered")];
-  // Of its own vectors if it has any, even where none of their samples shows it.
-  const own = rates.filter(({ key }) => merged(card).some((each) => each.rows.includes(key)));
-  const [best] = [...(own.length ? own : rates)].sort((one, other) => other.rate - one.rate);
+  // Of several, one that shows it greedily, too.
+  const isOwn = ({ key }) => merged(card).some((each) => each.rows.includes(key));
+  const [best] = rates.sort((one, other) => other.rate - one.rate || isOwn(other) - isOwn(one));
   const told = [];
   if (best) told.push("vector ", vectorLink(best.key), `, ${counted(best)}; `);
   if (random) told.push(`random vectors, ${counted(random)}; `);
