@@ -26,7 +26,7 @@ from tl_melbo.analysis._rates import sampled
 from tl_melbo.analysis._tagged import is_first, is_unsteered, tagged, unsteered_of
 from tl_melbo.analysis._tags import MOST_CHARACTERS, TAGS
 from tl_melbo.generation import OnBatch
-from tl_melbo.judges._asking import Judge, check_judge
+from tl_melbo.judges._asking import Judge, check_optional_judge
 from tl_melbo.model.bridge import Model, check_model
 from tl_melbo.model.tokens import default_system_prompt
 from tl_melbo.probability import wilson_interval
@@ -165,8 +165,7 @@ def behaviours(
     if distance is None:
         distance = DEFAULT_DISTANCES.get(label, _DISTANCE_OF_OTHERS)
     _check(completions)
-    if judge is not None:
-        check_judge(judge)
+    check_optional_judge(judge)
     checks.at_least(1, n_behaviours=n_behaviours, batch_size=batch_size)
     checks.positive(distance=distance)
     checks.between(0, 2, "2 is opposite", distance=distance)

@@ -61,6 +61,12 @@ def check_judge(judge: Any, argument: str = "judge") -> None:
         )
 
 
+def check_optional_judge(judge: Any) -> None:
+    """The same where None stands for the rules."""
+    if judge is not None:
+        check_judge(judge)
+
+
 def ask_for(
     judge: Judge, questions: Sequence[str], read: Callable[[str], Value | None], wanted: str
 ) -> list[Value | None]:

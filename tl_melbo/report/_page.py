@@ -17,7 +17,7 @@ from tl_melbo.analysis._side_effects import COLUMNS
 from tl_melbo.files import replacing
 from tl_melbo.gated import GatedFactors
 from tl_melbo.generation import OnBatch, Tell, in_parts
-from tl_melbo.judges._asking import Judge, check_judge
+from tl_melbo.judges._asking import Judge, check_optional_judge
 from tl_melbo.model.bridge import Model
 from tl_melbo.model.tokens import as_seen
 from tl_melbo.report import _data, _facts, _parts
@@ -100,8 +100,7 @@ def write(
     }  # fmt: skip
     _check_frames(found, frames)
     kept = notes_given(notes)
-    if judge is not None:
-        check_judge(judge)
+    check_optional_judge(judge)
     texts = _prompts(found, completions, prompts)
     _check_control(random_texts, completions, texts)
     # Before the completions are written: it refuses vectors of no norm.

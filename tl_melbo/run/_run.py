@@ -325,10 +325,9 @@ class Run:
         that are written first are counted by themselves.
         """
         from tl_melbo import analysis, report
-        from tl_melbo.judges._asking import check_judge
+        from tl_melbo.judges._asking import check_optional_judge
 
-        if judge is not None:
-            check_judge(judge)
+        check_optional_judge(judge)
         with self.writing():
             if notes is None and (self.folder / _files.NOTES).is_file():
                 notes = report.read_notes(self.folder / _files.NOTES)
